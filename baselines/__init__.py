@@ -1,0 +1,8 @@
+"""The methods that BUZZ is compared with, each in a file of its own."""
+
+from baselines.full import FullPolicy
+from baselines.h2o import H2OPolicy
+from baselines.local import LocalPolicy
+from baselines.streaming_llm import StreamingLLMPolicy
+
+__all__ = ["FullPolicy", "H2OPolicy", "LocalPolicy", "StreamingLLMPolicy"]

@@ -1,0 +1,25 @@
+"""Full cache: keeps everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from buzz.policy import Policy, register
+
+
+@register("full")
+@dataclass(frozen=True, kw_only=True)
+class FullPolicy(Policy):
+    """The strong baseline: nothing is evicted, buffers are written in place. Ignores budgets."""
+
+    @property
+    def protected(self) -> int:
+        return 0
+
+    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+        return held, sampled
+
+    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+        raise AssertionError("the full cache never evicts")

@@ -1,0 +1,68 @@
+"""H2O (arXiv 2306.14048): heavy hitters and recent entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from buzz.policy import Policy, ScoreRule, register
+
+
+@register("h2o")
+@dataclass(frozen=True, kw_only=True)
+class H2OPolicy(Policy):
+    """Keeps the `heavy` entries of the highest accumulated score and the last `recent`.
+
+    No sink is protected: the scores keep the first tokens by themselves.
+
+    Args:
+        heavy: heavy hitters kept.
+        recent: last entries kept.
+        scoring: ``sum`` of the attention received, the original's, or its ``mean`` over the queries
+            that could see the entry.
+    """
+
+    needs_scores: ClassVar[bool] = True
+
+    heavy: int = 280
+    recent: int = 280
+    scoring: str = "sum"
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "heavy")
+        self._at_least(1, "recent")
+        self._one_of("scoring", "sum", "mean")
+
+    @property
+    def protected(self) -> int:
+        return self.recent
+
+    @property
+    def score_rule(self) -> ScoreRule:
+        return "mean" if self.scoring == "mean" else "sum"
+
+    @property
+    def resident(self) -> int:
+        return self.heavy
+
+    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+        return min(held, self.heavy + self.recent), 0
+
+    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+        assert scores is not None
+        candidates = scores[..., : held - self.recent]
+        if candidates.shape[-1] == self.heavy + 1:  # decoding: one leaves, no sort is needed
+            stay = torch.arange(self.heavy, device=scores.device)
+            return stay + (stay >= candidates.argmin(-1, keepdim=True))
+        return candidates.topk(self.heavy, dim=-1).indices.sort(dim=-1).values
+
+    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+        if {"heavy", "recent"} <= fixed:
+            return self
+        if "recent" in fixed:
+            return self._replace(budget, minimum=0, heavy=budget - self.recent)
+        heavy = self.heavy if "heavy" in fixed else budget // 2
+        return self._replace(budget, heavy=heavy, recent=budget - heavy)

@@ -1,0 +1,34 @@
+"""Local window: the last entries and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buzz.policy import Policy, register
+
+
+@register("local")
+@dataclass(frozen=True, kw_only=True)
+class LocalPolicy(Policy):
+    """Keeps the last `window` entries."""
+
+    window: int = 164
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "window")
+
+    @property
+    def protected(self) -> int:
+        return self.window
+
+    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+        return min(held, self.window), 0
+
+    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+        return torch.empty(1, 1, 0, dtype=torch.int64)
+
+    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+        return self if "window" in fixed else self._replace(budget, window=budget)

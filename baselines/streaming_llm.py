@@ -1,0 +1,40 @@
+"""StreamingLLM (arXiv 2309.17453): attention sink and window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buzz.policy import Policy, register
+
+
+@register("streaming_llm")
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMPolicy(Policy):
+    """Keeps the first `sink` and the last `window` entries."""
+
+    sink: int = 4
+    window: int = 160
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "sink")
+        self._at_least(1, "window")
+
+    @property
+    def protected(self) -> int:
+        return self.window
+
+    @property
+    def resident(self) -> int:
+        return self.sink
+
+    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+        return min(held, self.sink + self.window), 0
+
+    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+        return torch.arange(self.sink).expand(1, 1, -1)
+
+    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+        return self if "window" in fixed else self._replace(budget, window=budget - self.sink)

@@ -1,0 +1,17 @@
+"""Evicting KV caches for stock transformers: BUZZ, and the interface that all methods share."""
+
+from buzz.beehive import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy
+from buzz.cache import EvictionCache
+from buzz.errors import ConfigError
+from buzz.policy import POLICIES, Policy, register
+
+__all__ = [
+    "POLICIES",
+    "BuzzFastPolicy",
+    "BuzzPolicy",
+    "BuzzStridedPolicy",
+    "ConfigError",
+    "EvictionCache",
+    "Policy",
+    "register",
+]

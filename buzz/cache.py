@@ -1,0 +1,557 @@
+"""The evicting cache: a stock transformers cache whose layers thin themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
+
+from buzz import attention
+from buzz.errors import ConfigError
+from buzz.policy import Policy
+from buzz.rope import Rope, find_rope
+from buzz.store import Store, with_spare
+
+# Models whose attention is more than softmax(q k) v over per-head keys.
+UNSUPPORTED = {
+    "kv_lora_rank": "caches a latent and not keys (MLA)",
+    "alibi": "marks positions by ALiBi and not by RoPE",
+    "attn_logit_softcapping": "caps its attention logits, which the scored attention does not",
+}
+
+
+@dataclass
+class Group:
+    """Rows of a batch that evict in step for ever, because their prompts are equally long.
+
+    Attributes:
+        rows: their indices in the batch.
+        padding: padding tokens before their first token.
+        seen: tokens of a row so far, without padding.
+        held: entries that a row holds.
+        sampled: how many of them are history that an eviction has sampled.
+        evictions: evictions so far.
+        source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
+            before they first moved: moving them again and again then adds no error.
+        source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to.
+    """
+
+    rows: list[int]
+    padding: int = 0
+    seen: int = 0
+    held: int = 0
+    sampled: int = 0
+    evictions: int = 0
+    source: Tensor | None = None
+    source_positions: Tensor | None = None
+
+
+class EvictionLayer(CacheLayerMixin):
+    """One layer's cache: appends a step's entries, and evicts once they have been attended.
+
+    Args:
+        policy: the eviction method.
+        rope: how the layer rotates its keys.
+    """
+
+    is_sliding = False
+
+    def __init__(self, policy: Policy, rope: Rope) -> None:
+        super().__init__()
+        self.policy = policy
+        self.rope = rope
+        self.hold_until = 0
+        self.cumulative_length = 0  # tokens seen, padding included
+        self.groups: list[Group] = []
+        self.store: Store | None = None
+        self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
+        self.awaits_attention = False
+
+    # --- what transformers asks ---------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what generate() numbers positions by."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = max(self.lengths, default=0)
+        return held + query_length, self.cumulative_length - held
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append a step's keys and values, each [batch, kv_heads, new, head_dim].
+
+        Returns:
+            Views of all entries, [batch, kv_heads, held + new, head_dim], the newest last. Rows
+            that hold less than the longest begin with slots that are not theirs (:attr:`starts`).
+
+        Raises:
+            RuntimeError: the previous step's attention never reached this cache, or the batch
+                is not the one that the cache holds.
+        """
+        if self.awaits_attention:
+            raise RuntimeError(
+                "keys were appended but attention did not run through the cache, so nothing was"
+                " evicted: pass past_key_values by keyword, and make a new EvictionCache after"
+                " model.set_attn_implementation()"
+            )
+        keys, values = key_states.detach(), value_states.detach()
+        self.lazy_initialization(keys, values)
+        batch, _, new, _ = keys.shape
+        if not self.groups:
+            self.groups = [Group(list(range(batch)))]
+        if batch != self.batch_size:
+            raise RuntimeError(
+                f"the cache holds {self.batch_size} rows and got {batch}: call cache.reset() first"
+            )
+        self.rope.observe(self.cumulative_length)
+        positions = self._positions(new).expand(batch, keys.shape[1], new)
+        if self.store is None:  # a prompt is attended where it lies and thinned before it is kept
+            self.store = Store(keys, values, positions, scores=None, end=new, owned=False)
+        else:
+            self.store = self.store.with_room(self.start, new, self.idle)
+            if self.store is self.idle:
+                self.idle = None
+            self.store.append(keys, values, positions)
+        for group in self.groups:
+            fresh = new - group.padding if self.cumulative_length == 0 else new
+            group.seen += fresh
+            group.held += fresh
+        self.cumulative_length += new
+        self.awaits_attention = True
+        return self.view(self.store.keys), self.view(self.store.values)
+
+    def reset(self) -> None:
+        """Forget every entry. Buffers stay allocated, for the next prompt."""
+        if self.store is not None and self.store.owned:
+            self.idle = self.store
+        self.store = None
+        self.groups = []
+        self.cumulative_length = 0
+        self.awaits_attention = False
+        self.rope.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "an evicting cache cannot be cropped: what was evicted since cannot come back."
+            " Assisted decoding and other rollbacks need a DynamicCache"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make row i what row `indices[i]` was."""
+        if self.store is None:
+            return
+        self.store = self.store.select_rows(indices.to(self.device))
+        origin = indices.tolist()
+        for group in self.groups:
+            place = {row: number for number, row in enumerate(group.rows)}
+            group.rows = [row for row, old in enumerate(origin) if old in place]
+            if group.source is not None and group.source_positions is not None:
+                picked = torch.tensor([place[origin[row]] for row in group.rows], dtype=torch.int64)
+                group.source = group.source[picked.to(self.device)]
+                group.source_positions = group.source_positions[picked.to(self.device)]
+        self.groups = [group for group in self.groups if group.rows]
+
+    # --- lengths ------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        return sum(len(group.rows) for group in self.groups)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries held by each row of the batch."""
+        return self._per_row("held")
+
+    @property
+    def evictions(self) -> list[int]:
+        """Evictions so far of each row of the batch."""
+        return self._per_row("evictions")
+
+    def _per_row(self, name: str) -> list[int]:
+        by_row = {row: getattr(group, name) for group in self.groups for row in group.rows}
+        return [by_row[row] for row in range(len(by_row))]
+
+    @property
+    def start(self) -> int:
+        """First slot of the longest row."""
+        assert self.store is not None
+        return self.store.end - max(group.held for group in self.groups)
+
+    @property
+    def starts(self) -> Tensor | None:
+        """First entry of each row in the views of :meth:`update`, int64 [batch]; None if all 0."""
+        if len({group.held for group in self.groups}) == 1:
+            return None
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return lengths.max() - lengths
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The slots in use of a buffer: [batch, kv_heads, held, ...]."""
+        assert self.store is not None
+        return tensor[:, :, self.start : self.store.end]
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one entry's key and value, over the KV heads."""
+        store = self.store or self.idle
+        if store is None:
+            return 0
+        pair = (store.keys[0, :, 0], store.values[0, :, 0])
+        return sum(tensor.numel() * tensor.element_size() for tensor in pair)
+
+    def nbytes(self, allocated: bool = False) -> int:
+        """Bytes of the keys and values held, or of every buffer with its bookkeeping."""
+        if not allocated:
+            return self.entry_nbytes * sum(self.lengths)
+        sources = [t for g in self.groups for t in (g.source, g.source_positions) if t is not None]
+        stores = [store for store in (self.store, self.idle) if store is not None]
+        return sum(t.numel() * t.element_size() for t in sources) + sum(s.nbytes() for s in stores)
+
+    # --- scores and eviction ------------------------------------------------------------------
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether what this step's entries receive is ever read."""
+        if not self.policy.needs_scores:
+            return False
+        return self.policy.score_rule != "step" or self._plan() is not None
+
+    def after_attention(self, received: Tensor | None) -> None:
+        """Take in what each entry received, then evict what the policy gives up.
+
+        Args:
+            received: float32 [batch, kv_heads, held], the attention probability that each entry
+                got in this step, summed over queries and over the query heads of its group; None
+                when no scores are wanted.
+        """
+        store = self.store
+        assert store is not None
+        self.awaits_attention = False
+        scores = received
+        if received is not None and self.policy.score_rule != "step":
+            if store.scores is None:
+                store.scores = torch.zeros(store.positions.shape, device=self.device)
+            scores = self.view(store.scores).add_(received)
+        plan = self._plan()
+        if plan is None:
+            return
+        start = self.start
+        longest = max(kept for kept, _ in plan)
+        if all(kept == group.held for group, (kept, _) in zip(self.groups, plan, strict=True)):
+            target = store  # history was re-labelled, nothing leaves
+        elif store.owned and store.capacity <= 2 * with_spare(longest):
+            target = store
+        else:
+            target = self._fresh_store(store, longest)
+        for group, (kept, sampled) in zip(self.groups, plan, strict=True):
+            if kept < group.held or target is not store:
+                self._compact(group, kept, scores, start, target)
+            group.held, group.sampled = kept, sampled
+        self.store = target
+
+    def _plan(self) -> list[tuple[int, int]] | None:
+        """What the length recurrence says of each group; None when nothing happens to any."""
+        if self.cumulative_length < self.hold_until:
+            return None
+        now = [(group.held, group.sampled) for group in self.groups]
+        after = [self.policy.survivors(*lengths) for lengths in now]
+        return None if after == now else after
+
+    def _fresh_store(self, store: Store, entries: int) -> Store:
+        if self.idle is not None and self.idle.fits(store, entries):
+            fresh, self.idle = self.idle, None
+        else:
+            fresh = Store.like(store, with_spare(entries))
+        fresh.end = entries
+        return fresh
+
+    def _compact(
+        self, group: Group, kept: int, scores: Tensor | None, start: int, target: Store
+    ) -> None:
+        """Move what a group keeps to the end of `target`, its keys rotated to their new positions.
+
+        Args:
+            kept: entries that stay.
+            scores: float32 [batch, kv_heads, longest row], from slot `start` on.
+        """
+        store = self.store
+        assert store is not None
+        rows: slice | Tensor = slice(None)
+        if len(self.groups) > 1:
+            rows = torch.tensor(group.rows, device=self.device)
+        first = store.end - group.held  # slot of the group's first entry
+        tail = min(self.policy.protected, kept)
+        if kept < group.held:
+            if scores is not None:
+                scores = scores[rows, :, first - start :]
+                if self.policy.score_rule == "mean":
+                    could_see = group.seen - store.positions[rows, :, first : store.end]
+                    scores = scores / could_see
+            index = self.policy.select(group.held, group.sampled, scores).to(self.device)
+            group.evictions += 1
+        else:
+            index = torch.arange(kept - tail, device=self.device)
+        older = kept - tail
+        size, heads = len(group.rows), store.keys.shape[1]
+        index = index.expand(size, heads, older)
+        slots = first + index
+
+        def pick(tensor: Tensor) -> Tensor:
+            batch = torch.tensor(group.rows, device=self.device)[:, None, None]
+            head = torch.arange(heads, device=self.device)[:, None]
+            return tensor[batch, head, slots]
+
+        to_older = slice(target.end - kept, target.end - tail)
+        keys = self._moved_keys(group, kept, index, pick(store.keys), pick(store.positions))
+        target.keys[rows, :, to_older] = keys
+        target.values[rows, :, to_older] = pick(store.values)
+        target.positions[rows, :, to_older] = pick(store.positions)
+        if store.scores is not None and target.scores is not None:
+            target.scores[rows, :, to_older] = pick(store.scores)
+        if target is not store:
+            for source, destination in zip(store.tensors(), target.tensors(), strict=True):
+                recent = source[rows, :, store.end - tail : store.end]
+                destination[rows, :, target.end - tail : target.end] = recent
+
+    def _moved_keys(
+        self,
+        group: Group,
+        kept: int,
+        index: Tensor,
+        keys: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        """Rotate kept keys to where they stand once `kept` entries remain.
+
+        Positions count so that the newest entry keeps its true one, `seen - 1`.
+
+        Args:
+            index: int64 [rows, kv_heads, older], indices of the keys before the eviction.
+            keys: [rows, kv_heads, older, head_dim], a copy that is this function's to change.
+            positions: int32 [rows, kv_heads, older], token indices of the keys.
+        """
+        if self.rope.module is None:
+            return keys
+        older = index.shape[-1]
+        new = group.seen - kept + torch.arange(older, device=self.device)
+        old = group.seen - group.held + index
+        residents = min(self.policy.resident, older) if self.rope.static else older
+        if residents:
+            leading, leading_old = keys[..., :residents, :], old[..., :residents]
+            if group.source is not None and group.source_positions is not None:
+                known = group.source.shape[2]
+                place = index[..., :residents].clamp(max=known - 1)
+                has_source = index[..., :residents] < known
+                place_of_key = place[..., None].expand(*place.shape, keys.shape[-1])
+                source = group.source.gather(2, place_of_key)
+                leading = torch.where(has_source[..., None], source, leading)
+                leading_old = torch.where(
+                    has_source, group.source_positions.gather(2, place), leading_old
+                )
+                keys[..., :residents, :] = leading
+                old[..., :residents] = leading_old
+            group.source, group.source_positions = leading.clone(), leading_old.clone()
+        arrival = positions + group.padding
+        return self.rope.rotate(keys, self.rope.turn(new, old, arrival))
+
+    def _positions(self, new: int) -> Tensor:
+        """Token indices of the next slots, int32 [batch or 1, 1, new]; negative in padding."""
+        slots = torch.arange(
+            self.cumulative_length,
+            self.cumulative_length + new,
+            dtype=torch.int32,
+            device=self.device,
+        ).view(1, 1, new)
+        if len(self.groups) == 1 and not self.groups[0].padding:
+            return slots
+        padding = torch.tensor(self._per_row("padding"), dtype=torch.int32, device=self.device)
+        return slots - padding[:, None, None]
+
+
+class EvictionCache(Cache):
+    """A KV cache for `model.generate(**inputs, past_key_values=cache)` that evicts by `policy`.
+
+    Making one is all that is needed: it also puts the attention backend in place. The model then
+    still runs its stock path with any other cache.
+
+    Args:
+        model: a causal language model with RoPE, loaded with sdpa, eager or flash attention.
+        policy: the eviction method.
+        logn_base: scale attention logits by log(n) / log(logn_base), n = entries that a query
+            attends (512 in a line that is commented out in the original BUZZ code; the journal
+            version's formula has not been seen). None: no scaling.
+        logn_clamp: never scale by less than 1.
+        hold_until: evict nothing before this many tokens, padding included, have been seen: set it
+            to the prompt's length to attend a chunked prompt in full.
+
+    Raises:
+        ConfigError: the model has no RoPE, or no layer that could evict.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        *,
+        logn_base: float | None = None,
+        logn_clamp: bool = False,
+        hold_until: int = 0,
+    ) -> None:
+        if logn_base is not None and not logn_base > 1:
+            raise ConfigError("cache.logn_base", logn_base, "give a number above 1, or null")
+        self.policy = policy
+        self.logn_base = logn_base
+        self.logn_clamp = logn_clamp
+        self._is_dropped = hasattr(model.config, "original_max_position_embeddings")
+        super().__init__(layers=_make_layers(attention.install(model), model, policy))
+        self.hold_until = hold_until
+
+    def __bool__(self) -> bool:
+        # Phi-3 with longrope drops a truthy cache when a text grows past its short context, to
+        # compute all of it again; a falsy one goes on, with keys rotated as they came.
+        return not self._is_dropped
+
+    @property
+    def evicting(self) -> list[EvictionLayer]:
+        """The layers that evict: all, unless the model mixes in layers with a window of its own."""
+        return [layer for layer in self.layers if isinstance(layer, EvictionLayer)]
+
+    @property
+    def hold_until(self) -> int:
+        return self.evicting[0].hold_until
+
+    @hold_until.setter
+    def hold_until(self, tokens: int) -> None:
+        for layer in self.evicting:
+            layer.hold_until = tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries held by each evicting layer (by its longest row)."""
+        return [max(layer.lengths, default=0) for layer in self.evicting]
+
+    @property
+    def evictions(self) -> list[int]:
+        """Evictions so far of each row of the batch."""
+        return self.evicting[0].evictions
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one entry's keys and values over all evicting layers."""
+        return sum(layer.entry_nbytes for layer in self.evicting)
+
+    def nbytes(self, allocated: bool = False) -> int:
+        """Bytes of keys and values held, padding and spare capacity not counted.
+
+        Args:
+            allocated: count instead every buffer as it lies in memory, with positions, scores,
+                kept original keys and spare capacity.
+        """
+        return sum(layer.nbytes(allocated) for layer in self.evicting)
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """True token indices of the entries of layer `layer`.
+
+        Returns:
+            int64 [batch, kv_heads, held], in temporal order; rows shorter than the longest begin
+            with -1.
+        """
+        cache = self.layers[layer]
+        if not isinstance(cache, EvictionLayer) or cache.store is None:
+            raise ConfigError("layer", layer, "holds no entries (yet) that an eviction could keep")
+        positions = cache.view(cache.store.positions).to(torch.int64)
+        if (starts := cache.starts) is not None:
+            slots = torch.arange(positions.shape[-1], device=positions.device)
+            positions = positions.where(slots >= starts[:, None, None], -1)
+        return positions
+
+    def begin_step(self, attention_mask: Tensor | None, batch: int, new: int) -> None:
+        """Learn from a step's 2-D mask which rows are padded, and by how much.
+
+        Args:
+            attention_mask: [batch, seen + new], 0 in padding; None if there is none.
+
+        Raises:
+            ConfigError: padding anywhere but before a row's first token.
+        """
+        first = self.evicting[0].cumulative_length == 0
+        if attention_mask is None or not (first or new > 1):
+            return
+        if attention_mask.ndim != 2:
+            raise ConfigError(
+                "attention_mask", tuple(attention_mask.shape), "give the 2-D padding mask"
+            )
+        mask = attention_mask[:, -new:].bool()
+        padding = (new - mask.sum(-1)).tolist()
+        inside = torch.arange(new, device=mask.device) >= (new - mask.sum(-1, keepdim=True))
+        if not torch.equal(mask, inside) or max(padding) == new or (not first and any(padding)):
+            raise ConfigError(
+                "attention_mask",
+                padding,
+                "padding must come before a row's first token, and no row may be all padding:"
+                " set tokenizer.padding_side='left'",
+            )
+        if first:
+            for layer in self.evicting:
+                layer.groups = [
+                    Group([row for row in range(batch) if padding[row] == size], padding=size)
+                    for size in sorted(set(padding))
+                ]
+
+
+def _make_layers(decoder: nn.Module, model: PreTrainedModel, policy: Policy) -> list[Any]:
+    config = model.config.get_text_config(decoder=True)
+    name = type(model).__name__
+    for field, reason in UNSUPPORTED.items():
+        if getattr(config, field, None):
+            raise ConfigError("model", name, f"{reason} (config.{field})")
+    if getattr(decoder, "rotary_emb", None) is None:
+        raise ConfigError(
+            "model", name, "has no rotary position embedding (RoPE), so no kept key can be moved"
+        )
+    ropes: dict[tuple[str, bool], Rope] = {}
+    layers: list[Any] = []
+    types, arguments = get_layer_types_and_kwargs(config)
+    for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
+        window: Any = kwargs.get("sliding_window")
+        if kind == "sliding_attention" and window < config.max_position_embeddings:
+            layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+            continue
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError("model", name, f"layer {index} is {kind}; it has no KV cache to thin")
+        module = attention.of_layer(decoder, index)
+        key = (kind, bool(getattr(module, "use_rope", True)))
+        if key not in ropes:
+            ropes[key] = find_rope(decoder, module, kind)
+        layers.append(EvictionLayer(policy, ropes[key]))
+    if not any(isinstance(layer, EvictionLayer) for layer in layers):
+        raise ConfigError(
+            "model",
+            name,
+            f"all layers have a sliding window of {config.sliding_window} of their own and nothing"
+            " is left to evict; load it with sliding_window=None",
+        )
+    return layers

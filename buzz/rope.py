@@ -1,0 +1,153 @@
+"""Moving kept keys to new positions.
+
+An entry is attended as if it stood at its index in the thinned cache. RoPE is relative, so queries
+and recent keys stay at their true positions, and only entries that moved relative to the newest
+token are rotated, at the moment of eviction, by the difference.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from buzz.errors import ConfigError
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class Rope:
+    """The rotation that one layer of a model applies to its keys.
+
+    It reads the model's own rotary module, so it serves every RoPE variant that is a table of
+    inverse frequencies: default, linear, dynamic, llama3, yarn, longrope, and partial rotary
+    dimensions. A factor on cos and sin (yarn, longrope) is in the keys already and stays.
+
+    Args:
+        module: the model's rotary embedding; None for a layer without one (NoPE): nothing rotates.
+        layer_type: prefix of the buffers of modules that hold one table per layer type.
+        interleaved: whether pairs are (0, 1), (2, 3), ... and not (0, R/2), (1, R/2 + 1), ...
+    """
+
+    def __init__(
+        self, module: nn.Module | None, layer_type: str = "", interleaved: bool = False
+    ) -> None:
+        self.module = module
+        self.interleaved = interleaved
+        self._buffer = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+        rope_type = getattr(module, "rope_type", "default")
+        if isinstance(rope_type, dict):
+            rope_type = rope_type[layer_type]
+        # Whether frequencies may change from one forward pass to the next.
+        self.static = "dynamic" not in rope_type and rope_type != "longrope"
+        self._history: list[tuple[int, Tensor]] = []
+
+    def frequencies(self) -> Tensor:
+        """Inverse frequencies that the current forward pass uses, float32 [R / 2]."""
+        return getattr(self.module, self._buffer)
+
+    def observe(self, slot: int) -> None:
+        """Note the frequencies that tokens from `slot` on are rotated with (if they can change)."""
+        if self.static or self.module is None:
+            return
+        current = self.frequencies()
+        if not self._history or not torch.equal(self._history[-1][1], current):
+            self._history.append((slot, current.clone()))
+
+    def forget(self) -> None:
+        """Start over, with a new prompt."""
+        self._history.clear()
+
+    def turn(self, new: Tensor, old: Tensor, slots: Tensor) -> Rotation | None:
+        """cos and sin that take keys from positions `old` to positions `new`.
+
+        Angles come from exact integers in float64. With static frequencies only the difference
+        counts; otherwise the old rotation is undone with the frequencies in force at `slots`.
+
+        Args:
+            new, old: int64 [..., k].
+            slots: int [..., k], arrival of each entry as a count of tokens seen; read only where
+                frequencies change.
+
+        Returns:
+            Two float32 [..., k, R / 2]; None for a layer without RoPE.
+        """
+        if self.module is None:
+            return None
+        frequencies = self.frequencies().double()
+        if self.static or not self._history:
+            angle = (new - old)[..., None] * frequencies
+        else:
+            starts = torch.tensor([slot for slot, _ in self._history], device=slots.device)
+            tables = torch.stack([table for _, table in self._history]).double()
+            used = tables[torch.bucketize(slots, starts, right=True) - 1]
+            angle = new[..., None] * frequencies - old[..., None] * used
+        angle = angle.remainder(2 * torch.pi).float()
+        return angle.cos(), angle.sin()
+
+    def rotate(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
+        """Rotate `keys` [..., k, D] on their first R dimensions, in float32.
+
+        Dimensions beyond R (partial rotary) are left alone. Formula: RoFormer, arXiv 2104.09864.
+        """
+        if rotation is None:
+            return keys
+        cos, sin = rotation
+        half = cos.shape[-1]
+        turned = keys.float()
+        if self.interleaved:
+            a, b = turned[..., 0 : 2 * half : 2], turned[..., 1 : 2 * half : 2]
+            pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        else:
+            a, b = turned[..., :half], turned[..., half : 2 * half]
+            pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        if 2 * half < keys.shape[-1]:
+            pairs = torch.cat([pairs, turned[..., 2 * half :]], dim=-1)
+        return pairs.to(keys.dtype)
+
+
+def find_rope(decoder: nn.Module, attention: nn.Module, layer_type: str) -> Rope:
+    """The rotation of one attention layer, checked against the model's own code.
+
+    Raises:
+        ConfigError: the model has no RoPE, or rotates in a way that cannot be undone from cos/sin.
+    """
+    name = type(decoder).__name__
+    if not getattr(attention, "use_rope", True):  # NoPE layers of SmolLM3 and Llama 4
+        return Rope(None)
+    module = getattr(decoder, "rotary_emb", None)
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if module is None or apply is None:
+        raise ConfigError("model", name, "its rotary position embedding could not be found")
+    per_type = hasattr(module, f"{layer_type}_inv_freq")
+    prefix = layer_type if per_type else ""
+    for interleaved in (False, True):
+        rope = Rope(module, prefix, interleaved)
+        if _agrees(rope, apply, attention, layer_type if per_type else None):
+            return rope
+    raise ConfigError(
+        "model", name, "rotates its keys in an unknown layout; neither half-split nor interleaved"
+    )
+
+
+@torch.no_grad()
+def _agrees(
+    rope: Rope, apply: Callable[..., Rotation], attention: nn.Module, layer_type: str | None
+) -> bool:
+    """Whether moving a key with `rope` gives what the model computes at the new position."""
+    device = rope.frequencies().device
+    head_dim = getattr(attention, "head_dim", 2 * rope.frequencies().shape[-1])
+    key = torch.linspace(-1, 1, 2 * head_dim, device=device).view(1, 1, 2, head_dim)
+    positions = torch.tensor([[2, 7]], device=device)
+    kwargs = {} if layer_type is None else {"layer_type": layer_type}
+    assert rope.module is not None
+    at_old, at_new = positions, positions.flip(-1)
+    try:
+        old = apply(key, key, *rope.module(key, at_old, **kwargs))[1]
+        new = apply(key, key, *rope.module(key, at_new, **kwargs))[1]
+        moved = rope.rotate(old, rope.turn(at_new, at_old, at_old))
+    except (TypeError, RuntimeError):  # another signature or layout: not ours
+        return False
+    return moved.shape == new.shape and torch.allclose(moved, new, atol=1e-4)

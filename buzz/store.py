@@ -1,0 +1,113 @@
+"""Where entries lie: buffers with spare capacity, written in place.
+
+The newest entry of every row is in the same slot, `end - 1`:
+
+    slot   0        start                                end        capacity
+           |  free  | sink | history |      window       |   spare   |
+
+Appending writes into spare slots. Eviction moves the kept sink and history up against the window,
+which stays where it is: an eviction costs what it moves, not what is held. When the spare slots run
+out, the entries slide back to slot 0, once in as many tokens as there were spare slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+def with_spare(entries: int) -> int:
+    """Capacity for `entries`: sliding or growing then costs a few copied entries per token."""
+    return entries + 64 + entries // 8
+
+
+@dataclasses.dataclass
+class Store:
+    """The entries of one layer, slot by slot.
+
+    Attributes:
+        keys, values: [batch, kv_heads, capacity, head_dim].
+        positions: int32 [batch, kv_heads, capacity], index of each entry's token in its own row.
+        scores: float32 [batch, kv_heads, capacity], attention received; None if nobody reads it.
+        end: one past the newest entry's slot.
+        owned: False while a prompt lies where the model wrote it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor | None
+    end: int = 0
+    owned: bool = True
+
+    @classmethod
+    def like(cls, other: Store, capacity: int) -> Store:
+        """An empty store for the same batch, heads and types.
+
+        Zeroed, because slots before a short row's start are read (and masked) by attention.
+        """
+
+        def empty(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(*tensor.shape[:2], capacity, *tensor.shape[3:])
+
+        scores = None if other.scores is None else empty(other.scores)
+        return cls(empty(other.keys), empty(other.values), empty(other.positions), scores)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def tensors(self) -> list[Tensor]:
+        every = (self.keys, self.values, self.positions, self.scores)
+        return [tensor for tensor in every if tensor is not None]
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers, spare capacity included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def fits(self, other: Store, entries: int) -> bool:
+        """Whether it can take over `entries` of `other` and is not needlessly large for them."""
+        rows_and_heads = self.keys.shape[:2] == other.keys.shape[:2]
+        same = rows_and_heads and self.keys.dtype == other.keys.dtype
+        scores = (self.scores is None) == (other.scores is None)
+        return same and scores and entries + entries // 8 < self.capacity <= 2 * with_spare(entries)
+
+    def with_room(self, start: int, new: int, idle: Store | None) -> Store:
+        """This store, or another one, with at least `new` spare slots behind the entries.
+
+        Args:
+            start: first slot in use.
+            idle: a store to use again if it fits.
+        """
+        if self.owned and self.end + new <= self.capacity:
+            return self
+        held = self.end - start
+        if self.owned and start > held // 8 and held + new <= self.capacity:
+            target = self
+        elif idle is not None and idle.fits(self, held + new):
+            target = idle
+        else:
+            target = Store.like(self, with_spare(held + new))
+        for source, destination in zip(self.tensors(), target.tensors(), strict=True):
+            entries = source[:, :, start : self.end]
+            overlaps = target is self and start < held
+            destination[:, :, :held] = entries.clone() if overlaps else entries
+        target.end = held
+        return target
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Write a step's entries, [batch, kv_heads, new, ...], into spare slots."""
+        slots = slice(self.end, self.end + keys.shape[2])
+        self.keys[:, :, slots] = keys
+        self.values[:, :, slots] = values
+        self.positions[:, :, slots] = positions
+        if self.scores is not None:
+            self.scores[:, :, slots] = 0
+        self.end = slots.stop
+
+    def select_rows(self, rows: Tensor) -> Store:
+        """A store whose row i is row `rows[i]` of this one."""
+        picked = [tensor.index_select(0, rows) for tensor in self.tensors()]
+        scores = picked[3] if self.scores is not None else None
+        return Store(picked[0], picked[1], picked[2], scores, self.end)

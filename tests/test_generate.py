@@ -1,0 +1,339 @@
+"""The whole generation surface of transformers, with every method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, from_config, gpt2, prompt, tiny
+from transformers import DynamicCache, MistralConfig, TextStreamer, pipeline
+
+from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
+from buzz import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy, ConfigError, EvictionCache, Policy
+
+HIVE = {"sink": 2, "window": 12, "stride": 3, "threshold": 12}
+METHODS: dict[str, Policy] = {
+    "full": FullPolicy(),
+    "local": LocalPolicy(window=24),
+    "streaming_llm": StreamingLLMPolicy(sink=2, window=20),
+    "h2o": H2OPolicy(heavy=12, recent=12),
+    "h2o-mean": H2OPolicy(heavy=12, recent=12, scoring="mean"),
+    "buzz": BuzzPolicy(**HIVE),
+    "buzz-local_max": BuzzPolicy(**HIVE, history="local_max", compact="until_fits"),
+    "buzz_strided": BuzzStridedPolicy(**HIVE),
+    "buzz_fast": BuzzFastPolicy(**HIVE),
+}
+every_method = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
+
+
+def generate(model, ids, cache, tokens=30, mask=None, **kwargs):
+    """Greedy tokens [batch, tokens] and logits [batch, tokens, vocab]."""
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **{"do_sample": False, **kwargs},
+    )
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_equals_the_stock_cache_and_others_evict_as_predicted(family) -> None:
+    model, ids = tiny(family), prompt(80)
+    expected = generate(model, ids, DynamicCache(config=model.config))
+    for policy in METHODS.values():
+        model = tiny(family)  # dynamic RoPE remembers the longest text it has seen
+        cache = EvictionCache(model, policy)
+        tokens, logits = generate(model, ids, cache)
+        assert cache.lengths == [policy.lengths([80] + [1] * 29)[-1]] * len(cache.evicting)
+        if policy.name == "full":
+            assert torch.equal(tokens, expected[0])
+            torch.testing.assert_close(logits, expected[1])
+
+
+def test_another_cache_on_the_same_model_runs_the_stock_path() -> None:
+    model, ids = tiny("llama"), prompt(50)
+    expected = generate(model, ids, DynamicCache())
+    generate(model, ids, EvictionCache(model, METHODS["h2o"]))
+    again = generate(model, ids, DynamicCache())
+    assert torch.equal(again[1], expected[1])
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3-partial"])
+def test_padded_rows_give_what_they_give_alone(family, policy) -> None:
+    model = tiny(family)
+    lengths = [70, 33, 5, 70]
+    ids = prompt(70, batch=4)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : 70 - length] = 0
+    ids = ids.where(mask.bool(), 0)
+    cache = EvictionCache(model, policy)
+    tokens, logits = generate(model, ids, cache, tokens=25, mask=mask)
+    for row, length in enumerate(lengths):
+        alone = EvictionCache(model, policy)
+        own_tokens, own_logits = generate(model, ids[row : row + 1, 70 - length :], alone, 25)
+        assert torch.equal(tokens[row], own_tokens[0])
+        torch.testing.assert_close(logits[row], own_logits[0], atol=1e-4, rtol=1e-4)
+        assert cache.layers[0].lengths[row] == alone.lengths[0]
+        assert cache.evictions[row] == alone.evictions[0]
+        kept = cache.kept_positions(1)[row]
+        own = alone.kept_positions(1)[0]
+        assert torch.equal(kept[:, kept.shape[1] - own.shape[1] :], own)
+        assert (kept[:, : kept.shape[1] - own.shape[1]] == -1).all()
+    assert cache.nbytes() == cache.entry_nbytes * sum(cache.layers[0].lengths)
+
+
+@every_method
+def test_a_batch_of_equal_prompts_gives_what_each_gives_alone(llama, policy) -> None:
+    ids = prompt(40, batch=3)
+    tokens, logits = generate(llama, ids, EvictionCache(llama, policy))
+    for row in range(3):
+        alone, own = generate(llama, ids[row : row + 1], EvictionCache(llama, policy))
+        assert torch.equal(tokens[row], alone[0])
+        torch.testing.assert_close(logits[row], own[0], atol=1e-4, rtol=1e-4)
+
+
+@every_method
+@pytest.mark.parametrize("backend", ["eager"])
+def test_backends_agree(policy, backend) -> None:
+    ids = prompt(60)
+    caches, results = [], []
+    for attention in ("sdpa", backend):
+        model = tiny("llama", attention)
+        caches.append(EvictionCache(model, policy))
+        results.append(generate(model, ids, caches[-1]))
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(caches[0].kept_positions(0), caches[1].kept_positions(0))
+
+
+@every_method
+def test_beam_search_follows_its_beams(llama, policy) -> None:
+    """Beams re-order rows; a row's logits must be those of its own text run alone."""
+    ids = prompt(40)
+    out = llama.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=EvictionCache(llama, policy),
+        max_new_tokens=20,
+        num_beams=3,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    cache, total = EvictionCache(llama, policy), 0.0
+    step = ids
+    with torch.no_grad():
+        for token in out.sequences[0, 40:]:
+            logits = llama(step, past_key_values=cache).logits[0, -1]
+            total += float(logits.log_softmax(-1)[token])
+            step = token.view(1, 1)
+    assert float(out.sequences_scores[0]) == pytest.approx(total / 20, abs=1e-4)
+
+
+@every_method
+def test_beam_search_over_a_padded_batch(llama, policy) -> None:
+    ids = prompt(40, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :15] = 0
+    kwargs = {"max_new_tokens": 15, "num_beams": 2, "do_sample": False}
+    both = llama.generate(
+        ids, attention_mask=mask, past_key_values=EvictionCache(llama, policy), **kwargs
+    )
+    short = ids[1:, 15:]
+    alone = llama.generate(
+        short,
+        attention_mask=torch.ones_like(short),
+        past_key_values=EvictionCache(llama, policy),
+        **kwargs,
+    )
+    assert torch.equal(both[1, 40:], alone[0, 25:])
+
+
+@every_method
+def test_sampling_and_several_sequences(llama, policy) -> None:
+    ids = prompt(40)
+    torch.manual_seed(5)
+    cache = EvictionCache(llama, policy)
+    tokens, logits = generate(
+        llama, ids, cache, tokens=20, do_sample=True, num_return_sequences=3, top_k=5
+    )
+    assert tokens.shape == (3, 20) and len({tuple(row.tolist()) for row in tokens}) == 3
+    step, own = ids, EvictionCache(llama, policy)
+    with torch.no_grad():
+        for position in range(20):
+            expected = llama(step, past_key_values=own).logits[0, -1]
+            torch.testing.assert_close(logits[1, position], expected, atol=1e-4, rtol=1e-4)
+            step = tokens[1, position].view(1, 1)
+
+
+@every_method
+def test_past_the_context_of_the_model(policy) -> None:
+    """512 positions: a bounded cache goes on, because entries stand at cache positions."""
+    model = tiny("llama")
+    cache = EvictionCache(model, policy)
+    tokens, logits = generate(model, prompt(490), cache, tokens=60)
+    assert tokens.shape == (1, 60) and logits.isfinite().all()
+    assert cache.get_seq_length() == 549
+
+
+@every_method
+@pytest.mark.parametrize("hold", [False, True])
+def test_chunked_prefill(llama, policy, hold) -> None:
+    """Held back, a chunked prompt gives what the whole one gives; else it evicts chunk by chunk."""
+    ids = prompt(90)
+    cache = EvictionCache(llama, policy, hold_until=90 if hold else 0)
+    tokens, logits = generate(llama, ids, cache, tokens=10, prefill_chunk_size=40)
+    if hold and policy.score_rule != "step":
+        whole, expected = generate(llama, ids, EvictionCache(llama, policy), tokens=10)
+        assert torch.equal(tokens, whole)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        assert cache.lengths[0] == policy.lengths([90] + [1] * 9)[-1]
+    if not hold:
+        assert cache.lengths[0] == policy.lengths([40, 40, 10] + [1] * 9)[-1]
+
+
+@every_method
+def test_a_conversation_goes_on_with_the_kept_cache(llama, policy) -> None:
+    """Second turn on the kept cache: equal to feeding the same tokens step by step."""
+    first, second = prompt(40), prompt(12, seed=7)
+    cache = EvictionCache(llama, policy)
+    reply, _ = generate(llama, first, cache, tokens=8)
+    history = torch.cat([first, reply, second], dim=1)
+    tokens, _ = generate(llama, history, cache, tokens=6)
+
+    own, outputs = EvictionCache(llama, policy), []
+    with torch.no_grad():
+        llama(first, past_key_values=own)
+        for token in reply[0, :-1]:
+            llama(token.view(1, 1), past_key_values=own)
+        step = torch.cat([reply[:, -1:], second], dim=1)
+        for _ in range(6):
+            step = llama(step, past_key_values=own).logits[:, -1:].argmax(-1)
+            outputs.append(step)
+    assert torch.equal(tokens, torch.cat(outputs, dim=1))
+    assert cache.get_seq_length() == history.shape[1] + 5
+
+
+@every_method
+def test_reset_and_reuse_without_new_buffers(llama, policy) -> None:
+    cache = EvictionCache(llama, policy)
+    ids = prompt(60)
+    first, _ = generate(llama, ids, cache)
+    assert cache.layers[0].store is not None
+    buffer = cache.layers[0].store.keys.data_ptr()
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+    second, _ = generate(llama, ids, cache)
+    assert torch.equal(first, second)
+    assert cache.layers[0].store.keys.data_ptr() == buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_method
+def test_half_precision_keeps_scores_in_float32(policy, dtype) -> None:
+    model = tiny("llama", dtype=dtype)
+    cache = EvictionCache(model, policy)
+    _, logits = generate(model, prompt(60), cache)
+    store = cache.layers[0].store
+    assert store.keys.dtype == dtype and logits.isfinite().all()
+    if policy.needs_scores and policy.score_rule != "step":
+        assert store.scores.dtype == torch.float32
+    wide = tiny("llama")
+    reference, expected = EvictionCache(wide, policy), None
+    _, expected = generate(wide, prompt(60), reference, tokens=1)
+    error = (logits[:, :1].float() - expected).abs().max() / expected.abs().max()
+    assert error < 0.05
+
+
+def test_streamer_and_pipeline(llama, tmp_path) -> None:
+    tokenizer = word_tokenizer()
+    printed = []
+
+    class Capture(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            printed.append(text)
+
+    cache = EvictionCache(llama, METHODS["buzz"])
+    generate(llama, prompt(40), cache, tokens=9, streamer=Capture(tokenizer, skip_prompt=True))
+    assert len("".join(printed).split()) == 9
+
+    pipe = pipeline("text-generation", model=llama, tokenizer=tokenizer)
+    text = " ".join(f"w{i}" for i in range(5, 60))
+    cache = EvictionCache(llama, METHODS["buzz"])
+    out = pipe(text, past_key_values=cache, max_new_tokens=9, do_sample=False)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    own = EvictionCache(llama, METHODS["buzz"])
+    expected, _ = generate(llama, ids, own, tokens=9)
+    assert out[0]["generated_text"].endswith(tokenizer.decode(expected[0]))
+    assert cache.evictions == own.evictions and cache.lengths == own.lengths
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w3")
+
+
+def test_log_n_scaling(llama) -> None:
+    """With the base at the number attended, decoding's last logits are those without scaling."""
+    ids = prompt(50)
+    with torch.no_grad():
+        plain = llama(ids, past_key_values=EvictionCache(llama, FullPolicy())).logits
+        clamped = EvictionCache(llama, FullPolicy(), logn_base=512, logn_clamp=True)
+        torch.testing.assert_close(llama(ids, past_key_values=clamped).logits, plain)
+        scaled = EvictionCache(llama, FullPolicy(), logn_base=512)
+        assert not torch.allclose(llama(ids, past_key_values=scaled).logits, plain, atol=1e-2)
+    with pytest.raises(ConfigError, match="cache.logn_base"):
+        EvictionCache(llama, FullPolicy(), logn_base=1.0)
+
+
+class TestRefusals:
+    def test_crop(self, llama) -> None:
+        cache = EvictionCache(llama, METHODS["buzz"])
+        generate(llama, prompt(40), cache)
+        with pytest.raises(NotImplementedError, match="cannot come back"):
+            cache.crop(-3)
+
+    def test_no_rope(self) -> None:
+        with pytest.raises(ConfigError, match="GPT2.*RoPE"):
+            EvictionCache(gpt2(), METHODS["buzz"])
+
+    def test_only_sliding_layers(self) -> None:
+        config = MistralConfig(**{**FAMILIES["mistral"].to_dict(), "sliding_window": 32})
+        with pytest.raises(ConfigError, match="sliding_window=None"):
+            EvictionCache(from_config(config), METHODS["buzz"])
+
+    def test_right_padding(self, llama) -> None:
+        ids = prompt(20, batch=2)
+        mask = torch.ones_like(ids)
+        mask[0, 15:] = 0
+        with pytest.raises(ConfigError, match="padding_side='left'"):
+            llama(ids, attention_mask=mask, past_key_values=EvictionCache(llama, METHODS["h2o"]))
+
+    def test_another_batch_without_reset(self, llama) -> None:
+        cache = EvictionCache(llama, METHODS["h2o"])
+        with torch.no_grad():
+            llama(prompt(20, batch=2), past_key_values=cache)
+            with pytest.raises(RuntimeError, match=r"cache\.reset"):
+                llama(prompt(1, batch=3), past_key_values=cache)
+
+    def test_attention_that_bypasses_the_cache_is_noticed(self, llama) -> None:
+        """The silent full cache: keys are appended, and nobody ever evicts."""
+        cache = EvictionCache(llama, METHODS["h2o"])
+        keys = torch.zeros(1, 2, 5, 16)
+        cache.update(keys, keys, 0)
+        with pytest.raises(RuntimeError, match="nothing was evicted"):
+            cache.update(keys, keys, 0)

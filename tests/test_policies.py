@@ -1,0 +1,254 @@
+"""Invariants that every policy must have, whatever its parameters and the scores."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
+from buzz import (
+    POLICIES,
+    BuzzFastPolicy,
+    BuzzPolicy,
+    BuzzStridedPolicy,
+    ConfigError,
+    Policy,
+)
+from buzz.cache import EvictionLayer
+from buzz.rope import Rope
+
+small = st.integers(1, 12)
+buzz_parameters = {
+    "sink": st.integers(0, 6),
+    "window": small,
+    "stride": st.integers(3, 7),
+    "threshold": st.integers(0, 20),
+}
+policies = st.one_of(
+    st.builds(FullPolicy),
+    st.builds(LocalPolicy, window=small),
+    st.builds(StreamingLLMPolicy, sink=st.integers(0, 6), window=small),
+    st.builds(
+        H2OPolicy,
+        heavy=st.integers(0, 12),
+        recent=small,
+        scoring=st.sampled_from(["sum", "mean"]),
+    ),
+    st.builds(
+        BuzzPolicy,
+        **buzz_parameters,
+        history=st.sampled_from(["strided", "local_max"]),
+        compact=st.sampled_from(["once", "until_fits"]),
+    ),
+    st.builds(BuzzStridedPolicy, **buzz_parameters),
+    st.builds(BuzzFastPolicy, **buzz_parameters),
+)
+chunks = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+def steps(
+    policy: Policy, new: list[int], seed: int, batch: int = 1, heads: int = 2
+) -> Iterator[tuple[EvictionLayer, torch.Tensor, torch.Tensor | None]]:
+    """Run `policy` on random scores: the layer, token indices before eviction, scores received."""
+    layer = EvictionLayer(policy, Rope(None))
+    generator = torch.Generator().manual_seed(seed)
+    for count in new:
+        nothing = torch.zeros(batch, heads, count, 1)
+        layer.update(nothing, nothing)
+        assert layer.store is not None
+        before = layer.view(layer.store.positions).clone()
+        received = None
+        if layer.wants_scores:
+            received = torch.rand(before.shape, generator=generator)
+        layer.after_attention(received)
+        yield layer, before, received
+
+
+def held(layer: EvictionLayer) -> torch.Tensor:
+    assert layer.store is not None
+    return layer.view(layer.store.positions)
+
+
+def test_all_methods_are_registered() -> None:
+    assert set(POLICIES) == {
+        "full",
+        "local",
+        "streaming_llm",
+        "h2o",
+        "buzz",
+        "buzz_strided",
+        "buzz_fast",
+    }
+    assert all(POLICIES[name]().name == name for name in POLICIES)
+
+
+@given(policies, chunks, st.integers(0, 9))
+def test_kept_entries_are_a_temporal_subset_with_the_last_ones(policy, new, seed) -> None:
+    for layer, before, _ in steps(policy, new, seed):
+        after = held(layer)
+        assert (after.diff(dim=-1) > 0).all()
+        assert torch.isin(after, before).all()
+        protected = min(policy.protected, before.shape[-1])
+        assert torch.equal(after[..., after.shape[-1] - protected :], before[..., -protected:]) or (
+            protected == 0
+        )
+
+
+@given(policies, chunks, st.integers(0, 9))
+def test_the_sink_is_always_kept(policy, new, seed) -> None:
+    sink = getattr(policy, "sink", 0)
+    for layer, before, _ in steps(policy, new, seed):
+        kept_sink = min(sink, before.shape[-1])
+        assert torch.equal(held(layer)[..., :kept_sink], before[..., :kept_sink])
+
+
+@given(policies, chunks)
+def test_counts_depend_on_lengths_alone(policy, new) -> None:
+    expected = policy.lengths(new)
+    for seed in (0, 1):
+        counts = [layer.lengths[0] for layer, _, _ in steps(policy, new, seed)]
+        assert counts == expected
+
+
+@given(st.builds(BuzzPolicy, **buzz_parameters), chunks, st.integers(0, 9))
+def test_one_survivor_a_cell_and_it_is_the_best(policy, new, seed) -> None:
+    scores = {}  # accumulated by token, for one head
+    sampled = 0
+    for layer, before, received in steps(policy, new, seed, heads=1):
+        tokens = before[0, 0].tolist()
+        for token, score in zip(tokens, received[0, 0].tolist(), strict=True):
+            scores[token] = scores.get(token, 0.0) + score
+        others = tokens[policy.sink : max(len(tokens) - policy.window, 0)]
+        kept = held(layer)[0, 0].tolist()
+        if len(others) <= policy.threshold:
+            assert kept == tokens
+            continue
+        old, fresh = others[:sampled], others[sampled:]
+        cells = [fresh[i : i + policy.stride] for i in range(0, len(fresh), policy.stride)]
+        best = [max(cell, key=lambda token: scores[token]) for cell in cells]
+        history = old[:: (policy.stride + 1) // 2] + best
+        assert kept == tokens[: policy.sink] + history + tokens[len(tokens) - policy.window :]
+        sampled = len(history)
+
+
+def test_the_first_of_equals_survives() -> None:
+    policy = BuzzPolicy(sink=0, window=1, stride=3, threshold=0)
+    assert policy.select(7, 0, torch.zeros(1, 1, 7)).tolist() == [[[0, 3]]]
+
+
+@given(policies, st.integers(1, 200))
+def test_memory_is_bounded_once_decoding_goes_on(policy, prompt) -> None:
+    if policy.name == "full":
+        return
+    lengths = policy.lengths([prompt] + [1] * 400)
+    bound = {
+        "local": lambda p: p.window,
+        "streaming_llm": lambda p: p.sink + p.window,
+        "h2o": lambda p: p.heavy + p.recent,
+    }.get(policy.name, lambda p: p.sink + p.window + max(p.threshold, 3))(policy)
+    assert max(lengths[20:]) <= bound
+    if getattr(policy, "compact", "") == "until_fits":
+        assert max(lengths) <= bound
+
+
+@given(policies, chunks, st.integers(0, 9))
+def test_rows_of_a_batch_do_not_mix(policy, new, seed) -> None:
+    together = [held(layer).clone() for layer, _, _ in steps(policy, new, seed, batch=3, heads=2)]
+    swapped = EvictionLayer(policy, Rope(None))
+    order = torch.tensor([2, 0, 1])
+    for count, (layer, before, received), expected in zip(
+        new, steps(policy, new, seed, batch=3, heads=2), together, strict=True
+    ):
+        nothing = torch.zeros(3, 2, count, 1)
+        swapped.update(nothing, nothing)
+        swapped.after_attention(None if received is None else received[order])
+        assert torch.equal(held(swapped), expected[order])
+
+
+@given(policies, st.integers(40, 400))
+def test_a_budget_is_met_on_average(policy, budget) -> None:
+    if policy.name == "full":
+        assert policy.fit(budget) is policy
+        return
+    fitted = policy.fit(budget)
+    lengths = fitted.lengths([4 * budget] + [1] * (20 * budget))
+    evictions = [step for step in range(1, len(lengths)) if lengths[step] <= lengths[step - 1]]
+    cycles = lengths[evictions[len(evictions) // 2] : evictions[-1]]  # whole ones, settled
+    assert sum(cycles) / len(cycles) == pytest.approx(budget, abs=1.5)
+
+
+def test_budget_keeps_what_the_user_fixed() -> None:
+    assert H2OPolicy().fit(100) == H2OPolicy(heavy=50, recent=50)
+    assert H2OPolicy(recent=30).fit(100, frozenset({"recent"})) == H2OPolicy(heavy=70, recent=30)
+    assert StreamingLLMPolicy(sink=8).fit(100, frozenset({"sink"})).window == 92
+    assert BuzzPolicy(window=60).fit(200, frozenset({"window"})).window == 60
+    assert BuzzPolicy(threshold=90).fit(200, frozenset({"threshold"})).threshold == 90
+    both = BuzzPolicy(window=5, threshold=9)
+    assert both.fit(200, frozenset({"window", "threshold"})) == both
+
+
+def test_the_original_defaults_are_their_own_budget() -> None:
+    fitted = BuzzPolicy().fit(410)
+    assert abs(fitted.window - 160) <= 2 and abs(fitted.threshold - 400) <= 4
+    lengths = BuzzPolicy().lengths([1000] + [1] * 4000)[1000:]
+    # By hand: 93 kept history entries are kept again (31 + 62), and so are 94 (32 + 62).
+    assert min(lengths) in (257, 258) and max(lengths) == 564
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: BuzzPolicy(stride=0), "method.stride"),
+        (lambda: BuzzPolicy(window=0), "method.window"),
+        (lambda: BuzzPolicy(sink=-1), "method.sink"),
+        (lambda: BuzzPolicy(threshold=1.5), "method.threshold"),
+        (lambda: BuzzPolicy(history="best"), "method.history"),
+        (lambda: BuzzPolicy(compact="never"), "method.compact"),
+        (lambda: BuzzStridedPolicy(history="local_max"), "method.history"),
+        (lambda: BuzzPolicy(stride=2, compact="until_fits"), "method.compact"),
+        (lambda: BuzzPolicy(stride=2).fit(100), "method.stride"),
+        (lambda: LocalPolicy(window=-3), "method.window"),
+        (lambda: StreamingLLMPolicy(window="9"), "method.window"),
+        (lambda: H2OPolicy(recent=0), "method.recent"),
+        (lambda: H2OPolicy(scoring="max"), "method.scoring"),
+        (lambda: StreamingLLMPolicy(sink=8).fit(8), "budget"),
+        (lambda: BuzzPolicy().fit(5), "budget"),
+        (lambda: H2OPolicy().fit(1), "budget"),
+        (lambda: BuzzPolicy(window=160).fit(100, frozenset({"window"})), "budget"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:method.stride")
+def test_bad_values_are_named(make, field) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unbounded_stride_warns() -> None:
+    with pytest.warns(UserWarning, match="unbounded"):
+        BuzzPolicy(stride=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BuzzPolicy(stride=3)
+
+
+def test_local_max_history_keeps_as_many_but_better_entries() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(1, 1, 60)
+    plain = BuzzPolicy(sink=2, window=8, stride=5, threshold=10)
+    better = BuzzPolicy(sink=2, window=8, stride=5, threshold=10, history="local_max")
+    a, b = plain.select(60, 12, scores), better.select(60, 12, scores)
+    assert a.shape == b.shape
+    assert scores.gather(-1, b).sum() > scores.gather(-1, a).sum()
+
+
+def test_h2o_drops_the_lightest_also_one_at_a_time() -> None:
+    policy = H2OPolicy(heavy=4, recent=2)
+    scores = torch.tensor([[[5.0, 1.0, 4.0, 3.0, 2.0, 9.0, 9.0]]])
+    assert policy.select(7, 0, scores).tolist() == [[[0, 2, 3, 4]]]

@@ -1,0 +1,132 @@
+"""Moved keys are the keys that the model would have computed at their new positions."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from test_generate import METHODS
+from tiny import FAMILIES, prompt, tiny
+
+from baselines import H2OPolicy, StreamingLLMPolicy
+from buzz import EvictionCache
+from buzz.attention import of_layer
+from buzz.cache import EvictionLayer
+from buzz.rope import Rope
+
+
+class Recorder:
+    """Records, of one attention layer, keys before rotation and the last query after it."""
+
+    def __init__(self, model, layer, monkeypatch) -> None:
+        self.module = of_layer(model.get_decoder(), layer)
+        source = sys.modules[type(self.module).__module__]
+        self.apply = source.apply_rotary_pos_emb
+        self.active, self.raw = False, []
+
+        def record(q, k, cos, sin, *args, **kwargs):
+            q_rotated, k_rotated = self.apply(q, k, cos, sin, *args, **kwargs)
+            if self.active:
+                self.raw.append(k)
+                self.query = q_rotated
+            return q_rotated, k_rotated
+
+        monkeypatch.setattr(source, "apply_rotary_pos_emb", record)
+        self.module.register_forward_pre_hook(lambda *_: setattr(self, "active", True))
+        self.module.register_forward_hook(lambda *_: setattr(self, "active", False))
+
+    def keys_at(self, model, kept, seen, layer_type) -> torch.Tensor:
+        """Kept keys, rotated by the model's own code so that the newest stands at `seen - 1`."""
+        raw = torch.cat(self.raw, dim=2)
+        keys = raw.gather(2, kept[..., None].expand(*kept.shape, raw.shape[-1]))
+        held = kept.shape[-1]
+        positions = torch.arange(seen - held, seen)[None]
+        rotary = model.get_decoder().rotary_emb
+        kwargs = {"layer_type": layer_type} if layer_type else {}
+        return self.apply(keys, keys, *rotary(keys, positions, **kwargs))[1]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "smollm3"])
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "buzz", "buzz-local_max"])
+def test_attention_equals_that_of_recomputed_keys(family, name, monkeypatch) -> None:
+    model, policy, layer = tiny(family), METHODS[name], 2
+    recorder = Recorder(model, layer, monkeypatch)
+    cache = EvictionCache(model, policy)
+    ids = prompt(90)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for step, token in enumerate(prompt(99, seed=1)[0]):
+            before = cache.evictions
+            model(token.view(1, 1), past_key_values=cache)
+            if step > 40 and cache.evictions != before:  # look right after an eviction
+                break
+    kept, store = cache.kept_positions(layer), cache.layers[layer]
+    actual = store.view(store.store.keys)
+    moved = kept.shape[-1] - policy.protected
+    layer_type = "full_attention" if family == "gemma3-mixed" else None
+    expected = recorder.keys_at(model, kept, cache.get_seq_length(), layer_type)
+    if not cache.layers[layer].rope.static:
+        # Keys that never moved keep the frequencies that they came with.
+        expected[:, :, moved:] = actual[:, :, moved:]
+    assert moved > 0
+    outputs = [attend(recorder.query, keys, store) for keys in (actual, expected)]
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+def attend(query, keys, layer) -> torch.Tensor:
+    values = layer.view(layer.store.values)
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+
+def test_layers_without_rope_do_not_rotate(monkeypatch) -> None:
+    model = tiny("smollm3")
+    recorder = Recorder(model, 1, monkeypatch)
+    projected = []
+    recorder.module.k_proj.register_forward_hook(lambda _, __, out: projected.append(out))
+    cache = EvictionCache(model, METHODS["h2o"])
+    assert cache.layers[1].rope.module is None and cache.layers[0].rope.module is not None
+    with torch.no_grad():
+        model(prompt(60), past_key_values=cache)
+    raw = projected[0].view(1, 60, 2, 16).transpose(1, 2)
+    kept = cache.kept_positions(1)
+    expected = raw.gather(2, kept[..., None].expand(*kept.shape, 16))
+    assert torch.equal(cache.layers[1].view(cache.layers[1].store.keys), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "policy",
+    [StreamingLLMPolicy(sink=4, window=8), H2OPolicy(heavy=6, recent=6)],
+    ids=lambda policy: policy.name,
+)
+def test_no_drift_after_10_000_evictions(policy, dtype) -> None:
+    """Keys of entries that stay for ever, against one exact rotation of what arrived."""
+    rotary = tiny("llama").get_decoder().rotary_emb
+    layer = EvictionLayer(policy, Rope(rotary))
+    generator = torch.Generator().manual_seed(0)
+    raw = []
+    steps = 10_000
+    with torch.inference_mode():
+        for _step in range(steps):
+            key = torch.randn(1, 1, 1, 16, generator=generator).to(dtype)
+            raw.append(key)
+            layer.update(key, key)
+            received = None
+            if layer.wants_scores:  # the first entries are heavy, and stay
+                received = layer.store.positions[:, :, layer.start : layer.store.end] < 4
+                received = received.float() + 1e-4
+            layer.after_attention(received)
+    held = layer.lengths[0]
+    kept = layer.view(layer.store.positions)[0, 0].long()
+    assert kept[:4].tolist() == [0, 1, 2, 3] and layer.evictions[0] > 9_900
+    turns = (steps - held + torch.arange(held) - kept)[:, None] * rotary.inv_freq.double()
+    a, b = torch.cat(raw, 2)[0, 0, kept].double().chunk(2, dim=-1)
+    exact = torch.cat(
+        [a * turns.cos() - b * turns.sin(), b * turns.cos() + a * turns.sin()], dim=-1
+    )
+    error = (layer.view(layer.store.keys)[0, 0].double() - exact).abs().max()
+    # One rounding of a key of about 4 in size, however often it has moved.
+    assert error < {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
