@@ -59,7 +59,12 @@ class H2OPolicy(Policy):
             return stay + (stay >= candidates.argmin(-1, keepdim=True))
         return candidates.topk(self.heavy, dim=-1).indices.sort(dim=-1).values
 
-    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+    def fit(
+        self,
+        budget: int,
+        fixed: frozenset[str] = frozenset(),
+        horizon: tuple[int, int] | None = None,
+    ) -> Policy:
         if {"heavy", "recent"} <= fixed:
             return self
         if "recent" in fixed:

@@ -30,5 +30,10 @@ class LocalPolicy(Policy):
     def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
         return torch.empty(1, 1, 0, dtype=torch.int64)
 
-    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+    def fit(
+        self,
+        budget: int,
+        fixed: frozenset[str] = frozenset(),
+        horizon: tuple[int, int] | None = None,
+    ) -> Policy:
         return self if "window" in fixed else self._replace(budget, window=budget)

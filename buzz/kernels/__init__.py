@@ -1,0 +1,163 @@
+"""Attention that also yields what every key received, and the move of kept entries.
+
+The one place that chooses an implementation (:func:`implementation`):
+
+============  ==========================================================================
+``triton``    CUDA tensors, where Triton is installed
+``cpu``       float32, float16, bfloat16 on the CPU, where a C++ compiler is found: fused
+``reference`` all else (other devices, float64, gradients): plain PyTorch, slower
+============  ==========================================================================
+
+The environment variable ``BUZZ_KERNELS`` set to one of the three names forces it for every call.
+All give the same numbers up to rounding; ``reference`` is what the others must equal.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from buzz.errors import ConfigError
+from buzz.kernels import cpu, reference
+
+NAMES = ("triton", "cpu", "reference")
+__all__ = ["NAMES", "implementation", "move", "scored_decode", "scored_prefill"]
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("buzz.kernels.triton_scores")
+
+
+def implementation(tensor: Tensor) -> ModuleType:
+    """The module that serves a tensor of this device and dtype.
+
+    Raises:
+        ConfigError: ``BUZZ_KERNELS`` names none, or one that cannot run here.
+    """
+    forced = os.environ.get("BUZZ_KERNELS", "")
+    if forced == "reference":
+        return reference
+    if forced not in ("", *NAMES):
+        raise ConfigError("BUZZ_KERNELS", forced, f"write one of {', '.join(NAMES)}, or unset it")
+    if tensor.is_cuda and forced in ("", "triton") and (module := _triton()):
+        return module
+    if tensor.dtype in cpu.DTYPES and tensor.device.type == "cpu" and forced in ("", "cpu"):
+        differentiable = torch.is_grad_enabled() and tensor.requires_grad
+        if not differentiable and cpu.available():
+            return cpu
+    if forced:
+        raise ConfigError(
+            "BUZZ_KERNELS", forced, f"cannot serve {tensor.dtype} on {tensor.device}; unset it"
+        )
+    return reference
+
+
+@torch.compiler.disable
+def scored_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    observe: int | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last ``q`` of ``n`` tokens, and what every key received.
+
+    Query ``i`` sees the keys up to ``n - q + i``. Query heads ``g*r .. g*r + r - 1`` share key head
+    ``g`` (``r = Hq // Hkv``); repeated keys are never materialised, and views such as
+    ``buffer[:, :, low:high]`` are read in place. The extra memory is O(block * n).
+
+    Args:
+        query: [B, Hq, q, D], q >= 1.
+        key: [B, Hkv, n, D], n >= q.
+        value: [B, Hkv, n, Dv].
+        scale: factor of the logits, usually ``D ** -0.5``.
+        observe: only the last ``observe`` queries count in what is received; None: all.
+        starts: [B] int64, the first key of each row; what precedes it is padding, which neither
+            attends (its output is zero) nor receives. None: no padding.
+
+    Returns:
+        The output [B, Hq, q, Dv] in the query's dtype, dense as [B, q, Hq, Dv], and the received
+        attention [B, Hkv, n] in float32: the column sums of the softmax over the queries and over
+        the query heads of each group.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check(query, key, value)
+    return implementation(query).scored_prefill(
+        query, key, value, scale, observe=observe, starts=starts
+    )
+
+
+@torch.compiler.disable
+def scored_decode(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`scored_prefill` of a single token (q = 1), in one pass over the cache.
+
+    Args:
+        query: [B, Hq, 1, D].
+        key: [B, Hkv, n, D].
+        value: [B, Hkv, n, Dv].
+        scale: factor of the logits.
+        starts: [B] int64, the first valid key of each row; earlier ones are padding.
+
+    Returns:
+        The output [B, Hq, 1, Dv] and the received attention [B, Hkv, n] in float32.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check(query, key, value)
+    if query.shape[2] != 1:
+        raise ValueError(f"scored_decode takes one query, got {query.shape[2]}")
+    return implementation(query).scored_decode(query, key, value, scale, starts)
+
+
+@torch.compiler.disable
+def move(
+    keys: Tensor, values: Tensor, index: Tensor, target: int, cos: Tensor, sin: Tensor
+) -> None:
+    """Move kept entries to their new slots in place, and turn their keys to the new positions.
+
+    Slot ``target + i`` takes the entry of slot ``index[..., i]``. Keys are rotated in their first R
+    dimensions, in pairs (j, j + R/2) (the half-split layout of transformers); values are not.
+
+    Args:
+        keys: [B, H, capacity, D], changed in place.
+        values: [B, H, capacity, Dv], changed in place.
+        index: [B, H, k] int64, ascending, ``index[..., i] <= target + i``.
+        target: the first slot written.
+        cos: cosines of the angles to turn by, float32, broadcastable to [B, H, k, R/2].
+        sin: their sines.
+    """
+    chosen = implementation(keys)
+    if chosen is cpu and (
+        keys.dtype != torch.float32 or keys.stride(-1) != 1 or values.stride(-1) != 1
+    ):
+        chosen = reference  # only float32 can be moved in place
+    chosen.move(keys, values, index, target, cos, sin)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    batch, heads, queries, dim = query.shape
+    if (
+        key.shape[0] != batch
+        or key.shape[3] != dim
+        or value.shape[:3] != key.shape[:3]
+        or heads % key.shape[1]
+        or not 1 <= queries <= key.shape[2]
+    ):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise ValueError(f"shapes of query, key, value do not fit: {shapes}")

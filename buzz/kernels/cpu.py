@@ -1,0 +1,167 @@
+"""Scored attention in C++ for the CPU: compiled on first use, then loaded from a cache.
+
+``cpu.cpp`` is built with ``$CXX`` (else ``g++`` or ``clang++``) for this very processor, which
+takes a second or two. The library lies under ``$BUZZ_CACHE``, else ``~/.cache/buzz``; its name
+carries a hash of the source, the compiler and the instruction set, so that machines that share a
+home directory do not load each other's code. Two processes may build at once: each writes a file
+of its own and renames it.
+
+float32 is computed as it is; float16 and bfloat16 are widened first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("BUZZ_CACHE") or Path(base) / "buzz")
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def build() -> Path:
+    """The compiled library, built where the cache does not hold it.
+
+    Raises:
+        OSError: there is no compiler, or the cache cannot be written.
+        subprocess.CalledProcessError: the compiler failed.
+    """
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for path in map(shutil.which, ("g++", "clang++")) if path][:1]
+    )
+    if not compiler:
+        raise FileNotFoundError("no C++ compiler: set CXX or install g++")
+    # The predefined macros name the compiler's version and every instruction set it may use.
+    macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    digest = hashlib.sha256(macros.encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    library = _cache() / f"kernels-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            _run([*compiler, *FLAGS, "-shared", "-fPIC", "-w", str(SOURCE), "-o", str(built)])
+            built.replace(library)
+    return library
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None after one warning where it cannot be had."""
+    try:
+        return ctypes.CDLL(str(build()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"the C++ kernels are not available, scored attention will be slower: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def available() -> bool:
+    """Whether the kernels can run here; the first call compiles them."""
+    return library() is not None
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return (ctypes.c_int64 * len(strides))(*strides)
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As the kernels read it: of that type, neighbours in the last dimension one element apart."""
+    tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _attend(
+    function: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    observe: int | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = query.dtype
+    query, key, value = _dense(query), _dense(key), _dense(value)
+    batch, heads, queries, dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    value_dim = value.shape[-1]
+    # Zeros, because padded queries are left alone. [B, q, Hq, Dv] in memory, as models want it.
+    output = query.new_zeros(batch, queries, heads, value_dim).transpose(1, 2)
+    received = query.new_zeros(batch, kv_heads, keys)
+    observe = queries if observe is None else observe
+    shape = (batch, heads, kv_heads, queries, keys, dim, value_dim, observe)
+    starts = None if starts is None else _dense(starts, torch.int64)
+    getattr(library(), function)(
+        *map(_pointer, (query, key, value, output, received, starts)),
+        (ctypes.c_int64 * len(shape))(*shape),
+        _strides(query, key, value, output),
+        ctypes.c_float(scale),
+        torch.get_num_threads(),
+    )
+    return output.to(dtype), received
+
+
+def scored_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    observe: int | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`buzz.kernels.scored_prefill`."""
+    return _attend("buzz_scored_prefill", query, key, value, scale, observe, starts)
+
+
+def scored_decode(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`buzz.kernels.scored_decode`."""
+    return _attend("buzz_scored_decode", query, key, value, scale, None, starts)
+
+
+def move(
+    keys: Tensor, values: Tensor, index: Tensor, target: int, cos: Tensor, sin: Tensor
+) -> None:
+    """See :func:`buzz.kernels.move`; float32 only."""
+    batch, heads, count = index.shape
+    half = cos.shape[-1]
+    index = _dense(index, torch.int64)
+    cos, sin = (_dense(x).expand(batch, heads, count, half) for x in (cos, sin))
+    sizes = (batch, heads, count, target, keys.shape[-1], values.shape[-1], half)
+    getattr(library(), "buzz_move")(  # noqa: B009
+        *map(_pointer, (keys, values, index, cos, sin)),
+        _strides(keys, values, index, cos, sin),
+        *map(ctypes.c_int64, sizes),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,1 @@
+"""The harness: tasks, generation with measurements, run records and tables."""

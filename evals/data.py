@@ -1,0 +1,69 @@
+"""Reading JSON lines that somebody else wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from buzz.errors import ConfigError
+
+
+def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; blank lines are skipped.
+
+    Args:
+        path: the file.
+        field: the setting that named it, for error messages.
+        required: keys that every object must have.
+
+    Raises:
+        ConfigError: naming file and line: the file is missing, empty, not UTF-8, or a line is not
+            a JSON object, lacks a key, or holds half a surrogate pair (which no tokenizer takes).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(field, str(path), "no such file; give the path of a JSON-lines file")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeDecodeError as error:
+            raise _bad_line(field, path, number, f"not UTF-8 ({error.reason})") from error
+        except UnicodeEncodeError as error:
+            raise _bad_line(field, path, number, "holds a lone surrogate") from error
+        except json.JSONDecodeError as error:
+            raise _bad_line(field, path, number, f"not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise _bad_line(field, path, number, "not a JSON object")
+        if missing := [key for key in required if key not in row]:
+            raise _bad_line(field, path, number, f"lacks {', '.join(missing)}")
+        rows.append(row)
+    if not rows:
+        raise ConfigError(field, str(path), "the file holds no samples")
+    return rows
+
+
+def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict[str, Any]]:
+    """A split of a data set of the Hugging Face hub, from its local cache if it is there.
+
+    Raises:
+        ConfigError: it can neither be fetched nor found.
+    """
+    import datasets  # slow to import, and not needed with local files
+
+    try:
+        return list(datasets.load_dataset(name, config, split=split))
+    except Exception as error:  # the hub's client raises many kinds, down to bare OSError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            field, None, f"{name} could not be loaded ({reason}); give a local file instead"
+        ) from error
+
+
+def _bad_line(field: str, path: Path, number: int, problem: str) -> ConfigError:
+    return ConfigError(field, f"{path}:{number}", f"{problem}; correct or remove the line")

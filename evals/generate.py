@@ -1,0 +1,212 @@
+"""One batch through stock `model.generate`, measured.
+
+The measurements come from a stopping criterion, which `generate` calls after each new token. After
+k tokens the cache has seen the prompt and k - 1 of them: the last is never fed back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from buzz import EvictionCache, Policy
+
+
+class LengthMismatch(RuntimeError):
+    """The cache did not do what its policy says: the measurements would be of something else."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one row of the batch produced, and what it cost.
+
+    Attributes:
+        text: the answer, without special tokens.
+        prompt_tokens, generated_tokens: without padding; the end-of-sequence token counts.
+        stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
+        lengths: cache entries per layer and KV head after each step of this row.
+        evictions: steps that evicted, over the whole batch's decoding.
+        entry_nbytes: bytes of K and V of one entry over all layers.
+        allocated_nbytes: what the batch's buffers occupy at the end.
+        ttft_s: seconds to the first token, the batch's prefill included.
+        decode_tokens_per_s: of this row alone; None for answers of one token.
+        itl_p50_ms, itl_p95_ms: inter-token latency percentiles.
+        memory_peak_nbytes: device memory allocated at the peak (CUDA) or resident memory of the
+            process (CPU), model included.
+    """
+
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+    stop_reason: str
+    lengths: list[int]
+    evictions: int
+    entry_nbytes: int
+    allocated_nbytes: int
+    ttft_s: float
+    decode_tokens_per_s: float | None
+    itl_p50_ms: float | None
+    itl_p95_ms: float | None
+    memory_peak_nbytes: int
+
+
+class _Trace(StoppingCriteria):
+    """Never stops; notes the time and the cache lengths of each step."""
+
+    def __init__(self, cache: EvictionCache) -> None:
+        self.cache = cache
+        self.times: list[float] = []
+        self.lengths: list[list[int]] = []
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        _synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        self.lengths.append(list(self.cache.evicting[0].lengths))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    policy: Policy,
+    max_new_tokens: int,
+    stop: tuple[str, ...] = (),
+    cache_options: dict[str, Any] | None = None,
+) -> list[Generation]:
+    """Greedy answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
+
+    Raises:
+        LengthMismatch: the cache held another number of entries than the policy's recurrence says.
+    """
+    device = model.device
+    cache = EvictionCache(model, policy, **(cache_options or {}))
+    trace = _Trace(cache)
+    eos_ids = _eos_ids(model, tokenizer)
+    # As LongBench does: a stop string acts through its last token.
+    stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=1 if stop_ids else None,
+        eos_token_id=sorted(eos_ids | stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    inputs = _left_padded(prompts, tokenizer.pad_token_id).to(device)
+    _reset_memory_peak(device)
+    _synchronize(device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs[0],
+            attention_mask=inputs[1],
+            past_key_values=cache,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([trace]),
+        )
+    memory_peak = _memory_peak(device)
+    answers = output[:, inputs.shape[-1] :].tolist()
+
+    generations = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ends = (i for i, token in enumerate(answer) if token in eos_ids | stop_ids)
+        end = next(ends, None)
+        count = len(answer) if end is None else end + 1
+        reason = "length" if end is None else "eos" if answer[end] in eos_ids else "stop"
+        lengths = [step[row] for step in trace.lengths[:count]]
+        verify_lengths(policy, len(prompt), lengths)
+        latencies = np.diff(trace.times[:count])
+        p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
+        generations.append(
+            Generation(
+                text=tokenizer.decode(answer[:count], skip_special_tokens=True),
+                prompt_tokens=len(prompt),
+                generated_tokens=count,
+                stop_reason=reason,
+                lengths=lengths,
+                evictions=cache.evictions[row],
+                entry_nbytes=cache.entry_nbytes,
+                allocated_nbytes=cache.nbytes(allocated=True),
+                ttft_s=trace.times[0] - start,
+                decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
+                itl_p50_ms=p50,
+                itl_p95_ms=p95,
+                memory_peak_nbytes=memory_peak,
+            )
+        )
+    held = {tuple(layer.lengths) for layer in cache.evicting}
+    if len(held) > 1:
+        raise LengthMismatch(f"layers hold different numbers of entries: {sorted(held)}")
+    return generations
+
+
+def verify_lengths(policy: Policy, prompt_tokens: int, measured: list[int]) -> None:
+    """Compares measured cache lengths with the policy's own recurrence, step by step.
+
+    Raises:
+        LengthMismatch: naming the step and both numbers.
+    """
+    expected = policy.lengths([prompt_tokens] + [1] * (len(measured) - 1))
+    for step, (found, due) in enumerate(zip(measured, expected, strict=True)):
+        if found != due:
+            raise LengthMismatch(
+                f"{policy.name}: after step {step} of a prompt of {prompt_tokens} tokens the cache"
+                f" holds {found} entries, the method's own recurrence says {due}"
+            )
+
+
+def _left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:
+    """Token ids and attention mask, stacked: int64 [2, rows, longest]."""
+    longest = max(map(len, prompts))
+    ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor([ids, mask])
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    eos = model.generation_config.eos_token_id
+    ids = eos if isinstance(eos, list) else [eos]
+    return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_memory_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Linux: VmHWM starts again from the present resident size (proc(5)). Elsewhere the peak is
+        # the process's own, over all its samples.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

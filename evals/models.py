@@ -1,0 +1,277 @@
+"""Models and tokenizers by config: the embedded SmolLM2, hub names, local folders, random weights.
+
+A model config has `name`, `max_length` (context in tokens), `dtype`, `attn_implementation`, and
+
+- `name_or_path`: a hub name or a folder, with `gguf_file` where the weights are such a file in it;
+- or the shape of a random Llama (:data:`SHAPE`, `seed`), which needs no download.
+
+Code from a hub is never executed (`trust_remote_code` stays off).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import is_flash_attn_2_available, logging
+
+from buzz.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+SPECIAL = ("<bos>", "<eos>", "<pad>")
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def check_model(cfg: Mapping[str, Any]) -> None:
+    """Checks a model config without loading weights; of a hub model its config.json is fetched.
+
+    Raises:
+        ConfigError: unknown dtype or attention, size below 1, missing folder or file, hub name that
+            cannot be had, no RoPE, flash attention that cannot run here.
+    """
+    _choice("dtype", cfg.get("dtype"), DTYPES)
+    _choice("attn_implementation", cfg.get("attn_implementation"), ATTENTION)
+    if cfg["attn_implementation"] == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise ConfigError(
+                "model.attn_implementation",
+                "flash_attention_2",
+                "needs a CUDA device and `pip install -e .[flash-attn]`; otherwise write sdpa",
+            )
+        if cfg["dtype"] == "float32":
+            raise ConfigError("model.dtype", "float32", "flash_attention_2 needs bfloat16/float16")
+    _positive("max_length", cfg.get("max_length"))
+    if "hidden_size" in cfg:
+        _random_config(cfg)
+    else:
+        source = _source(cfg)
+        if not source.endswith(".gguf"):  # a GGUF file is checked when it is converted
+            _require_rope(cfg, _pretrained(AutoConfig, cfg, source))
+
+
+def load_model(
+    cfg: Mapping[str, Any], device: str | torch.device = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in eval mode on its device, and its tokenizer with left padding and a pad token.
+
+    A GGUF file is converted once, to a float32 checkpoint beside it.
+
+    Args:
+        cfg: the model config, see the module's docstring.
+        device: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: as :func:`check_model`; also unreadable weights and a missing device.
+    """
+    device = _device(device)
+    check_model(cfg)
+    dtype, attention = DTYPES[cfg["dtype"]], cfg["attn_implementation"]
+    if "hidden_size" in cfg:
+        tokenizer = byte_tokenizer()
+        # Only the model draws from this seed; the caller's random state is left as it was.
+        with torch.random.fork_rng(), device:
+            torch.manual_seed(cfg["seed"])
+            model = AutoModelForCausalLM.from_config(
+                _random_config(cfg), dtype=dtype, attn_implementation=attention
+            )
+    else:
+        source = _source(cfg)
+        if source.endswith(".gguf"):
+            source = str(_convert(cfg, Path(source)))
+        tokenizer = _pretrained(AutoTokenizer, cfg, source)
+        model = _pretrained(
+            AutoModelForCausalLM,
+            cfg,
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device,
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    generation = model.generation_config
+    generation.pad_token_id = tokenizer.pad_token_id
+    # Decoding is greedy; a checkpoint's sampling defaults would only make `generate` warn.
+    generation.do_sample = False
+    generation.temperature = generation.top_p = generation.top_k = None
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per UTF-8 byte, ids 3 to 258, after <bos>, <eos> and <pad>; needs no files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    bos, eos, pad = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad
+    )
+
+
+def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
+    for name in SHAPE:
+        _positive(name, cfg.get(name))
+    hidden, heads, kv_heads = (cfg[name] for name in (SHAPE[0], SHAPE[3], SHAPE[4]))
+    smallest = len(SPECIAL) + 256
+    if hidden % (2 * heads):
+        raise ConfigError("model.hidden_size", hidden, f"give a multiple of {2 * heads}")
+    if heads % kv_heads:
+        raise ConfigError("model.num_key_value_heads", kv_heads, f"give a divisor of {heads}")
+    if cfg["vocab_size"] < smallest:
+        raise ConfigError("model.vocab_size", cfg["vocab_size"], f"give at least {smallest}")
+    return LlamaConfig(
+        **{name: cfg[name] for name in SHAPE},
+        max_position_embeddings=cfg["max_length"],
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+
+
+def _source(cfg: Mapping[str, Any]) -> str:
+    """A hub name, a checkpoint folder, or a GGUF file (ends in .gguf, if not converted yet)."""
+    given, gguf = cfg.get("name_or_path"), cfg.get("gguf_file")
+    if not given:
+        raise ConfigError("model.name_or_path", given, "name a hub model or a folder")
+    folder = Path(given).expanduser()
+    # The embedded model lies in the checkout, wherever the harness is started.
+    folder = next((p for p in (folder, ROOT / folder) if p.exists()), folder)
+    if gguf:
+        file = folder / gguf
+        if not file.is_file():
+            remedy = "there is no such file; `make model` fetches the embedded model"
+            raise ConfigError("model.gguf_file", str(file), remedy)
+        ready = _converted(file)
+        return str(ready if _fresh(ready, file) else file)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError("model.name_or_path", given, "the folder holds no config.json")
+        return str(folder)
+    if folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
+        raise ConfigError("model.name_or_path", given, "there is no such folder")
+    return given
+
+
+def _converted(gguf: Path) -> Path:
+    return gguf.with_suffix("")
+
+
+def _fresh(ready: Path, gguf: Path) -> bool:
+    config = ready / "config.json"
+    return config.is_file() and config.stat().st_mtime >= gguf.stat().st_mtime
+
+
+def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
+    """GGUF to a float32 safetensors checkpoint with tokenizer, complete or not there at all."""
+    target = _converted(gguf)
+    folder, options = str(gguf.parent), {"gguf_file": gguf.name}
+    config = _pretrained(AutoConfig, cfg, folder, **options)
+    _require_rope(cfg, config)
+    tokenizer = _pretrained(AutoTokenizer, cfg, folder, **options)
+    options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    unpacked = _pretrained(AutoModelForCausalLM, cfg, folder, **options)
+    # A model that came from GGUF refuses to be saved, though its weights are plain by now.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict(), assign=True)
+    model.tie_weights()
+    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=f".{target.name}.") as temporary:
+        part = Path(temporary) / target.name
+        with _quiet():
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+        if not _fresh(target, gguf):  # or another process was faster
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(part, target)
+    return target
+
+
+def _pretrained(auto: Any, cfg: Mapping[str, Any], source: str, **options: Any) -> Any:
+    """`auto.from_pretrained`, quiet, without network for local folders, failing as ConfigError."""
+    try:
+        with _quiet():
+            local = Path(source).exists()
+            return auto.from_pretrained(source, local_files_only=local, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        remedy = f"{reason} (give a local folder, or a hub name that this machine can reach)"
+        raise ConfigError("model.name_or_path", cfg["name_or_path"], remedy) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _require_rope(cfg: Mapping[str, Any], config: PretrainedConfig) -> None:
+    text = config.get_text_config()
+    if not getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
+        raise ConfigError(
+            "model.name_or_path",
+            cfg["name_or_path"],
+            f"{config.model_type} has no rotary positions (RoPE), which eviction needs; "
+            "take a RoPE model such as Llama, Mistral or Qwen",
+        )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "device", str(device), "write auto, or a device of this machine"
+        ) from error
+    return found
+
+
+def _choice(name: str, value: object, choices: Any) -> None:
+    if value not in choices:
+        raise ConfigError(f"model.{name}", value, f"choose one of {', '.join(choices)}")
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"model.{name}", value, "give a whole number of at least 1")

@@ -1,0 +1,159 @@
+"""The folder of a run: what was asked for, under what conditions, and what came out.
+
+config.yaml        the resolved configuration
+environment.json   versions, git revision, device
+samples.jsonl      one JSON object per sample, appended and flushed as samples finish
+summary.json       means over the samples
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from buzz.errors import ConfigError
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """One run's folder. Records are only ever appended; of several with one id the last counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.samples = path / "samples.jsonl"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process; the lock of a process that died is void by itself.
+
+        Raises:
+            ConfigError: another run holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise ConfigError(
+                    "output", str(self.path), f"in use by the run of process {file.read()}; wait"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def read(self) -> dict[str, Record]:
+        """Records by sample id. A torn last line, left by a killed run, is cut off the file.
+
+        Raises:
+            ConfigError: any other line is malformed.
+        """
+        if not self.samples.exists():
+            return {}
+        records: dict[str, Record] = {}
+        end = 0
+        lines = self.samples.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("torn")
+                record = json.loads(line)
+                records[record["id"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):
+                    os.truncate(self.samples, end)
+                    break
+                raise ConfigError(
+                    "output", f"{self.samples}:{number}", "malformed record; remove the folder"
+                ) from error
+            end += len(line)
+        return records
+
+    def append(self, record: Record) -> None:
+        """Adds one record and flushes it."""
+        with open(self.samples, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write(self, name: str, content: Any) -> None:
+        """Writes `content` (text, or anything that JSON knows), all of it or nothing."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        temporary = self.path / f".{name}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+
+def digest(content: Any) -> str:
+    """Eight hexadecimal digits that name a JSON-like value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def environment(device: str, seed: int) -> dict[str, Any]:
+    """What a result may depend on besides the configuration."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "seed": seed,
+        "git_revision": _git_revision(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+
+
+def arithmetic_runs(values: list[int]) -> list[tuple[int, int, int]]:
+    """A trace of lengths as runs of (first, count, increment): exact, and short for every method.
+
+    >>> arithmetic_runs([10, 11, 12, 5, 5])
+    [(10, 3, 1), (5, 2, 0)]
+    """
+    runs: list[tuple[int, int, int]] = []
+    for value in values:
+        if runs:
+            first, count, increment = runs[-1]
+            if count == 1 or value == first + count * increment:
+                runs[-1] = (first, count + 1, value - first if count == 1 else increment)
+                continue
+        runs.append((value, 1, 0))
+    return runs
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _git_revision() -> str | None:
+    """The checkout's commit, with ``-dirty`` if files differ from it; None outside git."""
+    root = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

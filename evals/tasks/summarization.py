@@ -1,0 +1,76 @@
+"""Summaries of news: XSUM and CNN/DailyMail, or any JSON lines of articles with summaries."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from buzz.errors import ConfigError
+from evals.data import load_hub, read_jsonl
+from evals.metrics import rouge
+from evals.task import Sample, Task, at_least
+
+ARTICLE_FIELDS = ("document", "article")
+SUMMARY_FIELDS = ("summary", "highlights", "summary_gt")
+# Files made for H2O's evaluation hold a whole prompt where the article should be.
+READY_PROMPT = re.compile(r"###\nArticle: (.*?)\n\nSummarize the above article in .*", re.DOTALL)
+
+
+@dataclass(kw_only=True)
+class Summarization(Task):
+    """Scores: ROUGE-1, -2 and -L F-measure, 0..100, by rouge-score with stemming.
+
+    Attributes:
+        words: how many words the instruction asks for.
+        data_file: JSON lines with one of ARTICLE_FIELDS and one of SUMMARY_FIELDS; None: the hub.
+        hub, hub_config, split: the data set on the hub.
+    """
+
+    headline: ClassVar[str] = "rougeL"
+
+    words: int = 50
+    data_file: str | None = None
+    hub: str
+    hub_config: str | None = None
+    split: str = "validation"
+    _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
+
+    def check(self) -> None:
+        super().check()
+        at_least(1, "task.words", self.words)
+        if self.data_file is None:
+            self._rows = load_hub(self.hub, self.hub_config, self.split, "task.data_file")
+        else:
+            self._rows = read_jsonl(self.data_file, "task.data_file")
+        for row in self._rows:
+            _first(row, ARTICLE_FIELDS)
+            _first(row, SUMMARY_FIELDS)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        return [self._sample(i, row) for i, row in enumerate(self._rows[: self.samples])]
+
+    def _sample(self, number: int, row: dict[str, Any]) -> Sample:
+        article = _first(row, ARTICLE_FIELDS)
+        if ready := READY_PROMPT.fullmatch(article):
+            article = ready[1]
+        return Sample(
+            id=str(number),
+            prompt=f"{article}\n\nSummarize the above article in {self.words} words.",
+            references=(_first(row, SUMMARY_FIELDS),),
+            meta={"id": row.get("id")},
+        )
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return rouge(sample.references[0], prediction)
+
+
+def _first(row: dict[str, Any], fields: tuple[str, ...]) -> str:
+    for name in fields:
+        if isinstance(row.get(name), str):
+            return row[name]
+    raise ConfigError(
+        "task.data_file", sorted(row), f"a sample needs a text named {' or '.join(fields)}"
+    )

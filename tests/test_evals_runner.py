@@ -1,0 +1,387 @@
+"""Runs on a tiny random model: records, resuming, refusals, failures, the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import evals.generate
+import evals.runner
+import run
+from baselines import FullPolicy, StreamingLLMPolicy
+from buzz import ConfigError, EvictionCache
+from evals.records import RunFolder
+from evals.runner import RunFailed, batches, encode
+from evals.table import find_reference, read_summary
+
+ROOT = Path(run.__file__).parent
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
+MODEL = [
+    "model=llama_random",
+    f"model.hidden_size={4 * HEAD_DIM}",
+    "model.intermediate_size=64",
+    f"model.num_hidden_layers={LAYERS}",
+    "model.num_attention_heads=4",
+    f"model.num_key_value_heads={KV_HEADS}",
+    "model.max_length=1024",
+]
+NEEDLE = ["task.lengths=[400]", "task.depths=[0,50,100]", "task.repeats=1", "task.max_new_tokens=8"]
+
+
+@pytest.fixture
+def go(tmp_path: Path):
+    """Runs the tiny model with some overrides; the run's folder."""
+
+    def go(*overrides: str, fixed: frozenset[str] = frozenset()) -> Path:
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            cfg = compose("config", [*MODEL, *NEEDLE, f"output={tmp_path}/runs", *overrides])
+        return evals.runner.run(cfg, fixed)
+
+    return go
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command line in this process; its exit status."""
+
+    def main(*arguments: str) -> int:
+        argv = ["run.py", f"--config-path={ROOT}/configs", *arguments, f"output={tmp_path}/runs"]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            run.main()
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    return main
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_records_and_summary(go) -> None:
+    folder = go("method=streaming_llm", "method.sink=4", "method.window=60")
+    records, summary = read(folder), read_summary(folder)
+    assert [record["group"] for record in records] == ["0%", "50%", "100%"]
+    entry = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # K and V, float32
+    for record in records:
+        assert record["trace"] == [[64, record["generated_tokens"], 0]]
+        assert record["evictions"] == record["generated_tokens"]
+        assert record["kv_nbytes_mean"] == record["kv_nbytes_peak"] == 64 * entry
+        assert record["allocated_nbytes"] >= 64 * entry
+        assert record["memory_peak_nbytes"] > 50e6
+        assert record["ttft_s"] > 0 and record["decode_tokens_per_s"] > 0
+        assert 0 < record["itl_p50_ms"] <= record["itl_p95_ms"]
+        assert not record["chat_template"] and record["truncated_tokens"] == 0
+    assert summary["n"] == 3 and summary["kv_entries_peak"] == 64
+    assert summary["groups"].keys() == {"0%", "50%", "100%"}
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["transformers"] and environment["threads"] > 0
+
+
+def test_fractional_budget_is_of_each_prompt(go) -> None:
+    folder = go("method=streaming_llm", "budget=0.25")
+    for record in read(folder):
+        assert record["budget_entries"] == round(0.25 * record["prompt_tokens"])
+        assert record["kv_entries_peak"] == record["budget_entries"]
+
+
+def test_budget_leaves_fixed_parameters_alone(go) -> None:
+    folder = go("method=h2o", "method.heavy=30", "budget=100", fixed=frozenset({"heavy"}))
+    policy = read(folder)[0]["policy"]
+    assert (policy["heavy"], policy["recent"]) == (30, 70)
+
+
+def test_budget_does_not_matter_to_a_method_without_parameters(go) -> None:
+    assert go("method=full") == go("method=full", "budget=0.5")
+    assert go("method=h2o") != go("method=h2o", "budget=0.5")
+
+
+def test_rows_of_a_batch_answer_as_they_do_alone(go) -> None:
+    alone = {record["id"]: record for record in read(go("method=buzz", "method.threshold=60"))}
+    together = read(go("method=buzz", "method.threshold=60", "task.batch_size=3"))
+    assert len({record["prompt_tokens"] for record in together}) > 1  # so there is padding
+    for record in together:
+        assert record["prediction"] == alone[record["id"]]["prediction"]
+        assert record["trace"] == alone[record["id"]]["trace"]
+
+
+def test_batch_budget_is_that_of_the_shortest_row(go) -> None:
+    records = read(go("method=local", "budget=0.5", "task.batch_size=3"))
+    shortest = min(record["prompt_tokens"] for record in records)
+    assert {record["budget_entries"] for record in records} == {round(0.5 * shortest)}
+
+
+def test_killed_run_goes_on_where_it_stopped(go, capsys) -> None:
+    folder = go("method=buzz")
+    whole = (folder / "samples.jsonl").read_text()
+    first, second, *_ = whole.splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text(first + second[: len(second) // 2])
+    assert go("method=buzz") == folder
+    assert "1 of 3 samples are there already" in capsys.readouterr().err
+    text = (folder / "samples.jsonl").read_text()
+    assert text.startswith(first)
+    assert [r["prediction"] for r in read(folder)] == [
+        json.loads(line)["prediction"] for line in whole.splitlines()
+    ]
+
+
+def test_repeated_run_generates_nothing(go, monkeypatch) -> None:
+    folder = go("method=buzz")
+    before = (folder / "samples.jsonl").read_bytes()
+    monkeypatch.setattr(evals.runner, "generate", None)
+    assert go("method=buzz") == folder
+    assert (folder / "samples.jsonl").read_bytes() == before
+
+
+def test_records_of_other_prompts_are_not_reused(go) -> None:
+    folder = go("method=buzz")
+    records = read(folder)
+    records[0]["prompt_sha256"] = "0" * 16
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(ConfigError, match="another prompt"):
+        go("method=buzz")
+
+
+def test_second_run_in_the_same_folder_is_refused(go) -> None:
+    folder = go("method=buzz")
+    with RunFolder(folder).lock(), pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+        go("method=buzz")
+    (folder / "lock").write_text("999999999")  # left by a process that died
+    go("method=buzz")
+
+
+def test_cache_that_does_not_evict_fails_the_run(go, monkeypatch) -> None:
+    silent = lambda model, policy, **options: EvictionCache(model, FullPolicy())  # noqa: E731
+    monkeypatch.setattr(evals.generate, "EvictionCache", silent)
+    with pytest.raises(RunFailed, match=r"holds \d+ entries, the method's own recurrence says 64"):
+        go("method=streaming_llm", "method.window=60", "task.lengths=[400]")
+    monkeypatch.undo()
+    runs = list(Path(go("method=full")).parent.glob("*streaming_llm*"))
+    assert read(runs[0])[0]["status"] == "failed"
+    with pytest.raises(ConfigError, match="the run failed"):
+        read_summary(runs[0])
+    folder = go("method=streaming_llm", "method.window=60")  # failed samples run again
+    assert folder == runs[0] and read_summary(folder)["n"] == 3
+
+
+def test_failed_run_exits_with_1(main, monkeypatch, capsys) -> None:
+    silent = lambda model, policy, **options: EvictionCache(model, FullPolicy())  # noqa: E731
+    monkeypatch.setattr(evals.generate, "EvictionCache", silent)
+    assert main(*MODEL, *NEEDLE, "method=local", "method.window=60") == 1
+    assert "recurrence" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_a_result(go, monkeypatch) -> None:
+    def generate(model, tokenizer, prompts, *arguments):
+        if len(prompts[0]) > 200:  # not the warm-up
+            calls.append(len(prompts[0]))
+            if len(calls) == 2:
+                raise MemoryError
+        return original(model, tokenizer, prompts, *arguments)
+
+    calls: list[int] = []
+    original = evals.runner.generate
+    monkeypatch.setattr(evals.runner, "generate", generate)
+    folder = go("method=full")
+    assert [record["status"] for record in read(folder)] == ["ok", "oom", "ok"]
+    assert (read_summary(folder)["n"], read_summary(folder)["oom"]) == (2, 1)
+    go("method=full")
+    assert len(calls) == 3
+
+
+def test_answer_stops_at_end_of_sequence_and_stop_string() -> None:
+    from evals.models import load_model
+
+    cfg = {
+        "name": "random",
+        "max_length": 256,
+        "dtype": "float32",
+        "attn_implementation": "sdpa",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 300,
+        "seed": 0,
+    }
+    model, tokenizer = load_model(cfg, "cpu")
+    prompt, policy = tokenizer("some text")["input_ids"], StreamingLLMPolicy(sink=1, window=4)
+    (free,) = evals.generate.generate(model, tokenizer, [prompt], policy, 12)
+    assert free.stop_reason == "length" and free.generated_tokens == 12
+
+    def answer(**changes):
+        return evals.generate.generate(model, tokenizer, [prompt], policy, 12, **changes)[0]
+
+    ids = tokenizer(free.text)["input_ids"]
+    character = next(c for c in free.text[1:] if " " < c <= "~" and c != free.text[0])
+    stopped = answer(stop=(character,))
+    assert stopped.stop_reason == "stop"
+    assert stopped.generated_tokens == free.text.index(character) + 1
+    assert len(stopped.lengths) == stopped.generated_tokens
+    model.generation_config.eos_token_id = ids[1]
+    assert (ended := answer()).stop_reason == "eos" and ended.generated_tokens <= 2
+
+
+BAD = {
+    "method.stride=0": "method.stride=0",
+    "method.window=-3": "method.window=-3",
+    "method.window=2000": "method.window=2000: larger than the model's 1024 tokens",
+    "method=h2o method.recent=few": "method.recent='few'",
+    "+method.honey=1": "unexpected keyword argument 'honey'",
+    "budget=0": "budget=0",
+    "budget=1.5": "budget=1.5",
+    "budget=-0.2": "budget=-0.2",
+    "budget=some": "budget='some'",
+    "budget=5000": "budget=5000",
+    "budget=5": "budget=5: leaves",
+    "method=streaming_llm budget=4": "budget=4: leaves",
+    "task.samples=0": "task.samples=0",
+    "task.batch_size=0": "task.batch_size=0",
+    "task.max_new_tokens=0": "task.max_new_tokens=0",
+    "task.max_new_tokens=null": "task.max_new_tokens=None",
+    "task.max_new_tokens=4000": "task.max_new_tokens=4000",
+    "task.lengths=[2000]": "model.max_length=1024",
+    "task.lengths=[]": "task.lengths=[]",
+    "task.depths=[101]": "task.depths=101",
+    "task.depths=[deep]": "task.depths='deep'",
+    "task.repeats=0": "task.repeats=0",
+    "seed=x": "seed='x'",
+    "cache.logn_base=0.5": "cache.logn_base=0.5",
+    "task=xsum task.data_file=none.jsonl": "task.data_file='none.jsonl'",
+    "task=xsum task.data_file=none.jsonl task.words=0": "task.words=0",
+    "task=longbench task.data_dir=none": "task.data_dir='none'",
+    "task=longbench task.subsets=[honey]": "task.subsets='honey': choose among",
+    "model.dtype=float8": "model.dtype='float8'",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_input_is_one_line_before_a_model_is_loaded(main, monkeypatch, capsys, overrides):
+    if "longbench" in overrides:
+        pytest.importorskip("jieba")
+        pytest.importorskip("lm_eval")
+    monkeypatch.setattr(evals.runner, "load_model", None)
+    task = [] if "task=" in overrides else NEEDLE
+    assert main(*MODEL, *task, *overrides.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and BAD[overrides] in line
+
+
+@pytest.mark.parametrize("choice", ["method", "task", "model", "logger"])
+def test_unknown_choice_lists_the_choices(main, capsys, choice) -> None:
+    assert main(f"{choice}=honey") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for path in (ROOT / "configs" / choice).glob("*.yaml"):
+        assert path.stem in error
+
+
+def test_command_line_from_another_folder(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "run.py", *MODEL, *NEEDLE, "budget=7.5", "output=runs"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: budget=7.5: ")
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}  # no other folder is left behind
+
+
+def test_multirun_prints_one_table_and_loads_the_model_once(main, monkeypatch, capsys) -> None:
+    loads = []
+    original = evals.runner.load_model
+    monkeypatch.setattr(evals.runner, "load_model", lambda *a: loads.append(a) or original(*a))
+    evals.runner._loaded.clear()
+    methods = ["streaming_llm", "full", "buzz"]
+    assert main("-m", *MODEL, *NEEDLE, f"method={','.join(methods)}", "budget=0.25") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.split()[:1]}
+    assert [name for name in rows if name in methods] == methods
+    assert sum("KV entries" in line for line in lines) == 1
+    assert rows["full"][2] == "-" and rows["full"][5] == "1.00"
+    assert 0.2 < float(rows["streaming_llm"][5]) < 0.3
+    assert len(loads) == 1
+
+
+def test_single_run_is_compared_with_an_earlier_full_run(go, main, capsys) -> None:
+    folder = go("method=buzz")
+    assert find_reference(read_summary(folder), folder.parent.iterdir()) is None
+    go("method=full", "seed=1")
+    assert find_reference(read_summary(folder), folder.parent.iterdir()) is None
+    go("method=full")
+    assert find_reference(read_summary(folder), folder.parent.iterdir())["method"] == "full"
+    assert main(*MODEL, *NEEDLE, "method=buzz") == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("buzz")]
+    assert row.split()[5] != "-"
+
+
+def test_failing_wandb_is_a_warning(go, monkeypatch) -> None:
+    import wandb
+
+    def init(**settings):
+        assert settings["mode"] == "offline"
+        raise OSError("no disk")
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.warns(UserWarning, match="not logged to Weights & Biases: no disk"):
+        folder = go("method=full", "logger=wandb")
+    assert read_summary(folder)["n"] == 3
+
+
+def test_every_method_has_a_config_that_names_it() -> None:
+    from buzz import POLICIES
+
+    stems = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
+    assert stems == set(POLICIES)
+
+
+class Words:
+    """A tokenizer of one token per word, with a template of three."""
+
+    chat_template = "yes"
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[str]]:
+        return {"input_ids": text.split()}
+
+    def decode(self, ids: list[str], skip_special_tokens: bool) -> str:
+        return " ".join(ids) + " "
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt) -> str:
+        return f"user {messages[0]['content']} end assistant"
+
+
+@pytest.mark.parametrize(("chat", "limit"), [(True, 20), (True, 21), (False, 20), (False, 99)])
+def test_truncation_keeps_both_ends_and_the_whole_template(chat: bool, limit: int) -> None:
+    words = [str(i) for i in range(100)]
+    ids, truncated = encode(Words(), " ".join(words), chat, limit)
+    assert len(ids) in (limit - 1, limit) and truncated == 100 + 3 * chat - len(ids)
+    if chat:
+        assert (ids[0], ids[-2:]) == ("user", ["end", "assistant"])
+        ids = ids[1:-2]
+    half = len(ids) // 2
+    assert ids == words[:half] + words[-half:]
+
+
+def test_truncation_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no room"):
+        encode(Words(), "one two three four", True, 3)
+
+
+def test_batches_do_not_mix_settings_and_neighbour_lengths() -> None:
+    from evals.runner import Prompt
+    from evals.task import Sample
+
+    def prompt(length: int, stop: tuple[str, ...] = ()) -> Prompt:
+        return Prompt(Sample(str(length), "", (), stop=stop), [0] * length, 0, False, 8)
+
+    prompts = [prompt(9), prompt(4, ("\n",)), prompt(1), prompt(8), prompt(2)]
+    lengths = [[len(p.ids) for p in batch] for batch in batches(prompts, 2)]
+    assert lengths == [[1, 2], [8, 9], [4]]
+    assert [[len(p.ids) for p in b] for b in batches(prompts, 1)] == [[9], [1], [8], [2], [4]]

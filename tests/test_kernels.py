@@ -1,0 +1,299 @@
+"""Every implementation against the full attention matrix, and the build of the C++ one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from buzz import kernels
+from buzz.errors import ConfigError
+from buzz.kernels import cpu, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see the last test
+TRITON = importlib.util.find_spec("triton") is not None
+GPU = TRITON and torch.cuda.is_available() and not INTERPRETED
+compiled = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture(params=["reference", "cpu"] + ["triton_scores"] * (GPU or INTERPRETED))
+def impl(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Each implementation, with its device as the default one."""
+    if request.param == "cpu" and not cpu.available():
+        pytest.skip("no C++ compiler")
+    with torch.device("cuda" if GPU and request.param == "triton_scores" else "cpu"):
+        yield importlib.import_module(f"buzz.kernels.{request.param}")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    observe: int | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, in float64, with the whole matrix and with repeated heads."""
+    query, key, value = query.double(), key.double(), value.double()
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    visible = visible.expand(batch, 1, queries, keys)
+    if starts is not None:
+        visible = visible & (torch.arange(keys) >= starts[:, None, None, None])
+    logits = (query @ key.mT * scale).masked_fill(~visible, -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)  # a padded query sees nothing
+    received = weights[:, :, queries - (observe or queries) :].sum(2)
+    return weights @ value, received.view(batch, kv_heads, -1, keys).sum(2)
+
+
+def draw(
+    *,
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    q: int,
+    n: int,
+    dim: int = 64,
+    vdim: int = 64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Views such as a cache gives: a transposed query, keys and values inside a longer buffer."""
+    random = seeded(q * 1000 + n)
+    query = torch.randn(batch, q, heads, dim, generator=random).transpose(1, 2) * 2
+    key = torch.randn(batch, kv_heads, n + 9, dim, generator=random)[:, :, 5 : n + 5]
+    value = torch.randn(batch, kv_heads, n + 9, vdim, generator=random)[:, :, 3 : n + 3]
+    return query, key, value
+
+
+def close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(got[0].double(), want[0], atol=tolerance, rtol=tolerance)
+    assert got[1].dtype == torch.float32
+    torch.testing.assert_close(got[1].double(), want[1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(q=1, n=1),
+        dict(q=1, n=77),
+        dict(q=7, n=7, heads=3, kv_heads=3),
+        dict(q=48, n=48, heads=9, kv_heads=3),
+        dict(q=130, n=130, dim=128, vdim=128),
+        dict(q=64, n=200, batch=2),
+        dict(q=131, n=215, batch=2, heads=4, kv_heads=1, dim=20, vdim=36),
+        dict(q=315, n=315, heads=1, kv_heads=1, dim=7, vdim=3),
+    ],
+    ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()),
+)
+def test_prefill_equals_the_full_matrix(impl: ModuleType, sizes: dict[str, int]) -> None:
+    inputs = draw(**sizes)
+    scale = inputs[0].shape[-1] ** -0.5
+    close(impl.scored_prefill(*inputs, scale), full(*inputs, scale))
+
+
+@pytest.mark.parametrize("observe", [1, 16, 100, 150])
+def test_only_the_observed_queries_count(impl: ModuleType, observe: int) -> None:
+    inputs = draw(q=150, n=170)
+    close(impl.scored_prefill(*inputs, 0.125, observe=observe), full(*inputs, 0.125, observe))
+
+
+@pytest.mark.parametrize("q", [130, 90])
+def test_padding_neither_attends_nor_receives(impl: ModuleType, q: int) -> None:
+    inputs = draw(batch=4, q=q, n=130)
+    starts = torch.tensor([0, 33, 100, 129])
+    for observe in (None, 20):
+        got = impl.scored_prefill(*inputs, 0.125, starts=starts, observe=observe)
+        close(got, full(*inputs, 0.125, observe, starts))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(n=1),
+        dict(n=130, heads=9, kv_heads=3),
+        dict(n=517, batch=3, heads=4, kv_heads=4, dim=128, vdim=80),
+        dict(n=63, heads=8, kv_heads=1, dim=7, vdim=19),
+    ],
+    ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()),
+)
+def test_decode_equals_the_full_matrix(impl: ModuleType, sizes: dict[str, int]) -> None:
+    inputs = draw(q=1, **sizes)
+    close(impl.scored_decode(*inputs, 0.3), full(*inputs, 0.3))
+
+
+def test_decode_skips_padding(impl: ModuleType) -> None:
+    inputs = draw(batch=3, q=1, n=90)
+    starts = torch.tensor([0, 89, 37])
+    close(impl.scored_decode(*inputs, 0.125, starts), full(*inputs, 0.125, starts=starts))
+
+
+def test_huge_logits_stay_finite(impl: ModuleType) -> None:
+    query, key, value = draw(q=100, n=100)
+    key[:, :, 0] *= 100  # an attention sink, logits in the hundreds and of both signs
+    # A logit of 500 is known to 3e-5 in float32.
+    close(impl.scored_prefill(query, key, value, 1.0), full(query, key, value, 1.0), 3e-4)
+    last = query[:, :, -1:]
+    close(impl.scored_decode(last, key, value, 1.0), full(last, key, value, 1.0), 3e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(impl: ModuleType, dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 as if it were uint16")
+    inputs = tuple(x.to(dtype) for x in draw(q=150, n=150))
+    output, received = impl.scored_prefill(*inputs, 0.125)
+    want_output, want_received = full(*inputs, 0.125)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), want_output, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(received.double(), want_received, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=compiled)])
+def test_nothing_quadratic_is_held(impl: str) -> None:
+    # What one head's matrix would take at 8,192 tokens is 256 MiB; the process may grow by 32.
+    code = f"""
+import resource, torch
+from buzz.kernels.{impl} import scored_prefill
+x = torch.randn(1, 1, 8192, 8)
+scored_prefill(x[:, :, :99], x[:, :, :99], x[:, :, :99], 1.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scored_prefill(x, x, x, 1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32 * 1024
+
+
+def test_repeated_runs_agree_to_the_bit(impl: ModuleType) -> None:
+    inputs = draw(q=200, n=200)
+    first, second = (impl.scored_prefill(*inputs, 0.125)[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+def test_move_rotates_and_survives_overlap(impl: ModuleType, per_head: bool) -> None:
+    random = seeded(0)
+    batch, heads, capacity, dim, half, target = 2, 3, 40, 12, 4, 10
+    keys = torch.randn(batch, heads, capacity + 2, dim, generator=random)[:, :, 1:-1]
+    values = torch.randn(batch, heads, capacity, 5, generator=random)
+    rows = [torch.randperm(26, generator=random)[:14].sort().values for _ in range(batch * heads)]
+    index = torch.stack(rows).view(batch, heads, 14)
+    # The contract: entries only move towards the newest token.
+    index = torch.minimum(index, target + torch.arange(14))
+    angle = torch.randn(*((batch, heads) if per_head else ()), 14, half, generator=random)
+    turn = torch.polar(torch.ones(()), angle)
+
+    source = index.unsqueeze(-1)
+    old_keys, old_values = keys.clone(), values.clone()
+    moved = old_keys.gather(2, source.expand(-1, -1, -1, dim))
+    turned = torch.complex(moved[..., :half], moved[..., half : 2 * half]) * turn
+    want_keys, want_values = old_keys.clone(), old_values.clone()
+    want_keys[:, :, target : target + 14] = torch.cat(
+        [turned.real, turned.imag, moved[..., 2 * half :]], -1
+    )
+    want_values[:, :, target : target + 14] = old_values.gather(2, source.expand(-1, -1, -1, 5))
+
+    impl.move(keys, values, index, target, turn.real.contiguous(), turn.imag.contiguous())
+    torch.testing.assert_close(keys, want_keys, atol=1e-6, rtol=0)
+    assert torch.equal(values, want_values)
+
+
+def test_gradients_take_the_reference() -> None:
+    query, key, value = draw(q=20, n=20)
+    query.requires_grad_()
+    assert kernels.implementation(query) is reference
+    output, received = kernels.scored_prefill(query, key, value, 0.125)
+    (output.sum() + received.square().sum()).backward()
+    assert query.grad is not None and query.grad.abs().sum() > 0
+
+
+def test_an_implementation_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(1)
+    monkeypatch.setenv("BUZZ_KERNELS", "reference")
+    assert kernels.implementation(tensor) is reference
+    for name in ("triton", "cuda"):  # not for this device; not a name
+        monkeypatch.setenv("BUZZ_KERNELS", name)
+        with pytest.raises(ConfigError, match="BUZZ_KERNELS"):
+            kernels.implementation(tensor)
+
+
+@pytest.mark.parametrize("q, n, heads, kv_heads", [(5, 4, 2, 2), (3, 4, 3, 2)])
+def test_shapes_that_do_not_fit_are_refused(q: int, n: int, heads: int, kv_heads: int) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.scored_prefill(*draw(q=q, n=n, heads=heads, kv_heads=kv_heads), 1.0)
+
+
+def test_without_a_compiler_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu.library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="no-such-compiler"):
+            assert kernels.implementation(torch.zeros(1)) is reference
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.implementation(torch.zeros(1)) is reference
+    finally:
+        cpu.library.cache_clear()
+
+
+@compiled
+def test_two_build_at_once_and_a_third_finds_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUZZ_CACHE", str(tmp_path))
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda _: cpu.build(), range(2))
+    assert [first] == [second] == list(tmp_path.iterdir())
+    stamp = first.stat().st_mtime_ns
+    assert cpu.build().stat().st_mtime_ns == stamp
+
+
+@triton
+def test_flash_attention_still_returns_what_triton_needs() -> None:
+    # The operator is internal to PyTorch; on "meta" its signature and shapes show without a GPU.
+    query = torch.empty(2, 8, 100, 64, device="meta", dtype=torch.float16)
+    key = torch.empty(2, 2, 300, 64, device="meta", dtype=torch.float16)
+    module = importlib.import_module("buzz.kernels.triton_scores")
+    output, logsumexp = module._flash(query, key, key, 0.125)
+    assert output.shape == query.shape
+    assert logsumexp.shape[:2] == (2, 8) and logsumexp.shape[2] >= 100
+    assert logsumexp.dtype == torch.float32
+
+
+@triton
+def test_triton_in_the_interpreter() -> None:
+    # A process of its own: Triton decides between compiler and interpreter when it is imported.
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-qx",
+            "-k",
+            "triton_scores",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout

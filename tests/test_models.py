@@ -1,0 +1,197 @@
+"""Model configs: what is refused before weights load, random models, the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig
+
+from buzz.errors import ConfigError
+from evals import models
+from evals.models import byte_tokenizer, check_model, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs/model").glob("*.yaml"))
+
+
+def config(name: str, **overrides: object) -> dict:
+    return yaml.safe_load((ROOT / f"configs/model/{name}.yaml").read_text()) | overrides
+
+
+def tiny(**overrides: object) -> dict:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    return config("llama_random", **small, **heads, max_length=128) | overrides
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model, tokenizer = load_model(tiny())
+    model.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_named_after_its_file(path: Path):
+    cfg = yaml.safe_load(path.read_text())
+    assert cfg["name"] == path.stem
+    assert cfg["dtype"] in models.DTYPES and cfg["attn_implementation"] in models.ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("cfg", "field"),
+    [
+        (tiny(dtype="float8"), "model.dtype"),
+        (tiny(attn_implementation="flash"), "model.attn_implementation"),
+        (tiny(max_length=0), "model.max_length"),
+        (tiny(max_length=True), "model.max_length"),
+        (tiny(num_hidden_layers=-1), "model.num_hidden_layers"),
+        (tiny(hidden_size=36), "model.hidden_size"),
+        (tiny(num_key_value_heads=3), "model.num_key_value_heads"),
+        (tiny(vocab_size=258), "model.vocab_size"),
+        (config("hf", max_length=128), "model.name_or_path"),
+        (config("hf", max_length=128, name_or_path="./nowhere"), "model.name_or_path"),
+        (config("hf", max_length=128, name_or_path=str(ROOT / "tests")), "model.name_or_path"),
+        (config("smollm2", gguf_file="none.gguf"), "model.gguf_file"),
+    ],
+)
+def test_bad_config_is_refused_before_loading(cfg: dict, field: str):
+    with pytest.raises(ConfigError) as error:
+        check_model(cfg)
+    assert error.value.field == field and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [GPT2Config, MptConfig])
+def test_model_without_rope_is_refused_by_name(tmp_path: Path, cls: type):
+    cls().save_pretrained(tmp_path)  # a config alone: no weights are looked for
+    with pytest.raises(ConfigError, match=cls.model_type):
+        check_model(config("hf", name_or_path=str(tmp_path), max_length=128))
+
+
+def test_rope_model_passes_on_its_config_alone(tmp_path: Path):
+    LlamaConfig().save_pretrained(tmp_path)
+    cfg = config("hf", name_or_path=str(tmp_path), max_length=128)
+    check_model(cfg)
+    with pytest.raises(ConfigError, match="model.name_or_path"):  # but it has no weights
+        load_model(cfg)
+
+
+def test_hub_failure_names_the_model(monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ConfigError, match="meta-llama/Llama-2-7b-hf.*couldn't connect") as error:
+        check_model(config("llama2_7b"))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_device_is_refused():
+    with pytest.raises(ConfigError, match="device"):
+        load_model(tiny(), device="abacus")
+
+
+def test_corrupt_weights_are_a_config_error(checkpoint: Path):
+    (checkpoint / "model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ConfigError, match="model.name_or_path"):
+        load_model(config("hf", name_or_path=str(checkpoint), max_length=128))
+
+
+def test_local_checkpoint_round_trip(checkpoint: Path):
+    random, _ = load_model(tiny())
+    model, tokenizer = load_model(
+        config("hf", name_or_path=str(checkpoint), max_length=128, dtype="bfloat16")
+    )
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert tokenizer.padding_side == "left"
+    for a, b in zip(random.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a.bfloat16(), b)
+
+
+def test_sampling_defaults_of_a_checkpoint_are_dropped(checkpoint: Path):
+    path = checkpoint / "generation_config.json"
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sampling))
+    model, _ = load_model(config("hf", name_or_path=str(checkpoint), max_length=128))
+    assert not model.generation_config.do_sample
+    assert model.generation_config.temperature is None and model.generation_config.top_p is None
+
+
+def test_random_weights_come_from_the_seed_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, _ = load_model(tiny())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, _ = load_model(tiny())
+    other, _ = load_model(tiny(seed=1))
+    weight = first.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(weight, again.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(weight, other.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("text", ["plain", "  two  spaces\n", "naïve 東京 🐝", "<eo", "\x00\t"])
+def test_byte_tokenizer_is_lossless_and_one_token_per_byte(text: str):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode()) and min(ids) >= 3 and max(ids) <= 258
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple:
+    cfg = config("smollm2")
+    if not (ROOT / "models" / cfg["gguf_file"]).exists():
+        pytest.skip("the embedded model is not there: make model")
+    return load_model(cfg)
+
+
+def test_smollm2_answers_in_its_chat_template(smollm2: tuple):
+    model, tokenizer = smollm2
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(out) and out[-1] == tokenizer.eos_token_id
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token is not None
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_converted_checkpoint_equals_its_gguf(smollm2: tuple):
+    model, tokenizer = smollm2
+    options = {"gguf_file": config("smollm2")["gguf_file"]}
+    original = AutoModelForCausalLM.from_pretrained(ROOT / "models", **options)
+    text = "I don't know:\n\n\n 2024's naïve <|im_end|>  bees"
+    ids = AutoTokenizer.from_pretrained(ROOT / "models", **options)(text)["input_ids"]
+    assert tokenizer(text)["input_ids"] == ids
+    with torch.no_grad():
+        a, b = (m(torch.tensor([ids])).logits for m in (model, original))
+    assert torch.equal(a, b)
+
+
+def test_interrupted_or_outdated_conversion_is_not_used(tmp_path: Path):
+    gguf, ready = tmp_path / "m.gguf", tmp_path / "m"
+    gguf.write_bytes(b"new")
+    cfg = config("hf", name_or_path=str(tmp_path), gguf_file="m.gguf", max_length=128)
+    ready.mkdir()
+    assert models._source(cfg) == str(gguf)  # no config.json: nothing was finished
+    (ready / "config.json").write_text("{}")
+    assert models._source(cfg) == str(ready)
+    newer = (ready / "config.json").stat().st_mtime + 10
+    os.utime(gguf, (newer, newer))
+    assert models._source(cfg) == str(gguf)
+
+
+def test_broken_gguf_is_a_config_error_and_leaves_nothing(tmp_path: Path):
+    (tmp_path / "m.gguf").write_bytes(b"not a model")
+    with pytest.raises(ConfigError, match="model.name_or_path"):
+        load_model(config("hf", name_or_path=str(tmp_path), gguf_file="m.gguf", max_length=128))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
