@@ -14,7 +14,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from buzz import attention
+from buzz import attention, kernels
 from buzz.errors import ConfigError
 from buzz.policy import Policy
 from buzz.rope import Rope, find_rope
@@ -40,7 +40,7 @@ class Group:
         sampled: how many of them are history that an eviction has sampled.
         evictions: evictions so far.
         source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
-            before they first moved: moving them again and again then adds no error.
+            before they first moved, where turning them again and again would add up errors.
         source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to.
     """
 
@@ -317,67 +317,69 @@ class EvictionLayer(CacheLayerMixin):
             group.evictions += 1
         else:
             index = torch.arange(kept - tail, device=self.device)
-        older = kept - tail
-        size, heads = len(group.rows), store.keys.shape[1]
-        index = index.expand(size, heads, older)
-        slots = first + index
-
-        def pick(tensor: Tensor) -> Tensor:
-            batch = torch.tensor(group.rows, device=self.device)[:, None, None]
-            head = torch.arange(heads, device=self.device)[:, None]
-            return tensor[batch, head, slots]
-
-        to_older = slice(target.end - kept, target.end - tail)
-        keys = self._moved_keys(group, kept, index, pick(store.keys), pick(store.positions))
-        target.keys[rows, :, to_older] = keys
-        target.values[rows, :, to_older] = pick(store.values)
-        target.positions[rows, :, to_older] = pick(store.positions)
-        if store.scores is not None and target.scores is not None:
-            target.scores[rows, :, to_older] = pick(store.scores)
+        index = index.expand(len(group.rows), store.keys.shape[1], kept - tail)
+        leading = self._resident_keys(group, kept, index, store, first)
+        to = target.end - kept
+        dropped = group.held - kept
+        turns = None
+        if dropped and self.rope.static:
+            turns = self.rope.table(dropped + 1)
+        tensors = store.tensors(), target.tensors()
+        whole = None if isinstance(rows, slice) else rows
+        kernels.move(
+            *tensors,
+            first + index,
+            to,
+            first + dropped,
+            turns,
+            rows=whole,
+            interleaved=self.rope.interleaved,
+        )
+        if leading is not None:
+            target.keys[rows, :, to : to + leading.shape[2]] = leading
         if target is not store:
-            for source, destination in zip(store.tensors(), target.tensors(), strict=True):
+            for source, destination in zip(*tensors, strict=True):
                 recent = source[rows, :, store.end - tail : store.end]
                 destination[rows, :, target.end - tail : target.end] = recent
 
-    def _moved_keys(
-        self,
-        group: Group,
-        kept: int,
-        index: Tensor,
-        keys: Tensor,
-        positions: Tensor,
-    ) -> Tensor:
-        """Rotate kept keys to where they stand once `kept` entries remain.
+    def _resident_keys(
+        self, group: Group, kept: int, index: Tensor, store: Store, first: int
+    ) -> Tensor | None:
+        """The keys that must not be turned step by step, turned at once from how they came.
 
-        Positions count so that the newest entry keeps its true one, `seen - 1`.
+        These are, in half precision, the residents of the policy, whose rounding errors would add
+        up; and all keys where frequencies change, because turns do not add up then.
 
         Args:
-            index: int64 [rows, kv_heads, older], indices of the keys before the eviction.
-            keys: [rows, kv_heads, older, head_dim], a copy that is this function's to change.
-            positions: int32 [rows, kv_heads, older], token indices of the keys.
+            index: int64 [rows, kv_heads, older], entries that stay.
+            first: slot of entry 0.
+
+        Returns:
+            [rows, kv_heads, residents, head_dim], or None if there are none.
         """
-        if self.rope.module is None:
-            return keys
         older = index.shape[-1]
-        new = group.seen - kept + torch.arange(older, device=self.device)
+        if not self.rope.static:
+            residents = older
+        elif store.keys.dtype in (torch.float16, torch.bfloat16):
+            residents = min(self.policy.resident, older)
+        else:
+            residents = 0
+        if not residents or self.rope.module is None:
+            return None
+        index = index[..., :residents]
+        batch = torch.tensor(group.rows, device=self.device)[:, None, None]
+        where = batch, torch.arange(index.shape[1], device=self.device)[:, None], first + index
+        keys, arrival = store.keys[where], store.positions[where] + group.padding
         old = group.seen - group.held + index
-        residents = min(self.policy.resident, older) if self.rope.static else older
-        if residents:
-            leading, leading_old = keys[..., :residents, :], old[..., :residents]
-            if group.source is not None and group.source_positions is not None:
-                known = group.source.shape[2]
-                place = index[..., :residents].clamp(max=known - 1)
-                has_source = index[..., :residents] < known
-                place_of_key = place[..., None].expand(*place.shape, keys.shape[-1])
-                source = group.source.gather(2, place_of_key)
-                leading = torch.where(has_source[..., None], source, leading)
-                leading_old = torch.where(
-                    has_source, group.source_positions.gather(2, place), leading_old
-                )
-                keys[..., :residents, :] = leading
-                old[..., :residents] = leading_old
-            group.source, group.source_positions = leading.clone(), leading_old.clone()
-        arrival = positions + group.padding
+        if group.source is not None and group.source_positions is not None:
+            known = group.source.shape[2]
+            place = index.clamp(max=known - 1)
+            has_source = index < known
+            source = group.source.gather(2, place[..., None].expand_as(keys))
+            keys = torch.where(has_source[..., None], source, keys)
+            old = torch.where(has_source, group.source_positions.gather(2, place), old)
+        group.source, group.source_positions = keys, old
+        new = group.seen - kept + torch.arange(residents, device=self.device)
         return self.rope.rotate(keys, self.rope.turn(new, old, arrival))
 
     def _positions(self, new: int) -> Tensor:

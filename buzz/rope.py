@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from buzz.errors import ConfigError
+from buzz.kernels.reference import rotate
 
 Rotation = tuple[Tensor, Tensor]
+SMALL_TABLE = 512  # rows
 
 
 class Rope:
@@ -42,6 +44,7 @@ class Rope:
             rope_type = rope_type[layer_type]
         # Whether frequencies may change from one forward pass to the next.
         self.static = "dynamic" not in rope_type and rope_type != "longrope"
+        self._table: Rotation | None = None
         self._history: list[tuple[int, Tensor]] = []
 
     def frequencies(self) -> Tensor:
@@ -61,7 +64,7 @@ class Rope:
         self._history.clear()
 
     def turn(self, new: Tensor, old: Tensor, slots: Tensor) -> Rotation | None:
-        """cos and sin that take keys from positions `old` to positions `new`.
+        """cos and sin that take keys from positions `old` to positions `new`, however far.
 
         Angles come from exact integers in float64. With static frequencies only the difference
         counts; otherwise the old rotation is undone with the frequencies in force at `slots`.
@@ -87,25 +90,24 @@ class Rope:
         angle = angle.remainder(2 * torch.pi).float()
         return angle.cos(), angle.sin()
 
-    def rotate(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
-        """Rotate `keys` [..., k, D] on their first R dimensions, in float32.
+    def table(self, turns: int) -> Rotation | None:
+        """cos and sin of moves by 0, 1, ... positions: float64 [at least `turns`, R / 2].
 
-        Dimensions beyond R (partial rotary) are left alone. Formula: RoFormer, arXiv 2104.09864.
+        None for a layer without RoPE. Only where frequencies are static.
         """
-        if rotation is None:
-            return keys
-        cos, sin = rotation
-        half = cos.shape[-1]
-        turned = keys.float()
-        if self.interleaved:
-            a, b = turned[..., 0 : 2 * half : 2], turned[..., 1 : 2 * half : 2]
-            pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        else:
-            a, b = turned[..., :half], turned[..., half : 2 * half]
-            pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-        if 2 * half < keys.shape[-1]:
-            pairs = torch.cat([pairs, turned[..., 2 * half :]], dim=-1)
-        return pairs.to(keys.dtype)
+        if self.module is None:
+            return None
+        rows = 0 if self._table is None else self._table[0].shape[0]
+        if self._table is None or not turns <= rows <= max(2 * turns, SMALL_TABLE):
+            frequencies = self.frequencies().double()
+            moves = torch.arange(max(turns, SMALL_TABLE), device=frequencies.device)
+            angles = moves[:, None] * frequencies
+            self._table = angles.cos(), angles.sin()
+        return self._table
+
+    def rotate(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
+        """Turn `keys` [..., D] by cos and sin [..., R / 2]."""
+        return keys if rotation is None else rotate(keys, *rotation, self.interleaved)
 
 
 def find_rope(decoder: nn.Module, attention: nn.Module, layer_type: str) -> Rope:

@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -61,7 +62,6 @@ def implementation(tensor: Tensor) -> ModuleType:
     return reference
 
 
-@torch.compiler.disable
 def scored_prefill(
     query: Tensor,
     key: Tensor,
@@ -95,12 +95,13 @@ def scored_prefill(
         ValueError: the shapes do not fit.
     """
     _check(query, key, value)
+    if torch.compiler.is_compiling():
+        return _compiled(query, key, value, scale, observe, starts)
     return implementation(query).scored_prefill(
         query, key, value, scale, observe=observe, starts=starts
     )
 
 
-@torch.compiler.disable
 def scored_decode(
     query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -122,32 +123,48 @@ def scored_decode(
     _check(query, key, value)
     if query.shape[2] != 1:
         raise ValueError(f"scored_decode takes one query, got {query.shape[2]}")
+    if torch.compiler.is_compiling():
+        return _compiled(query, key, value, scale, None, starts)
     return implementation(query).scored_decode(query, key, value, scale, starts)
 
 
-@torch.compiler.disable
 def move(
-    keys: Tensor, values: Tensor, index: Tensor, target: int, cos: Tensor, sin: Tensor
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    index: Tensor,
+    to: int,
+    shift: int,
+    turns: tuple[Tensor, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+    interleaved: bool = False,
 ) -> None:
-    """Move kept entries to their new slots in place, and turn their keys to the new positions.
+    """Move kept entries to their new slots, and turn their keys to the new positions.
 
-    Slot ``target + i`` takes the entry of slot ``index[..., i]``. Keys are rotated in their first R
-    dimensions, in pairs (j, j + R/2) (the half-split layout of transformers); values are not.
+    Slot ``to + i`` of the target takes the entry of slot ``index[..., i]`` of the source, its key
+    turned by ``shift + i - index[..., i]`` positions.
 
     Args:
-        keys: [B, H, capacity, D], changed in place.
-        values: [B, H, capacity, Dv], changed in place.
-        index: [B, H, k] int64, ascending, ``index[..., i] <= target + i``.
-        target: the first slot written.
-        cos: cosines of the angles to turn by, float32, broadcastable to [B, H, k, R/2].
-        sin: their sines.
+        source: keys [B, H, capacity, D], values, and any other tensors [B, H, capacity, ...].
+        target: their counterparts, changed in place. They may be the same tensors; then
+            ``index[..., i] <= to + i``.
+        index: int64 [rows, H, k], ascending.
+        to: the first slot written.
+        shift: how far an entry that keeps its place among all moves in positions.
+        turns: cosines and sines, float64 [turns, R / 2], row t for a move by t positions; None
+            leaves keys as they are.
+        rows: int64 [rows], the batch rows to move in; None: all.
+        interleaved: the layout of the rotary pairs (:func:`buzz.kernels.reference.rotate`).
     """
-    chosen = implementation(keys)
-    if chosen is cpu and (
-        keys.dtype != torch.float32 or keys.stride(-1) != 1 or values.stride(-1) != 1
-    ):
-        chosen = reference  # only float32 can be moved in place
-    chosen.move(keys, values, index, target, cos, sin)
+    chosen = reference if torch.compiler.is_compiling() else implementation(source[0])
+    if chosen is cpu:
+        dense = all(tensor.stride(-1) == 1 for tensor in source[:2])
+        served = dense and source[0].dtype == torch.float32
+    else:
+        served = turns is not None and rows is None and not interleaved
+    if not served:
+        chosen = reference
+    chosen.move(source, target, index, to, shift, turns, rows=rows, interleaved=interleaved)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -161,3 +178,32 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     ):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(f"shapes of query, key, value do not fit: {shapes}")
+
+
+@torch.library.custom_op("buzz::scored_attention", mutates_args=())
+def _compiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    observe: int | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Both functions as one opaque operator, so that torch.compile sees through to the next."""
+    if query.shape[2] == 1:
+        return scored_decode(query, key, value, scale, starts)
+    return scored_prefill(query, key, value, scale, observe=observe, starts=starts)
+
+
+@_compiled.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    observe: int | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(key.shape[:3], dtype=torch.float32)

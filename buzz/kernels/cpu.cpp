@@ -303,32 +303,44 @@ extern "C" void buzz_scored_decode(const float* query, const float* key, const f
     }
 }
 
-// keys[target + i] <- rotated keys[index[i]], values[target + i] <- values[index[i]], in place. From
-// the last to the first: with index[i] <= target + i no slot is overwritten before it was read.
-extern "C" void buzz_move(float* keys, float* values, const int64_t* index, const float* cosine,
-                          const float* sine, const Strides* strides, int64_t batch, int64_t heads,
-                          int64_t count, int64_t target, int64_t dim, int64_t value_dim,
-                          int64_t half, int threads) {
-    const Strides sk = strides[0], sv = strides[1], si = strides[2], sc = strides[3],
-                  ss = strides[4];
+struct Moved {  // one buffer with a row per entry; strides in bytes
+    const char* source;
+    char* target;
+    int64_t source_batch, source_head, source_slot, target_batch, target_head, target_slot, size;
+};
+
+// Row `to + i` of the target <- row `index[i]` of the source, for keys (tensors[0], float32, turned by
+// row `shift + i - index[i]` of the table) and whatever lies beside them. From the last entry to the
+// first: within one buffer, index[i] <= to + i, so that no row is overwritten before it was read.
+// Turned in double precision: a key can move a hundred thousand times, and must not shrink by it.
+extern "C" void buzz_move(const Moved* tensors, int64_t n_tensors, const int64_t* index,
+                          const int64_t* rows, const double* cosine, const double* sine,
+                          int64_t batch, int64_t heads, int64_t count, int64_t to, int64_t shift,
+                          int64_t half, int64_t interleaved, int threads) {
+    const int64_t first = interleaved ? 2 : 1, second = interleaved ? 1 : half;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < batch * heads; task++) {
-        const int64_t b = task / heads, h = task % heads;
-        float* k = keys + b * sk.batch + h * sk.head;
-        float* v = values + b * sv.batch + h * sv.head;
+        const int64_t b = rows[task / heads], h = task % heads;
         for (int64_t i = count - 1; i >= 0; i--) {
-            const int64_t source = index[b * si.batch + h * si.head + i * si.token];
-            const float* c = cosine + b * sc.batch + h * sc.head + i * sc.token;
-            const float* s = sine + b * ss.batch + h * ss.head + i * ss.token;
-            const float* from = k + source * sk.token;
-            float* to = k + (target + i) * sk.token;
-            for (int64_t j = 0; j < half; j++) {
-                const float x = from[j], y = from[j + half];
-                to[j] = x * c[j] - y * s[j];
-                to[j + half] = y * c[j] + x * s[j];
+            const int64_t from = index[task * count + i], turn = shift + i - from;
+            for (int64_t t = 0; t < n_tensors; t++) {
+                const Moved& m = tensors[t];
+                const char* source =
+                    m.source + b * m.source_batch + h * m.source_head + from * m.source_slot;
+                char* target =
+                    m.target + b * m.target_batch + h * m.target_head + (to + i) * m.target_slot;
+                if (source == target) continue;
+                std::memmove(target, source, m.size);
+                if (t || !half || !turn) continue;
+                const double *c = cosine + turn * half, *s = sine + turn * half;
+                const float* x = (const float*)source;
+                float* y = (float*)target;
+                for (int64_t j = 0; j < half; j++) {
+                    const double p = x[j * first], q = x[j * first + second];
+                    y[j * first] = p * c[j] - q * s[j];
+                    y[j * first + second] = q * c[j] + p * s[j];
+                }
             }
-            std::memmove(to + 2 * half, from + 2 * half, (dim - 2 * half) * 4);
-            std::memmove(v + (target + i) * sv.token, v + source * sv.token, value_dim * 4);
         }
     }
 }

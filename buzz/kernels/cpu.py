@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -150,18 +151,42 @@ def scored_decode(
     return _attend("buzz_scored_decode", query, key, value, scale, None, starts)
 
 
+class _Moved(ctypes.Structure):
+    _fields_ = [("source", ctypes.c_void_p), ("target", ctypes.c_void_p)] + [
+        (f"{end}_{dim}", ctypes.c_int64)
+        for end in ("source", "target")
+        for dim in ("batch", "head", "slot")
+    ]
+    _fields_ += [("size", ctypes.c_int64)]
+
+
 def move(
-    keys: Tensor, values: Tensor, index: Tensor, target: int, cos: Tensor, sin: Tensor
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    index: Tensor,
+    to: int,
+    shift: int,
+    turns: tuple[Tensor, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+    interleaved: bool = False,
 ) -> None:
-    """See :func:`buzz.kernels.move`; float32 only."""
-    batch, heads, count = index.shape
-    half = cos.shape[-1]
-    index = _dense(index, torch.int64)
-    cos, sin = (_dense(x).expand(batch, heads, count, half) for x in (cos, sin))
-    sizes = (batch, heads, count, target, keys.shape[-1], values.shape[-1], half)
+    """See :func:`buzz.kernels.move`; keys of float32 only."""
+    size, heads, count = index.shape
+    moved = []
+    for old, new in zip(source, target, strict=True):
+        bytes_of = old.element_size()
+        strides = [step * bytes_of for tensor in (old, new) for step in tensor.stride()[:3]]
+        row = bytes_of * (old.shape[3] if old.ndim == 4 else 1)
+        moved.append(_Moved(old.data_ptr(), new.data_ptr(), *strides, row))
+    index = index.contiguous()
+    rows = torch.arange(size) if rows is None else rows
+    half = 0 if turns is None else turns[0].shape[-1]
+    threads = torch.get_num_threads() if index.numel() > 512 else 1
     getattr(library(), "buzz_move")(  # noqa: B009
-        *map(_pointer, (keys, values, index, cos, sin)),
-        _strides(keys, values, index, cos, sin),
-        *map(ctypes.c_int64, sizes),
-        torch.get_num_threads(),
+        (_Moved * len(moved))(*moved),
+        ctypes.c_int64(len(moved)),
+        *map(_pointer, (index, rows, *(turns or (None, None)))),
+        *map(ctypes.c_int64, (size, heads, count, to, shift, half, interleaved)),
+        threads,
     )

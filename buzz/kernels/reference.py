@@ -6,6 +6,8 @@ depend on how its logits were rounded. Blocks of query rows keep the extra memor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -70,13 +72,46 @@ def scored_decode(
 
 
 def move(
-    keys: Tensor, values: Tensor, index: Tensor, target: int, cos: Tensor, sin: Tensor
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    index: Tensor,
+    to: int,
+    shift: int,
+    turns: tuple[Tensor, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+    interleaved: bool = False,
 ) -> None:
     """See :func:`buzz.kernels.move`."""
-    half, count = cos.shape[-1], index.shape[-1]
-    slots = index.unsqueeze(-1)
-    kept = keys.gather(2, slots.expand(-1, -1, -1, keys.shape[-1]))
-    first, second, rest = kept.split([half, half, keys.shape[-1] - 2 * half], -1)
-    new = slice(target, target + count)
-    keys[:, :, new] = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
-    values[:, :, new] = values.gather(2, slots.expand(-1, -1, -1, values.shape[-1]))
+    size, heads, count = index.shape
+    batch = torch.arange(size, device=index.device) if rows is None else rows
+    where = batch[:, None, None], torch.arange(heads, device=index.device)[:, None], index
+    picked = [tensor[where] for tensor in source]
+    if turns is not None:
+        turn = shift + torch.arange(count, device=index.device) - index
+        picked[0] = rotate(picked[0], turns[0][turn], turns[1][turn], interleaved)
+    for tensor, entries in zip(target, picked, strict=True):
+        if rows is None:
+            tensor[:, :, to : to + count] = entries
+        else:
+            tensor[rows, :, to : to + count] = entries
+
+
+def rotate(keys: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Keys [..., D] turned in their first R dimensions, in the precision of `cos` and `sin`.
+
+    Formula: RoFormer, arXiv 2104.09864. Dimensions beyond R (partial rotary) are left alone.
+
+    Args:
+        cos, sin: [..., R / 2].
+        interleaved: pairs are (0, 1), (2, 3), ... and not (0, R/2), (1, R/2 + 1), ...
+    """
+    half = cos.shape[-1]
+    turned = keys[..., : 2 * half].to(cos.dtype)
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned.to(keys.dtype), keys[..., 2 * half :]], dim=-1)

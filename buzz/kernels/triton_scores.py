@@ -14,6 +14,8 @@ that includes PyTorch's flash attention and its log-sum-exp.
 
 # mypy: disallow-untyped-defs=False
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -209,8 +211,8 @@ def _combine_kernel(
 @triton.jit
 def _gather_kernel(
     keys, values, index, cosine, sine, new_keys, new_values,
-    skb, skh, skt, svb, svh, svt, scb, sch, sct, ssb, ssh, sst,
-    count, heads,
+    skb, skh, skt, svb, svh, svt,
+    count, heads, shift,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -227,14 +229,14 @@ def _gather_kernel(
     partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
     turned = inside & (d < 2 * HALF)[None, :]
     angle = (d % HALF)[None, :]
-    i = i.to(tl.int64)
-    c = tl.load(cosine + b * scb + h * sch + i[:, None] * sct + angle, mask=turned, other=1.0)
-    s = tl.load(sine + b * ssb + h * ssh + i[:, None] * sst + angle, mask=turned, other=0.0)
+    turn = (shift + i - source)[:, None] * HALF + angle
+    c = tl.load(cosine + turn, mask=turned, other=1.0)
+    s = tl.load(sine + turn, mask=turned, other=0.0)
     s = tl.where((d < HALF)[None, :], -s, s)
     base = keys + b * skb + h * skh + source[:, None] * skt
     mask = inside & (d < DIM)[None, :]
-    x = tl.load(base + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(base + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(base + d[None, :], mask=mask, other=0.0).to(c.dtype)
+    y = tl.load(base + partner[None, :], mask=mask, other=0.0).to(c.dtype)
     tl.store(
         new_keys + row[:, None] * DIM + d[None, :],
         (x * c + y * s).to(new_keys.dtype.element_ty), mask=mask,
@@ -355,21 +357,33 @@ def scored_decode(
 
 
 def move(
-    keys: Tensor, values: Tensor, index: Tensor, target: int, cos: Tensor, sin: Tensor
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    index: Tensor,
+    to: int,
+    shift: int,
+    turns: tuple[Tensor, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+    interleaved: bool = False,
 ) -> None:
-    """See :func:`buzz.kernels.move`."""
+    """See :func:`buzz.kernels.move`; whole batches with half-split pairs only."""
+    assert turns is not None and rows is None and not interleaved
     # Through dense buffers: programs run in any order, so that none may write where another reads.
+    keys, values = source[:2]
     batch, heads, count = index.shape
-    dim, value_dim, half = keys.shape[-1], values.shape[-1], cos.shape[-1]
-    cos, sin = (_dense(x).expand(batch, heads, count, half) for x in (cos, sin))
+    dim, value_dim, half = keys.shape[-1], values.shape[-1], turns[0].shape[-1]
+    cos, sin = (table.contiguous() for table in turns)
     new_keys = keys.new_empty(batch, heads, count, dim)
     new_values = values.new_empty(batch, heads, count, value_dim)
     block = 32
     _gather_kernel[(triton.cdiv(count, block), batch * heads)](
         keys, values, index.contiguous(), cos, sin, new_keys, new_values,
-        *keys.stride()[:3], *values.stride()[:3], *cos.stride()[:3], *sin.stride()[:3],
-        count, heads, DIM=dim, VALUE_DIM=value_dim, HALF=half,
+        *keys.stride()[:3], *values.stride()[:3],
+        count, heads, shift,
+        DIM=dim, VALUE_DIM=value_dim, HALF=half,
         BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim), BLOCK_N=block,
     )  # fmt: skip
-    keys[:, :, target : target + count] = new_keys
-    values[:, :, target : target + count] = new_values
+    moved = [new_keys, new_values, *(tensor.gather(2, index) for tensor in source[2:])]
+    for tensor, entries in zip(target, moved, strict=True):
+        tensor[:, :, to : to + count] = entries
