@@ -1,0 +1,338 @@
+"""Which tokens of one prompt each method keeps: a picture, and a page with the text itself.
+
+    python scripts/show_kept.py --text FILE --methods full,streaming_llm,h2o,buzz --budget 0.25
+
+Every method continues the same prompt by the same number of tokens at the same budget. What its
+cache holds then is drawn to OUT.png, layer by layer and KV head by KV head, and written to
+OUT.html, where each token is shaded by the share of all heads that kept it. (BUZZ's cache grows and
+shrinks: its budget is the average, and this is one moment.) Without --text or --prompt the page on
+the `with` statement of Python's manual is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import baselines  # noqa: F401  (registers its methods)
+from buzz import POLICIES, ConfigError, EvictionCache, Policy
+from evals.models import ROOT, load_model
+from evals.runner import encode
+
+EVICTED, SINK, HISTORY, WINDOW = range(4)
+SHADES = {  # kind -> its color and its name; shades that colorblind readers tell apart as well
+    SINK: ("#D55E00", "sink"),
+    HISTORY: ("#08519C", "history: sampled, or heavy hitters"),
+    WINDOW: ("#9ECAE1", "window: recent, not thinned yet"),
+    EVICTED: ("#FFFFFF", "evicted"),
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one method's cache holds at the end.
+
+    Attributes:
+        policy: the method.
+        kinds: uint8 [layers * kv_heads, tokens seen], layer by layer: EVICTED, SINK, HISTORY or
+            WINDOW.
+        kv_heads: per layer.
+        ids: token ids of prompt and answer; the last was never fed back, so the cache has not seen
+            it.
+        prompt_tokens: how many of them are the prompt's.
+        entries: held per head.
+        nbytes: of their keys and values.
+        full_nbytes: of those of all tokens seen.
+        evictions: steps that evicted.
+    """
+
+    policy: Policy
+    kinds: np.ndarray
+    kv_heads: int
+    ids: list[int]
+    prompt_tokens: int
+    entries: int
+    nbytes: int
+    full_nbytes: int
+    evictions: int
+
+    @property
+    def share(self) -> np.ndarray:
+        """Share of heads that kept each token, float64 [tokens seen]."""
+        return (self.kinds != EVICTED).mean(axis=0)
+
+    @property
+    def figures(self) -> str:
+        evictions = f"{self.evictions} eviction{'' if self.evictions == 1 else 's'}"
+        return (
+            f"{self.entries} of {self.kinds.shape[1]} entries, {self.nbytes / 1e6:.1f} MB of KV,"
+            f" {self.nbytes / self.full_nbytes:.2f} of full, {evictions}"
+        )
+
+
+@torch.inference_mode()
+def keep(model: PreTrainedModel, ids: list[int], policy: Policy, new_tokens: int) -> Kept:
+    """Continue a prompt by `new_tokens`, greedily, and look into the cache.
+
+    Args:
+        ids: the prompt's token ids.
+        new_tokens: never fewer, so that methods are compared at the same length.
+    """
+    cache = EvictionCache(model, policy)
+    output = model.generate(
+        torch.tensor([ids], device=model.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    seen = cache.get_seq_length()
+    layers = [i for i, layer in enumerate(cache.layers) if layer in cache.evicting]
+    positions = torch.cat([cache.kept_positions(i)[0] for i in layers]).cpu().numpy()
+    held = positions.shape[1]
+    sink = min(getattr(policy, "sink", 0), held)
+    history = 0
+    if cache.evictions[0]:
+        sampled = cache.evicting[0].groups[0].sampled  # BUZZ's; what came since waits its turn
+        history = sampled or held - sink - policy.protected
+    kinds = np.zeros((len(positions), seen), dtype=np.uint8)
+    kind = np.repeat([SINK, HISTORY, WINDOW], [sink, history, held - sink - history])
+    np.put_along_axis(kinds, positions, kind[None].astype(np.uint8), axis=1)
+    return Kept(
+        policy=policy,
+        kinds=kinds,
+        kv_heads=len(positions) // len(layers),
+        ids=output[0].tolist(),
+        prompt_tokens=len(ids),
+        entries=held,
+        nbytes=cache.nbytes(),
+        full_nbytes=seen * cache.entry_nbytes,
+        evictions=cache.evictions[0],
+    )
+
+
+def draw(kept: Sequence[Kept], path: Path) -> None:
+    """One panel per method: tokens across, layers and their heads down."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    plt.rcParams.update({"font.size": 10, "axes.linewidth": 0.6})
+    palette = np.array([to_rgb(SHADES[kind][0]) for kind in range(4)])
+    figure = plt.figure(figsize=(12, 1 + 2 * len(kept)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.03, hspace=0)
+    grid = figure.add_gridspec(2 * len(kept), 1, height_ratios=[1, 8] * len(kept))
+    width = max(method.kinds.shape[1] for method in kept)
+    for number, method in enumerate(kept):
+        rows, tokens = method.kinds.shape
+        strip = figure.add_subplot(grid[2 * number])
+        panel = figure.add_subplot(grid[2 * number + 1])
+        strip.imshow(
+            method.share[None],
+            cmap="Greys",
+            vmin=0,
+            vmax=1,
+            extent=(0, tokens, 0, 1),
+            aspect="auto",
+        )
+        strip.set_yticks([0.5], ["share"], fontsize=8)
+        strip.set_xticks([])
+        strip.set_title(f"{method.policy.name}: {method.figures}", loc="left", fontsize=10)
+        panel.imshow(palette[method.kinds], extent=(0, tokens, rows, 0), aspect="auto")
+        layers = rows // method.kv_heads
+        shown = range(0, layers, max(1, layers // 5))
+        panel.set_yticks([i * method.kv_heads for i in shown], [f"layer {i}" for i in shown])
+        panel.axvline(method.prompt_tokens, color="black", lw=0.8, ls=(0, (4, 3)))
+        for axis in (strip, panel):
+            axis.set_xlim(0, width)
+            axis.tick_params(length=2)
+        if number < len(kept) - 1:
+            panel.set_xticklabels([])
+    panel.set_xlabel(
+        "token position (dashed: the prompt's end); one line per KV head, "
+        f"{kept[0].kv_heads} per layer; share: of heads that kept the token"
+    )
+    handles = [
+        Patch(facecolor=color, edgecolor="#808080", lw=0.6, label=name)
+        for color, name in SHADES.values()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[str, slice]]:
+    """The text of each token, where necessary of a few that make one character only together."""
+    before = start = 0  # the token that decoding begins with, for spaces to come out; the piece's
+    for end in range(1, len(ids) + 1):
+        known = tokenizer.decode(ids[before:start], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[before:end], clean_up_tokenization_spaces=False)
+        # A character has at most 4 bytes; a longer wait would be for one that is no character.
+        if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
+            continue
+        yield text[len(known) :], slice(start, end)
+        before, start = start, end
+
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1a1a1a; --dim: #6b6b6b; --back: #fff; --kept: 0 114 178 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ededed; --dim: #9a9a9a; --back: #141414; --kept: 60 150 215 }
+}
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--back);
+  color: var(--text); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem }
+h3 { font-size: .85rem; margin: 1rem 0 .25rem; color: var(--dim) }
+p, ul { margin: .25rem 0 } ul { padding-left: 1.2rem } a { color: inherit }
+pre { margin: 0; padding: .5rem; white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace;
+  border: 1px solid color-mix(in srgb, var(--text) 20%, transparent); border-radius: 4px }
+"""
+
+
+def page(kept: Sequence[Kept], tokenizer: PreTrainedTokenizerBase, model: str) -> str:
+    """The whole HTML page; it loads nothing."""
+    steps = range(11)
+    shades = "".join(
+        f".k{i} {{ background: rgb(var(--kept) / {0.1 + 0.05 * i:.2f}) }}\n" for i in steps[1:]
+    )
+    scale = "".join(f'<span class="k{i}">&nbsp;{10 * i}%&nbsp;</span>' for i in steps[::2])
+    first = kept[0]
+    answer = len(first.ids) - first.prompt_tokens
+    head = (
+        "<!doctype html>\n"
+        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Tokens kept by {html.escape(', '.join(k.policy.name for k in kept))}</title>\n"
+        f"<style>{STYLE}.k0 {{ color: var(--dim) }}\n{shades}</style>\n</head>\n<body>\n"
+        "<h1>Which tokens does the cache still hold?</h1>\n"
+        f"<p>{html.escape(model)}, a prompt of {first.prompt_tokens} tokens and"
+        f" {answer} generated {'one' if answer == 1 else 'ones'}. Each token is shaded by the"
+        f" share of the {len(first.kinds)} KV heads of all layers that hold it at the end:</p>\n"
+        f"<p>{scale}</p>\n"
+    )
+    names = [html.escape(method.policy.name) for method in kept]
+    links = [
+        f'<li><a href="#{name}">{name}</a>: {method.figures}</li>\n'
+        for name, method in zip(names, kept, strict=True)
+    ]
+    sections = [_section(method, tokenizer) for method in kept]
+    return f"{head}<ul>\n{''.join(links)}</ul>\n{''.join(sections)}</body>\n</html>\n"
+
+
+def _section(kept: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
+    heads, tokens = kept.kinds.shape
+    share = np.append(kept.share, 0)  # the last token of the answer was never fed back
+
+    def spans(first: int, ids: list[int]) -> str:
+        marked = []
+        for text, where in pieces(tokenizer, ids):
+            part = share[first + where.start : first + where.stop].mean()
+            shade = int(np.ceil(10 * part))
+            hint = f"token {first + where.start}: held by {part * heads:.0f} of {heads} heads"
+            if first + where.start == tokens:
+                hint = f"token {tokens}: the last, not in the cache yet"
+            marked.append(f'<span class="k{shade}" title="{hint}">{html.escape(text)}</span>')
+        return "".join(marked)
+
+    parameters = ", ".join(f"{name}={value}" for name, value in vars(kept.policy).items())
+    name = html.escape(kept.policy.name)
+    prompt = spans(0, kept.ids[: kept.prompt_tokens])
+    answer = spans(kept.prompt_tokens, kept.ids[kept.prompt_tokens :])
+    return (
+        f'<section>\n<h2 id="{name}">{name}</h2>\n<p>{kept.figures}</p>\n'
+        + (f"<p><small>{html.escape(parameters)}</small></p>\n" if parameters else "")
+        + f"<h3>Prompt</h3>\n<pre>{prompt}</pre>\n<h3>Generated</h3>\n<pre>{answer}</pre>\n"
+        "</section>\n"
+    )
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("text", path, f"give a UTF-8 text file ({error})") from error
+
+
+def fit(policy: Policy, budget: float, prompt_tokens: int) -> Policy:
+    """`budget`: entries, or below 1 a fraction of the prompt."""
+    return policy.fit(max(1, round(budget * prompt_tokens if budget < 1 else budget)))
+
+
+def show(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: something in `args` cannot be served.
+    """
+    names = args.methods.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise ConfigError("methods", name, f"choose from {', '.join(POLICIES)}")
+    if not args.budget > 0 or (args.budget >= 1 and args.budget % 1):
+        raise ConfigError("budget", args.budget, "give a fraction of the prompt or whole entries")
+    if args.new_tokens < 1:
+        raise ConfigError("new-tokens", args.new_tokens, "give a whole number of at least 1")
+    text = args.prompt if args.prompt is not None else topics["with"].strip()
+    text = read_text(args.text) if args.text else text
+    if not text.strip():
+        raise ConfigError("text", text, "there is nothing in it")
+    config = ROOT / "configs" / "model" / f"{args.model}.yaml"
+    if not config.is_file():
+        known = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
+        raise ConfigError("model", args.model, f"choose one of {known}")
+    settings = OmegaConf.to_container(OmegaConf.load(config))
+    room = settings["max_length"] - args.new_tokens
+    if room < 1:
+        raise ConfigError("new-tokens", args.new_tokens, "leaves no room for a prompt")
+
+    model, tokenizer = load_model(settings)
+    ids, cut = encode(tokenizer, text, chat=False, limit=room)
+    if cut:
+        print(f"{cut} tokens were cut from the middle of the prompt", file=sys.stderr)
+    policies = [fit(POLICIES[name](), args.budget, len(ids)) for name in names]
+    kept = []
+    for policy in policies:
+        kept.append(keep(model, ids, policy, args.new_tokens))
+        print(f"{policy.name:>14}  {kept[-1].figures}")
+    picture, document = Path(f"{args.out}.png"), Path(f"{args.out}.html")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(kept, picture)
+    document.write_text(page(kept, tokenizer, settings["name"]), encoding="utf-8")
+    print(f"picture: {picture}   page: {document}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="file that holds the prompt")
+    source.add_argument("--prompt", help="the prompt itself")
+    parser.add_argument("--model", default="smollm2", help="a name in configs/model")
+    parser.add_argument("--methods", default="full,streaming_llm,h2o,buzz", help="comma-separated")
+    parser.add_argument(
+        "--budget", type=float, default=0.25, help="fraction of the prompt, or entries"
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--out", default="results/figures/kept", help="files without .png, .html")
+    try:
+        show(parser.parse_args(arguments))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
