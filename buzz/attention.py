@@ -121,7 +121,9 @@ def attend(
         if scored and query.shape[2] == 1:
             return scorer.scored_decode(query, key, value, scale, starts)
         if scored:
-            return scorer.scored_prefill(query, key, value, scale)
+            seen_by = layer.policy.observe
+            observe = None if seen_by is None else min(seen_by, query.shape[2])
+            return scorer.scored_prefill(query, key, value, scale, observe=observe)
         mask = _mask(backend, query, key, starts)
         return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
 
@@ -212,8 +214,10 @@ def _announce_cache(
     """Forward pre-hook: hand the cache on to :func:`attend`, and the padding to the cache."""
     from buzz.cache import EvictionCache
 
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, EvictionCache):
+    # By type and not by name: `past_key_values` became `cache` in transformers 5.24.
+    passed = (value for value in (*kwargs.values(), *args) if isinstance(value, EvictionCache))
+    cache = next(passed, None)
+    if cache is None:
         return None
     given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
     tokens = next(tensor for tensor in given if tensor is not None)

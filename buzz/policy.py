@@ -65,6 +65,11 @@ class Policy(ABC):
         return "sum"
 
     @property
+    def observe(self) -> int | None:
+        """How many of a step's last queries count in the scores; None: all."""
+        return None
+
+    @property
     def resident(self) -> int:
         """How many leading entries can stay, and move, for ever.
 

@@ -1,0 +1,33 @@
+"""The peak of memory, of a CUDA device or of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from pathlib import Path
+
+import torch
+
+
+def reset_memory_peak(device: torch.device) -> None:
+    """Start over measuring the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Linux: VmHWM starts again from the present resident size (proc(5)). Elsewhere the peak is
+        # the process's own, over all its samples.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_peak(device: torch.device) -> int:
+    """Bytes allocated on the device (CUDA), or resident in this process (CPU), at the peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
