@@ -8,12 +8,14 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help setup model demo test lint format clean
+.PHONY: help setup model demo tables test bench lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    compare four methods on SmolLM2-135M: a table and results/figures/demo.png"
+	@echo "make tables  tables, figures and results/report.html from results/runs"
 	@echo "make test    lint, types and tests"
+	@echo "make bench   speed and memory of every method beside two full caches, under an hour"
 	@echo "make setup   only the environment (.venv) and the model (models/)"
 	@echo "make lint    ruff and mypy        make format   let ruff rewrite"
 	@echo "make clean   remove .venv, models and caches (never results)"
@@ -25,9 +27,15 @@ model: $(GGUF)
 demo: setup
 	@$(BIN)/python scripts/demo.py
 
+tables: $(VENV)/.ready
+	@$(BIN)/python scripts/make_tables.py
+
 test: setup lint
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.ready
+	@$(BIN)/python scripts/bench.py
 
 lint: $(VENV)/.ready
 	@echo "lint: ruff, mypy"

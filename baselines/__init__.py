@@ -3,6 +3,15 @@
 from baselines.full import FullPolicy
 from baselines.h2o import H2OPolicy
 from baselines.local import LocalPolicy
+from baselines.snapkv import SnapKVPolicy
 from baselines.streaming_llm import StreamingLLMPolicy
+from baselines.tova import TOVAPolicy
 
-__all__ = ["FullPolicy", "H2OPolicy", "LocalPolicy", "StreamingLLMPolicy"]
+__all__ = [
+    "FullPolicy",
+    "H2OPolicy",
+    "LocalPolicy",
+    "SnapKVPolicy",
+    "StreamingLLMPolicy",
+    "TOVAPolicy",
+]

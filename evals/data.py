@@ -1,8 +1,9 @@
-"""Reading JSON lines that somebody else wrote."""
+"""Reading what somebody else wrote."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
             continue
         try:
             row = json.loads(line.decode())
-            json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeDecodeError as error:
             raise _bad_line(field, path, number, f"not UTF-8 ({error.reason})") from error
         except UnicodeEncodeError as error:
             raise _bad_line(field, path, number, "holds a lone surrogate") from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also NaN, and thousands of digits
             raise _bad_line(field, path, number, f"not JSON ({error})") from error
         if not isinstance(row, dict):
             raise _bad_line(field, path, number, "not a JSON object")
@@ -48,6 +49,24 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
     return rows
 
 
+def read_text(path: str | Path, field: str) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        ConfigError: the file is missing, empty or not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(field, str(path), "no such file; give the path of a text file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(field, str(path), f"not UTF-8 ({error.reason})") from error
+    if not text.strip():
+        raise ConfigError(field, str(path), "the file holds no text")
+    return text
+
+
 def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict[str, Any]]:
     """A split of a data set of the Hugging Face hub, from its local cache if it is there.
 
@@ -56,6 +75,7 @@ def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict
     """
     import datasets  # slow to import, and not needed with local files
 
+    logging.disable(logging.WARNING)  # the client reports every retry
     try:
         return list(datasets.load_dataset(name, config, split=split))
     except Exception as error:  # the hub's client raises many kinds, down to bare OSError
@@ -63,6 +83,8 @@ def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict
         raise ConfigError(
             field, None, f"{name} could not be loaded ({reason}); give a local file instead"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _bad_line(field: str, path: Path, number: int, problem: str) -> ConfigError:

@@ -6,11 +6,8 @@ k tokens the cache has seen the prompt and k - 1 of them: the last is never fed 
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ from transformers import (
 )
 
 from buzz import EvictionCache, Policy
+from evals.memory import memory_peak, reset_memory_peak
 
 
 class LengthMismatch(RuntimeError):
@@ -36,6 +34,7 @@ class Generation:
 
     Attributes:
         text: the answer, without special tokens.
+        tokens: its token ids, the one that ended it included.
         prompt_tokens, generated_tokens: without padding; the end-of-sequence token counts.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
         lengths: cache entries per layer and KV head after each step of this row.
@@ -50,6 +49,7 @@ class Generation:
     """
 
     text: str
+    tokens: list[int]
     prompt_tokens: int
     generated_tokens: int
     stop_reason: str
@@ -75,7 +75,7 @@ class _Trace(StoppingCriteria):
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        _synchronize(input_ids.device)
+        synchronize(input_ids.device)
         self.times.append(time.perf_counter())
         self.lengths.append(list(self.cache.evicting[0].lengths))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -108,9 +108,9 @@ def generate(
         eos_token_id=sorted(eos_ids | stop_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
-    inputs = _left_padded(prompts, tokenizer.pad_token_id).to(device)
-    _reset_memory_peak(device)
-    _synchronize(device)
+    inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
+    reset_memory_peak(device)
+    synchronize(device)
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -120,7 +120,7 @@ def generate(
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([trace]),
         )
-    memory_peak = _memory_peak(device)
+    peak = memory_peak(device)
     answers = output[:, inputs.shape[-1] :].tolist()
 
     generations = []
@@ -130,12 +130,13 @@ def generate(
         count = len(answer) if end is None else end + 1
         reason = "length" if end is None else "eos" if answer[end] in eos_ids else "stop"
         lengths = [step[row] for step in trace.lengths[:count]]
-        verify_lengths(policy, len(prompt), lengths)
+        verify_lengths(policy, [len(prompt)] + [1] * (count - 1), lengths)
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
         generations.append(
             Generation(
                 text=tokenizer.decode(answer[:count], skip_special_tokens=True),
+                tokens=answer[:count],
                 prompt_tokens=len(prompt),
                 generated_tokens=count,
                 stop_reason=reason,
@@ -147,7 +148,7 @@ def generate(
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
                 itl_p95_ms=p95,
-                memory_peak_nbytes=memory_peak,
+                memory_peak_nbytes=peak,
             )
         )
     held = {tuple(layer.lengths) for layer in cache.evicting}
@@ -156,22 +157,26 @@ def generate(
     return generations
 
 
-def verify_lengths(policy: Policy, prompt_tokens: int, measured: list[int]) -> None:
+def verify_lengths(policy: Policy, steps: list[int], measured: list[int]) -> None:
     """Compares measured cache lengths with the policy's own recurrence, step by step.
+
+    Args:
+        steps: tokens fed by each step.
+        measured: entries held after each step.
 
     Raises:
         LengthMismatch: naming the step and both numbers.
     """
-    expected = policy.lengths([prompt_tokens] + [1] * (len(measured) - 1))
+    expected = policy.lengths(steps)
     for step, (found, due) in enumerate(zip(measured, expected, strict=True)):
         if found != due:
             raise LengthMismatch(
-                f"{policy.name}: after step {step} of a prompt of {prompt_tokens} tokens the cache"
-                f" holds {found} entries, the method's own recurrence says {due}"
+                f"{policy.name}: after step {step}, with {sum(steps[: step + 1])} tokens read, the"
+                f" cache holds {found} entries, the method's own recurrence says {due}"
             )
 
 
-def _left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:
+def left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:
     """Token ids and attention mask, stacked: int64 [2, rows, longest]."""
     longest = max(map(len, prompts))
     ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -185,28 +190,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what the device has been given to do, so that the clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _reset_memory_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        # Linux: VmHWM starts again from the present resident size (proc(5)). Elsewhere the peak is
-        # the process's own, over all its samples.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory_peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

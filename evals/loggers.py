@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evals.records import Record
+
+LEFT_OUT = {"trace", "tokens"}  # long, and of no use in a table
 
 
 @dataclass(kw_only=True)
@@ -25,7 +30,9 @@ class Logger:
 
 @dataclass(kw_only=True)
 class WandbLogger(Logger):
-    """Weights & Biases: configuration, per-sample table, summary. Its failures are warnings.
+    """Weights & Biases: configuration, per-sample table, cache lengths, pictures, summary.
+
+    A sweep's runs share a group. Failures are warnings.
 
     Attributes:
         project, entity: as W&B calls them.
@@ -46,18 +53,52 @@ class WandbLogger(Logger):
                 project=self.project,
                 entity=self.entity,
                 name=folder.name,
+                group=config["sweep_name"],
                 config=config,
                 mode=self.mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
                 dir=folder,
                 settings=wandb.Settings(silent=True),
             )
-            columns = sorted({key for record in records for key in record if key != "trace"})
+            columns = sorted({key for record in records for key in record} - LEFT_OUT)
             rows = [[_cell(record.get(key)) for key in columns] for record in records]
-            run.log({"samples": wandb.Table(columns=columns, data=rows)})
+            run.log(
+                {
+                    "samples": wandb.Table(columns=columns, data=rows),
+                    "cache length": wandb.Histogram(cache_lengths(records)),
+                    **{path.stem: wandb.Image(str(path)) for path in folder.glob("*.png")},
+                }
+            )
             run.summary.update(summary)
             run.finish()
         except Exception as error:  # a logger must not cost the result
             warnings.warn(f"not logged to Weights & Biases: {error}", stacklevel=2)
+
+
+@dataclass(kw_only=True)
+class TensorBoardLogger(Logger):
+    """TensorBoard event files in the run's folder: numbers, cache lengths, pictures, config."""
+
+    def log(
+        self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+    ) -> None:
+        from matplotlib.image import imread
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
+            for name, value in summary.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    writer.add_scalar(name, value)
+            if lengths := cache_lengths(records):
+                writer.add_histogram("cache length", np.array(lengths))
+            for path in folder.glob("*.png"):
+                writer.add_image(path.stem, imread(path), dataformats="HWC")
+
+
+def cache_lengths(records: list[Record]) -> list[int]:
+    """Entries held after every step of every sample, from the records' traces."""
+    runs = (run for record in records for run in record.get("trace", ()))
+    return [first + i * increment for first, count, increment in runs for i in range(count)]
 
 
 def _cell(value: Any) -> Any:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
+from rouge import Rouge
 from rouge_score.rouge_scorer import RougeScorer
+
+Floats = NDArray[np.float64]
+Statistic = Callable[[Floats], Floats]
+
+# What becomes of the mean of the groups' means to be the score.
+STATISTICS: dict[str, Statistic] = {"mean": lambda means: means, "exp": np.exp}
 
 
 @cache
@@ -20,19 +32,78 @@ def rouge(reference: str, prediction: str) -> dict[str, float]:
     return {name: 100 * score.fmeasure for name, score in scores.items()}
 
 
+def package_rouge(reference: str, prediction: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L F-measure, 0..100, by the package `rouge`, as LongBench and BUZZ use it.
+
+    Nothing is stemmed, repeated n-grams count once, and sentences end at full stops. A text without
+    a word scores 0. Names begin with ``pkg_``.
+    """
+    names = {"pkg_rouge1": "rouge-1", "pkg_rouge2": "rouge-2", "pkg_rougeL": "rouge-l"}
+    limit = sys.getrecursionlimit()
+    # The package walks the words of two sentences by recursion.
+    sys.setrecursionlimit(limit + len(reference) + len(prediction))
+    try:
+        (scores,) = Rouge().get_scores([prediction], [reference])
+    except ValueError:  # an empty text
+        return dict.fromkeys(names, 0.0)
+    finally:
+        sys.setrecursionlimit(limit)
+    return {ours: 100 * scores[theirs]["f"] for ours, theirs in names.items()}
+
+
+def normalized(text: str) -> str:
+    """SQuAD's normal form: lower case, without punctuation, articles and extra white space."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def word_f1(answer: str, prediction: str) -> float:
+    """F1 over the words of the normal forms, 0..1."""
+    expected, found = normalized(answer).split(), normalized(prediction).split()
+    common = (Counter(expected) & Counter(found)).total()
+    return 2 * common / (len(expected) + len(found)) if common else 0.0
+
+
 def bootstrap_interval(
-    groups: Sequence[Sequence[float]], resamples: int = 2000, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of the groups' means.
+    groups: Sequence[Sequence[float]], statistic: str = "mean"
+) -> tuple[float, float] | None:
+    """95% percentile bootstrap interval of a statistic of the mean of the groups' means.
 
     Each group is resampled by itself. The seed is fixed: the same data give the same interval.
+
+    Returns:
+        None when nothing can be resampled: no group, or one of a single value.
     """
+    if not _resamplable(groups):
+        return None
+    return _interval(STATISTICS[statistic](_resampled([np.asarray(g, float) for g in groups])))
+
+
+def bootstrap_difference(
+    pairs: Sequence[Sequence[tuple[float, float]]], statistic: str = "mean"
+) -> tuple[float, float] | None:
+    """As :func:`bootstrap_interval`, of the first's statistic less the second's, kept in pairs.
+
+    Args:
+        pairs: groups of (first, second) values of the same sample.
+    """
+    if not _resamplable(pairs):
+        return None
+    both = STATISTICS[statistic](_resampled([np.asarray(group, float) for group in pairs]))
+    return _interval(both[:, 0] - both[:, 1])
+
+
+def _resamplable(groups: Sequence[Sequence[object]]) -> bool:
+    return bool(groups) and min(map(len, groups)) > 1
+
+
+def _resampled(groups: Sequence[Floats], resamples: int = 2000) -> Floats:
+    """Means of the groups' means [resamples, ...] of groups [samples, ...]."""
     rng = np.random.default_rng(0)
-    means = np.zeros(resamples)
-    for values in groups:
-        data = np.asarray(values, dtype=float)
-        picks = rng.integers(len(data), size=(resamples, len(data)))
-        means += data[picks].mean(axis=1) / len(groups)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    picks = (group[rng.integers(len(group), size=(resamples, len(group)))] for group in groups)
+    return sum(pick.mean(axis=1) for pick in picks) / len(groups)
+
+
+def _interval(values: Floats) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

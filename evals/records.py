@@ -3,6 +3,7 @@
 config.yaml        the resolved configuration
 environment.json   versions, git revision, device
 samples.jsonl      one JSON object per sample, appended and flushed as samples finish
+fidelity.jsonl     with `kl=true`: per sample, how near its distributions are to the full cache's
 summary.json       means over the samples
 """
 
@@ -27,6 +28,10 @@ from buzz.errors import ConfigError
 Record = dict[str, Any]
 
 
+class InUse(ConfigError):
+    """Another process is at work in a run's folder."""
+
+
 class RunFolder:
     """One run's folder. Records are only ever appended; of several with one id the last counts."""
 
@@ -39,7 +44,7 @@ class RunFolder:
         """Holds the folder for this process; the lock of a process that died is void by itself.
 
         Raises:
-            ConfigError: another run holds it.
+            InUse: another run holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "a+") as file:
@@ -47,7 +52,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                raise ConfigError(
+                raise InUse(
                     "output", str(self.path), f"in use by the run of process {file.read()}; wait"
                 ) from error
             file.truncate(0)
@@ -55,17 +60,18 @@ class RunFolder:
             file.flush()
             yield
 
-    def read(self) -> dict[str, Record]:
-        """Records by sample id. A torn last line, left by a killed run, is cut off the file.
+    def read(self, name: str = "samples.jsonl") -> dict[str, Record]:
+        """A file's records by sample id. A torn last line, left by a killed run, is cut off it.
 
         Raises:
             ConfigError: any other line is malformed.
         """
-        if not self.samples.exists():
+        path = self.path / name
+        if not path.exists():
             return {}
         records: dict[str, Record] = {}
         end = 0
-        lines = self.samples.read_bytes().splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
                 if not line.endswith(b"\n"):
@@ -74,17 +80,17 @@ class RunFolder:
                 records[record["id"]] = record
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):
-                    os.truncate(self.samples, end)
+                    os.truncate(path, end)
                     break
                 raise ConfigError(
-                    "output", f"{self.samples}:{number}", "malformed record; remove the folder"
+                    "output", f"{path}:{number}", "malformed record; remove the folder"
                 ) from error
             end += len(line)
         return records
 
-    def append(self, record: Record) -> None:
-        """Adds one record and flushes it."""
-        with open(self.samples, "a", encoding="utf-8") as file:
+    def append(self, record: Record, name: str = "samples.jsonl") -> None:
+        """Adds one record to a file and flushes it."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def write(self, name: str, content: Any) -> None:

@@ -11,38 +11,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buzz import Policy
 from buzz.errors import ConfigError
+from evals.compare import compare
+from evals.forced import Fidelity, compare_with_full, read
 from evals.generate import Generation, LengthMismatch, generate
-from evals.loggers import Logger
-from evals.metrics import bootstrap_interval
-from evals.models import check_model, load_model
+from evals.models import load_model
+from evals.plan import Plan, expand
 from evals.records import Record, RunFolder, arithmetic_runs, digest, environment
-from evals.task import Sample, Task, at_least
+from evals.summary import mean, summarize
+from evals.task import Sample, StreamTask
 
-MEASURED = (
-    "prompt_tokens",
-    "generated_tokens",
-    "budget_entries",
-    "kv_entries_mean",
-    "kv_nbytes_mean",
-    "ttft_s",
-    "decode_tokens_per_s",
-    "itl_p50_ms",
-    "itl_p95_ms",
-    "evictions",
-)
-PEAKS = ("kv_entries_peak", "kv_nbytes_peak", "allocated_nbytes", "memory_peak_nbytes")
+FIDELITY = "fidelity.jsonl"
 
 console = Console(stderr=True)
+
+
+def _sha256(ids: list[int] | None) -> str:
+    """First 16 digits of the hash of token ids."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 class RunFailed(RuntimeError):
@@ -61,118 +62,8 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """First 16 digits of the hash of the token ids."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration, checked and built, before any model is loaded.
-
-    Attributes:
-        fixed: the method's parameters that a budget must leave alone.
-        config: the resolved configuration as plain data.
-    """
-
-    policy: Policy
-    task: Task
-    logger: Logger
-    budget: float | int | None
-    fixed: frozenset[str]
-    config: dict[str, Any]
-
-    @classmethod
-    def of(cls, cfg: DictConfig, fixed: Iterable[str] = ()) -> Plan:
-        """Builds and checks what `cfg` asks for.
-
-        Raises:
-            ConfigError: something in `cfg` cannot be served.
-        """
-        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        method = {key: value for key, value in config["method"].items() if key != "name"}
-        plan = cls(
-            policy=_build("method", method),
-            task=_build("task", config["task"]),
-            logger=_build("logger", config["logger"]),
-            budget=config["budget"],
-            fixed=frozenset(fixed),
-            config=config,
-        )
-        plan._check()
-        return plan
-
-    def _check(self) -> None:
-        at_least(0, "seed", self.config["seed"])
-        check_model(self.config["model"])
-        self.task.check()
-        context, task = self.config["model"]["max_length"], self.task
-        answer = task.max_new_tokens or 0
-        if answer >= context:
-            raise ConfigError(
-                "task.max_new_tokens", answer, f"must leave room in the model's {context} tokens"
-            )
-        if (longest := task.longest_prompt()) + answer > context:
-            raise ConfigError(
-                "model.max_length",
-                context,
-                f"too short for prompts of {longest} tokens and {answer} of answer;"
-                " shorten the prompts or take another model",
-            )
-        for field in dataclasses.fields(self.policy):
-            value = getattr(self.policy, field.name)
-            if isinstance(value, int) and value > context:
-                raise ConfigError(
-                    f"method.{field.name}", value, f"larger than the model's {context} tokens"
-                )
-        base = self.config["cache"]["logn_base"]
-        if base is not None and not (isinstance(base, int | float) and base > 1):
-            raise ConfigError("cache.logn_base", base, "give a number above 1, or null")
-        budget = self.budget
-        if budget is None:
-            return
-        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
-        if not whole and not (isinstance(budget, float) and 0 < budget < 1):
-            raise ConfigError(
-                "budget", budget, "give a fraction of the prompt between 0 and 1, or entries >= 1"
-            )
-        if whole and budget > context:
-            raise ConfigError("budget", budget, f"larger than the model's {context} tokens")
-        if whole or longest:
-            self.fit(longest, answer)
-
-    @property
-    def fits(self) -> bool:
-        """Whether there is a budget, and the method has parameters to meet it with."""
-        return self.budget is not None and bool(dataclasses.fields(self.policy))
-
-    def fit(self, prompt_tokens: int, new_tokens: int) -> tuple[Policy, int | None]:
-        """The policy for a prompt and an answer of this length, and the entries it may hold."""
-        if self.budget is None or not self.fits:
-            return self.policy, None
-        if isinstance(self.budget, int):
-            entries = self.budget
-        else:
-            entries = max(1, round(self.budget * prompt_tokens))
-        horizon = (prompt_tokens, new_tokens) if prompt_tokens and new_tokens else None
-        return self.policy.fit(entries, self.fixed, horizon), entries
-
-    @property
-    def setting(self) -> str:
-        """What runs must share to be comparable, as a hash."""
-        return digest({key: self.config[key] for key in ("task", "model", "seed", "device")})
-
-    @property
-    def folder(self) -> Path:
-        """Named by what determines the result."""
-        method, task, model = (self.config[key] for key in ("method", "task", "model"))
-        result = {
-            "setting": self.setting,
-            "method": method,
-            "cache": self.config["cache"],
-            "budget": [self.budget, sorted(self.fixed)] if self.fits else None,
-        }
-        name = f"{task['name']}-{method['name']}-{model['name']}-{digest(result)}"
-        return Path(self.config["output"]) / name
+        """Names the token ids."""
+        return _sha256(self.ids)
 
 
 def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
@@ -189,7 +80,16 @@ def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
         ConfigError: a setting cannot be served.
         RunFailed: the cache did not do what the method says.
     """
-    plan = Plan.of(cfg, fixed)
+    return _execute(Plan.of(cfg, fixed))
+
+
+def run_all(cfg: DictConfig, fixed: Iterable[str] = ()) -> list[Path]:
+    """As :func:`run`, for every task of a suite; all are checked before the first one runs."""
+    fixed = frozenset(fixed)
+    return [_execute(plan) for plan in [Plan.of(one, fixed) for one in expand(cfg)]]
+
+
+def _execute(plan: Plan) -> Path:
     folder = RunFolder(plan.folder)
     with folder.lock():
         records = folder.read()
@@ -212,21 +112,17 @@ def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
             raise RunFailed(str(error)) from error
         ordered = [records[prompt.sample.id] for prompt in prompts]
         summary = summarize(plan, ordered)
+        if full := plan.reference():
+            theirs = full.read()
+            if plan.compares:
+                _compare(plan, folder, records, theirs, prompts, model, tokenizer)
+            by_id = {record["id"]: record for record in ordered}
+            summary["against_full"] = compare(by_id, theirs, summary, folder.read(FIDELITY))
+        plan.task.draw([record for record in ordered if record["status"] == "ok"], folder.path)
         folder.write("summary.json", summary)
         if len(done) < len(prompts):
             plan.logger.log(folder.path, plan.config, ordered, summary)
     return folder.path
-
-
-def _build(section: str, config: dict[str, Any]) -> Any:
-    """Instantiates a section of the configuration; whatever goes wrong names the section."""
-    try:
-        return instantiate(config, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(section, config.get("_target_"), reason) from error
 
 
 _loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
@@ -243,8 +139,16 @@ def _load(config: dict[str, Any], device: str) -> tuple[PreTrainedModel, PreTrai
 
 def _encode(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     prompts = []
-    for sample in plan.task.load(tokenizer):
+    for sample in plan.task.of_shard(plan.task.load(tokenizer)):
+        if isinstance(plan.task, StreamTask):
+            assert sample.ids is not None
+            plan.check_reading(len(sample.ids))
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, 0))
+            continue
         answer = plan.task.max_new_tokens or sample.max_new_tokens
+        if sample.ids is not None:
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer))
+            continue
         limit = plan.config["model"]["max_length"] - answer
         chat = plan.task.chat_template and sample.chat_template is not False
         chat = chat and tokenizer.chat_template is not None
@@ -254,6 +158,8 @@ def _encode(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
                 "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
             )
         prompts.append(Prompt(sample, ids, truncated, chat, answer))
+    if not prompts:
+        raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
     return prompts
 
 
@@ -356,7 +262,7 @@ def _generate(
             ran = [record for record in records.values() if record["status"] == "ok"]
             if ran:
                 score = statistics.fmean(record["scores"][headline] for record in ran)
-                speed = _mean(record["decode_tokens_per_s"] for record in ran) or 0
+                speed = mean(record["decode_tokens_per_s"] for record in ran) or 0
                 progress.update(bar, status=f"{headline} {score:.3g}  {speed:.1f} tok/s")
 
 
@@ -374,15 +280,10 @@ def _run_batch(
         "batch_size": len(batch),
     }
     try:
-        generations = generate(
-            model,
-            tokenizer,
-            [prompt.ids for prompt in batch],
-            policy,
-            batch[0].max_new_tokens,
-            batch[0].sample.stop,
-            plan.config["cache"],
-        )
+        if isinstance(plan.task, StreamTask):
+            results = [_read(plan.task, plan, prompt, policy, model) for prompt in batch]
+        else:
+            results = _answer(plan, batch, policy, model, tokenizer)
     except LengthMismatch as error:
         for prompt in batch:
             folder.append(_identity(prompt) | frame | {"status": "failed", "error": str(error)})
@@ -390,21 +291,94 @@ def _run_batch(
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [_identity(prompt) | frame | {"status": "oom"} for prompt in batch]
+        oom = {"status": "oom", "error": str(error).partition("\n")[0]}  # names the bytes asked for
+        return [_identity(prompt) | frame | oom for prompt in batch]
     return [
-        _identity(prompt)
-        | frame
-        | {"status": "ok", "scores": plan.task.score(prompt.sample, generation.text)}
-        | _measurements(generation)
-        for prompt, generation in zip(batch, generations, strict=True)
+        _identity(prompt) | frame | {"status": "ok"} | result
+        for prompt, result in zip(batch, results, strict=True)
     ]
 
 
+def _answer(
+    plan: Plan,
+    batch: list[Prompt],
+    policy: Policy,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Record]:
+    generations = generate(
+        model,
+        tokenizer,
+        [prompt.ids for prompt in batch],
+        policy,
+        batch[0].max_new_tokens,
+        batch[0].sample.stop,
+        plan.config["cache"],
+    )
+    return [
+        {"scores": plan.task.score(prompt.sample, answer.text)} | _measurements(answer)
+        for prompt, answer in zip(batch, generations, strict=True)
+    ]
+
+
+def _read(
+    task: StreamTask, plan: Plan, prompt: Prompt, policy: Policy, model: PreTrainedModel
+) -> Record:
+    measured, losses = read(model, prompt.ids, policy, task.chunk, plan.config["cache"])
+    blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
+    scores = {"scores": task.score_losses(prompt.sample, losses), "blocks": blocks}
+    return scores | _measurements(measured)
+
+
+def _compare(
+    plan: Plan,
+    folder: RunFolder,
+    records: dict[str, Record],
+    full: dict[str, Record],
+    prompts: list[Prompt],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Teacher-forces the method over the full run's answers, as far as that was not done before."""
+    before = folder.read(FIDELITY)
+
+    def answer(prompt: Prompt) -> list[int] | None:
+        """The full cache's answer, if there is something left to compare it for."""
+        own, theirs = records[prompt.sample.id], full.get(prompt.sample.id, {})
+        if own["status"] != "ok" or theirs.get("prompt_sha256") != own["prompt_sha256"]:
+            return None
+        tokens = theirs.get("tokens")
+        done = before.get(prompt.sample.id, {}).get("answer_sha256") == _sha256(tokens)
+        return None if done else tokens
+
+    todo = [
+        [prompt for prompt in batch if answer(prompt)]
+        for batch in batches(prompts, plan.task.batch_size)
+    ]
+    for batch in track(
+        [batch for batch in todo if batch], "KL to full", console=console, transient=True
+    ):
+        answers = [answer(prompt) or [] for prompt in batch]
+        policy = dataclasses.replace(plan.policy, **records[batch[0].sample.id]["policy"])
+        ids, pad = [prompt.ids for prompt in batch], tokenizer.pad_token_id
+        try:
+            fidelity = compare_with_full(model, ids, answers, policy, pad, plan.config["cache"])
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            fidelity = [Fidelity(None, None)] * len(batch)
+        for prompt, tokens, found in zip(batch, answers, fidelity, strict=True):
+            identity = {"id": prompt.sample.id, "answer_sha256": _sha256(tokens)}
+            folder.append(identity | dataclasses.asdict(found), FIDELITY)
+
+
 def _out_of_memory(error: Exception) -> bool:
+    """Whether that is what happened; if so, what is free goes back to the device."""
     kinds = (torch.cuda.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
+    found = isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
+    if found and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
 
 
 def _identity(prompt: Prompt) -> Record:
@@ -425,57 +399,13 @@ def _identity(prompt: Prompt) -> Record:
 def _measurements(generation: Generation) -> Record:
     record = dataclasses.asdict(generation)
     lengths, entry = record.pop("lengths"), record.pop("entry_nbytes")
-    mean, peak = statistics.fmean(lengths), max(lengths)
+    average, peak = statistics.fmean(lengths), max(lengths)
     return {
         "prediction": record.pop("text"),
         **record,
-        "kv_entries_mean": mean,
+        "kv_entries_mean": average,
         "kv_entries_peak": peak,
-        "kv_nbytes_mean": mean * entry,
+        "kv_nbytes_mean": average * entry,
         "kv_nbytes_peak": peak * entry,
         "trace": arithmetic_runs(lengths),
     }
-
-
-def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
-    """Means over the samples that ran; with groups, the score is the mean of the groups' means.
-
-    KV entries and bytes are per sample, over its decode phase: mean, and highest over all samples.
-    """
-    config, headline = plan.config, plan.task.headline
-    ran = [record for record in records if record["status"] == "ok"]
-    groups: dict[str, list[float]] = {}
-    for record in ran:
-        groups.setdefault(record["group"], []).append(record["scores"][headline])
-    means = {group: statistics.fmean(values) for group, values in groups.items()}
-    return {
-        "status": "complete",
-        "task": config["task"]["name"],
-        "method": config["method"]["name"],
-        "model": config["model"]["name"],
-        "seed": config["seed"],
-        "budget": plan.budget,
-        "setting": plan.setting,
-        "headline": headline,
-        "score": _mean(means.values()),
-        "score_ci95": _interval(list(groups.values())),
-        "scores": {
-            name: _mean(record["scores"].get(name) for record in ran)
-            for name in sorted({name for record in ran for name in record["scores"]})
-        },
-        "groups": {name: {"n": len(groups[name]), "score": mean} for name, mean in means.items()},
-        "n": len(ran),
-        "oom": len(records) - len(ran),
-        "truncated": sum(record["truncated_tokens"] > 0 for record in ran),
-        **{name: _mean(record[name] for record in ran) for name in MEASURED},
-        **{name: max((record[name] for record in ran), default=None) for name in PEAKS},
-    }
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _interval(groups: list[list[float]]) -> tuple[float, float] | None:
-    return bootstrap_interval(groups) if groups else None

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from buzz.errors import ConfigError
+from evals.compare import compare, differing
+from evals.records import RunFolder
 
-REFERENCE = "full"  # the method that ratios are taken to
+REFERENCE = "full"  # the method that the others are compared with
+UNEQUAL = 1.1  # ratio of mean entries from which on rows hold different memory
 
 Summary = dict[str, Any]
 
@@ -37,40 +42,130 @@ def read_summary(folder: Path) -> Summary:
     return summary
 
 
-def find_reference(summary: Summary, runs: Iterable[Path]) -> Summary | None:
-    """The full-cache run, among the folders `runs`, of the same task, model, seed and device."""
-    for path in sorted(runs):
+def find_reference(setting: str, folders: Iterable[Path]) -> Path | None:
+    """The folder, among `folders`, of the finished full-cache run of a setting.
+
+    Of several the one with plain attention: full cache with log n scaling is a method of its own.
+    """
+    found = []
+    for path in sorted(folders):
         if (path / "summary.json").is_file():
-            other = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-            if other.get("method") == REFERENCE and other["setting"] == summary["setting"]:
-                return other
-    return None
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            if summary["status"] != "complete" or "conditions" not in summary:  # an early version's
+                continue
+            if summary["method"] == REFERENCE and summary["setting"] == setting:
+                found.append((summary["cache"]["logn_base"] is not None, path))
+    return min(found)[1] if found else None
 
 
-def tables(folders: Sequence[Path]) -> list[Table]:
-    """One table per setting (task, model, seed), the methods in the order given."""
-    settings: dict[str, list[Summary]] = {}
-    for folder in folders:
-        summary = read_summary(folder)
-        settings.setdefault(summary["setting"], []).append(summary)
-    neighbours = [path for folder in folders[:1] for path in folder.resolve().parent.iterdir()]
-    return [_table(summaries, neighbours) for summaries in settings.values()]
+@dataclass(frozen=True)
+class Setting:
+    """Runs of one task, model and seed, and the full-cache run that they are compared with."""
+
+    folders: list[Path]
+    rows: list[Summary]
+    reference: Path | None
+
+    @classmethod
+    def of(cls, folders: Sequence[Path]) -> list[Setting]:
+        """The runs by setting, both in the order given."""
+        settings: dict[str, list[tuple[Path, Summary]]] = {}
+        for folder in dict.fromkeys(folders):
+            summary = read_summary(folder)
+            settings.setdefault(summary["setting"], []).append((folder, summary))
+        return [
+            cls(
+                folders=[folder for folder, _ in runs],
+                rows=[summary for _, summary in runs],
+                reference=find_reference(name, runs[0][0].resolve().parent.iterdir()),
+            )
+            for name, runs in settings.items()
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The rows' methods, with the settings that tell those of one method apart."""
+        known = [{"budget": r["budget"]} | r["parameters"] | r["cache"] for r in self.rows]
+        names = []
+        for row, own in zip(self.rows, known, strict=True):
+            pairs = zip(self.rows, known, strict=True)
+            alike = [other for r, other in pairs if r["method"] == row["method"]]
+            varying = [key for key in own if any(other[key] != own[key] for other in alike)]
+            names.append(" ".join([row["method"], *(f"{key}={own[key]}" for key in varying)]))
+        return names
+
+    def against_full(self) -> list[dict[str, Any] | None]:
+        """Per run, its comparison with the full cache; None for the full cache itself."""
+        if self.reference is None:
+            return [None] * len(self.rows)
+        full = RunFolder(self.reference).read()
+        compared: list[dict[str, Any] | None] = []
+        for folder, row in zip(self.folders, self.rows, strict=True):
+            run = RunFolder(folder)
+            own = row["method"] == REFERENCE and folder.resolve() == self.reference
+            compared.append(
+                None if own else compare(run.read(), full, row, run.read("fidelity.jsonl"))
+            )
+        return compared
+
+    def notes(self) -> list[str]:
+        """What a reader should know before comparing the rows."""
+        rows = dict(zip(self.names, self.rows, strict=True))
+        if self.reference and self.reference not in [f.resolve() for f in self.folders]:
+            rows[f"earlier {REFERENCE}"] = read_summary(self.reference)
+        task = self.rows[0]["task"]
+        notes = [
+            f"{task}: rows differ in {condition}: {'; '.join(values)}"
+            for condition, values in differing(rows).items()
+        ]
+        for budget in {row["budget"] for row in self.rows}:
+            held = [
+                row["kv_entries_mean"]
+                for row in self.rows
+                if row["budget"] == budget and row["method"] != REFERENCE and row["n"]
+            ]
+            if held and max(held) > UNEQUAL * min(held):
+                given = "no budget" if budget is None else f"budget={budget}"
+                ratio = max(held) / min(held)
+                notes.append(f"{task}: rows of {given} hold up to {ratio:.1f}x as much as others")
+        return notes
 
 
-def _table(summaries: list[Summary], neighbours: list[Path]) -> Table:
-    first = summaries[0]
-    own = [summary for summary in summaries if summary["method"] == REFERENCE]
-    full = own[0] if own else find_reference(first, neighbours)
-    table = Table(
-        title=f"{first['task']} on {first['model']}, seed {first['seed']}",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-        title_justify="left",
-    )
-    table.add_column("method", no_wrap=True)
-    for heading in (
-        first["headline"],
+def tables(folders: Sequence[Path]) -> list[Table | str]:
+    """All runs' scores and costs; what sets them off from full cache; breakdowns; notes."""
+    settings = Setting.of(folders)
+    parts: list[Table | str] = [_title(settings), _costs(settings, _labels(settings))]
+    compared = [setting.against_full() for setting in settings]
+    if any(row is not None for rows in compared for row in rows):
+        parts += [
+            _heading(f"against {REFERENCE}"),
+            _against_full(settings, _labels(settings), compared),
+        ]
+    parts += [part for setting in settings for part in _breakdowns(setting)]
+    return parts + [note for setting in settings for note in setting.notes()]
+
+
+def _labels(settings: list[Setting]) -> list[str]:
+    """The settings' names: the task, and whatever else tells them apart."""
+    rows = [setting.rows[0] for setting in settings]
+    varying = [key for key in ("model", "seed") if len({row[key] for row in rows}) > 1]
+    return [" ".join(str(row[key]) for key in ("task", *varying)) for row in rows]
+
+
+def _heading(text: str) -> str:
+    return f"\n[bold]{text}[/]"
+
+
+def _title(settings: list[Setting]) -> str:
+    rows = [setting.rows[0] for setting in settings]
+    models, seeds = (dict.fromkeys(str(row[key]) for row in rows) for key in ("model", "seed"))
+    return f"[bold]{', '.join(models)}, seed {', '.join(seeds)}[/]"
+
+
+def _costs(settings: list[Setting], labels: list[str]) -> Table:
+    table = _table(
+        "score",
+        "95% CI",
         "budget",
         "KV entries\nmean/peak",
         "KV MB\nmean/peak",
@@ -79,24 +174,109 @@ def _table(summaries: list[Summary], neighbours: list[Path]) -> Table:
         "decode\ntok/s",
         f"tok/s\n/{REFERENCE}",
         "n",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in summaries:
-        entries = f"{_number(row['kv_entries_mean'], '.0f')}/{_number(row['kv_entries_peak'], 'd')}"
-        sizes = [_number(row[f"kv_nbytes_{kind}"], ".1f", 1e-6) for kind in ("mean", "peak")]
-        table.add_row(
-            row["method"],
-            _number(row["score"], ".3f" if (row["score"] or 0) <= 1 else ".2f"),
-            _number(row["budget_entries"], ".0f"),
-            entries,
-            "/".join(sizes),
-            _ratio(row, full, "kv_nbytes_mean"),
-            _number(row["ttft_s"], ".2f"),
-            _number(row["decode_tokens_per_s"], ".1f"),
-            _ratio(row, full, "decode_tokens_per_s"),
-            f"{row['n']}" + (f" (+{row['oom']} oom)" if row["oom"] else ""),
-        )
+    )
+    for setting, label in zip(settings, labels, strict=True):
+        full = None if setting.reference is None else read_summary(setting.reference)
+        _section(table, label, setting.rows[0]["headline"])
+        for name, row in zip(setting.names, setting.rows, strict=True):
+            entries = _number(row["kv_entries_mean"], ".0f")
+            sizes = [_number(row[f"kv_nbytes_{kind}"], ".1f", 1e-6) for kind in ("mean", "peak")]
+            table.add_row(
+                name,
+                _score(row["score"]),
+                _range(row["score_ci95"], _form(row["score"])),
+                _number(row["budget_entries"], ".0f"),
+                f"{entries}/{_number(row['kv_entries_peak'], 'd')}",
+                "/".join(sizes),
+                _ratio(row, full, "kv_nbytes_mean"),
+                _number(row["ttft_s"], ".2f"),
+                _number(row["decode_tokens_per_s"], ".1f"),
+                _ratio(row, full, "decode_tokens_per_s"),
+                f"{row['n']}" + (f" (+{row['oom']} oom)" if row["oom"] else ""),
+            )
     return table
+
+
+def _against_full(
+    settings: list[Setting], labels: list[str], compared: list[list[dict[str, Any] | None]]
+) -> Table:
+    table = _table(
+        f"score\n-{REFERENCE}",
+        "95% CI",
+        f"score\n/{REFERENCE}",
+        "win/tie/loss",
+        "same\ntokens",
+        "same\nprefix",
+        "KL\nnats",
+        "same\ntop-1",
+        "n",
+    )
+    for setting, label, rows in zip(settings, labels, compared, strict=True):
+        _section(table, label, setting.rows[0]["headline"])
+        for name, row, other in zip(setting.names, setting.rows, rows, strict=True):
+            if other is None:
+                continue
+            table.add_row(
+                name,
+                _number(other["difference"], "+" + _form(row["score"])),
+                _range(other["difference_ci95"], "+" + _form(row["score"])),
+                _number(other["relative"], ".2f"),
+                f"{other['wins']}/{other['ties']}/{other['losses']}",
+                _number(other["agreement"], ".2f"),
+                _number(other["prefix"], ".2f"),
+                _number(other["kl_to_full"], ".3f"),
+                _number(other["top1_to_full"], ".2f"),
+                str(other["n"]),
+            )
+    return table
+
+
+def _breakdowns(setting: Setting) -> list[Table | str]:
+    """A heading and a table per breakdown, methods side by side."""
+    columns = [
+        {row["grouped_by"]: {name: group["score"] for name, group in row["groups"].items() if name}}
+        | row["breakdown"]
+        for row in setting.rows
+    ]
+    parts: list[Table | str] = []
+    for title in dict.fromkeys(title for column in columns for title in column):
+        names = list(dict.fromkeys(n for column in columns for n in column.get(title, {})))
+        if not names:
+            continue
+        parts.append(_heading(f"{setting.rows[0]['task']} by {title}"))
+        table = _table(*(name.replace(" ", "\n") for name in setting.names))
+        for name in names:
+            table.add_row(name, *(_score(column.get(title, {}).get(name)) for column in columns))
+        parts.append(table)
+    return parts
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _section(table: Table, label: str, headline: str) -> None:
+    """A line before the section's rows: the task, and what its score is."""
+    table.add_section()
+    table.add_row(f"[bold]{label}[/]", f"[bold]{headline}[/]")
+
+
+def _form(score: float | None) -> str:
+    """The number format that suits a score of this size."""
+    size = abs(score or 0)
+    return ".3f" if size <= 1 else ".2f" if size < 1e5 else ".3g"
+
+
+def _score(score: float | None) -> str:
+    return _number(score, _form(score))
+
+
+def _range(interval: Sequence[float] | None, form: str) -> str:
+    return "-" if interval is None else "..".join(format(value, form) for value in interval)
 
 
 def _number(value: float | None, form: str, scale: float = 1) -> str:
@@ -110,31 +290,27 @@ def _ratio(row: Summary, full: Summary | None, name: str) -> str:
 
 
 class TableCallback(Callback):
-    """Prints the table when a run, or all runs of a multirun, are over.
-
-    It sees the jobs of launchers that work in this process; after others, use the module's command.
-    """
+    """Prints the table when a run is over; of a sweep :class:`evals.sweep.SweepCallback` does."""
 
     def __init__(self) -> None:
         self.folders: list[Path] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if job_return.status is JobStatus.COMPLETED and job_return.return_value is not None:
-            self.folders.append(Path(job_return.return_value))
+        single = config.hydra.mode is not RunMode.MULTIRUN
+        if single and job_return.status is JobStatus.COMPLETED:
+            self.folders += map(Path, job_return.return_value)
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        _print(self.folders)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        _print(self.folders)
+        print_tables(self.folders)
 
 
-def _print(folders: Sequence[Path]) -> None:
+def print_tables(folders: Sequence[Path]) -> None:
+    """Prints all tables of finished runs."""
     console = Console()
-    if not console.is_terminal:  # a file takes lines of any length
-        console = Console(width=200)
-    for table in tables(folders):
-        console.print(table)
+    # A narrow terminal wraps what a narrow table would cut off; a file takes lines of any length.
+    console = Console(width=max(console.width, 120) if console.is_terminal else 200)
+    for part in tables(folders):
+        console.print(part, highlight=False)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -142,7 +318,7 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m evals.table RUN_DIR...", file=sys.stderr)
         return 2
     try:
-        _print([Path(argument) for argument in arguments])
+        print_tables([Path(argument) for argument in arguments])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

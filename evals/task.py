@@ -1,14 +1,18 @@
-"""What a task is: samples with references, and a score for a prediction."""
+"""What a task is: samples with references, and scores."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
+from evals.records import Record
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Sample:
         meta: anything else worth recording.
         max_new_tokens, chat_template: override the task's, where data sets differ.
         stop: strings whose last token ends the generation (never as its first token).
+        ids: the prompt's token ids, where the task tokenized it; they are used as they are.
     """
 
     id: str
@@ -33,6 +38,7 @@ class Sample:
     max_new_tokens: int | None = None
     chat_template: bool | None = None
     stop: tuple[str, ...] = ()
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(kw_only=True)
@@ -42,18 +48,27 @@ class Task(ABC):
     Attributes:
         name: the task's name in run folders and tables.
         samples: at most so many samples are run; None for all.
+        shard: "0/8" runs every eighth of them from the first on; the report puts shards together.
         max_new_tokens: longest answer.
         batch_size: prompts per batch.
         chat_template: whether prompts go through the tokenizer's chat template, if it has one.
         headline: the metric that summaries and tables show; every score has it.
         own_lengths: whether `max_new_tokens` may be None, as samples bring their own.
+        statistic: what becomes of the headline's mean, a key of
+            :data:`evals.metrics.STATISTICS`.
+        higher_is_better: of the headline.
+        grouped_by: what a sample's group is.
     """
 
-    headline: ClassVar[str]
+    headline: ClassVar[str]  # or a field, where there is a choice
     own_lengths: ClassVar[bool] = False
+    statistic: ClassVar[str] = "mean"
+    higher_is_better: ClassVar[bool] = True
+    grouped_by: ClassVar[str] = "group"
 
     name: str
     samples: int | None = None
+    shard: str | None = None
     max_new_tokens: int | None = 64
     batch_size: int = 1
     chat_template: bool = True
@@ -69,6 +84,20 @@ class Task(ABC):
         if self.max_new_tokens is not None or not self.own_lengths:
             at_least(1, "task.max_new_tokens", self.max_new_tokens)
         at_least(1, "task.batch_size", self.batch_size)
+        self.of_shard([])
+
+    def of_shard(self, samples: list[Sample]) -> list[Sample]:
+        """Those of `samples` that :attr:`shard` names.
+
+        Raises:
+            ConfigError: it names none.
+        """
+        if self.shard is None:
+            return samples
+        match = re.fullmatch(r"(\d+)/(\d+)", str(self.shard))
+        if not match or int(match[1]) >= int(match[2]):
+            raise ConfigError("task.shard", self.shard, "give e.g. 0/8, up to 7/8")
+        return samples[int(match[1]) :: int(match[2])]
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt where it is known beforehand and must not be cut, else 0."""
@@ -82,8 +111,63 @@ class Task(ABC):
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
         """Metrics of one prediction by name, :attr:`headline` among them."""
 
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+        """Means by anything but the group, as {title: {row: value}}, for summary and table."""
+        return {}
+
+    def draw(self, records: Sequence[Record], folder: Path) -> None:  # noqa: B027
+        """Puts the task's picture, if it has one, into the run's folder."""
+
+
+@dataclass(kw_only=True)
+class StreamTask(Task):
+    """Long texts to be predicted, not answered: each goes through one cache in small steps.
+
+    A token is scored before it is fed, so before it can influence any eviction.
+
+    Attributes:
+        tokens: tokens of a text; None for all there are.
+        chunk: tokens per step.
+        blocks: pieces of equal size that a text's losses are averaged over, for the curve over
+            position and as what the bootstrap resamples.
+    """
+
+    own_lengths: ClassVar[bool] = True
+
+    tokens: int | None = None
+    chunk: int = 1
+    blocks: int = 16
+    max_new_tokens: int | None = None
+    chat_template: bool = False
+
+    def check(self) -> None:
+        super().check()
+        at_least(1, "task.chunk", self.chunk)
+        at_least(2, "task.blocks", self.blocks)
+        if self.tokens is not None:
+            at_least(self.blocks + 1, "task.tokens", self.tokens)
+        if self.batch_size != 1:
+            raise ConfigError("task.batch_size", self.batch_size, "texts are read one by one")
+        for name, none in (("max_new_tokens", None), ("chat_template", False)):
+            if (value := getattr(self, name)) != none:
+                raise ConfigError(f"task.{name}", value, "there is no answer; leave it out")
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        raise TypeError(f"{self.name} scores losses and not predictions")
+
+    @abstractmethod
+    def score_losses(self, sample: Sample, losses: Sequence[float]) -> dict[str, float]:
+        """Metrics by name, from the negative log-likelihood in nats of each token but the first."""
+
 
 def at_least(minimum: int, name: str, value: object) -> None:
     """Raises ConfigError unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(name, value, f"give a whole number of at least {minimum}")
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ConfigError unless `value` is one of `choices`."""
+    known = list(choices)
+    if value not in known:
+        raise ConfigError(name, value, f"choose one of {', '.join(known)}")

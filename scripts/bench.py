@@ -37,6 +37,7 @@ METHODS = (
     "buzz-chunked",
 )
 CHUNK = 2048
+LONG = 16384  # tokens, beyond which rows are repeated a third as often
 # Without it, glibc keeps freed blocks of up to 32 MB, and the peak of one and the same run varies
 # by a third. It is the same for all rows.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
@@ -318,9 +319,11 @@ def main() -> int:
     for prompt in arguments.lengths:
         for batch in arguments.batch:
             rounds: dict[str, list[dict[str, Any]]] = {method: [] for method in arguments.methods}
+            # Prefill grows with the square of the prompt, its spread does not.
+            repeats = arguments.repeats if prompt <= LONG else max(1, arguments.repeats // 3)
             with Progress(console=console, transient=True) as progress:
-                bar = progress.add_task(f"{prompt:,}", total=arguments.repeats * len(rounds))
-                for _ in range(arguments.repeats):
+                bar = progress.add_task(f"{prompt:,}", total=repeats * len(rounds))
+                for _ in range(repeats):
                     for method, measured in rounds.items():
                         measured.append(child(arguments, method, prompt, batch))
                         progress.advance(bar)

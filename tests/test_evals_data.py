@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buzz import ConfigError
-from evals.data import read_jsonl
-from evals.metrics import bootstrap_interval
+from evals.compare import compare
+from evals.data import read_jsonl, read_text
+from evals.metrics import (
+    bootstrap_difference,
+    bootstrap_interval,
+    package_rouge,
+    rouge,
+    word_f1,
+)
 from evals.records import RunFolder, arithmetic_runs, digest
 
 
@@ -75,3 +83,97 @@ def test_bootstrap_interval_is_that_of_a_mean_of_means() -> None:
     low, high = bootstrap_interval([[0.0, 1.0] * 50])
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+
+
+def test_bootstrap_needs_two_values_of_every_group() -> None:
+    assert bootstrap_interval([[1.0, 2.0], [3.0]]) is None and bootstrap_interval([]) is None
+
+
+def test_bootstrap_interval_of_a_perplexity() -> None:
+    losses = [[1.0, 2.0] * 40]
+    low, high = bootstrap_interval(losses)
+    assert bootstrap_interval(losses, "exp") == pytest.approx(
+        (math.exp(low), math.exp(high)), rel=1e-4
+    )
+
+
+def test_paired_differences_are_narrower_than_unpaired() -> None:
+    values = [float(i % 7) for i in range(60)]
+    pairs = [[(value + 0.5 + 0.1 * (i % 2), value) for i, value in enumerate(values)]]
+    low, high = bootstrap_difference(pairs)
+    assert 0.5 < low < 0.55 < high < 0.6
+
+
+def record(name: str, score: float, tokens: list[int], **fields: object) -> dict:
+    own = {"id": name, "status": "ok", "scores": {"s": score}, "tokens": tokens, "group": ""}
+    return own | {"prompt_sha256": name} | fields
+
+
+@pytest.mark.parametrize(("better", "wins"), [(True, 1), (False, 2)])
+def test_comparison_pairs_samples(better: bool, wins: int) -> None:
+    own = [
+        record("a", 1.0, [1, 2, 3, 4]),
+        record("b", 3.0, [9, 2]),
+        record("c", 1.0, [5]),
+        record("d", 9.0, [5], prompt_sha256="another"),
+        record("e", 9.0, [5]) | {"status": "oom"},
+        record("f", 2.0, [5]),
+    ]
+    full = [
+        record("a", 2.0, [1, 2, 9, 4, 5]),
+        record("b", 2.0, [1, 2]),
+        record("c", 3.0, [5]),
+        record("d", 1.0, [5]),
+        record("e", 1.0, [5]),
+        record("f", 2.0, [5]),
+    ]
+    summary = {"headline": "s", "statistic": "mean", "higher_is_better": better}
+    fidelity = {
+        name: {"kl_to_full": kl, "top1_to_full": 1.0} for name, kl in [("a", 0.2), ("b", 0.4)]
+    }
+    runs = [{r["id"]: r for r in run} for run in (own, full)]
+    found = compare(*runs, summary, fidelity)
+    assert (found["n"], found["wins"], found["ties"], found["losses"]) == (4, wins, 1, 3 - wins)
+    assert found["difference"] == pytest.approx(-0.5)
+    assert found["relative"] == pytest.approx(7 / 9)
+    assert found["agreement"] == pytest.approx((3 / 5 + 1 / 2 + 1 + 1) / 4)
+    assert found["prefix"] == pytest.approx((2 / 5 + 0 + 1 + 1) / 4)
+    assert found["kl_to_full"] == pytest.approx(0.3) and found["top1_to_full"] == 1
+
+
+def test_package_rouge_by_hand() -> None:
+    # Unigrams {the, bees, danced} and {the, bees, are, dancing}: 2 common, no stems.
+    found = package_rouge("the bees are dancing", "the bees danced")
+    assert found == pytest.approx({"pkg_rouge1": 400 / 7, "pkg_rouge2": 40, "pkg_rougeL": 400 / 7})
+    # Repeated words count once here, and as often as they stand there in rouge-score.
+    assert package_rouge("bee bee bee", "bee")["pkg_rouge1"] == pytest.approx(100)
+    assert rouge("bee bee bee", "bee")["rouge1"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("prediction", ["", " ", ".", "..\n"])
+def test_empty_answers_score_zero(prediction: str) -> None:
+    assert set(package_rouge("a reference", prediction).values()) == {0.0}
+    assert set(rouge("a reference", prediction).values()) == {0.0}
+
+
+def test_long_answers_do_not_exhaust_the_stack() -> None:
+    found = package_rouge("word " * 700, " ".join(f"w{i}" for i in range(1200)) + " word")
+    assert found["pkg_rouge1"] > 0
+
+
+def test_chinese_is_a_word_to_one_package_and_nothing_to_the_other() -> None:
+    assert package_rouge("蜜蜂 跳舞", "蜜蜂 跳舞")["pkg_rougeL"] == pytest.approx(100)
+    assert rouge("蜜蜂 跳舞", "蜜蜂 跳舞")["rougeL"] == 0  # it knows letters and digits only
+
+
+def test_word_f1_ignores_case_articles_and_punctuation() -> None:
+    assert word_f1("The bee", "a BEE!") == 1
+    assert word_f1("red bee", "the bee") == pytest.approx(2 / 3)
+    assert word_f1("bee", "") == 0
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\xff", "not UTF-8"), (b" \n", "no text")])
+def test_unreadable_text_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_text(tmp_path / "text", "task.data_file")

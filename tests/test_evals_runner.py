@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import evals.generate
 import evals.runner
@@ -18,7 +20,8 @@ from baselines import FullPolicy, StreamingLLMPolicy
 from buzz import ConfigError, EvictionCache
 from evals.records import RunFolder
 from evals.runner import RunFailed, batches, encode
-from evals.table import find_reference, read_summary
+from evals.table import Setting, find_reference, read_summary
+from evals.tasks.needle import FILLER
 
 ROOT = Path(run.__file__).parent
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
@@ -38,9 +41,10 @@ NEEDLE = ["task.lengths=[400]", "task.depths=[0,50,100]", "task.repeats=1", "tas
 def go(tmp_path: Path):
     """Runs the tiny model with some overrides; the run's folder."""
 
-    def go(*overrides: str, fixed: frozenset[str] = frozenset()) -> Path:
+    def go(*overrides: str, fixed: frozenset[str] = frozenset(), needle: bool = True) -> Path:
+        task = NEEDLE if needle else []
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [*MODEL, *NEEDLE, f"output={tmp_path}/runs", *overrides])
+            cfg = compose("config", [*MODEL, *task, f"output={tmp_path}/runs", *overrides])
         return evals.runner.run(cfg, fixed)
 
     return go
@@ -258,6 +262,22 @@ BAD = {
     "cache.logn_base=0.5": "cache.logn_base=0.5",
     "task=xsum task.data_file=none.jsonl": "task.data_file='none.jsonl'",
     "task=xsum task.data_file=none.jsonl task.words=0": "task.words=0",
+    "task=xsum task.headline=bleu": "task.headline='bleu': choose one of rouge1",
+    "task=nq10": "task.data_file=None",
+    "task=nq10 task.data_file=none.jsonl": "task.data_file='none.jsonl'",
+    "task=wikitext task.data_file=none.txt": "task.data_file='none.txt'",
+    "task=wikitext task.chunk=0": "task.chunk=0",
+    "task=wikitext task.tokens=10": "task.tokens=10",
+    "task=wikitext task.batch_size=2": "task.batch_size=2",
+    f"task=wikitext task.data_file={__file__} method=full": "task.tokens=4096: full would hold",
+    "task.variant=many": "task.variant='many'",
+    "task.needles=1": "task.needles=1",
+    "task.needles=11": "task.needles=11",
+    "kl=true": "kl=True: needs the full run",
+    "kl=maybe": "kl='maybe'",
+    "protocol=original budget=0.5": "budget=0.5: protocol=original",
+    "task=suite task.tasks=[honey]": "task.tasks='honey': choose among",
+    "task=suite task.tasks=[]": "task.tasks=[]",
     "task=longbench task.data_dir=none": "task.data_dir='none'",
     "task=longbench task.subsets=[honey]": "task.subsets='honey': choose among",
     "model.dtype=float8": "model.dtype='float8'",
@@ -276,7 +296,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(main, monkeypatch, capsy
     assert line.startswith("error: ") and BAD[overrides] in line
 
 
-@pytest.mark.parametrize("choice", ["method", "task", "model", "logger"])
+@pytest.mark.parametrize("choice", ["method", "task", "model", "logger", "protocol"])
 def test_unknown_choice_lists_the_choices(main, capsys, choice) -> None:
     assert main(f"{choice}=honey") == 1
     error = capsys.readouterr().err
@@ -301,24 +321,193 @@ def test_multirun_prints_one_table_and_loads_the_model_once(main, monkeypatch, c
     methods = ["streaming_llm", "full", "buzz"]
     assert main("-m", *MODEL, *NEEDLE, f"method={','.join(methods)}", "budget=0.25") == 0
     lines = capsys.readouterr().out.splitlines()
+    lines = lines[: lines.index("against full")]
     rows = {line.split()[0]: line.split() for line in lines if line.split()[:1]}
     assert [name for name in rows if name in methods] == methods
     assert sum("KV entries" in line for line in lines) == 1
-    assert rows["full"][2] == "-" and rows["full"][5] == "1.00"
-    assert 0.2 < float(rows["streaming_llm"][5]) < 0.3
+    assert rows["full"][3] == "-" and rows["full"][6] == "1.00"
+    assert 0.2 < float(rows["streaming_llm"][6]) < 0.3
     assert len(loads) == 1
 
 
 def test_single_run_is_compared_with_an_earlier_full_run(go, main, capsys) -> None:
     folder = go("method=buzz")
-    assert find_reference(read_summary(folder), folder.parent.iterdir()) is None
+
+    def reference() -> Path | None:
+        return find_reference(read_summary(folder)["setting"], folder.parent.iterdir())
+
+    assert reference() is None
     go("method=full", "seed=1")
-    assert find_reference(read_summary(folder), folder.parent.iterdir()) is None
-    go("method=full")
-    assert find_reference(read_summary(folder), folder.parent.iterdir())["method"] == "full"
+    assert reference() is None
+    full = go("method=full")
+    go("method=full", "cache.logn_base=16")  # a method of its own
+    assert reference() == full
     assert main(*MODEL, *NEEDLE, "method=buzz") == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("buzz")]
-    assert row.split()[5] != "-"
+    row, _ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("buzz")]
+    assert row.split()[6] != "-"
+
+
+def test_comparison_with_full_is_recorded_and_made_once(go, monkeypatch) -> None:
+    full, method = go("method=full"), ["method=local", "method.window=40"]
+    go(*method)
+    folder = go(*method, "kl=true")
+    lines = (folder / "fidelity.jsonl").read_text()
+    found, records, theirs = map(json.loads, lines.splitlines()), read(folder), read(full)
+    kls = {line["id"]: line["kl_to_full"] for line in found}
+    assert kls.keys() == {record["id"] for record in records} and min(kls.values()) > 0
+    against = read_summary(folder)["against_full"]
+    assert against["kl_to_full"] == pytest.approx(sum(kls.values()) / 3)
+    same = [
+        sum(a == b for a, b in zip(own["tokens"], other["tokens"], strict=True)) / 8
+        for own, other in zip(records, theirs, strict=True)
+    ]
+    assert against["agreement"] == pytest.approx(sum(same) / 3) and against["ties"] == 3
+    monkeypatch.setattr(evals.runner, "compare_with_full", None)
+    go(*method, "kl=true")
+    assert (folder / "fidelity.jsonl").read_text() == lines
+
+
+def test_comparison_with_full_does_not_depend_on_the_batch(go) -> None:
+    kls = []
+    for size in (1, 3):
+        setting = [f"task.batch_size={size}", "task.max_new_tokens=20"]
+        go("method=full", *setting)
+        folder = go("method=local", "method.window=40", "kl=true", *setting)
+        lines = map(json.loads, (folder / "fidelity.jsonl").read_text().splitlines())
+        kls.append({line["id"]: line["kl_to_full"] for line in lines})
+    assert kls[0] == pytest.approx(kls[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["method=buzz method.window=20 method.threshold=40", "method=h2o budget=60"],
+)
+def test_scores_do_not_depend_on_the_batch_size(go, tmp_path: Path, method: str) -> None:
+    texts = [" ".join(FILLER[i : 2 * i]) for i in (1, 2, 4, 6, 8)]
+    rows = [{"document": text, "summary": "words"} for text in texts]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    setting = ["task=xsum", f"task.data_file={data}", "task.max_new_tokens=48", *method.split()]
+    runs = []
+    for size in (1, 2, 5):
+        folder = go(*setting, f"task.batch_size={size}", needle=False)
+        answers = {record["id"]: record["tokens"] for record in read(folder)}
+        summary = read_summary(folder)
+        runs.append((answers, summary["scores"], summary["conditions"]))
+    assert len(set(map(tuple, runs[0][0].values()))) == 5
+    assert runs[1] == runs[0] and runs[2] == runs[0]
+
+
+def test_rows_under_other_conditions_are_pointed_out(go, capsys) -> None:
+    folders = [go("method=full"), go("method=local", "budget=0.5")]
+    summary = read_summary(folders[1])
+    assert not [note for note in notes(folders) if "differ" in note]
+    summary["conditions"] |= {"prompt tokens": 5, "stop reasons": {"eos": 1, "length": 2}}
+    (folders[1] / "summary.json").write_text(json.dumps(summary))
+    tokens, stops = notes(folders)
+    assert "rows differ in prompt tokens: full 1" in tokens and tokens.endswith("local 5")
+    assert stops.endswith("rows differ in stop reasons: full length 3; local eos 1 length 2")
+    assert evals.table.main([str(folder) for folder in folders]) == 0
+    assert "rows differ in stop reasons" in capsys.readouterr().out
+
+
+def test_unequal_memory_is_pointed_out(go) -> None:
+    folders = [go("method=local", f"method.window={size}") for size in (60, 120)]
+    (note,) = notes(folders)
+    assert note == "needle: rows of no budget hold up to 2.0x as much as others"
+    (setting,) = Setting.of(folders)
+    assert setting.names == ["local window=60", "local window=120"]
+    folders = [go("method=local", f"budget={size}") for size in (60, 120)]
+    assert notes(folders) == []
+
+
+def notes(folders: list[Path]) -> list[str]:
+    (setting,) = Setting.of(folders)
+    return setting.notes()
+
+
+def test_text_is_read_with_one_cache(go, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Bees dance to tell each other where flowers are. " * 20)
+    setting = ["task=wikitext", f"task.data_file={tmp_path}/text.txt", "task.tokens=321"]
+    folder = go(*setting, "method=local", "budget=100", "task.chunk=8", needle=False)
+    (record,), summary = read(folder), read_summary(folder)
+    assert record["prompt_tokens"] == 321 and record["kv_entries_peak"] == 100
+    assert record["trace"][0] == [8, 12, 8]
+    perplexity = record["scores"]["token_perplexity"]
+    assert 100 < perplexity < 1e4  # a random model's: of 512 tokens
+    assert summary["score"] == pytest.approx(perplexity)
+    low, high = summary["score_ci95"]
+    assert low < perplexity < high
+    curve = summary["breakdown"]["position (nats)"]
+    assert list(curve)[0] == "1-20" and list(curve)[-1] == "301-320" and len(curve) == 16
+    assert math.exp(sum(curve.values()) / 16) == pytest.approx(perplexity)
+    full = read_summary(go(*setting, "method=full", needle=False))
+    assert full["kv_entries_peak"] == 320 and full["score"] != pytest.approx(perplexity, rel=1e-4)
+    again = read_summary(go(*setting, "method=local", "budget=100", "kl=true", needle=False))
+    own = again["against_full"]
+    assert own["difference"] == pytest.approx(again["score"] - full["score"])
+    assert own["wins"] + own["losses"] + own["ties"] == 16 and own["kl_to_full"] is None
+
+
+def test_suite_runs_its_tasks_with_one_model_and_one_table(main, monkeypatch, capsys) -> None:
+    loads = []
+    original = evals.runner.load_model
+    monkeypatch.setattr(evals.runner, "load_model", lambda *a: loads.append(a) or original(*a))
+    evals.runner._loaded.clear()
+    settings = [setting.replace("task.", "task.settings.needle.") for setting in NEEDLE]
+    settings += ["task.settings.pydoc.samples=2", "task.settings.pydoc.shortest=100"]
+    settings += ["task.settings.pydoc.max_new_tokens=8", "task.settings.pydoc.longest=900"]
+    assert main("-m", *MODEL, "task=suite", *settings, "method=full,local", "budget=0.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines[: lines.index("against full")] if line.split()]
+    assert [name for name in names if name in ("needle", "pydoc", "full", "local")] == [
+        *("needle", "full", "local"),
+        *("pydoc", "full", "local"),
+    ]
+    assert sum("KV entries" in line for line in lines) == 1 and len(loads) == 1
+
+
+def test_summaries_come_from_the_owners_test_splits() -> None:
+    found = {}
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        for name in ("xsum", "cnn_dailymail"):
+            task = compose("config", [f"task={name}"]).task
+            found[name] = (task.hub, task.hub_config, task.split, task.headline)
+    assert found == {
+        "xsum": ("EdinburghNLP/xsum", None, "test", "rougeL"),
+        "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "test", "rougeL"),
+    }
+
+
+ORIGINAL = {
+    "streaming_llm": {"sink": 4, "window": 160},
+    "local": {"window": 164},
+    "buzz": {"sink": 4, "window": 160, "stride": 5, "threshold": 400},
+    "h2o": {"heavy": 280, "recent": 280},
+}
+
+
+@pytest.mark.parametrize("method", ORIGINAL)
+def test_the_original_protocol(method: str) -> None:
+    def composed(task: str) -> dict:
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            overrides = ["protocol=original", f"method={method}", f"task={task}"]
+            return OmegaConf.to_container(compose("config", overrides))
+
+    common = {"samples": 40, "max_new_tokens": 1000, "chat_template": False}
+    summaries = common | {"words": 50, "headline": "pkg_rougeL", "split": "validation"}
+    tasks = {
+        "xsum": summaries,
+        "cnn_dailymail": summaries | {"hub_config": "2.0.0"},
+        "nq10": common | {"gold_at": [4], "headline": "strict_match"},
+    }
+    for task, expected in tasks.items():
+        config = composed(task)
+        assert expected.items() <= config["task"].items()
+        assert ORIGINAL[method].items() <= config["method"].items()
+        assert config["budget"] is None
+    suite = composed("suite")["task"]["settings"]
+    assert all(expected.items() <= suite[task].items() for task, expected in tasks.items())
 
 
 def test_failing_wandb_is_a_warning(go, monkeypatch) -> None:

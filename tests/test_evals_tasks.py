@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,13 @@ import pytest
 from buzz import ConfigError
 from evals.models import byte_tokenizer
 from evals.tasks.needle import NEEDLE, Needle
+from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
+from evals.tasks.wikitext import Wikitext
+from scripts import verify_scores
 
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden/longbench_scores.json"
 TOKENIZER = byte_tokenizer()
 
 
@@ -35,6 +43,45 @@ def test_needle_has_its_length_and_depth(length: int) -> None:
         place = len(before) / len(before + after)
         assert place == pytest.approx(sample.meta["depth"] / 100, abs=100 / len(filler))
         assert sample.references[0] not in before + after + question
+
+
+@pytest.mark.parametrize("variant", ["multikey", "multivalue"])
+def test_needles_with_several_passkeys(variant: str) -> None:
+    task = Needle(name="n", variant=variant, needles=3, depths=(0, 50, 100), lengths=[1500])
+    task.check()
+    for sample in task.load(TOKENIZER):
+        assert 1400 < len(TOKENIZER(sample.prompt)["input_ids"]) <= 1500
+        _, filler, question = sample.prompt.split("\n\n")
+        found = re.findall(r"A pass key of (\w+) is (\d+)\.", filler)
+        assert len(found) == 3 and len({key for _, key in found}) == 3
+        asked = [key for town, key in found if town in question]
+        assert sorted(sample.references) == sorted(asked)
+        assert len(asked) == (1 if variant == "multikey" else 3)
+        first = filler.index(f" is {sample.references[0]}") - len("A pass key of Davos")
+        place = first / (len(filler) - 3 * len("A pass key of Davos is 12345. Remember it. ..."))
+        assert place == pytest.approx(sample.meta["depth"] / 100, abs=0.25)
+
+
+def test_needle_scores_the_share_of_passkeys_found() -> None:
+    task = Needle(name="n", variant="multivalue", needles=4)
+    (sample, *_) = task.load(TOKENIZER)
+    answer = ", ".join(sample.references[1:])
+    assert task.score(sample, answer) == {"accuracy": 0.75}
+    assert task.score(sample, "") == {"accuracy": 0}
+
+
+def test_needle_draws_its_grid(tmp_path: Path) -> None:
+    task = Needle(name="n", lengths=[500, 900], depths=[0, 100])
+    records = [
+        {"meta": {"length": n, "depth": depth}, "scores": {"accuracy": float(n == 500)}}
+        for n in task.lengths
+        for depth in task.depths
+    ]
+    task.draw(records[1:], tmp_path)  # a cell may be missing
+    assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    found = task.breakdown(records)
+    assert found["length"] == {"500": 1, "900": 0}
+    assert found["length and depth"]["500 at 100%"] == 1
 
 
 def test_needle_scores_the_passkey_alone() -> None:
@@ -84,6 +131,135 @@ def test_summaries_without_article_are_refused(tmp_path: Path) -> None:
         summaries(tmp_path, {"text": "x", "summary": "y"})
 
 
+def test_summaries_are_scored_by_both_packages(tmp_path: Path) -> None:
+    task = summaries(tmp_path, {"article": "x", "highlights": "the bees are dancing"})
+    (sample,) = task.load(TOKENIZER)
+    scores = task.score(sample, "the bees danced")
+    assert scores["rouge2"] == pytest.approx(40) and scores["pkg_rouge2"] == pytest.approx(40)
+    assert scores["rougeL"] == pytest.approx(600 / 7)
+    assert scores["pkg_rougeL"] == pytest.approx(400 / 7)
+    assert set(task.score(sample, "").values()) == {0.0}
+    assert set(task.score(sample, "zebras juggle").values()) == {0.0}
+    assert set(task.score(sample, "蜜蜂跳舞").values()) == {0.0}
+
+
+def questions(tmp_path: Path, *changes: dict, **fields) -> NQ10:
+    documents = [{"title": f"T{i}", "text": f"text {i}"} for i in range(4)]
+    row = {"question": "who", "answers": ["The Queen Bee", "drone"], "gold_index": 2}
+    rows = [row | {"ctxs": documents} | change for change in changes or ({},)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = NQ10(name="nq10", data_file=str(path), **fields)
+    task.check()
+    return task
+
+
+def test_gold_document_stands_where_it_is_put(tmp_path: Path) -> None:
+    task = questions(tmp_path, {}, {"gold_index": 1}, gold_at=[0, 3], samples=2)
+    samples = task.load(TOKENIZER)
+    assert [sample.id for sample in samples] == ["0-0", "0-3", "1-0", "1-3"]
+    titles = [re.findall(r"Title: (T\d)", sample.prompt) for sample in samples]
+    assert titles[:2] == [["T2", "T0", "T1", "T3"], ["T0", "T1", "T3", "T2"]]
+    assert titles[2][0] == titles[3][3] == "T1" and [s.group for s in samples[:2]] == ["0", "3"]
+    (unmoved,) = questions(tmp_path).load(TOKENIZER)
+    assert re.findall(r"Title: (T\d)", unmoved.prompt) == ["T0", "T1", "T2", "T3"]
+    assert (
+        unmoved.group == ""
+        and unmoved.meta == {"gold_at": 2}
+        and unmoved.prompt.endswith("Question: who\nAnswer:")
+    )
+
+
+def test_answers_by_place_of_the_gold_document(tmp_path: Path) -> None:
+    task = questions(tmp_path)
+    records = [
+        {"meta": {"gold_at": place}, "scores": {"best_subspan": score}}
+        for place, score in ((7, 1.0), (0, 0.0), (7, 0.0))
+    ]
+    assert task.breakdown(records) == {"place of the gold document": {"0": 0, "7": 0.5}}
+    assert questions(tmp_path, gold_at=[0]).breakdown(records) == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "scores"),  # best_subspan, exact_match, f1, strict_match
+    [
+        ("The Queen Bee", (1, 1, 1, 1)),
+        (" The Queen Bee\n", (1, 1, 1, 1)),
+        ("\nThe Queen Bee", (0, 0, 0, 1)),  # the owners' first line is empty
+        ("the queen bee.", (1, 1, 1, 0)),
+        ("A drone", (1, 1, 1, 0)),
+        ("It was the queen bee of the hive", (1, 0, 0.5, 0)),
+        ("It was a wasp\nThe Queen Bee", (0, 0, 0, 0)),  # only the first line counts
+        ("queen", (0, 0, 2 / 3, 0)),
+        ("wasp", (0, 0, 0, 0)),
+        ("", (0, 0, 0, 0)),
+        ("蜂后", (0, 0, 0, 0)),
+    ],
+)
+def test_answers_are_scored_as_the_owners_do(tmp_path: Path, answer: str, scores) -> None:
+    task = questions(tmp_path)
+    (sample,) = task.load(TOKENIZER)
+    names = ("best_subspan", "exact_match", "f1", "strict_match")
+    assert task.score(sample, answer) == pytest.approx(dict(zip(names, scores, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gold_index": 4}, "sample 1.*no place"),
+        ({"answers": []}, "list of texts"),
+        ({"ctxs": [{"title": "x"}]}, "title and text"),
+    ],
+)
+def test_questions_of_other_schemas_are_refused(tmp_path: Path, change, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        questions(tmp_path, change)
+
+
+def test_gold_place_beyond_the_documents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="task.gold_at=4: give places from 0 to 3"):
+        questions(tmp_path, gold_at=[4])
+
+
+def text(tmp_path: Path, content: str, **fields) -> Wikitext:
+    (tmp_path / "text.txt").write_text(content, encoding="utf-8")
+    task = Wikitext(name="w", data_file=str(tmp_path / "text.txt"), **fields)
+    task.check()
+    return task
+
+
+def test_text_is_cut_into_pieces(tmp_path: Path) -> None:
+    content = " ".join(f"{i:03}" for i in range(100))  # 4 tokens a word, less one
+    pieces = text(tmp_path, content, tokens=120, samples=None).load(TOKENIZER)
+    assert [len(piece.ids) for piece in pieces] == [120] * 3  # the short rest is left out
+    assert TOKENIZER.decode([i for piece in pieces for i in piece.ids]) == content[:360]
+    assert pieces[1].meta["words"] == 30
+    (whole,) = text(tmp_path, content).load(TOKENIZER)
+    assert len(whole.ids) == len(content)
+    with pytest.raises(ConfigError, match="too short"):
+        text(tmp_path, "short").load(TOKENIZER)
+
+
+def test_text_of_the_hub_is_joined_as_it_is(monkeypatch) -> None:
+    def load(*source: str) -> list[dict[str, str]]:
+        assert source == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "task.data_file")
+        return [{"text": " = Bees = \n"}, {"text": ""}, {"text": " They dance in the dark .\n"}]
+
+    monkeypatch.setattr("evals.tasks.wikitext.load_hub", load)
+    task = Wikitext(name="w")
+    task.check()
+    (sample,) = task.load(TOKENIZER)
+    assert TOKENIZER.decode(sample.ids) == " = Bees = \n They dance in the dark .\n"
+
+
+def test_perplexity_by_token_and_by_word(tmp_path: Path) -> None:
+    task = text(tmp_path, "bees dance in the dark ")
+    (sample,) = task.load(TOKENIZER)
+    scores = task.score_losses(sample, [math.log(2)] * 22)
+    assert scores["token_perplexity"] == pytest.approx(2)
+    assert scores["word_perplexity"] == pytest.approx(2 ** (22 / 5))
+
+
 @pytest.fixture
 def longbench():
     for name in ("lm_eval", "jieba", "fuzzywuzzy", "rouge"):
@@ -123,6 +299,18 @@ def test_longbench_prompts_are_the_benchmarks_own(longbench) -> None:
         assert prompt(name).endswith("\n\nC\nQ")
 
 
+def test_longbench_chat_templates_and_stops(longbench, tmp_path: Path) -> None:
+    for name in longbench.dataset_names():
+        line = json.dumps({"input": "q", "context": "c", "answers": ["a"]})
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    task = longbench.LongBench(name="longbench", data_dir=str(tmp_path))
+    task.check()
+    samples = {sample.group: sample for sample in task.load(TOKENIZER)}
+    bare = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    assert {name for name, sample in samples.items() if not sample.chat_template} == bare
+    assert {name for name, sample in samples.items() if sample.stop} == {"samsum"}
+
+
 def test_longbench_scores_the_first_line_where_the_benchmark_does(longbench) -> None:
     prediction = "\n\nhoney bee\nand more"
     for name in ("triviaqa", "samsum"):
@@ -144,6 +332,117 @@ def test_longbench_reads_a_folder(longbench, tmp_path: Path) -> None:
     assert samples["samsum-0"].stop == ("\n",) and samples["qasper-0"].stop == ()
     assert not samples["samsum-0"].chat_template and samples["qasper-0"].chat_template
     assert task.score(samples["qasper-1"], "a") == {"score": 0}  # an article: normalized away
+
+
+def test_longbench_e_reports_by_length(longbench, tmp_path: Path) -> None:
+    names = longbench.dataset_names(extended=True)
+    assert len(names) == 13 and set(names) < set(longbench.dataset_names())
+    lengths = (10, 3999, 4000, 7999, 8000, 10**6)
+    rows = [{"input": "q", "context": "c", "answers": ["bee"], "length": n} for n in lengths]
+    for name in ("qasper_e", "hotpotqa_e"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    task = longbench.LongBench(name="longbench", data_dir=str(tmp_path), extended=True)
+    task.check()
+    samples = task.load(TOKENIZER)
+    assert {sample.group for sample in samples} == {"qasper", "hotpotqa"}
+    answers = {"qasper": "bee", "hotpotqa": "wasp"}
+    records = [
+        {"group": s.group, "meta": s.meta, "scores": task.score(s, answers[s.group])}
+        for s in samples
+        if s.meta["length"] < 8000 or s.group == "qasper"
+    ]
+    found = task.breakdown(records)
+    assert found["length"] == {"0-4k": 50, "4-8k": 50, "8k+": 100}
+    assert found["data set at 0-4k"] == {"hotpotqa": 0, "qasper": 100}
+    buckets = [longbench.bucket_of(length) for length in lengths]
+    assert buckets == ["0-4k"] * 2 + ["4-8k"] * 2 + ["8k+"] * 2
+
+
+@pytest.mark.parametrize(("extended", "config"), [(False, "qasper"), (True, "qasper_e")])
+def test_longbench_by_hub_name(longbench, monkeypatch, extended: bool, config: str) -> None:
+    def load(path: str, name: str, split: str, field: str) -> list[dict]:
+        assert (path, name, split) == ("Xnhyacinth/LongBench", config, "test")
+        return [{"question": "q", "context": "c", "answers": ["a"], "length": 5}]
+
+    monkeypatch.setattr(longbench, "load_hub", load)
+    task = longbench.LongBench(name="longbench", subsets=["qasper"], extended=extended)
+    task.check()
+    (sample,) = task.load(TOKENIZER)
+    assert "Question: q" in sample.prompt and sample.group == "qasper"
+
+
+def test_longbench_e_needs_lengths(longbench, tmp_path: Path) -> None:
+    (tmp_path / "qasper_e.jsonl").write_text('{"input": "q", "context": "c", "answers": ["a"]}')
+    task = longbench.LongBench(name="l", data_dir=str(tmp_path), extended=True)
+    with pytest.raises(ConfigError, match="`length` must be"):
+        task.check()
+
+
+def test_longbench_averages_are_the_benchmarks_own(longbench) -> None:
+    """Its table's rows for Llama2-7B-chat-4k give its table's averages."""
+    with open(ROOT / "results/paper/longbench_llama2_7b_chat_4k.csv") as file:
+        published = {row["dataset"]: float(row["score"]) for row in csv.DictReader(file)}
+    averages = [published.pop(f"average_{language}") for language in ("en", "zh")]
+    assert published.keys() == set(longbench.dataset_names())
+    found = longbench.averages(published)
+    assert [found["average"][name] for name in ("English", "Chinese")] == pytest.approx(
+        averages, abs=0.06
+    )
+    assert found["average"]["overall"] == pytest.approx(sum(published.values()) / 21)
+    assert found["average"]["code"] == found["category"]["code"] == pytest.approx(48.1)
+    assert longbench.averages({"qmsum": 5.0})["average"] == {"English": 5, "overall": 5}
+
+
+def test_recorded_longbench_scores_agree(longbench, capsys) -> None:
+    assert verify_scores.main(str(GOLDEN)) == 0
+    assert "252 of 252 scores agree" in capsys.readouterr().out
+
+
+def test_a_wrong_recorded_score_is_noticed(longbench, capsys, tmp_path: Path) -> None:
+    cases = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    cases[7]["score"] += 0.02
+    (tmp_path / "scores.json").write_text(json.dumps(cases))
+    assert verify_scores.main(str(tmp_path / "scores.json")) == 1
+    assert "251 of 252 scores agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prediction", ["", "\n", "completely and utterly wrong"])
+def test_empty_and_wrong_answers_score_next_to_nothing(longbench, prediction: str) -> None:
+    answers = {"passage_retrieval_en": "Paragraph 1", "passage_retrieval_zh": "段落1"}
+    for name in longbench.dataset_names():
+        found = longbench.score(name, prediction, [answers.get(name, "1")], ["1", "2"])
+        assert found == 0, name
+
+
+def test_chinese_answers_score_by_their_data_sets_rules(longbench) -> None:
+    answer, prediction = "蜜蜂在花园里跳舞", "蜜蜂在黑暗里跳舞。"
+    # jieba's words 蜜蜂 在 花园里 跳舞 and 蜜蜂 在 黑暗 里 跳舞; in English data one strange word.
+    assert longbench.score("multifieldqa_zh", prediction, [answer]) == pytest.approx(600 / 9)
+    assert longbench.score("hotpotqa", prediction, [answer]) == 0
+    assert longbench.score("vcsum", answer, [answer]) == pytest.approx(100)
+    assert longbench.score("qmsum", answer, [answer]) == pytest.approx(100)
+    assert longbench.score("lsht", "类别：农业\n体育", ["农业"], ["农业", "体育"]) == 100
+    assert longbench.score("passage_retrieval_zh", "答案是段落12", ["段落12"]) == 100
+    assert longbench.score("passage_retrieval_zh", "段落1和段落12", ["段落12"]) == 50
+
+
+def test_longbench_takes_the_first_line_of_code_as_it_stands(longbench) -> None:
+    line = "    return bee"
+    for name in ("lcc", "repobench-p"):
+        assert longbench.score(name, f"\n{line}\nmore", [line]) == 100
+        assert longbench.score(name, f"```python\n# dance\n{line}", [line]) == 100
+        # The benchmark stops at a blank line between; lm-eval does not.
+        assert longbench.score(name, f"```python\n\n{line}", [line]) == 0
+
+
+def test_longbench_does_not_strip_predictions(longbench) -> None:
+    """The package `rouge` takes white space after the last full stop for a sentence."""
+    stripped, padded = (
+        longbench.score("multi_news", text, ["bees dance"])
+        for text in ("bees dance.", "bees dance. ")
+    )
+    assert stripped == pytest.approx(100) and padded < 99
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ from tiny import FAMILIES, VOCAB, from_config, gpt2, prompt, tiny
 from transformers import DynamicCache, MistralConfig, TextStreamer, pipeline
 
 from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
-from buzz import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy, ConfigError, EvictionCache, Policy
+from buzz import (
+    POLICIES,
+    BuzzFastPolicy,
+    BuzzPolicy,
+    BuzzStridedPolicy,
+    ConfigError,
+    EvictionCache,
+    Policy,
+)
 
 HIVE = {"sink": 2, "window": 12, "stride": 3, "threshold": 12}
 METHODS: dict[str, Policy] = {
@@ -22,6 +30,7 @@ METHODS: dict[str, Policy] = {
     "buzz_strided": BuzzStridedPolicy(**HIVE),
     "buzz_fast": BuzzFastPolicy(**HIVE),
 }
+METHODS |= {name: POLICIES[name]().fit(24) for name in POLICIES if name not in METHODS}
 every_method = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
+from baselines import H2OPolicy, LocalPolicy, StreamingLLMPolicy
 from buzz import (
     POLICIES,
-    BuzzFastPolicy,
     BuzzPolicy,
     BuzzStridedPolicy,
     ConfigError,
@@ -29,25 +31,25 @@ buzz_parameters = {
     "stride": st.integers(3, 7),
     "threshold": st.integers(0, 20),
 }
-policies = st.one_of(
-    st.builds(FullPolicy),
-    st.builds(LocalPolicy, window=small),
-    st.builds(StreamingLLMPolicy, sink=st.integers(0, 6), window=small),
-    st.builds(
-        H2OPolicy,
-        heavy=st.integers(0, 12),
-        recent=small,
-        scoring=st.sampled_from(["sum", "mean"]),
-    ),
-    st.builds(
-        BuzzPolicy,
-        **buzz_parameters,
-        history=st.sampled_from(["strided", "local_max"]),
-        compact=st.sampled_from(["once", "until_fits"]),
-    ),
-    st.builds(BuzzStridedPolicy, **buzz_parameters),
-    st.builds(BuzzFastPolicy, **buzz_parameters),
-)
+VALUES = {  # by parameter; a method with other parameters gets `small` for its numbers
+    **buzz_parameters,
+    "heavy": st.integers(0, 12),
+    "capacity": st.integers(13, 24),
+    "scoring": st.sampled_from(["sum", "mean"]),
+    "pooling": st.sampled_from(["avg", "max"]),
+    "history": st.sampled_from(["strided", "local_max"]),
+    "compact": st.sampled_from(["once", "until_fits"]),
+}
+ONLY = {"buzz_strided": {"history": st.just("strided")}}
+
+
+def any_of(name: str) -> st.SearchStrategy[Policy]:
+    fields = dataclasses.fields(POLICIES[name])
+    values = {field.name: VALUES.get(field.name, small) for field in fields}
+    return st.builds(POLICIES[name], **{**values, **ONLY.get(name, {})})
+
+
+policies = st.sampled_from(sorted(POLICIES)).flatmap(any_of)
 chunks = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
@@ -74,17 +76,15 @@ def held(layer: EvictionLayer) -> torch.Tensor:
     return layer.view(layer.store.positions)
 
 
-def test_all_methods_are_registered() -> None:
-    assert set(POLICIES) == {
-        "full",
-        "local",
-        "streaming_llm",
-        "h2o",
-        "buzz",
-        "buzz_strided",
-        "buzz_fast",
-    }
-    assert all(POLICIES[name]().name == name for name in POLICIES)
+def test_every_method_has_its_config_with_its_own_defaults() -> None:
+    files = Path(__file__).parents[1].glob("configs/method/*.yaml")
+    configs = {file.stem: yaml.safe_load(file.read_text()) for file in files}
+    assert {config["name"] for config in configs.values()} == set(POLICIES)
+    for stem, config in configs.items():
+        policy = POLICIES[config.pop("name")]()
+        assert config.pop("_target_").endswith("." + type(policy).__name__)
+        if stem == policy.name:  # and no further variant of it
+            assert config.items() <= dataclasses.asdict(policy).items()
 
 
 @given(policies, chunks, st.integers(0, 9))
@@ -141,16 +141,23 @@ def test_the_first_of_equals_survives() -> None:
     assert policy.select(7, 0, torch.zeros(1, 1, 7)).tolist() == [[[0, 3]]]
 
 
-@given(policies, st.integers(1, 200))
+def grows(policy: Policy) -> bool:
+    """Whether it evicts nothing while it decodes."""
+    lengths = policy.lengths([1000] + [1] * 1000)
+    return lengths[-1] == lengths[0] + 1000
+
+
+def test_only_these_grow_for_ever() -> None:
+    assert {name for name in POLICIES if grows(POLICIES[name]())} == {"full", "snapkv"}
+
+
+@given(policies.filter(lambda policy: not grows(policy)), st.integers(1, 200))
 def test_memory_is_bounded_once_decoding_goes_on(policy, prompt) -> None:
-    if policy.name == "full":
-        return
     lengths = policy.lengths([prompt] + [1] * 400)
-    bound = {
-        "local": lambda p: p.window,
-        "streaming_llm": lambda p: p.sink + p.window,
-        "h2o": lambda p: p.heavy + p.recent,
-    }.get(policy.name, lambda p: p.sink + p.window + max(p.threshold, 3))(policy)
+    if isinstance(policy, BuzzPolicy):
+        bound = policy.sink + policy.window + max(policy.threshold, 3)
+    else:
+        bound = sum(v for v in dataclasses.asdict(policy).values() if isinstance(v, int))
     assert max(lengths[20:]) <= bound
     if getattr(policy, "compact", "") == "until_fits":
         assert max(lengths) <= bound
@@ -161,7 +168,7 @@ def test_rows_of_a_batch_do_not_mix(policy, new, seed) -> None:
     together = [held(layer).clone() for layer, _, _ in steps(policy, new, seed, batch=3, heads=2)]
     swapped = EvictionLayer(policy, Rope(None))
     order = torch.tensor([2, 0, 1])
-    for count, (layer, before, received), expected in zip(
+    for count, (_, _, received), expected in zip(
         new, steps(policy, new, seed, batch=3, heads=2), together, strict=True
     ):
         nothing = torch.zeros(3, 2, count, 1)
@@ -170,11 +177,8 @@ def test_rows_of_a_batch_do_not_mix(policy, new, seed) -> None:
         assert torch.equal(held(swapped), expected[order])
 
 
-@given(policies, st.integers(40, 400))
+@given(policies.filter(lambda policy: not grows(policy)), st.integers(40, 400))
 def test_a_budget_is_met_on_average(policy, budget) -> None:
-    if policy.name == "full":
-        assert policy.fit(budget) is policy
-        return
     fitted = policy.fit(budget)
     lengths = fitted.lengths([4 * budget] + [1] * (20 * budget))
     evictions = [step for step in range(1, len(lengths)) if lengths[step] <= lengths[step - 1]]

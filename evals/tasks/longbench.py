@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
+import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.data import load_hub, read_jsonl
+from evals.records import Record
 from evals.task import Sample, Task
 
 REMEDY = "LongBench needs lm-eval and its metrics: pip install 'buzz-bench[longbench]'"
@@ -35,6 +38,18 @@ STOP = {"samsum": ("\n",)}
 ENDING = {"lcc": "\n", "repobench-p": "\n", "passage_count": " ", "passage_retrieval_en": " "}
 BLANK_LINE_BEFORE_QUESTION = {"triviaqa", "samsum"}
 
+CATEGORIES = {
+    "single_doc_qa": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
+    "multi_doc_qa": ("hotpotqa", "2wikimqa", "musique", "dureader"),
+    "summarization": ("gov_report", "qmsum", "multi_news", "vcsum"),
+    "few_shot": ("trec", "triviaqa", "samsum", "lsht"),
+    "synthetic": ("passage_count", "passage_retrieval_en", "passage_retrieval_zh"),
+    "code": ("lcc", "repobench-p"),
+}
+CHINESE = {"multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh"}
+# LongBench-E's buckets: upper bounds in words (in Chinese, characters).
+BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": float("inf")}
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -43,13 +58,13 @@ class Dataset:
     Attributes:
         template: Jinja source of the prompt, over `context` and `question`.
         max_new_tokens: the benchmark's answer length.
-        metric: takes a sample's fields and a list of one prediction; 0..1 by metric name.
+        metric: 0..1 of a prediction, one answer and `all_classes`.
         hub: path, configuration and split of lm-eval's mirror.
     """
 
     template: str
     max_new_tokens: int
-    metric: Callable[[dict[str, Any], list[str]], dict[str, float]]
+    metric: Callable[..., float]
     hub: tuple[str, str, str]
 
 
@@ -58,23 +73,27 @@ class LongBench(Task):
     """Score: the data set's own metric, 0..100. Groups: data sets.
 
     Attributes:
-        data_dir: folder of `<subset>.jsonl` in LongBench's schema; None: lm-eval's hub mirror.
+        data_dir: folder of `<subset>.jsonl` in LongBench's schema, of LongBench-E
+            `<subset>_e.jsonl`; None: lm-eval's hub mirror.
+        extended: run LongBench-E, whose 13 data sets spread evenly over lengths.
         subsets: data sets to run; None for all, or for all that `data_dir` has.
         samples: at most so many of each data set.
         max_new_tokens: None for the benchmark's own.
     """
 
     headline: ClassVar[str] = "score"
+    grouped_by: ClassVar[str] = "data set"
     own_lengths: ClassVar[bool] = True
 
     data_dir: str | None = None
+    extended: bool = False
     subsets: Sequence[str] | None = None
     max_new_tokens: int | None = None
     _rows: dict[str, list[dict[str, Any]]] = field(init=False, repr=False, default_factory=dict)
 
     def check(self) -> None:
         super().check()
-        known = dataset_names()
+        known = dataset_names(self.extended)
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ConfigError("task.data_dir", self.data_dir, "no such folder")
         subsets = self.subsets
@@ -89,11 +108,12 @@ class LongBench(Task):
         self._rows = {name: self._read(name) for name in subsets}
 
     def _file(self, name: str) -> Path:
-        return Path(self.data_dir or "") / f"{name}.jsonl"
+        return Path(self.data_dir or "") / f"{name}{'_e' * self.extended}.jsonl"
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         if self.data_dir is None:
-            rows = load_hub(*load_dataset(name).hub, field="task.data_dir")
+            path, config, split = load_dataset(name).hub
+            rows = load_hub(path, config + "_e" * self.extended, split, "task.data_dir")
         else:
             rows = read_jsonl(self._file(name), "task.data_dir", ("context", "answers"))
         for number, row in enumerate(rows, start=1):
@@ -103,6 +123,12 @@ class LongBench(Task):
             if not isinstance(row["answers"], list) or not row["answers"]:
                 raise ConfigError(
                     "task.data_dir", f"{name}, sample {number}", "`answers` must be a list of texts"
+                )
+            if self.extended and not isinstance(row.get("length"), int):
+                raise ConfigError(
+                    "task.data_dir",
+                    f"{name}, sample {number}",
+                    "`length` must be a number of words",
                 )
         return rows
 
@@ -120,7 +146,7 @@ class LongBench(Task):
             prompt=prompt_of(name, row),
             references=tuple(row["answers"]),
             group=name,
-            meta={"_id": row.get("_id"), "all_classes": row.get("all_classes")},
+            meta={key: row.get(key) for key in ("_id", "all_classes", "length")},
             max_new_tokens=dataset.max_new_tokens,
             chat_template=name not in NO_CHAT,
             stop=STOP.get(name, ()),
@@ -129,6 +155,55 @@ class LongBench(Task):
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
         classes = sample.meta["all_classes"]
         return {"score": score(sample.group, prediction, sample.references, classes)}
+
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+        """Averages over data sets; of LongBench-E also by length, which the benchmark reports."""
+        result = averages(_dataset_means(records))
+        if not self.extended:
+            return result
+        buckets = {
+            bucket: _dataset_means(r for r in records if bucket_of(r["meta"]["length"]) == bucket)
+            for bucket in BUCKETS
+        }
+        result["length"] = {b: statistics.fmean(m.values()) for b, m in buckets.items() if m}
+        return result | {f"data set at {bucket}": means for bucket, means in buckets.items()}
+
+
+def bucket_of(words: int) -> str:
+    """LongBench-E's bucket of a sample of so many words."""
+    return next(bucket for bucket, bound in BUCKETS.items() if words < bound)
+
+
+def averages(means: dict[str, float]) -> dict[str, dict[str, float]]:
+    """By category and by language, from the scores of data sets.
+
+    As in the benchmark's own tables, English and Chinese are means of their categories' means, and
+    code counts as a category of both. `overall` is the plain mean over data sets.
+    """
+
+    def by_category(names: set[str]) -> dict[str, float]:
+        return {
+            category: statistics.fmean(means[name] for name in names.intersection(members))
+            for category, members in CATEGORIES.items()
+            if names.intersection(members)
+        }
+
+    names, code = set(means), set(means).intersection(CATEGORIES["code"])
+    languages = {
+        "English": by_category(names - CHINESE),
+        "Chinese": by_category(names & CHINESE | code),
+        "code": by_category(code),
+    }
+    average = {name: statistics.fmean(found.values()) for name, found in languages.items() if found}
+    average["overall"] = statistics.fmean(means.values())
+    return {"category": by_category(names), "average": average}
+
+
+def _dataset_means(records: Iterable[Record]) -> dict[str, float]:
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        scores.setdefault(record["group"], []).append(record["scores"]["score"])
+    return {name: statistics.fmean(values) for name, values in scores.items()}
 
 
 def prompt_of(name: str, row: dict[str, Any]) -> str:
@@ -142,16 +217,27 @@ def score(
     name: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None
 ) -> float:
     """The benchmark's score of one prediction, 0..100: the best over the answers."""
+    metric = load_dataset(name).metric
     if name in FIRST_LINE:
         prediction = prediction.lstrip("\n").split("\n")[0]
-    doc = {"answers": list(answers), "all_classes": all_classes}
-    # Newer definitions give the same number twice, under the metric's name and as "score".
-    return 100 * next(iter(load_dataset(name).metric(doc, [prediction]).values()))
+    return 100 * max(metric(prediction, answer, all_classes=all_classes) for answer in answers)
 
 
-def dataset_names() -> list[str]:
-    """The benchmark's data sets, those of LongBench-E not among them."""
+def _code_similarity(prediction: str, answer: str, all_classes: Sequence[str] | None) -> float:
+    """Of the first line that is neither comment nor fence, even if it is blank.
+
+    lm-eval's passes over blank lines, which the benchmark's does not.
+    """
+    lines = prediction.lstrip("\n").split("\n")
+    code = (line for line in lines if not any(mark in line for mark in ("`", "#", "//")))
+    return _metrics().fuzz.ratio(next(code, ""), answer) / 100
+
+
+def dataset_names(extended: bool = False) -> list[str]:
+    """The data sets of LongBench, or of LongBench-E (without their ``_e``)."""
     stems = sorted(path.stem for path in _definitions().glob("[!_]*.yaml"))
+    if extended:
+        return [stem.removesuffix("_e") for stem in stems if stem.endswith("_e")]
     return [stem for stem in stems if not stem.endswith("_e")]
 
 
@@ -172,9 +258,18 @@ def load_dataset(name: str) -> Dataset:
     return Dataset(
         template=template,
         max_new_tokens=definition["generation_kwargs"]["max_gen_toks"],
-        metric=getattr(_metrics(), definition["process_results"].rpartition(".")[-1]),
+        metric=_metric(definition["process_results"]),
         hub=(definition["dataset_path"], definition["dataset_name"], definition["test_split"]),
     )
+
+
+def _metric(wrapper: str) -> Callable[..., float]:
+    """The benchmark's own function behind lm-eval's wrapper, which strips predictions first.
+
+    `metrics.get_qa_f1_with_score` (in older releases `get_qa_f1_score`) wraps `qa_f1_score`.
+    """
+    name = re.sub(r".*\.get_|_with_score$|_score$", "", wrapper) + "_score"
+    return _code_similarity if name == "code_sim_score" else getattr(_metrics(), name)
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,20 +1,24 @@
-"""Passkey retrieval: one fact at a known depth of filler text, asked for at the end.
+"""Passkey retrieval: facts at known depths of filler text, asked for at the end.
 
 The task of Mohtashami & Jaggi (arXiv 2305.16300), but its filler is drawn by seed from many
-sentences: the same few repeated would make most of the cache redundant.
+sentences: the same few repeated would make most of the cache redundant. With several keys, or
+several values of one key, it is RULER's (arXiv 2404.06654).
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.task import Sample, Task, at_least
+from evals.records import Record
+from evals.task import Sample, Task, at_least, one_of
 
 INTRO = (
     "There is a pass key hidden in the following text. Find it and remember it."
@@ -22,6 +26,15 @@ INTRO = (
 )
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? Answer with the five digits of the pass key."
+
+MANY_INTRO = (
+    "There are pass keys hidden in the following text. Find them and remember them."
+    " You will be asked about them at the end."
+)
+MANY_NEEDLE = "A pass key of {town} is {key}. Remember it. {key} is a pass key of {town}."
+ONE_OF_MANY = "What is the pass key of {town}? Answer with the five digits of that pass key."
+ALL_OF_MANY = "What are the {count} pass keys of {town}? Answer with the five digits of each."
+TOWNS = ("Arbon", "Brugg", "Cham", "Davos", "Ems", "Flims", "Gossau", "Horgen", "Ilanz", "Kloten")
 
 FILLER = (
     "The ferry leaves the harbour every hour and takes an afternoon to cross the bay.",
@@ -59,17 +72,24 @@ FILLER = (
 
 @dataclass(kw_only=True)
 class Needle(Task):
-    """Score: 1 if the passkey appears in the answer, else 0. Groups: depths.
+    """Score: the share of the passkeys asked for that appear in the answer. Groups: depths.
 
     Attributes:
+        variant: ``single``: one passkey; ``multikey``: passkeys of several towns, one of which is
+            asked for, the others at depths of their own; ``multivalue``: several passkeys of one
+            town, all asked for, the first at the depth and the others anywhere.
+        needles: passkeys in the text, for the variants with several.
         lengths: prompt lengths in tokens, chat template not counted; kept to within a sentence.
-        depths: where the passkey stands, in percent of the filler.
+        depths: where the (first) passkey asked for stands, in percent of the filler.
         repeats: samples per length and depth, each with filler and passkey of its own.
         seed: what they are drawn from.
     """
 
     headline: ClassVar[str] = "accuracy"
+    grouped_by: ClassVar[str] = "depth"
 
+    variant: str = "single"
+    needles: int = 4
     lengths: Sequence[int] = (1024,)
     depths: Sequence[float] = (0, 25, 50, 75, 100)
     repeats: int = 4
@@ -77,6 +97,10 @@ class Needle(Task):
 
     def check(self) -> None:
         super().check()
+        one_of("task.variant", self.variant, ("single", "multikey", "multivalue"))
+        at_least(2, "task.needles", self.needles)
+        if self.needles > len(TOWNS):
+            raise ConfigError("task.needles", self.needles, f"give at most {len(TOWNS)}")
         at_least(1, "task.repeats", self.repeats)
         for name in ("lengths", "depths"):
             if not (values := getattr(self, name)) or isinstance(values, str):
@@ -103,27 +127,102 @@ class Needle(Task):
         self, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, repeat: int
     ) -> Sample:
         rng = random.Random(f"{self.seed}/{length}/{depth}/{repeat}")
-        key = f"{rng.randrange(10_000, 100_000)}"
+        intro, needles, question, asked = self._needles(rng)
 
         def tokens(text: str) -> int:
             return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        room = length - tokens(f"{INTRO}\n\n{NEEDLE.format(key=key)}\n\n{QUESTION}")
+        frame = "\n\n".join([intro, needles[0], question])
+        room = length - tokens(frame) - sum(tokens(f" {needle}") for needle in needles[1:])
+        if room < 0:
+            raise ConfigError("task.lengths", length, f"too short for {len(needles)} passkeys")
+        sizes = {sentence: tokens(f" {sentence}") for sentence in FILLER}
         filler = []
         while room >= 0:
             for sentence in rng.sample(FILLER, len(FILLER)):
-                room -= tokens(f" {sentence}")
+                room -= sizes[sentence]
                 if room < 0:
                     break
                 filler.append(sentence)
-        filler.insert(round(depth / 100 * len(filler)), NEEDLE.format(key=key))
+        places = [round(depth / 100 * len(filler))]
+        places += [rng.randint(0, len(filler)) for _ in needles[1:]]
+        # From the back, so that no insertion moves the place of a later one.
+        for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
+            filler.insert(place, needle)
         return Sample(
             id=f"{length}-{depth:g}-{repeat}",
-            prompt=f"{INTRO}\n\n{' '.join(filler)}\n\n{QUESTION}",
-            references=(key,),
+            prompt=f"{intro}\n\n{' '.join(filler)}\n\n{question}",
+            references=tuple(asked),
             group=f"{depth:g}%",
             meta={"length": length, "depth": depth},
         )
 
+    def _needles(self, rng: random.Random) -> tuple[str, list[str], str, list[str]]:
+        """Introduction, needles (that of the depth first), question and the passkeys asked for."""
+        if self.variant == "single":
+            key = f"{rng.randrange(10_000, 100_000)}"
+            return INTRO, [NEEDLE.format(key=key)], QUESTION, [key]
+        keys = [f"{key}" for key in rng.sample(range(10_000, 100_000), self.needles)]
+        towns = rng.sample(TOWNS, self.needles)
+        if self.variant == "multivalue":
+            question = ALL_OF_MANY.format(count=self.needles, town=towns[0])
+            towns, asked = [towns[0]] * self.needles, keys
+        else:
+            question, asked = ONE_OF_MANY.format(town=towns[0]), keys[:1]
+        pairs = zip(towns, keys, strict=True)
+        needles = [MANY_NEEDLE.format(town=town, key=key) for town, key in pairs]
+        return MANY_INTRO, needles, question, asked
+
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"accuracy": float(sample.references[0] in prediction)}
+        return {"accuracy": statistics.fmean(key in prediction for key in sample.references)}
+
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+        """By length, and by length and depth, where there are several lengths."""
+        if len(self.lengths) == 1:
+            return {}
+        lengths = {
+            f"{length}": statistics.fmean(
+                value for (n, _), value in grid(records).items() if n == length
+            )
+            for length in sorted({record["meta"]["length"] for record in records})
+        }
+        cells = {f"{n} at {depth:g}%": value for (n, depth), value in grid(records).items()}
+        return {"length": lengths, "length and depth": cells}
+
+    def draw(self, records: Sequence[Record], folder: Path) -> None:
+        """heatmap.png: accuracy by length and depth."""
+        if not records:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        cells = grid(records)
+        lengths, depths = (sorted(set(values)) for values in zip(*cells, strict=True))
+        image = [[cells.get((n, depth), float("nan")) for n in lengths] for depth in depths]
+        size = (2.4 + 0.7 * len(lengths), 1.6 + 0.4 * len(depths))
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        shown = axis.imshow(image, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        for row, values in enumerate(image):
+            for column, value in enumerate(values):
+                ink = "black" if 0.2 < value < 0.8 else "white"
+                style = {"ha": "center", "va": "center", "fontsize": 8, "color": ink}
+                axis.text(column, row, f"{value:.2f}", **style)
+        axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths])
+        axis.set_title(folder.name.rpartition("-")[0], fontsize=9)
+        axis.set_xlabel("prompt (tokens)")
+        axis.set_ylabel("depth of the passkey")
+        figure.colorbar(shown, label="accuracy")
+        figure.savefig(folder / "heatmap.png", dpi=150)
+        plt.close(figure)
+
+
+def grid(records: Sequence[Record]) -> dict[tuple[int, float], float]:
+    """Mean accuracy by (length, depth)."""
+    cells: dict[tuple[int, float], list[float]] = {}
+    for record in records:
+        cell = (record["meta"]["length"], record["meta"]["depth"])
+        cells.setdefault(cell, []).append(record["scores"]["accuracy"])
+    return {cell: statistics.fmean(values) for cell, values in sorted(cells.items())}

@@ -1,0 +1,71 @@
+"""SnapKV (arXiv 2404.14469): of the prompt, what its end attends stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from buzz.policy import Policy, ScoreRule, register
+
+
+@register("snapkv")
+@dataclass(frozen=True, kw_only=True)
+class SnapKVPolicy(Policy):
+    """Evicts once, after the first step; every later token stays.
+
+    Query heads of a group choose together (the original's choose alone). A prompt in chunks needs
+    `EvictionCache(hold_until=...)` and a last chunk of at least `window` tokens.
+
+    Args:
+        capacity: prompt entries kept: the last `window`, and those that they attend the most.
+        window: last queries that judge.
+        kernel: neighbours whose attention is pooled.
+        pooling: ``avg`` or ``max``.
+    """
+
+    needs_scores: ClassVar[bool] = True
+    score_rule: ClassVar[ScoreRule] = "step"
+
+    capacity: int = 1024
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "window", "kernel")
+        self._at_least(self.window + 1, "capacity")
+        self._one_of("pooling", "avg", "max")
+
+    @property
+    def protected(self) -> int:
+        return self.window
+
+    observe = protected
+
+    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+        return (held, sampled) if sampled else (min(held, self.capacity),) * 2  # sampled once
+
+    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+        assert scores is not None
+        scores = scores[..., : held - self.window]
+        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
+        pooled = pool(scores, self.kernel, 1, self.kernel // 2)[..., : scores.shape[-1]]
+        return pooled.topk(self.capacity - self.window, dim=-1).indices.sort(dim=-1).values
+
+    def fit(
+        self,
+        budget: int,
+        fixed: frozenset[str] = frozenset(),
+        horizon: tuple[int, int] | None = None,
+    ) -> Policy:
+        """On average over the answer; without an answer's length, right after the prompt."""
+        if "capacity" in fixed:
+            return self
+        capacity = budget if horizon is None else budget - (horizon[1] - 1) // 2
+        window = self.window if "window" in fixed else min(self.window, capacity // 2)
+        if capacity <= window:
+            self._replace(budget, capacity=capacity - window)
+        return self._replace(budget, window=window, capacity=capacity)

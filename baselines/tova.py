@@ -1,0 +1,57 @@
+"""TOVA (arXiv 2401.06104): what the newest token attends stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from buzz.policy import Policy, ScoreRule, register
+
+
+@register("tova")
+@dataclass(frozen=True, kw_only=True)
+class TOVAPolicy(Policy):
+    """Keeps the `size` entries that the last query attends the most; nothing is protected.
+
+    As in the original, attention is averaged over all heads of the layer, so that its KV heads keep
+    the same tokens, and even the newest may go.
+
+    Args:
+        size: entries kept.
+    """
+
+    needs_scores: ClassVar[bool] = True
+    score_rule: ClassVar[ScoreRule] = "step"
+    observe: ClassVar[int] = 1
+    protected: ClassVar[int] = 0
+
+    size: int = 512
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "size")
+
+    @property
+    def resident(self) -> int:
+        return self.size
+
+    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+        return min(held, self.size), 0
+
+    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+        assert scores is not None
+        attention = scores.mean(1, keepdim=True)
+        if held == self.size + 1:  # decoding: one leaves, no sort is needed
+            stay = torch.arange(self.size, device=scores.device)
+            return stay + (stay >= attention.argmin(-1, keepdim=True))
+        return attention.topk(self.size, dim=-1).indices.sort(dim=-1).values
+
+    def fit(
+        self,
+        budget: int,
+        fixed: frozenset[str] = frozenset(),
+        horizon: tuple[int, int] | None = None,
+    ) -> Policy:
+        return self if "size" in fixed else self._replace(budget, size=budget)

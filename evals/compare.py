@@ -1,0 +1,109 @@
+"""A run beside the full-cache run of the same setting, sample by sample."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
+from typing import Any
+
+from evals.metrics import STATISTICS, bootstrap_difference
+from evals.records import Record
+
+Group = list[tuple[float, float]]
+
+
+def units(record: Record, headline: str) -> list[float]:
+    """What a sample contributes to the score: one value, or its blocks' where a text has many."""
+    return record.get("blocks") or [record["scores"][headline]]
+
+
+def compare(
+    records: Mapping[str, Record],
+    full: Mapping[str, Record],
+    summary: Mapping[str, Any],
+    fidelity: Mapping[str, Record],
+) -> dict[str, Any]:
+    """Paired comparison over the samples that both runs finished.
+
+    Args:
+        records, full: the two runs' records by sample id.
+        summary: the run's summary: `headline`, `statistic` and `higher_is_better` are read.
+        fidelity: teacher-forced comparisons by sample id, where they were made.
+
+    Returns:
+        n; difference (own score less full's) with its 95% interval; relative (own over full);
+        wins, ties, losses by sample (or block of a text); agreement: share of positions where both
+        answers have the same token; prefix: share of the full answer before the first difference;
+        kl_to_full and top1_to_full, see :class:`evals.forced.Fidelity`. None for what is unknown.
+    """
+    ids = [
+        name
+        for name, record in records.items()
+        if record["status"] == "ok"
+        and (other := full.get(name, {})).get("status") == "ok"
+        and other["prompt_sha256"] == record["prompt_sha256"]
+    ]
+    groups: dict[str, Group] = {}
+    for name in ids:
+        both = (units(run[name], summary["headline"]) for run in (records, full))
+        groups.setdefault(records[name]["group"], []).extend(zip(*both, strict=True))
+    pairs = list(groups.values())
+    sign = 1 if summary["higher_is_better"] else -1
+    gains = [sign * (own - theirs) for group in pairs for own, theirs in group]
+    own, theirs = (_score(pairs, i, summary["statistic"]) for i in (0, 1))
+    known = own is not None and theirs is not None
+    answers = [(records[name].get("tokens"), full[name].get("tokens")) for name in ids]
+    answers = [pair for pair in answers if all(pair)]
+    return {
+        "n": len(ids),
+        "difference": own - theirs if known else None,
+        "difference_ci95": bootstrap_difference(pairs, summary["statistic"]),
+        "relative": own / theirs if known and theirs else None,
+        "wins": sum(gain > 0 for gain in gains),
+        "ties": sum(gain == 0 for gain in gains),
+        "losses": sum(gain < 0 for gain in gains),
+        "agreement": _mean(_agreement(*pair) for pair in answers),
+        "prefix": _mean(_prefix(*pair) / len(pair[1]) for pair in answers),
+        **{
+            key: _mean(record[key] for name, record in fidelity.items() if name in ids)
+            for key in ("kl_to_full", "top1_to_full")
+        },
+    }
+
+
+def _score(pairs: list[Group], which: int, statistic: str) -> float | None:
+    means = [statistics.fmean(pair[which] for pair in group) for group in pairs]
+    return float(STATISTICS[statistic](statistics.fmean(means))) if means else None
+
+
+def _agreement(own: list[int], full: list[int]) -> float:
+    """Share of positions, of the longer answer, with the same token."""
+    return sum(a == b for a, b in zip(own, full, strict=False)) / max(len(own), len(full))
+
+
+def _prefix(own: list[int], full: list[int]) -> int:
+    """Tokens before the first difference."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, full, strict=False)))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def differing(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """In which conditions of comparison runs differ: {condition: each run's, by its name}."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, dict):
+            return " ".join(f"{key} {count}" for key, count in value.items())
+        return str(value)
+
+    conditions = {name: row["conditions"] for name, row in summaries.items()}
+    first = next(iter(conditions.values()))
+    return {
+        condition: [f"{name} {show(own[condition])}" for name, own in conditions.items()]
+        for condition in first
+        if any(own[condition] != first[condition] for own in conditions.values())
+    }

@@ -1,0 +1,187 @@
+"""Teacher-forced passes through an evicting cache: reading texts, and comparing with full cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import PreTrainedModel
+
+from baselines import FullPolicy
+from buzz import EvictionCache, Policy
+from evals.generate import Generation, left_padded, synchronize, verify_lengths
+from evals.memory import memory_peak, reset_memory_peak
+
+# Steps of the full cache that are computed at once: nothing is evicted between them.
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a method's next-token distributions are to those of a full cache, for one row.
+
+    Means over the continuation's tokens but the first, which is predicted before any eviction;
+    None if there is no other.
+
+    Attributes:
+        kl_to_full: KL(full || method) in nats.
+        top1_to_full: share of positions where both have the same likeliest token.
+    """
+
+    kl_to_full: float | None
+    top1_to_full: float | None
+
+
+def read(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    policy: Policy,
+    chunk: int,
+    cache_options: dict[str, Any],
+) -> tuple[Generation, list[float]]:
+    """Reads a text in steps of `chunk` tokens with one cache.
+
+    A token is scored by the step before the one that feeds it, so before it can influence which
+    entries predict it; tokens of one step attend each other and whatever the cache held before.
+
+    Returns:
+        Measurements (`ttft_s` is the first step's time, a latency is a step's, tokens per second
+        are those read), and the negative log-likelihood in nats of each token but the first.
+
+    Raises:
+        LengthMismatch: the cache held another number of entries than the policy's recurrence says.
+    """
+    device = model.device
+    cache = EvictionCache(model, policy, **cache_options)
+    text = torch.tensor([list(ids)], device=device)
+    steps = reading_steps(len(ids), chunk)
+    losses: list[Tensor] = []
+    lengths: list[int] = []
+    reset_memory_peak(device)
+    synchronize(device)
+    times = [time.perf_counter()]
+    position = 0
+    for new in steps:
+        logits = _forward(model, cache, text[:, position : position + new], None, new)[0]
+        position += new
+        targets = text[0, position - new + 1 : position + 1]
+        losses.append(cross_entropy(logits.float(), targets, reduction="none"))
+        lengths.append(cache.evicting[0].lengths[0])
+        synchronize(device)
+        times.append(time.perf_counter())
+    verify_lengths(policy, steps, lengths)
+    latencies = np.diff(times)
+    p50, p95 = np.percentile(latencies, [50, 95]) * 1e3
+    generation = Generation(
+        text="",
+        tokens=[],
+        prompt_tokens=len(ids),
+        generated_tokens=0,
+        stop_reason="end",
+        lengths=lengths,
+        evictions=cache.evictions[0],
+        entry_nbytes=cache.entry_nbytes,
+        allocated_nbytes=cache.nbytes(allocated=True),
+        ttft_s=float(latencies[0]),
+        decode_tokens_per_s=position / (times[-1] - times[0]),
+        itl_p50_ms=p50,
+        itl_p95_ms=p95,
+        memory_peak_nbytes=memory_peak(device),
+    )
+    return generation, torch.cat(losses).tolist()
+
+
+def reading_steps(tokens: int, chunk: int) -> list[int]:
+    """Tokens fed by each step: the last has no successor to predict and is not fed."""
+    whole, rest = divmod(tokens - 1, chunk)
+    return [chunk] * whole + [rest] * bool(rest)
+
+
+def compare_with_full(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    continuations: list[list[int]],
+    policy: Policy,
+    pad: int,
+    cache_options: dict[str, Any],
+) -> list[Fidelity]:
+    """Feeds both caches the same continuations, a token at a time as in decoding.
+
+    Args:
+        prompts, continuations: token ids of each row of the batch.
+        pad: the padding token's id.
+        cache_options: the method's; the full cache has none.
+    """
+    kls: list[list[float]] = [[] for _ in prompts]
+    same: list[list[bool]] = [[] for _ in prompts]
+    longest = max(map(len, continuations))
+    rows = [tokens + [pad] * (longest - len(tokens)) for tokens in continuations]
+    forced = torch.tensor(rows, device=model.device)[:, :-1]
+    options = [{}, cache_options]
+    caches = [
+        EvictionCache(model, method, **option)
+        for method, option in zip((FullPolicy(), policy), options, strict=True)
+    ]
+    ids, mask = left_padded(prompts, pad).to(model.device)
+    for cache in caches:
+        _forward(model, cache, ids, mask, 1)
+    position = 1  # of the token that is predicted next
+    for full, own in _distributions(model, caches, forced, mask):
+        kl = (full.exp() * (full - own)).sum(-1).tolist()
+        agree = (full.argmax(-1) == own.argmax(-1)).tolist()
+        for row, tokens in enumerate(continuations):
+            if position < len(tokens):
+                kls[row].append(kl[row])
+                same[row].append(agree[row])
+        position += 1
+    return [
+        Fidelity(statistics.fmean(kl), statistics.fmean(agree)) if kl else Fidelity(None, None)
+        for kl, agree in zip(kls, same, strict=True)
+    ]
+
+
+def _distributions(
+    model: PreTrainedModel, caches: list[EvictionCache], forced: Tensor, mask: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities [rows, vocab] of the full cache and the other one, after each token."""
+    full, own = caches
+    for start in range(0, forced.shape[1], CHUNK):
+        tokens = forced[:, start : start + CHUNK]
+        seen = torch.cat([mask, torch.ones_like(forced[:, : start + tokens.shape[1]])], dim=1)
+        expected = _forward(model, full, tokens, seen, tokens.shape[1])
+        for step in range(tokens.shape[1]):
+            now = seen[:, : mask.shape[1] + start + step + 1]
+            found = _forward(model, own, tokens[:, step : step + 1], now, 1)
+            yield (
+                log_softmax(expected[:, step], dim=-1, dtype=torch.float32),
+                log_softmax(found[:, 0], dim=-1, dtype=torch.float32),
+            )
+
+
+def _forward(
+    model: PreTrainedModel, cache: EvictionCache, ids: Tensor, mask: Tensor | None, keep: int
+) -> Tensor:
+    """Logits [rows, keep, vocab] of a step's last tokens.
+
+    Args:
+        ids: int64 [rows, new].
+        mask: int64 [rows, seen + new], 0 in padding; None if there is none.
+    """
+    positions = None
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with torch.inference_mode():
+        return model(
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=keep,
+        ).logits

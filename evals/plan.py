@@ -1,0 +1,209 @@
+"""A configuration, checked and built, before any model is loaded."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from buzz import Policy
+from buzz.errors import ConfigError
+from evals.forced import reading_steps
+from evals.loggers import Logger
+from evals.models import check_model
+from evals.records import RunFolder, digest
+from evals.table import REFERENCE, find_reference
+from evals.task import StreamTask, Task, at_least
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration, checked and built, before any model is loaded.
+
+    Attributes:
+        fixed: the method's parameters that a budget must leave alone.
+        config: the resolved configuration as plain data.
+    """
+
+    policy: Policy
+    task: Task
+    logger: Logger
+    budget: float | int | None
+    fixed: frozenset[str]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, cfg: DictConfig, fixed: Iterable[str] = ()) -> Plan:
+        """Builds and checks what `cfg` asks for.
+
+        Raises:
+            ConfigError: something in `cfg` cannot be served.
+        """
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        method = {key: value for key, value in config["method"].items() if key != "name"}
+        plan = cls(
+            policy=_build("method", method),
+            task=_build("task", config["task"]),
+            logger=_build("logger", config["logger"]),
+            budget=config["budget"],
+            fixed=frozenset(fixed),
+            config=config,
+        )
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        at_least(0, "seed", self.config["seed"])
+        check_model(self.config["model"])
+        self.task.check()
+        context, task = self.config["model"]["max_length"], self.task
+        answer = task.max_new_tokens or 0
+        if answer >= context:
+            raise ConfigError(
+                "task.max_new_tokens", answer, f"must leave room in the model's {context} tokens"
+            )
+        if (longest := task.longest_prompt()) + answer > context:
+            raise ConfigError(
+                "model.max_length",
+                context,
+                f"too short for prompts of {longest} tokens and {answer} of answer;"
+                " shorten the prompts or take another model",
+            )
+        for field in dataclasses.fields(self.policy):
+            value = getattr(self.policy, field.name)
+            if isinstance(value, int) and value > context:
+                raise ConfigError(
+                    f"method.{field.name}", value, f"larger than the model's {context} tokens"
+                )
+        base = self.config["cache"]["logn_base"]
+        if base is not None and not (isinstance(base, int | float) and base > 1):
+            raise ConfigError("cache.logn_base", base, "give a number above 1, or null")
+        if not isinstance(self.config["kl"], bool):
+            raise ConfigError("kl", self.config["kl"], "give true or false")
+        if self.compares and self.reference() is None:
+            raise ConfigError(
+                "kl",
+                True,
+                f"needs the {REFERENCE} run of the same task, model and seed in"
+                f" {self.folder.parent}; run method={REFERENCE} first",
+            )
+        self._check_budget(longest, answer)
+        if isinstance(task, StreamTask) and task.tokens is not None:
+            self.check_reading(task.tokens)
+
+    def _check_budget(self, longest: int, answer: int) -> None:
+        context, budget = self.config["model"]["max_length"], self.budget
+        if budget is None:
+            return
+        if not self.config["protocol"]["budgets"]:
+            name = self.config["protocol"]["name"]
+            raise ConfigError(
+                "budget", budget, f"protocol={name} has sizes of its own; leave it out"
+            )
+        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+        if not whole and not (isinstance(budget, float) and 0 < budget < 1):
+            raise ConfigError(
+                "budget", budget, "give a fraction of the prompt between 0 and 1, or entries >= 1"
+            )
+        if whole and budget > context:
+            raise ConfigError("budget", budget, f"larger than the model's {context} tokens")
+        if whole or longest:
+            self.fit(longest, answer)
+
+    def check_reading(self, tokens: int) -> None:
+        """Refuses a text during which the cache outgrows the model's positions."""
+        assert isinstance(self.task, StreamTask)
+        policy, _ = self.fit(tokens, 0)
+        most = max(policy.lengths(reading_steps(tokens, self.task.chunk)))
+        if most > self.config["model"]["max_length"]:
+            raise ConfigError(
+                "task.tokens",
+                tokens,
+                f"{policy.name} would hold {most} entries, more than the model's"
+                f" {self.config['model']['max_length']} tokens; read less, or give it a budget",
+            )
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers are compared with the full cache's, token by token."""
+        of_full = self.config["method"]["name"] == REFERENCE
+        return self.config["kl"] and not of_full and not isinstance(self.task, StreamTask)
+
+    def reference(self) -> RunFolder | None:
+        """The finished full-cache run of the same setting."""
+        folder = find_reference(self.setting, self.folder.parent.glob("*/"))
+        return None if folder is None else RunFolder(folder)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a budget, and the method has parameters to meet it with."""
+        return self.budget is not None and bool(dataclasses.fields(self.policy))
+
+    def fit(self, prompt_tokens: int, new_tokens: int) -> tuple[Policy, int | None]:
+        """The policy for a prompt and an answer of this length, and the entries it may hold."""
+        if self.budget is None or not self.fits:
+            return self.policy, None
+        if isinstance(self.budget, int):
+            entries = self.budget
+        else:
+            entries = max(1, round(self.budget * prompt_tokens))
+        horizon = (prompt_tokens, new_tokens) if prompt_tokens and new_tokens else None
+        return self.policy.fit(entries, self.fixed, horizon), entries
+
+    @property
+    def setting(self) -> str:
+        """What runs must share to be comparable, as a hash."""
+        return digest({key: self.config[key] for key in ("task", "model", "seed", "device")})
+
+    @property
+    def folder(self) -> Path:
+        """Named by what determines the result."""
+        method, task, model = (self.config[key] for key in ("method", "task", "model"))
+        result = {
+            "setting": self.setting,
+            "method": method,
+            "cache": self.config["cache"],
+            "budget": [self.budget, sorted(self.fixed)] if self.fits else None,
+        }
+        name = f"{task['name']}-{method['name']}-{model['name']}-{digest(result)}"
+        return Path(self.config["output"]) / name
+
+
+def expand(cfg: DictConfig) -> list[DictConfig]:
+    """One configuration per task: of a suite (configs/task/suite.yaml) those that it names.
+
+    Raises:
+        ConfigError: the suite has no settings for a task, or names none.
+    """
+    if "settings" not in cfg.task:
+        return [cfg]
+    names = cfg.task.tasks
+    if not OmegaConf.is_list(names) or not names:
+        raise ConfigError("task.tasks", names, "give a list, e.g. [needle,xsum]")
+    single = []
+    for name in names:
+        if name not in cfg.task.settings:
+            raise ConfigError("task.tasks", name, f"choose among {', '.join(cfg.task.settings)}")
+        one = copy.deepcopy(cfg)
+        with open_dict(one):
+            one.task = cfg.task.settings[name]
+        single.append(one)
+    return single
+
+
+def _build(section: str, config: dict[str, Any]) -> Any:
+    """Instantiates a section of the configuration; whatever goes wrong names the section."""
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(section, config.get("_target_"), reason) from error

@@ -1,0 +1,307 @@
+"""Figures of runs, as PNG files."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from evals.report.claims import families  # noqa: E402
+from evals.report.runs import Run, bootstrap, length_bin  # noqa: E402
+from evals.report.tables import METHODS, label, ordered  # noqa: E402
+from evals.tasks.needle import grid  # noqa: E402
+
+# Colours that colour-blind readers tell apart (Okabe and Ito), markers for those who print in grey.
+STYLES = {
+    "full": ("#000000", "s"),
+    "local": ("#999999", "v"),
+    "streaming_llm": ("#0072B2", "^"),
+    "h2o": ("#009E73", "D"),
+    "buzz": ("#D55E00", "o"),
+    "buzz_strided": ("#E69F00", "P"),
+    "buzz_fast": ("#CC79A7", "X"),
+    "tova": ("#56B4E9", "<"),
+    "snapkv": ("#332288", ">"),
+}
+OTHER = ("#882255", "*")
+RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+}
+COLUMNS = 3
+APART = 0.006  # of the axis, between methods of equal memory
+SWEPT = ("window", "sink", "threshold", "stride")
+DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture and what it shows."""
+
+    title: str
+    path: Path
+    note: str
+    width: int  # pixels on a page
+
+
+def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
+    """Every figure for which there are runs, as PNG files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [run for run in ordered(runs) if run.scored]
+    figures = []
+    with plt.rc_context(RC):
+        for draw in (pareto, needles, positions, sensitivity, decode_time):
+            for name, title, note, figure in draw(chosen):
+                path = folder / f"{name}.png"
+                figure.savefig(path, dpi=150)
+                plt.close(figure)
+                figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
+    return figures
+
+
+Drawn = Iterator[tuple[str, str, str, Any]]
+
+
+def _by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return found
+
+
+def _panels(count: int, width: float = 3.4, height: float = 2.9) -> tuple[Any, list[Any]]:
+    """A figure of `count` axes, at most COLUMNS in a row."""
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    size = (width * columns + 0.6, height * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.remove()
+    return figure, flat[:count]
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend for all panels, above them."""
+    entries = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        entries |= dict(zip(names, handles, strict=True))
+    names = sorted(entries, key=lambda name: _place(name.split()[0]))
+    columns = min(7 if len(axes) > 2 else 4 if len(axes) > 1 else 3, len(names))
+    where = {"loc": "outside upper center", "ncols": columns}
+    figure.legend([entries[name] for name in names], names, **where)
+
+
+def _place(method: str) -> int:
+    return METHODS.index(method) if method in METHODS else len(METHODS)
+
+
+def _heat(
+    axis: Any, image: list[list[float]], xs: Sequence[str], ys: Sequence[str], ends: Sequence[float]
+) -> Any:
+    """A heat map with its values written in; `ends` are those of the colours."""
+    low, high = ends
+    drawn = axis.imshow(image, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+    for row, values in enumerate(image):
+        for column, value in enumerate(values):
+            color = "white" if value < low + 0.6 * (high - low) else "black"
+            style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+            axis.text(column, row, f"{value:.3g}", **style)
+    axis.set_xticks(range(len(xs)), xs)
+    axis.set_yticks(range(len(ys)), ys)
+    axis.grid(False)
+    return drawn
+
+
+def _title(run: Run) -> str:
+    text = f"{run.task}, {run.model}, seed {run.config['seed']}"
+    variant = run.config["task"].get("variant", "single")
+    return text if variant == "single" else f"{text}, {variant}"
+
+
+def pareto(runs: Sequence[Run]) -> Drawn:
+    """Score against KV memory, a panel per setting; the line joins runs that no other beats."""
+    settings = [g for g in _by(runs, lambda run: run.setting).values() if len(g) > 1]
+    if not settings:
+        return
+    figure, axes = _panels(len(settings))
+    for axis, group in zip(axes, settings, strict=True):
+        memory = [(run.mean("kv_nbytes_mean") or 0) / 1e6 for run in group]
+        scores = [run.score() or 0.0 for run in group]
+        for run, x, y in zip(group, memory, scores, strict=True):
+            color, marker = STYLES.get(run.method, OTHER)
+            apart = 0 if run.budget is None else _place(run.method) - len(METHODS) / 2
+            place = x + apart * APART * max(memory)
+            if interval := run.score_interval():
+                axis.vlines(place, *interval, color=color, lw=1, alpha=0.5)
+            axis.plot(place, y, marker, color=color, ms=6, ls="", label=run.method)
+        best = front(memory, scores, group[0].summary["higher_is_better"])
+        style = {"color": "#888888", "lw": 0.8, "drawstyle": "steps-post", "zorder": 0}
+        axis.plot([x for x, _ in best], [y for _, y in best], **style)
+        axis.set_title(f"{_title(group[0])}, n = {len(group[0].ran)}", fontsize=9)
+        axis.set(xlabel="KV cache, mean (MB)", ylabel=group[0].summary["headline"])
+        axis.set_xlim(left=0)
+        if not any(scores):
+            axis.set_ylim(-0.02, 1)
+    _legend(figure, axes)
+    note = (
+        "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey: the front of"
+        " runs that none of less memory beats. Methods of one budget are drawn a little apart."
+    )
+    yield "pareto", "Score against KV memory", note, figure
+
+
+def front(
+    memory: Sequence[float], scores: Sequence[float], higher_is_better: bool
+) -> list[tuple[float, float]]:
+    """The points (memory, score) that no point of less or equal memory beats, by memory."""
+    sign = 1 if higher_is_better else -1
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(zip(memory, scores, strict=True), key=lambda p: (p[0], -sign * p[1])):
+        if not best or sign * y > sign * best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def needles(runs: Sequence[Run]) -> Drawn:
+    """Accuracy by prompt length and depth, a panel per run (one per method of a swept setting)."""
+    chosen = [run for run in runs if run.task == "needle"]
+    for number, group in enumerate(_by(chosen, lambda run: run.setting).values()):
+        shown = group if len(group) <= 12 else _one_each(group)
+        figure, axes = _panels(len(shown), 2.6, 2.3)
+        for axis, run in zip(axes, shown, strict=True):
+            cells = grid(run.ran)
+            lengths, depths = (sorted(set(values)) for values in zip(*cells, strict=True))
+            image = [[cells.get((n, d), float("nan")) for n in lengths] for d in depths]
+            names = [f"{n:,}" for n in lengths], [f"{d:g}%" for d in depths]
+            drawn = _heat(axis, image, *names, (0, 1))
+            axis.set_title(label(run, shown).replace(" ", "\n", 1), fontsize=8)
+        figure.supxlabel("prompt (tokens)", fontsize=9)
+        figure.supylabel("depth of the passkey", fontsize=9)
+        figure.colorbar(drawn, ax=axes, label="accuracy", shrink=0.8)
+        note = f"{len(shown[0].ran)} samples a panel."
+        if len(shown) < len(group):
+            note += f" Of {len(group)} runs one per method and budget, the best, is shown."
+        yield f"needle_{number}", f"Passkeys: {_title(group[0])}", note, figure
+
+
+def _one_each(runs: Sequence[Run]) -> list[Run]:
+    """The best run of each method and budget."""
+    groups = _by(runs, lambda run: (run.method, run.budget)).values()
+    return [max(group, key=lambda run: run.score() or 0) for group in groups]
+
+
+def positions(runs: Sequence[Run]) -> Drawn:
+    """Loss over position in a text."""
+    chosen = [run for run in runs if run.ran and run.ran[0].get("blocks")]
+    settings = list(_by(chosen, lambda run: run.setting).values())
+    if not settings:
+        return
+    figure, axes = _panels(len(settings), 4.4, 3.0)
+    for axis, group in zip(axes, settings, strict=True):
+        for run in group:
+            blocks = [record["blocks"] for record in run.ran]
+            curve = [statistics.fmean(losses) for losses in zip(*blocks, strict=True)]
+            tokens = statistics.fmean(record["prompt_tokens"] for record in run.ran)
+            places = [tokens * (i + 0.5) / len(curve) for i in range(len(curve))]
+            color, marker = STYLES.get(run.method, OTHER)
+            axis.plot(
+                places, curve, color=color, marker=marker, ms=4, lw=1.2, label=label(run, group)
+            )
+        axis.set(title=_title(group[0]), xlabel="position (tokens)", ylabel="loss (nats per token)")
+        axis.title.set_fontsize(9)
+    _legend(figure, axes)
+    yield "loss_by_position", "Loss by position", "Means over blocks of the text.", figure
+
+
+def sensitivity(runs: Sequence[Run]) -> Drawn:
+    """Score by pairs of BUZZ's parameters, all else equal or averaged over."""
+    number = 0
+    for group in _by(runs, lambda r: (r.setting, r.method, r.budget)).values():
+        varied = [p for p in SWEPT if len({run.parameters.get(p) for run in group}) > 1]
+        couples = [(a, b) for i, a in enumerate(varied) for b in varied[i + 1 :]]
+        if not couples:
+            continue
+        figure, axes = _panels(len(couples), 3.0, 2.6)
+        values = [run.score() or 0 for run in group]
+        low, high = min(values), max(values)
+        margin = 0 if high > low else abs(low) / 10 or 0.1
+        ends = (low - margin, high + margin)
+        for axis, (x, y) in zip(axes, couples, strict=True):
+            cells = _by(group, lambda run, x=x, y=y: (run.parameters[x], run.parameters[y]))
+            xs, ys = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+            image = [[_mean_score(cells.get((a, b), [])) for a in xs] for b in ys]
+            drawn = _heat(axis, image, [str(v) for v in xs], [str(v) for v in ys], ends)
+            axis.set(xlabel=x, ylabel=y)
+        run = group[0]
+        figure.colorbar(drawn, ax=axes, label=run.summary["headline"], shrink=0.8)
+        budget = "own sizes" if run.budget is None else f"budget {run.budget}"
+        title = f"Sensitivity of {run.method}: {_title(run)}, {budget}"
+        note = f"{len(run.ran)} samples a run; a cell is the mean over the parameters not shown."
+        yield f"sensitivity_{number}", title, note, figure
+        number += 1
+
+
+def _mean_score(runs: Sequence[Run]) -> float:
+    found = [score for run in runs if (score := run.score()) is not None]
+    return statistics.fmean(found) if found else float("nan")
+
+
+def decode_time(runs: Sequence[Run]) -> Drawn:
+    """Time per token by prompt length, a panel per model and machine."""
+    answered = [
+        run
+        for run in runs
+        if run.mean("itl_p50_ms") is not None
+        and run.ran[0]["generated_tokens"]
+        and not _swept(run, runs)
+    ]
+    panels = list(_by(answered, lambda run: (run.model, run.machine)).values())
+    if not panels:
+        return
+    figure, axes = _panels(len(panels), 4.4, 3.0)
+    for axis, group in zip(axes, panels, strict=True):
+        budgets = sorted({run.budget for run in group if run.budget is not None})
+        for (method, budget), same in _by(group, lambda run: (run.method, run.budget)).items():
+            bins: dict[int, list[float]] = {}
+            for record in (record for run in same for record in run.ran):
+                if record["itl_p50_ms"] is not None and record["batch_size"] == 1:
+                    at = length_bin(record["prompt_tokens"])
+                    bins.setdefault(at, []).append(record["itl_p50_ms"])
+            color, marker = STYLES.get(method, OTHER)
+            dash = DASHES[0 if budget is None else budgets.index(budget) % len(DASHES)]
+            lengths = sorted(bins)
+            means = [statistics.fmean(bins[n]) for n in lengths]
+            style = {"color": color, "marker": marker, "ms": 5, "lw": 1.2, "ls": dash}
+            name = method if budget is None else f"{method} @{budget}"
+            axis.plot(lengths, means, label=name, **style)
+            for n in lengths:
+                if interval := bootstrap([bins[n]]):
+                    axis.vlines(n, *interval, color=color, lw=1, alpha=0.5)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.set_title(f"{group[0].model}\n{group[0].machine}", fontsize=9)
+        axis.set(xlabel="prompt (tokens)", ylabel="time per token, median (ms)")
+    _legend(figure, axes)
+    note = "Batch of 1; means over samples of their median, with 95% bootstrap intervals."
+    yield "decode_time", "Decoding time by prompt length", note, figure
+
+
+def _swept(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether a run is one of several of a parameter sweep; they would only overplot."""
+    swept = (family for p in SWEPT for family in families(runs, p))
+    return any(run is other for family in swept for other in family)

@@ -1,0 +1,122 @@
+"""The jobs of a sweep: what cannot run is skipped or recorded, and never stops the others.
+
+Each job adds one line to `jobs.jsonl` in the sweep's folder, in whatever process or machine it ran,
+so that the process that launched them can tell in the end what became of all.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from buzz.errors import ConfigError
+from evals.plan import Plan, expand
+from evals.records import InUse, RunFolder
+from evals.runner import run
+from evals.table import print_tables, read_summary
+
+JOBS = "jobs.jsonl"
+# A setting of these that cannot be served is a combination to leave out of the grid.
+COMBINED = ("method.", "budget", "cache.")
+
+Objectives = float | list[float] | None
+
+
+def run_job(cfg: DictConfig, overrides: list[str], fixed: list[str], folder: Path) -> Objectives:
+    """Runs one configuration of a sweep, of a suite all its tasks, and notes what became of it.
+
+    Args:
+        cfg: the composed configuration.
+        overrides: what the sweep composed it from.
+        fixed: the method's parameters that the user set, which a budget leaves alone.
+        folder: the sweep's.
+
+    Returns:
+        What `cfg.objectives` names, from the summaries, task after task: a number if there is one
+        objective and one task. None if there are no objectives, or a task did not finish.
+    """
+    try:
+        outcomes = [_run_task(one, fixed) for one in expand(cfg)]
+    except ConfigError as error:
+        outcomes = [{"status": "failed", "reason": str(error)}]
+    with open(folder / JOBS, "a", encoding="utf-8") as file:
+        for outcome in outcomes:
+            file.write(json.dumps({"overrides": overrides, **outcome}) + "\n")
+    if not cfg.objectives or any(outcome["status"] != "complete" for outcome in outcomes):
+        return None
+    values = [
+        objective(read_summary(Path(outcome["folder"])), name)
+        for outcome in outcomes
+        for name in cfg.objectives
+    ]
+    return values[0] if len(values) == 1 else values
+
+
+def objective(summary: dict[str, Any], name: str) -> float:
+    """A number of a summary by its name.
+
+    Raises:
+        ConfigError: there is no such number.
+    """
+    value = summary.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        known = [k for k, v in summary.items() if isinstance(v, float)]
+        raise ConfigError("objectives", name, f"choose among {', '.join(known)}")
+    return float(value)
+
+
+def _run_task(cfg: DictConfig, fixed: list[str]) -> dict[str, Any]:
+    try:
+        return {"status": "complete", "folder": str(run(cfg, fixed))}
+    except ConfigError as error:
+        # Two jobs may come to the same run: the full cache, for one, has no budget.
+        skipped = isinstance(error, InUse) or error.field.startswith(COMBINED)
+        status = "skipped" if skipped else "failed"
+        return {"status": status, "reason": str(error)}
+    except Exception as error:  # whatever it is, the other jobs go on
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        folder = _record_failure(Plan.of(cfg, fixed), reason)
+        return {"status": "failed", "reason": reason, "folder": str(folder)}
+
+
+def _record_failure(plan: Plan, reason: str) -> Path:
+    """Leaves a run folder that says what was asked for and why it is not there."""
+    folder = RunFolder(plan.folder)
+    with folder.lock():
+        folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
+        folder.write("summary.json", {"status": "failed", "error": reason})
+    return folder.path
+
+
+class SweepCallback(Callback):
+    """Prints, when all jobs are over, the table and what was skipped or failed."""
+
+    failed = 0  # jobs of this process's sweep; decides its exit status
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        jobs = read_jobs(Path(config.hydra.sweep.dir))
+        done = [Path(job["folder"]) for job in jobs if job["status"] == "complete"]
+        if done:
+            print_tables(list(dict.fromkeys(done)))
+        common = set.intersection(*(set(job["overrides"]) for job in jobs)) if jobs else set()
+        for job in jobs:
+            if job["status"] != "complete":
+                own = " ".join(name for name in job["overrides"] if name not in common)
+                print(f"{job['status'].upper()} {own}: {job['reason']}")
+        counts = Counter(job["status"] for job in jobs)
+        print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        SweepCallback.failed = counts["failed"]
+
+
+def read_jobs(folder: Path) -> list[dict[str, Any]]:
+    """What became of a sweep's jobs so far."""
+    path = folder / JOBS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]

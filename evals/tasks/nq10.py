@@ -1,0 +1,137 @@
+"""Questions over ten documents, one of which holds the answer: 10-QA of Lost in the Middle.
+
+Data and metrics of Liu et al. (arXiv 2307.03172, https://github.com/nelson-liu/lost-in-the-middle);
+the prompt has their layout in other words.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from buzz.errors import ConfigError
+from evals.data import load_hub, read_jsonl
+from evals.metrics import normalized, word_f1
+from evals.records import Record
+from evals.task import Sample, Task, one_of
+
+INTRO = (
+    "Answer the question at the end from the documents below. Some of them have nothing to do with"
+    " it. Give the answer alone, in a few words."
+)
+
+
+@dataclass(kw_only=True)
+class NQ10(Task):
+    """Scores, 0 or 1 (F1: 0..1), of the answer's first line as the owners do. Groups: `gold_at`.
+
+    `best_subspan`: any reference stands in the answer (the owners' metric); `exact_match`: the
+    answer is a reference; `f1`: of their words, for the best reference; all three in SQuAD's normal
+    form. `strict_match`: the whole answer, white space around it removed, is the first reference
+    letter by letter (BUZZ's metric).
+
+    Attributes:
+        headline: which of them summaries and tables show.
+        gold_at: places, from 0, that the gold document is moved to: each question is asked once for
+            each. None: it stays where the data have it.
+        samples: at most so many questions.
+        data_file: JSON lines of question, answers, gold_index and ctxs (title, text); None: `hub`.
+        hub, hub_config, split: a data set of that schema on the hub.
+    """
+
+    grouped_by: ClassVar[str] = "place of the gold document"
+
+    headline: str = "best_subspan"
+    gold_at: Sequence[int] | None = None
+    data_file: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    split: str = "test"
+    _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
+
+    def check(self) -> None:
+        super().check()
+        one_of("task.headline", self.headline, score("", "", ("",)))
+        needed = ("question", "answers", "gold_index", "ctxs")
+        if self.data_file is not None:
+            rows = read_jsonl(self.data_file, "task.data_file", needed)
+        elif self.hub is not None:
+            rows = load_hub(self.hub, self.hub_config, self.split, "task.data_file")
+        else:
+            raise ConfigError(
+                "task.data_file", None, "give a JSON-lines file, or a hub name as task.hub"
+            )
+        for number, row in enumerate(rows, start=1):
+            if problem := _problem(row, needed):
+                raise ConfigError("task.data_file", f"sample {number}", problem)
+        fewest = min(len(row["ctxs"]) for row in rows)
+        for place in self.gold_at or ():
+            if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < fewest:
+                raise ConfigError("task.gold_at", place, f"give places from 0 to {fewest - 1}")
+        self._rows = rows
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        return [
+            self._sample(number, row, place)
+            for number, row in enumerate(self._rows[: self.samples])
+            for place in self.gold_at or [row["gold_index"]]
+        ]
+
+    def _sample(self, number: int, row: dict[str, Any], place: int) -> Sample:
+        documents = list(row["ctxs"])
+        documents.insert(place, documents.pop(row["gold_index"]))
+        lines = [
+            f"Document [{i}] (Title: {document['title']}) {document['text']}"
+            for i, document in enumerate(documents, start=1)
+        ]
+        question = f"Question: {row['question']}\nAnswer:"
+        return Sample(
+            id=f"{number}-{place}",
+            prompt="\n\n".join([INTRO, "\n".join(lines), question]),
+            references=tuple(row["answers"]),
+            group=str(place) if self.gold_at else "",
+            meta={"gold_at": place},
+        )
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return score(prediction, sample.references[0], sample.references)
+
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+        """By the gold document's place where the data chose it; else the groups are that."""
+        if self.gold_at:
+            return {}
+        places: dict[int, list[float]] = {}
+        for record in records:
+            value = record["scores"][self.headline]
+            places.setdefault(record["meta"]["gold_at"], []).append(value)
+        return {self.grouped_by: {str(p): statistics.fmean(places[p]) for p in sorted(places)}}
+
+
+def score(prediction: str, first: str, references: Sequence[str]) -> dict[str, float]:
+    """All metrics of one answer, see :class:`NQ10`."""
+    line = prediction.split("\n")[0].strip()
+    plain = normalized(line)
+    expected = [normalized(reference) for reference in references]
+    return {
+        "best_subspan": float(any(reference in plain for reference in expected)),
+        "exact_match": float(plain in expected),
+        "f1": max(word_f1(reference, line) for reference in references),
+        "strict_match": float(prediction.strip() == first),
+    }
+
+
+def _problem(row: dict[str, Any], needed: Sequence[str]) -> str | None:
+    """What is wrong with a sample, if anything is."""
+    if missing := [key for key in needed if key not in row]:
+        return f"lacks {', '.join(missing)}"
+    if not isinstance(row["answers"], list) or not row["answers"]:
+        return "`answers` must be a list of texts"
+    if not row["ctxs"] or not all({"title", "text"} <= document.keys() for document in row["ctxs"]):
+        return "`ctxs` must be a list of documents with title and text"
+    if row["gold_index"] not in range(len(row["ctxs"])):
+        return "`gold_index` is no place in `ctxs`"
+    return None
