@@ -31,7 +31,7 @@ def read_summary(folder: Path) -> Summary:
     """A finished run's summary.
 
     Raises:
-        ConfigError: the folder holds none, or the run failed.
+        ConfigError: the folder holds none, an early version wrote it, or the run failed.
     """
     path = folder / "summary.json"
     if not path.is_file():
@@ -39,6 +39,8 @@ def read_summary(folder: Path) -> Summary:
     summary = json.loads(path.read_text(encoding="utf-8"))
     if summary["status"] != "complete":
         raise ConfigError("run", str(folder), f"the run failed: {summary['error']}")
+    if "parameters" not in summary:
+        raise ConfigError("run", str(folder), "an early version's summary; run it again")
     return summary
 
 
@@ -51,7 +53,7 @@ def find_reference(setting: str, folders: Iterable[Path]) -> Path | None:
     for path in sorted(folders):
         if (path / "summary.json").is_file():
             summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-            if summary["status"] != "complete" or "conditions" not in summary:  # an early version's
+            if summary["status"] != "complete" or "parameters" not in summary:  # early
                 continue
             if summary["method"] == REFERENCE and summary["setting"] == setting:
                 found.append((summary["cache"]["logn_base"] is not None, path))

@@ -411,6 +411,17 @@ def test_rows_under_other_conditions_are_pointed_out(go, capsys) -> None:
     assert "rows differ in stop reasons" in capsys.readouterr().out
 
 
+def test_summaries_of_an_early_version_are_refused(go, capsys) -> None:
+    folder = go("method=full")
+    summary = read_summary(folder)
+    del summary["parameters"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert evals.table.main([str(folder)]) == 2
+    assert "an early version's summary; run it again" in capsys.readouterr().err
+    assert find_reference(summary["setting"], [folder]) is None
+    assert read_summary(go("method=full"))["n"] == 3  # nothing is generated for that
+
+
 def test_unequal_memory_is_pointed_out(go) -> None:
     folders = [go("method=local", f"method.window={size}") for size in (60, 120)]
     (note,) = notes(folders)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, from_config, gpt2, prompt, tiny
-from transformers import DynamicCache, MistralConfig, TextStreamer, pipeline
+from tiny import FAMILIES, SHAPE, VOCAB, from_config, gpt2, prompt, tiny
+from transformers import (
+    DeepseekV3Config,
+    DynamicCache,
+    FalconConfig,
+    MistralConfig,
+    Qwen3NextConfig,
+    TextStreamer,
+    pipeline,
+)
 
 from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
 from buzz import (
@@ -32,6 +40,37 @@ METHODS: dict[str, Policy] = {
 }
 METHODS |= {name: POLICIES[name]().fit(24) for name in POLICIES if name not in METHODS}
 every_method = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
+
+
+HYBRID = {
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+}
+LATENT = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+REFUSED = [
+    (DeepseekV3Config(**{**SHAPE, "num_key_value_heads": 4}, **LATENT), "MLA"),
+    (Qwen3NextConfig(**SHAPE, **HYBRID), "layer 0 is linear_attention"),
+    (FalconConfig(vocab_size=VOCAB, hidden_size=64, num_attention_heads=4, alibi=True), "ALiBi"),
+]
 
 
 def generate(model, ids, cache, tokens=30, mask=None, **kwargs):
@@ -309,7 +348,31 @@ def test_log_n_scaling(llama) -> None:
         EvictionCache(llama, FullPolicy(), logn_base=1.0)
 
 
+def test_layers_placed_by_a_device_map(tmp_path) -> None:
+    """accelerate wraps each module's forward, as device_map="auto" does; the cache follows."""
+    accelerate = pytest.importorskip("accelerate")
+    ids = prompt(60)
+    plain, placed = tiny("llama"), tiny("llama")
+    places = {name: "cpu" for name in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
+    places |= {"layers.1": "disk", "layers.2": "disk"}
+    device_map = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    accelerate.dispatch_model(
+        placed, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
+    for policy in (METHODS["h2o"], METHODS["buzz"]):
+        expected, _ = generate(plain, ids, EvictionCache(plain, policy), tokens=15)
+        cache = EvictionCache(placed, policy)
+        tokens, _ = generate(placed, ids, cache, tokens=15)
+        assert torch.equal(tokens, expected)
+        assert cache.lengths[0] == policy.lengths([60] + [1] * 14)[-1]
+
+
 class TestRefusals:
+    @pytest.mark.parametrize(("config", "reason"), REFUSED, ids=lambda value: str(value)[:12])
+    def test_attention_that_is_more_than_keys_per_head(self, config, reason) -> None:
+        with pytest.raises(ConfigError, match=reason):
+            EvictionCache(from_config(config), METHODS["buzz"])
+
     def test_crop(self, llama) -> None:
         cache = EvictionCache(llama, METHODS["buzz"])
         generate(llama, prompt(40), cache)
