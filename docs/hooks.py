@@ -75,7 +75,7 @@ def tables(folder: Path) -> str:
     for file in sorted(folder.glob("*")) if folder.is_dir() else []:
         if file.suffix == ".md":
             parts.append(f"### {file.stem}\n\n{file.read_text(encoding='utf-8')}")
-        elif file.suffix == ".csv":
+        elif file.suffix == ".csv" and not file.with_suffix(".md").exists():
             parts.append(f"### {file.stem}\n\n{csv_table(file)}")
     return "\n\n".join(parts) or "There are none yet."
 
@@ -84,4 +84,6 @@ def csv_table(file: Path) -> str:
     with open(file, encoding="utf-8", newline="") as stream:
         header, *rows = csv.reader(stream)
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
+    )

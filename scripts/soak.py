@@ -7,7 +7,8 @@ Feeds random tokens, one a step, through a tiny Llama of random weights, and che
 - the cache's length at every step, against the method's recurrence and its bound;
 - resident memory from the first tenth to the end: at most 4 MiB more (the slope is printed);
 - the keys of layer 0 at the end, against keys computed anew from their tokens and turned once, in
-  float64: they differ by at most 1e-4 (layer 0, because its keys depend on nothing but the token);
+  float64: they differ by at most 1e-4 of their length, which turning leaves as it is (layer 0,
+  because its keys depend on nothing but the token);
 - the median time of a token, last tenth against first: at most 1.5 times as long.
 
 Prints a row per method; exits with 1 if a check fails. Linux only (/proc).
@@ -16,7 +17,6 @@ Prints a row per method; exits with 1 if a check fails. Linux only (/proc).
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -49,7 +49,8 @@ class Soak:
         evictions: in all.
         growth: bytes of resident memory from the first tenth to the end.
         slope: bytes per token over the same part, by least squares.
-        error: largest difference of a key's component.
+        error: largest difference of a key, as a share of its length.
+        difference: largest difference of a key's component.
         first_ms, last_ms: median time of a token in the first and last tenth.
     """
 
@@ -59,6 +60,7 @@ class Soak:
     growth: float
     slope: float
     error: float
+    difference: float
     first_ms: float
     last_ms: float
 
@@ -107,20 +109,28 @@ def soak(policy: Policy, bound: int, tokens: int) -> Soak:
     steady = resident[10:]
     slope = np.polyfit(np.arange(len(steady)) * tokens / 100, steady, 1)[0]
     tenth = tokens // 10
+    error, difference = key_error(model, cache, ids)
     return Soak(
         wrong_lengths=wrong,
         longest=longest,
         evictions=cache.evictions[0],
         growth=float(steady[-1] - steady[0]),
         slope=float(slope),
-        error=key_error(model, cache, ids),
-        first_ms=statistics.median(seconds[:tenth]) * 1e3,
-        last_ms=statistics.median(seconds[-tenth:]) * 1e3,
+        error=error,
+        difference=difference,
+        first_ms=float(np.median(seconds[:tenth])) * 1e3,
+        last_ms=float(np.median(seconds[-tenth:])) * 1e3,
     )
 
 
-def key_error(model: LlamaForCausalLM, cache: EvictionCache, ids: torch.Tensor) -> float:
-    """Largest difference of layer 0's keys from keys of the same tokens that were turned once."""
+def key_error(
+    model: LlamaForCausalLM, cache: EvictionCache, ids: torch.Tensor
+) -> tuple[float, float]:
+    """How far layer 0's keys are from keys of the same tokens that were turned once.
+
+    Returns:
+        The largest difference as a share of a key's length, and of a component.
+    """
     layer, decoder = cache.evicting[0], model.model
     assert layer.store is not None
     attention = decoder.layers[0].self_attn
@@ -142,7 +152,9 @@ def key_error(model: LlamaForCausalLM, cache: EvictionCache, ids: torch.Tensor) 
         ],
         dim=-1,
     )
-    return float((layer.view(layer.store.keys)[0] - exact).abs().max())
+    difference = layer.view(layer.store.keys)[0] - exact
+    relative = difference.norm(dim=-1) / exact.norm(dim=-1)
+    return float(relative.max()), float(difference.abs().max())
 
 
 def resident_nbytes() -> int:
@@ -155,14 +167,16 @@ def main() -> None:
     tokens = parser.parse_args().tokens
     if tokens < 100:
         parser.error("--tokens: give at least 100")
-    titles = "method", "longest/bound", "evictions", "bytes/token", "key error", "ms first", "last"
-    print("{:<14}{:>14}{:>11}{:>13}{:>11}{:>10}{:>8}".format(*titles))
+    titles = ("method", "longest/bound", "evictions", "bytes/token", "key error", "(component)")
+    print("{:<14}{:>14}{:>11}{:>13}{:>11}{:>13}{:>10}{:>8}".format(*titles, "ms first", "last"))
     failed = False
     for name, (policy, bound) in METHODS.items():
         found = soak(policy, bound, tokens)
         print(
             f"{name:<14}{found.longest:>9}/{bound:<4}{found.evictions:>11}{found.slope:>13.2f}"
-            f"{found.error:>11.1e}{found.first_ms:>10.3f}{found.last_ms:>8.3f}"
+            f"{found.error:>11.1e}{found.difference:>13.1e}"
+            f"{found.first_ms:>10.3f}{found.last_ms:>8.3f}",
+            flush=True,
         )
         for failure in found.failures():
             failed = True

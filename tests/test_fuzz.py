@@ -192,7 +192,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "trec": {"input": "q", "context": "c", "answers": ["a"], "all_classes": ["a"], "length": 3},
     "lcc": {"input": "", "context": "c", "answers": ["a"], "all_classes": None, "length": 3},
 }
-INSIDE = ANYTHING | st.sampled_from(["\ud800", [DOCUMENT], ["title"], {"title": ["t"]}]).map(copy.deepcopy)
+INSIDE = ANYTHING | st.sampled_from(["\ud800", [DOCUMENT], ["title"], {"title": ["t"]}]).map(
+    copy.deepcopy
+)
 WHOLE = [
     *(b"[]", b"1", b"null", b"NaN", b"\0", b"   ", b"\xff\xfe", b"{}", b'"x'),
     *(b"[" * 100_000, b'{"a":' * 50_000, b'{"document":' + b"1" * 5000 + b"}"),

@@ -86,6 +86,16 @@ def available() -> bool:
     return library() is not None
 
 
+def _threads(work: int) -> int:
+    """One thread for what takes less than waking the others: these are not PyTorch's own threads,
+    and while they wait for more work they are in its way.
+
+    Args:
+        work: multiplications, about.
+    """
+    return torch.get_num_threads() if work > 2**22 else 1
+
+
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -126,7 +136,7 @@ def _attend(
         (ctypes.c_int64 * len(shape))(*shape),
         _strides(query, key, value, output),
         ctypes.c_float(scale),
-        torch.get_num_threads(),
+        _threads(batch * heads * queries * keys * dim),
     )
     return output.to(dtype), received
 
@@ -182,7 +192,7 @@ def move(
     index = index.contiguous()
     rows = torch.arange(size) if rows is None else rows
     half = 0 if turns is None else turns[0].shape[-1]
-    threads = torch.get_num_threads() if index.numel() > 512 else 1
+    threads = _threads(index.numel() * source[0].shape[-1])
     getattr(library(), "buzz_move")(  # noqa: B009
         (_Moved * len(moved))(*moved),
         ctypes.c_int64(len(moved)),
