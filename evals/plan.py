@@ -22,6 +22,35 @@ from evals.records import RunFolder, digest
 from evals.table import REFERENCE, find_reference
 from evals.task import StreamTask, Task, at_least
 
+# What every configuration has; the rest belongs to the method, the task and the model.
+GROUPS = {
+    "method": ("name",),
+    "task": ("name",),
+    "model": ("name", "max_length"),
+    "logger": ("name",),
+    "protocol": ("name", "budgets"),
+    "cache": ("logn_base", "logn_clamp"),
+}
+SETTINGS = ("budget", "kl", "seed", "device", "output")
+
+
+def _check_complete(config: dict[str, Any]) -> None:
+    """Refuses a configuration that lacks a group, or a setting of it, that every one has."""
+    for group, names in GROUPS.items():
+        value = config.get(group)
+        if not isinstance(value, dict):
+            raise ConfigError(group, value, f"give one of configs/{group}/ or its settings")
+        for name in names:
+            if name not in value:
+                raise ConfigError(f"{group}.{name}", None, "is missing; it must be given")
+    for name in SETTINGS:
+        if name not in config:
+            raise ConfigError(name, None, "is missing; it must be given")
+    at_least(1, "model.max_length", config["model"]["max_length"])
+    for name in ("device", "output"):
+        if not isinstance(config[name], str) or not config[name]:
+            raise ConfigError(name, config[name], "give a name")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,6 +76,7 @@ class Plan:
             ConfigError: something in `cfg` cannot be served.
         """
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        _check_complete(config)
         method = {key: value for key, value in config["method"].items() if key != "name"}
         plan = cls(
             policy=_build("method", method),
