@@ -225,7 +225,7 @@ def test_tasks_run_through_lm_eval(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        ({"method": "snapkv"}, "method"),
+        ({"method": "nosuchmethod"}, "method"),
         ({"method": "h2o", "window": 4}, "window"),
         ({"method": "local", "window": 0}, "method.window"),
         ({"method": "local", "budget": 1.5}, "budget"),
@@ -241,7 +241,7 @@ def test_mistakes_are_refused_before_a_model_is_loaded(arguments, field):
 
 
 def test_command_prints_one_line_for_a_mistake(monkeypatch, capsys):
-    arguments = "--model buzz --model_args method=snapkv --tasks arc_easy --device cpu"
+    arguments = "--model buzz --model_args method=nosuchmethod --tasks arc_easy --device cpu"
     monkeypatch.setattr("sys.argv", ["lm_eval_model", *arguments.split()])
     assert main() == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: method='snapkv'")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: method='nosuchmethod'")

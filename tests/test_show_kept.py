@@ -174,7 +174,7 @@ def test_command_writes_both_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (["--methods", "full,snapkv"], "methods"),
+        (["--methods", "full,nosuchmethod"], "methods"),
         (["--model", "gpt5"], "model"),
         (["--budget", "0"], "budget"),
         (["--budget", "nan"], "budget"),
