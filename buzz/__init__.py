@@ -1,11 +1,12 @@
 """Evicting KV caches for stock transformers: BUZZ, and the interface that all methods share."""
 
 from buzz.beehive import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy
-from buzz.cache import EvictionCache
+from buzz.cache import CACHE_ARGUMENT, EvictionCache
 from buzz.errors import ConfigError
 from buzz.policy import POLICIES, Policy, register
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "POLICIES",
     "BuzzFastPolicy",
     "BuzzPolicy",

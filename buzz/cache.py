@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,21 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
+from transformers.generation import GenerationMixin
 
 from buzz import attention, kernels
 from buzz.errors import ConfigError
 from buzz.policy import Policy
 from buzz.rope import Rope, find_rope
 from buzz.store import Store, with_spare
+
+# The name under which this transformers takes a cache: `cache` from 5.24 on, which still knows the
+# older name and warns.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 
 # Models whose attention is more than softmax(q k) v over per-head keys.
 UNSUPPORTED = {

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
 from baselines import FullPolicy
-from buzz import EvictionCache, Policy
+from buzz import CACHE_ARGUMENT, EvictionCache, Policy
 from evals.generate import Generation, left_padded, synchronize, verify_lengths
 from evals.memory import memory_peak, reset_memory_peak
 
@@ -182,6 +182,6 @@ def _forward(
             ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             logits_to_keep=keep,
         ).logits

@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from buzz import EvictionCache, Policy
+from buzz import CACHE_ARGUMENT, EvictionCache, Policy
 from evals.memory import memory_peak, reset_memory_peak
 
 
@@ -116,7 +116,7 @@ def generate(
         output = model.generate(
             input_ids=inputs[0],
             attention_mask=inputs[1],
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([trace]),
         )

@@ -28,7 +28,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 import baselines  # noqa: F401  (registers its methods)
-from buzz import POLICIES, ConfigError, EvictionCache, Policy
+from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
 from evals.models import ROOT, load_model
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation to score
@@ -109,7 +109,7 @@ class EvictionLM(HFLM):
         shortest = int(generation_kwargs["attention_mask"].sum(-1).min())
         cache = self.new_cache(self.fitted(shortest))
         return super()._model_generate(
-            context, max_length, stop, past_key_values=cache, **generation_kwargs
+            context, max_length, stop, **{CACHE_ARGUMENT: cache}, **generation_kwargs
         )
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -241,7 +241,7 @@ class EvictionLM(HFLM):
                 ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
                 logits_to_keep=min(new, self.chunk),
             ).logits
 

@@ -51,7 +51,7 @@ def measure(
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     import baselines  # noqa: F401  (registers its policies)
-    from buzz import POLICIES, EvictionCache
+    from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
     from buzz.cache import EvictionLayer
     from evals.memory import memory_peak, reset_memory_peak
 
@@ -71,7 +71,7 @@ def measure(
         return EvictionCache(model, POLICIES[method.removesuffix("-chunked")]())
 
     def forward(tokens: Any, cache: Any) -> Any:
-        return model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        return model(tokens, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
     def timed_eviction(self: EvictionLayer, received: Any) -> None:
         nonlocal evicting

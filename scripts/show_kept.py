@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
-from buzz import POLICIES, ConfigError, EvictionCache, Policy
+from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
 from evals.models import ROOT, load_model
 from evals.runner import encode
 
@@ -92,7 +92,7 @@ def keep(model: PreTrainedModel, ids: list[int], policy: Policy, new_tokens: int
     output = model.generate(
         torch.tensor([ids], device=model.device),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,

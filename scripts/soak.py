@@ -28,7 +28,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baselines import H2OPolicy, StreamingLLMPolicy
-from buzz import BuzzPolicy, EvictionCache, Policy
+from buzz import CACHE_ARGUMENT, BuzzPolicy, EvictionCache, Policy
 
 PROMPT = 300
 METHODS: dict[str, tuple[Policy, int]] = {  # with the most entries after a step
@@ -95,12 +95,12 @@ def soak(policy: Policy, bound: int, tokens: int) -> Soak:
     cache = EvictionCache(model, policy)
     ids = torch.randint(512, (1, PROMPT + tokens), generator=torch.Generator().manual_seed(1))
     seconds, resident = np.ones(tokens), np.ones(100)  # ones, so that their pages are resident
-    model(ids[:, :PROMPT], past_key_values=cache)
+    model(ids[:, :PROMPT], **{CACHE_ARGUMENT: cache})
     held, sampled = policy.survivors(PROMPT, 0)
     wrong = longest = 0
     for step in range(tokens):
         start = time.perf_counter()
-        model(ids[:, PROMPT + step : PROMPT + step + 1], past_key_values=cache)
+        model(ids[:, PROMPT + step : PROMPT + step + 1], **{CACHE_ARGUMENT: cache})
         seconds[step] = time.perf_counter() - start
         held, sampled = policy.survivors(held + 1, sampled)
         wrong += cache.lengths != [held, held] or held > bound

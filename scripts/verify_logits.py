@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import StoppingCriteria
 
 import baselines  # noqa: F401  (registers its policies)
-from buzz import POLICIES, EvictionCache
+from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
 
 TOLERANCE = 2e-3
 
@@ -83,7 +83,7 @@ def main() -> int:
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             max_new_tokens=len(tokens),
             do_sample=False,
             output_logits=True,
