@@ -111,7 +111,7 @@ def measure(
         latencies = decode(held, token, new)
         evict = EvictionLayer.after_attention
         EvictionLayer.after_attention = timed_eviction  # type: ignore[method-assign]
-        with_timer = sum(decode(held, token, new))
+        with_timer = 0.0 if method == "stock" else sum(decode(held, token, new))
         if method == "stock":
             entries = held.get_seq_length()
             entry = sum(2 * x.keys[0, :, 0].numel() * x.keys.element_size() for x in held.layers)
@@ -123,7 +123,7 @@ def measure(
         "peak_beyond_start_bytes": peak - before,
         "decode_ms": 1e3 * statistics.fmean(latencies),
         "decode_p50_ms": 1e3 * statistics.median(latencies),
-        "eviction_share": evicting / with_timer,
+        "eviction_share": evicting / with_timer if with_timer else 0.0,
         "tokens_per_s": batch / statistics.fmean(latencies),
         "read_bytes": weights + batch * entries * entry,
         "kv_bytes": batch * entries * entry,
