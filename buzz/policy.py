@@ -37,6 +37,20 @@ def register(name: str) -> Callable[[PolicyClass], PolicyClass]:
     return add
 
 
+def check_budget(budget: object) -> None:
+    """Raises ConfigError unless `budget` is None, entries (a whole number) or a fraction."""
+    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+    if budget is None or whole or (isinstance(budget, float) and 0 < budget < 1):
+        return
+    remedy = "give a fraction of the prompt between 0 and 1, or entries >= 1"
+    raise ConfigError("budget", budget, remedy)
+
+
+def budget_entries(budget: float | int, prompt_tokens: int) -> int:
+    """The entries that a budget allows beside a prompt of this length."""
+    return budget if isinstance(budget, int) else max(1, round(budget * prompt_tokens))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """An eviction method: a frozen dataclass whose fields are the method's parameters.

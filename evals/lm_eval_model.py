@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
+from buzz.policy import budget_entries, check_budget
 from evals.models import ROOT, load_model
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation to score
@@ -73,7 +74,8 @@ class EvictionLM(HFLM):
         **kwargs: Any,
     ) -> None:
         self.policy, self.fixed = _make_policy(method, kwargs)
-        self.budget, self.chunk = _checked_budget(budget), chunk
+        check_budget(budget)
+        self.budget, self.chunk = budget, chunk
         self.cache_options = {"logn_base": logn_base, "logn_clamp": logn_clamp}
         if not isinstance(chunk, int) or chunk < 1:
             raise ConfigError("chunk", chunk, "give a whole number of at least 1")
@@ -94,9 +96,7 @@ class EvictionLM(HFLM):
         """The policy for a prompt of so many tokens."""
         if self.budget is None:
             return self.policy
-        whole = isinstance(self.budget, int)
-        entries = self.budget if whole else max(1, round(self.budget * prompt_tokens))
-        return self.policy.fit(entries, self.fixed)
+        return self.policy.fit(budget_entries(self.budget, prompt_tokens), self.fixed)
 
     def new_cache(self, policy: Policy) -> EvictionCache:
         return EvictionCache(self.model, policy, **self.cache_options)
@@ -267,15 +267,6 @@ def _make_policy(method: str, arguments: dict[str, Any]) -> tuple[Policy, frozen
             takes = ", ".join(names[method]) or "none"
             raise ConfigError(name, value, f"{method} has no such parameter; it takes {takes}")
     return POLICIES[method](**given), frozenset(given)
-
-
-def _checked_budget(budget: Any) -> float | int | None:
-    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
-    if budget is None or whole or (isinstance(budget, float) and 0 < budget < 1):
-        return budget
-    raise ConfigError(
-        "budget", budget, "give a fraction of the prompt between 0 and 1, or entries >= 1"
-    )
 
 
 def main() -> int:

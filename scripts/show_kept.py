@@ -26,8 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
+from buzz.policy import budget_entries, check_budget
 from evals.models import ROOT, load_model
-from evals.runner import encode
+from evals.prompts import encode
 
 EVICTED, SINK, HISTORY, WINDOW = range(4)
 SHADES = {  # kind -> its color and its name; shades that colorblind readers tell apart as well
@@ -267,11 +268,6 @@ def read_text(path: str) -> str:
         raise ConfigError("text", path, f"give a UTF-8 text file ({error})") from error
 
 
-def fit(policy: Policy, budget: float, prompt_tokens: int) -> Policy:
-    """`budget`: entries, or below 1 a fraction of the prompt."""
-    return policy.fit(max(1, round(budget * prompt_tokens if budget < 1 else budget)))
-
-
 def show(args: argparse.Namespace) -> None:
     """
     Raises:
@@ -281,8 +277,8 @@ def show(args: argparse.Namespace) -> None:
     for name in names:
         if name not in POLICIES:
             raise ConfigError("methods", name, f"choose from {', '.join(POLICIES)}")
-    if not args.budget > 0 or (args.budget >= 1 and args.budget % 1):
-        raise ConfigError("budget", args.budget, "give a fraction of the prompt or whole entries")
+    budget = args.budget if args.budget % 1 else int(args.budget)
+    check_budget(budget)
     if args.new_tokens < 1:
         raise ConfigError("new-tokens", args.new_tokens, "give a whole number of at least 1")
     text = args.prompt if args.prompt is not None else topics["with"].strip()
@@ -302,7 +298,8 @@ def show(args: argparse.Namespace) -> None:
     ids, cut = encode(tokenizer, text, chat=False, limit=room)
     if cut:
         print(f"{cut} tokens were cut from the middle of the prompt", file=sys.stderr)
-    policies = [fit(POLICIES[name](), args.budget, len(ids)) for name in names]
+    entries = budget_entries(budget, len(ids))
+    policies = [POLICIES[name]().fit(entries) for name in names]
     kept = []
     for policy in policies:
         kept.append(keep(model, ids, policy, args.new_tokens))
