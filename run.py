@@ -2,7 +2,7 @@
 
 Several at a time, with one table in the end: `python run.py -m method=full,streaming_llm,h2o,buzz`;
 several tasks: `python run.py task=suite 'task.tasks=[needle,pydoc]'`; sweeps and where they run:
-docs/sweeps.md.
+docs/sweeps.md; exit statuses and what is written when: docs/faults.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from buzz.errors import ConfigError
-from evals.runner import RunFailed, run_all
+from evals.interrupt import Interrupted
+from evals.records import RunFailed
+from evals.runner import run_all
 from evals.sweep import Objectives, SweepCallback, run_job
+from evals.table import read_summary
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
@@ -28,15 +31,24 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
     try:
         if job.mode is RunMode.MULTIRUN:
             return run_job(cfg, list(job.overrides.task), list(names), Path(job.sweep.dir))
-        return [str(folder) for folder in run_all(cfg, fixed=names)]
+        folders = run_all(cfg, fixed=names)
+        SweepCallback.failed = sum(read_summary(folder)["failed"] > 0 for folder in folders)
+        return [str(folder) for folder in folders]
     except (ConfigError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+        status = error.exit_status if isinstance(error, Interrupted) else 130
+        raise SystemExit(status) from None
+
+
+def cli() -> int:
+    """Runs what the command line asks for; the exit status."""
+    SweepCallback.failed = 0
+    main()
+    return 1 if SweepCallback.failed else 0
 
 
 if __name__ == "__main__":
-    main()
-    sys.exit(1 if SweepCallback.failed else 0)
+    sys.exit(cli())

@@ -87,5 +87,10 @@ def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict
         logging.disable(logging.NOTSET)
 
 
+def are_texts(value: object) -> bool:
+    """Whether `value` is a list of texts, of one at least."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
 def _bad_line(field: str, path: Path, number: int, problem: str) -> ConfigError:
     return ConfigError(field, f"{path}:{number}", f"{problem}; correct or remove the line")

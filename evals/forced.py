@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from baselines import FullPolicy
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
-from evals.generate import Generation, left_padded, synchronize, verify_lengths
+from evals.generate import Generation, NotFinite, left_padded, synchronize, verify_lengths
 from evals.memory import memory_peak, reset_memory_peak
 
 # Steps of the full cache that are computed at once: nothing is evicted between them.
@@ -57,6 +58,7 @@ def read(
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
+        NotFinite: a token's loss is NaN or infinite.
     """
     device = model.device
     cache = EvictionCache(model, policy, **cache_options)
@@ -77,6 +79,9 @@ def read(
         synchronize(device)
         times.append(time.perf_counter())
     verify_lengths(policy, steps, lengths)
+    values = torch.cat(losses).tolist()
+    if wrong := [token for token, loss in enumerate(values, start=1) if not math.isfinite(loss)]:
+        raise NotFinite("the loss was", wrong[0], model.dtype)
     latencies = np.diff(times)
     p50, p95 = np.percentile(latencies, [50, 95]) * 1e3
     generation = Generation(
@@ -95,7 +100,7 @@ def read(
         itl_p95_ms=p95,
         memory_peak_nbytes=memory_peak(device),
     )
-    return generation, torch.cat(losses).tolist()
+    return generation, values
 
 
 def reading_steps(tokens: int, chunk: int) -> list[int]:
@@ -118,6 +123,9 @@ def compare_with_full(
         prompts, continuations: token ids of each row of the batch.
         pad: the padding token's id.
         cache_options: the method's; the full cache has none.
+
+    Raises:
+        NotFinite: a divergence is NaN or infinite.
     """
     kls: list[list[float]] = [[] for _ in prompts]
     same: list[list[bool]] = [[] for _ in prompts]
@@ -138,6 +146,8 @@ def compare_with_full(
         agree = (full.argmax(-1) == own.argmax(-1)).tolist()
         for row, tokens in enumerate(continuations):
             if position < len(tokens):
+                if not math.isfinite(kl[row]):
+                    raise NotFinite("the KL divergence was", position, model.dtype)
                 kls[row].append(kl[row])
                 same[row].append(agree[row])
         position += 1

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -26,6 +28,15 @@ from evals.memory import memory_peak, reset_memory_peak
 
 class LengthMismatch(RuntimeError):
     """The cache did not do what its policy says: the measurements would be of something else."""
+
+
+class NotFinite(ArithmeticError):
+    """NaN or infinite logits, of which greedy decoding would make some token all the same."""
+
+    def __init__(self, what: str, step: int, dtype: torch.dtype) -> None:
+        remedy = "; try bfloat16 or float32" if dtype == torch.float16 else ""
+        name = str(dtype).removeprefix("torch.")
+        super().__init__(f"{what} not finite at step {step} (model.dtype={name}{remedy})")
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,20 @@ class _Trace(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+class _Finite(LogitsProcessor):
+    """Changes nothing; notes, on the device, which rows' likeliest token has a finite logit.
+
+    The maximum is NaN if any logit is; single logits of -inf are how tokens are forbidden.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores.amax(-1).isfinite())
+        return scores
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,10 +119,11 @@ def generate(
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
+        NotFinite: an answer was made of NaN or infinite logits.
     """
     device = model.device
     cache = EvictionCache(model, policy, **(cache_options or {}))
-    trace = _Trace(cache)
+    trace, finite = _Trace(cache), _Finite()
     eos_ids = _eos_ids(model, tokenizer)
     # As LongBench does: a stop string acts through its last token.
     stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}
@@ -118,16 +144,20 @@ def generate(
             attention_mask=inputs[1],
             **{CACHE_ARGUMENT: cache},
             generation_config=config,
+            logits_processor=LogitsProcessorList([finite]),
             stopping_criteria=StoppingCriteriaList([trace]),
         )
     peak = memory_peak(device)
     answers = output[:, inputs.shape[-1] :].tolist()
+    sound = torch.stack(finite.steps, dim=1).tolist()
 
     generations = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ends = (i for i, token in enumerate(answer) if token in eos_ids | stop_ids)
         end = next(ends, None)
         count = len(answer) if end is None else end + 1
+        if False in sound[row][:count]:
+            raise NotFinite("the logits were", sound[row].index(False), model.dtype)
         reason = "length" if end is None else "eos" if answer[end] in eos_ids else "stop"
         lengths = [step[row] for step in trace.lengths[:count]]
         verify_lengths(policy, [len(prompt)] + [1] * (count - 1), lengths)

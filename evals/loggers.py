@@ -6,79 +6,129 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import numpy as np
 
+from buzz.errors import ConfigError
 from evals.records import Record
 
 LEFT_OUT = {"trace", "tokens"}  # long, and of no use in a table
+PATIENCE = 300.0  # seconds that a logger may take
 
 
 @dataclass(kw_only=True)
 class Logger:
-    """Logs nowhere else."""
+    """Logs nowhere else.
+
+    Attributes:
+        service: what warnings call it.
+    """
+
+    service: ClassVar[str] = ""
 
     name: str
+
+    def check(self) -> None:
+        """What can be checked before a model is loaded.
+
+        Raises:
+            ConfigError: a setting is wrong, or a package is not installed.
+        """
 
     def log(
         self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
     ) -> None:
-        """Takes a finished run."""
+        """Takes a finished run, whose folder is written by now. Failures are warnings.
+
+        So is a service that takes no end: it runs in a thread that dies with the process.
+        """
+        problems: list[str] = []
+
+        def guarded() -> None:
+            try:
+                self._log(folder, config, records, summary)
+            except Exception as error:  # a logger must not cost the result
+                problems.append(str(error) or type(error).__name__)
+
+        thread = Thread(target=guarded, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            problems.append(f"no answer within {PATIENCE:g} s")
+        if problems:
+            warnings.warn(f"not logged to {self.service}: {problems[0]}", stacklevel=2)
+
+    def _log(
+        self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+    ) -> None:
+        pass
 
 
 @dataclass(kw_only=True)
 class WandbLogger(Logger):
     """Weights & Biases: configuration, per-sample table, cache lengths, pictures, summary.
 
-    A sweep's runs share a group. Failures are warnings.
+    A sweep's runs share a group.
 
     Attributes:
         project, entity: as W&B calls them.
         mode: online, offline or disabled; by default online if WANDB_API_KEY is set, else offline.
     """
 
+    service: ClassVar[str] = "Weights & Biases"
+
     project: str
     entity: str | None = None
     mode: str | None = None
 
-    def log(
+    def check(self) -> None:
+        if self.mode not in (None, "online", "offline", "disabled"):
+            raise ConfigError("logger.mode", self.mode, "choose online, offline or disabled")
+
+    def _log(
         self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
     ) -> None:
-        try:
-            import wandb
+        import wandb
 
-            run = wandb.init(
-                project=self.project,
-                entity=self.entity,
-                name=folder.name,
-                group=config["sweep_name"],
-                config=config,
-                mode=self.mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
-                dir=folder,
-                settings=wandb.Settings(silent=True),
-            )
-            columns = sorted({key for record in records for key in record} - LEFT_OUT)
-            rows = [[_cell(record.get(key)) for key in columns] for record in records]
-            run.log(
-                {
-                    "samples": wandb.Table(columns=columns, data=rows),
-                    "cache length": wandb.Histogram(cache_lengths(records)),
-                    **{path.stem: wandb.Image(str(path)) for path in folder.glob("*.png")},
-                }
-            )
-            run.summary.update(summary)
-            run.finish()
-        except Exception as error:  # a logger must not cost the result
-            warnings.warn(f"not logged to Weights & Biases: {error}", stacklevel=2)
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=folder.name,
+            group=config["sweep_name"],
+            config=config,
+            mode=self.mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
+            dir=folder,
+            settings=wandb.Settings(silent=True),
+        )
+        columns = sorted({key for record in records for key in record} - LEFT_OUT)
+        rows = [[_cell(record.get(key)) for key in columns] for record in records]
+        run.log(
+            {
+                "samples": wandb.Table(columns=columns, data=rows),
+                "cache length": wandb.Histogram(cache_lengths(records)),
+                **{path.stem: wandb.Image(str(path)) for path in folder.glob("*.png")},
+            }
+        )
+        run.summary.update(summary)
+        run.finish()
 
 
 @dataclass(kw_only=True)
 class TensorBoardLogger(Logger):
     """TensorBoard event files in the run's folder: numbers, cache lengths, pictures, config."""
 
-    def log(
+    service: ClassVar[str] = "TensorBoard"
+
+    def check(self) -> None:
+        if find_spec("tensorboard") is None:
+            remedy = "is not installed: pip install -e '.[tensorboard]'"
+            raise ConfigError("logger", self.name, remedy)
+
+    def _log(
         self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
     ) -> None:
         from matplotlib.image import imread

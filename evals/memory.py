@@ -1,4 +1,4 @@
-"""The peak of memory, of a CUDA device or of this process."""
+"""Memory in use and its peak, of a CUDA device or of this process."""
 
 from __future__ import annotations
 
@@ -24,9 +24,20 @@ def memory_peak(device: torch.device) -> int:
     """Bytes allocated on the device (CUDA), or resident in this process (CPU), at the peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _of_process("VmHWM:")
+
+
+def memory_in_use(device: torch.device) -> int:
+    """As :func:`memory_peak`, now; where there is no /proc, the process's peak."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _of_process("VmRSS:")
+
+
+def _of_process(name: str) -> int:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(name):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

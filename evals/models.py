@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -68,7 +67,7 @@ def check_model(cfg: Mapping[str, Any]) -> None:
             )
         if cfg["dtype"] == "float32":
             raise ConfigError("model.dtype", "float32", "flash_attention_2 needs bfloat16/float16")
-    _positive("max_length", cfg.get("max_length"))
+    _at_least(1, "max_length", cfg.get("max_length"))
     if "hidden_size" in cfg:
         _random_config(cfg)
     else:
@@ -141,7 +140,8 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
     for name in SHAPE:
-        _positive(name, cfg.get(name))
+        _at_least(1, name, cfg.get(name))
+    _at_least(0, "seed", cfg.get("seed"))
     hidden, heads, kv_heads = (cfg[name] for name in (SHAPE[0], SHAPE[3], SHAPE[4]))
     smallest = len(SPECIAL) + 256
     if hidden % (2 * heads):
@@ -222,9 +222,11 @@ def _pretrained(auto: Any, cfg: Mapping[str, Any], source: str, **options: Any) 
     try:
         with _quiet():
             local = Path(source).exists()
-            return auto.from_pretrained(source, local_files_only=local, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+            # Left unsaid, a checkpoint with code of its own would make transformers ask.
+            options |= {"local_files_only": local, "trust_remote_code": False}
+            return auto.from_pretrained(source, **options)
+    except Exception as error:  # of the hub's client, or of half a file: any kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         remedy = f"{reason} (give a local folder, or a hub name that this machine can reach)"
         raise ConfigError("model.name_or_path", cfg["name_or_path"], remedy) from error
 
@@ -268,10 +270,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _choice(name: str, value: object, choices: Any) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"model.{name}", value, f"choose one of {', '.join(choices)}")
 
 
-def _positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"model.{name}", value, "give a whole number of at least 1")
+def _at_least(minimum: int, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"model.{name}", value, f"give a whole number of at least {minimum}")

@@ -7,49 +7,25 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from buzz import Policy
 from buzz.errors import ConfigError
+from buzz.policy import budget_entries, check_budget
 from evals.forced import reading_steps
 from evals.loggers import Logger
 from evals.models import check_model
 from evals.records import RunFolder, digest
+from evals.settings import check_fields, check_settings
 from evals.table import REFERENCE, find_reference
-from evals.task import StreamTask, Task, at_least
+from evals.task import StreamTask, Task
 
-# What every configuration has; the rest belongs to the method, the task and the model.
-GROUPS = {
-    "method": ("name",),
-    "task": ("name",),
-    "model": ("name", "max_length"),
-    "logger": ("name",),
-    "protocol": ("name", "budgets"),
-    "cache": ("logn_base", "logn_clamp"),
-}
-SETTINGS = ("budget", "kl", "seed", "device", "output")
-
-
-def _check_complete(config: dict[str, Any]) -> None:
-    """Refuses a configuration that lacks a group, or a setting of it, that every one has."""
-    for group, names in GROUPS.items():
-        value = config.get(group)
-        if not isinstance(value, dict):
-            raise ConfigError(group, value, f"give one of configs/{group}/ or its settings")
-        for name in names:
-            if name not in value:
-                raise ConfigError(f"{group}.{name}", None, "is missing; it must be given")
-    for name in SETTINGS:
-        if name not in config:
-            raise ConfigError(name, None, "is missing; it must be given")
-    at_least(1, "model.max_length", config["model"]["max_length"])
-    for name in ("device", "output"):
-        if not isinstance(config[name], str) or not config[name]:
-            raise ConfigError(name, config[name], "give a name")
+# What runs must share to be comparable.
+SETTING = ("task", "task_version", "model", "seed", "device")
 
 
 @dataclass(frozen=True)
@@ -75,24 +51,24 @@ class Plan:
         Raises:
             ConfigError: something in `cfg` cannot be served.
         """
-        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        _check_complete(config)
+        config = _plain(cfg)
         method = {key: value for key, value in config["method"].items() if key != "name"}
         plan = cls(
-            policy=_build("method", method),
-            task=_build("task", config["task"]),
-            logger=_build("logger", config["logger"]),
+            policy=_build("method", method, Policy),
+            task=_build("task", config["task"], Task),
+            logger=_build("logger", config["logger"], Logger),
             budget=config["budget"],
             fixed=frozenset(fixed),
             config=config,
         )
+        config["task_version"] = plan.task.version
         plan._check()
         return plan
 
     def _check(self) -> None:
-        at_least(0, "seed", self.config["seed"])
         check_model(self.config["model"])
         self.task.check()
+        self.logger.check()
         context, task = self.config["model"]["max_length"], self.task
         answer = task.max_new_tokens or 0
         if answer >= context:
@@ -112,11 +88,6 @@ class Plan:
                 raise ConfigError(
                     f"method.{field.name}", value, f"larger than the model's {context} tokens"
                 )
-        base = self.config["cache"]["logn_base"]
-        if base is not None and not (isinstance(base, int | float) and base > 1):
-            raise ConfigError("cache.logn_base", base, "give a number above 1, or null")
-        if not isinstance(self.config["kl"], bool):
-            raise ConfigError("kl", self.config["kl"], "give true or false")
         if self.compares and self.reference() is None:
             raise ConfigError(
                 "kl",
@@ -137,11 +108,8 @@ class Plan:
             raise ConfigError(
                 "budget", budget, f"protocol={name} has sizes of its own; leave it out"
             )
-        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
-        if not whole and not (isinstance(budget, float) and 0 < budget < 1):
-            raise ConfigError(
-                "budget", budget, "give a fraction of the prompt between 0 and 1, or entries >= 1"
-            )
+        check_budget(budget)
+        whole = isinstance(budget, int)
         if whole and budget > context:
             raise ConfigError("budget", budget, f"larger than the model's {context} tokens")
         if whole or longest:
@@ -180,17 +148,14 @@ class Plan:
         """The policy for a prompt and an answer of this length, and the entries it may hold."""
         if self.budget is None or not self.fits:
             return self.policy, None
-        if isinstance(self.budget, int):
-            entries = self.budget
-        else:
-            entries = max(1, round(self.budget * prompt_tokens))
+        entries = budget_entries(self.budget, prompt_tokens)
         horizon = (prompt_tokens, new_tokens) if prompt_tokens and new_tokens else None
         return self.policy.fit(entries, self.fixed, horizon), entries
 
     @property
     def setting(self) -> str:
         """What runs must share to be comparable, as a hash."""
-        return digest({key: self.config[key] for key in ("task", "model", "seed", "device")})
+        return digest({key: self.config[key] for key in SETTING})
 
     @property
     def folder(self) -> Path:
@@ -228,12 +193,31 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     return single
 
 
-def _build(section: str, config: dict[str, Any]) -> Any:
-    """Instantiates a section of the configuration; whatever goes wrong names the section."""
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data, with all that every one has."""
     try:
-        return instantiate(config, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(section, config.get("_target_"), reason) from error
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError("config", error.full_key, str(error).splitlines()[0]) from error
+    check_settings(config)
+    return config
+
+
+def _build(section: str, config: dict[str, Any], kind: type) -> Any:
+    """An object of the class that a section names; whatever goes wrong names the section.
+
+    Nothing is called that is not a class of this `kind`.
+    """
+    target = config.get("_target_")
+    try:
+        found = resolve_name(str(target))
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise ConfigError(f"{section}._target_", target, f"is no {kind.__name__}")
+        built = found(**{key: value for key, value in config.items() if key != "_target_"})
+        check_fields(section, built)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(section, target, reason) from error
+    return built

@@ -9,6 +9,7 @@ summary.json       means over the samples
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ class InUse(ConfigError):
     """Another process is at work in a run's folder."""
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, or whose measurements cannot be trusted; its text is one line."""
+
+
 class RunFolder:
     """One run's folder. Records are only ever appended; of several with one id the last counts."""
 
@@ -45,9 +50,14 @@ class RunFolder:
 
         Raises:
             InUse: another run holds it.
+            ConfigError: there can be no such folder.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / "lock", "a+")  # noqa: SIM115 (closed below)
+        except (OSError, ValueError) as error:
+            raise ConfigError("output", str(self.path), f"{error}; give another folder") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -89,16 +99,46 @@ class RunFolder:
         return records
 
     def append(self, record: Record, name: str = "samples.jsonl") -> None:
-        """Adds one record to a file and flushes it."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds one record to a file, by a single write: all of it or nothing.
+
+        Raises:
+            RunFailed: it cannot be written.
+        """
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        path = self.path / name
+        with writing(path), open(path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):  # else the next start cuts the torn line off
+                    os.truncate(path, end)
+                raise
 
     def write(self, name: str, content: Any) -> None:
-        """Writes `content` (text, or anything that JSON knows), all of it or nothing."""
+        """Writes `content` (text, or anything that JSON knows), all of it or nothing.
+
+        Raises:
+            RunFailed: it cannot be written.
+        """
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         temporary = self.path / f".{name}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+        with writing(self.path / name):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path / name)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises RunFailed, in a line that names `path`, where something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunFailed(
+            f"{path} cannot be written: {reason}; put that right, and the same command goes on"
+        ) from error
 
 
 def digest(content: Any) -> str:

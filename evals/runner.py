@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import math
 import statistics
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +27,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from buzz import Policy
 from buzz.errors import ConfigError
 from evals.compare import compare
+from evals.faults import attempt
 from evals.forced import Fidelity, compare_with_full, read
 from evals.generate import Generation, LengthMismatch, generate
+from evals.interrupt import deferred_signals
 from evals.models import load_model
 from evals.plan import Plan, expand
-from evals.records import Record, RunFolder, arithmetic_runs, digest, environment
+from evals.prompts import Prompt, batches, load_prompts, sha256
+from evals.records import (
+    Record,
+    RunFailed,
+    RunFolder,
+    arithmetic_runs,
+    digest,
+    environment,
+    writing,
+)
 from evals.summary import mean, summarize
-from evals.task import Sample, StreamTask
+from evals.task import StreamTask
 
 FIDELITY = "fidelity.jsonl"
 
 console = Console(stderr=True)
-
-
-def _sha256(ids: list[int] | None) -> str:
-    """First 16 digits of the hash of token ids."""
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
-
-
-class RunFailed(RuntimeError):
-    """A run that was stopped because its measurements cannot be trusted."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A sample as the model sees it."""
-
-    sample: Sample
-    ids: list[int]
-    truncated: int
-    chat: bool
-    max_new_tokens: int
-
-    @property
-    def sha256(self) -> str:
-        """Names the token ids."""
-        return _sha256(self.ids)
 
 
 def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
@@ -78,7 +63,9 @@ def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
 
     Raises:
         ConfigError: a setting cannot be served.
-        RunFailed: the cache did not do what the method says.
+        RunFailed: the cache did not do what the method says, no sample could be run, or nothing
+            can be written. A sample that fails beside others that don't is only recorded.
+        Interrupted: by a signal, after the sample in flight.
     """
     return _execute(Plan.of(cfg, fixed))
 
@@ -95,34 +82,60 @@ def _execute(plan: Plan) -> Path:
         records = folder.read()
         model, tokenizer = _load(plan.config["model"], plan.config["device"])
         torch.manual_seed(plan.config["seed"])
-        prompts = _encode(plan, tokenizer)
+        prompts = load_prompts(plan, tokenizer)
         shortest = min(prompts, key=lambda prompt: len(prompt.ids))
         plan.fit(len(shortest.ids), shortest.max_new_tokens)  # refuse a tight budget now, not later
         done = _finished(folder, records, prompts)
         if done:
-            there = f"{folder.path}: {len(done)} of {len(prompts)} samples are there already"
-            console.print(there, soft_wrap=True, highlight=False)
+            line = f"{folder.path}: {len(done)} of {len(prompts)} samples are there already"
+            console.print(line, soft_wrap=True, highlight=False)
         else:
             folder.write("environment.json", environment(str(model.device), plan.config["seed"]))
         folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
         try:
-            _generate(plan, folder, records, prompts, done, model, tokenizer)
+            with deferred_signals() as stop_here:
+                _generate(plan, folder, records, prompts, done, model, tokenizer, stop_here)
+                full = plan.reference()
+                theirs = full.read() if full else {}
+                if full and plan.compares:
+                    _compare(plan, folder, records, theirs, prompts, model, tokenizer, stop_here)
         except LengthMismatch as error:
             folder.write("summary.json", {"status": "failed", "error": str(error)})
             raise RunFailed(str(error)) from error
+        except KeyboardInterrupt:
+            so_far = [records[p.sample.id] for p in prompts if p.sample.id in records]
+            error = f"interrupted after {len(so_far)} of {len(prompts)} samples; run it again"
+            unfinished = {"status": "interrupted", "error": error}
+            folder.write("summary.json", summarize(plan, so_far) | unfinished)
+            raise
         ordered = [records[prompt.sample.id] for prompt in prompts]
+        _report_failed(folder, ordered)
         summary = summarize(plan, ordered)
-        if full := plan.reference():
-            theirs = full.read()
-            if plan.compares:
-                _compare(plan, folder, records, theirs, prompts, model, tokenizer)
+        if full:
             by_id = {record["id"]: record for record in ordered}
             summary["against_full"] = compare(by_id, theirs, summary, folder.read(FIDELITY))
-        plan.task.draw([record for record in ordered if record["status"] == "ok"], folder.path)
         folder.write("summary.json", summary)
+        with writing(folder.path):
+            plan.task.draw([record for record in ordered if record["status"] == "ok"], folder.path)
         if len(done) < len(prompts):
             plan.logger.log(folder.path, plan.config, ordered, summary)
     return folder.path
+
+
+def _report_failed(folder: RunFolder, records: list[Record]) -> None:
+    """Names the samples that failed.
+
+    Raises:
+        RunFailed: all of them did.
+    """
+    failed = [record for record in records if record["status"] == "failed"]
+    for record in failed:
+        line = f"sample {record['id']} failed: {record['error']}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if len(failed) == len(records):
+        error = f"all {len(records)} samples failed, the first with {failed[0]['error']}"
+        folder.write("summary.json", {"status": "failed", "error": error})
+        raise RunFailed(error)
 
 
 _loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
@@ -135,65 +148,6 @@ def _load(config: dict[str, Any], device: str) -> tuple[PreTrainedModel, PreTrai
         _loaded.clear()
         _loaded[key] = load_model(config, device)
     return _loaded[key]
-
-
-def _encode(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    prompts = []
-    for sample in plan.task.of_shard(plan.task.load(tokenizer)):
-        if isinstance(plan.task, StreamTask):
-            assert sample.ids is not None
-            plan.check_reading(len(sample.ids))
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, 0))
-            continue
-        answer = plan.task.max_new_tokens or sample.max_new_tokens
-        if sample.ids is not None:
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer))
-            continue
-        limit = plan.config["model"]["max_length"] - answer
-        chat = plan.task.chat_template and sample.chat_template is not False
-        chat = chat and tokenizer.chat_template is not None
-        ids, truncated = encode(tokenizer, sample.prompt, chat, limit)
-        if truncated and plan.task.longest_prompt():
-            raise ConfigError(
-                "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
-            )
-        prompts.append(Prompt(sample, ids, truncated, chat, answer))
-    if not prompts:
-        raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
-    return prompts
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int
-) -> tuple[list[int], int]:
-    """Token ids of a prompt, at most `limit`, and how many tokens were cut from its middle.
-
-    As LongBench does, the two ends are joined as text and tokenized again; the chat template is
-    applied afterwards and stays whole.
-
-    Raises:
-        ConfigError: not even the template fits.
-    """
-
-    def tokens(text: str) -> list[int]:
-        if not chat:
-            return tokenizer(text)["input_ids"]
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    whole = tokens(text)
-    if len(whole) <= limit:
-        return whole, 0
-    body = tokenizer(text, add_special_tokens=False)["input_ids"]
-    room = limit - (len(whole) - len(body))
-    while (half := room // 2) > 0:
-        ends = body[:half], body[-half:]
-        cut = tokens("".join(tokenizer.decode(end, skip_special_tokens=True) for end in ends))
-        if len(cut) <= limit:
-            return cut, len(whole) - len(cut)
-        room -= len(cut) - limit
-    raise ConfigError("model.max_length", limit, "leaves no room for the prompt")
 
 
 def _finished(folder: RunFolder, records: dict[str, Record], prompts: list[Prompt]) -> set[str]:
@@ -213,21 +167,6 @@ def _finished(folder: RunFolder, records: dict[str, Record], prompts: list[Promp
     return done
 
 
-def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Batches of equal generation settings, of neighbouring lengths when they hold several rows.
-
-    They depend on all prompts and not on which are done, so that a resumed run is the same run.
-    """
-    settings: dict[tuple[int, tuple[str, ...]], list[Prompt]] = {}
-    for prompt in prompts:
-        settings.setdefault((prompt.max_new_tokens, prompt.sample.stop), []).append(prompt)
-    for alike in settings.values():
-        if size > 1:
-            alike.sort(key=lambda prompt: len(prompt.ids))
-        for start in range(0, len(alike), size):
-            yield alike[start : start + size]
-
-
 def _generate(
     plan: Plan,
     folder: RunFolder,
@@ -236,11 +175,14 @@ def _generate(
     done: set[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    stop_here: Callable[[], None],
 ) -> None:
     if len(done) == len(prompts):
         return
     # What runs once per process (kernels, allocator pools) must not count in the first sample.
-    generate(model, tokenizer, [prompts[0].ids[:32]], plan.policy, 2, (), plan.config["cache"])
+    # Should it fail, the first sample will and is recorded.
+    with suppress(Exception):
+        generate(model, tokenizer, [prompts[0].ids[:32]], plan.policy, 2, (), plan.config["cache"])
     headline = plan.task.headline
     columns = (
         TextColumn(f"{plan.config['method']['name']:>14}"),
@@ -259,6 +201,7 @@ def _generate(
                     folder.append(record)
                     records[record["id"]] = record
                     progress.advance(bar)
+            stop_here()
             ran = [record for record in records.values() if record["status"] == "ok"]
             if ran:
                 score = statistics.fmean(record["scores"][headline] for record in ran)
@@ -273,30 +216,29 @@ def _run_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Record]:
+    """The batch's records. Rows that are run again in a smaller one keep the batch's budget."""
     policy, entries = plan.fit(min(len(p.ids) for p in batch), batch[0].max_new_tokens)
     frame = {
         "policy": dataclasses.asdict(policy),
         "budget_entries": entries,
-        "batch_size": len(batch),
+        "batch_size": 1,  # of a row that fails: see attempt()
     }
-    try:
+
+    def results(rows: list[Prompt]) -> list[Record]:
         if isinstance(plan.task, StreamTask):
-            results = [_read(plan.task, plan, prompt, policy, model) for prompt in batch]
+            found = [_read(plan.task, plan, prompt, policy, model) for prompt in rows]
         else:
-            results = _answer(plan, batch, policy, model, tokenizer)
+            found = _answer(plan, rows, policy, model, tokenizer)
+        return [{"batch_size": len(rows), "status": "ok"} | one for one in found]
+
+    try:
+        found = attempt(batch, results, model.device)
     except LengthMismatch as error:
+        failed = {"batch_size": len(batch), "status": "failed", "error": str(error)}
         for prompt in batch:
-            folder.append(_identity(prompt) | frame | {"status": "failed", "error": str(error)})
+            folder.append(_identity(prompt) | frame | failed)
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        oom = {"status": "oom", "error": str(error).partition("\n")[0]}  # names the bytes asked for
-        return [_identity(prompt) | frame | oom for prompt in batch]
-    return [
-        _identity(prompt) | frame | {"status": "ok"} | result
-        for prompt, result in zip(batch, results, strict=True)
-    ]
+    return [_identity(p) | frame | result for p, result in zip(batch, found, strict=True)]
 
 
 def _answer(
@@ -316,7 +258,7 @@ def _answer(
         plan.config["cache"],
     )
     return [
-        {"scores": plan.task.score(prompt.sample, answer.text)} | _measurements(answer)
+        {"scores": _finite(plan.task.score(prompt.sample, answer.text))} | _measurements(answer)
         for prompt, answer in zip(batch, generations, strict=True)
     ]
 
@@ -326,8 +268,16 @@ def _read(
 ) -> Record:
     measured, losses = read(model, prompt.ids, policy, task.chunk, plan.config["cache"])
     blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
-    scores = {"scores": task.score_losses(prompt.sample, losses), "blocks": blocks}
-    return scores | _measurements(measured)
+    scores = _finite(task.score_losses(prompt.sample, losses))
+    return {"scores": scores, "blocks": blocks} | _measurements(measured)
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float]:
+    """The scores, none of which may be NaN or infinite."""
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise ArithmeticError(f"the score {name} is {value}")
+    return scores
 
 
 def _compare(
@@ -338,6 +288,7 @@ def _compare(
     prompts: list[Prompt],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    stop_here: Callable[[], None],
 ) -> None:
     """Teacher-forces the method over the full run's answers, as far as that was not done before."""
     before = folder.read(FIDELITY)
@@ -348,37 +299,29 @@ def _compare(
         if own["status"] != "ok" or theirs.get("prompt_sha256") != own["prompt_sha256"]:
             return None
         tokens = theirs.get("tokens")
-        done = before.get(prompt.sample.id, {}).get("answer_sha256") == _sha256(tokens)
+        earlier = before.get(prompt.sample.id, {})
+        done = earlier.get("answer_sha256") == sha256(tokens) and earlier.get("status") != "failed"
         return None if done else tokens
+
+    def results(rows: list[Prompt]) -> list[Record]:
+        policy = dataclasses.replace(plan.policy, **records[rows[0].sample.id]["policy"])
+        ids, answers = [prompt.ids for prompt in rows], [answer(prompt) or [] for prompt in rows]
+        pad, options = tokenizer.pad_token_id, plan.config["cache"]
+        found = compare_with_full(model, ids, answers, policy, pad, options)
+        return [dataclasses.asdict(one) for one in found]
 
     todo = [
         [prompt for prompt in batch if answer(prompt)]
         for batch in batches(prompts, plan.task.batch_size)
     ]
+    unknown = dataclasses.asdict(Fidelity(None, None))
     for batch in track(
         [batch for batch in todo if batch], "KL to full", console=console, transient=True
     ):
-        answers = [answer(prompt) or [] for prompt in batch]
-        policy = dataclasses.replace(plan.policy, **records[batch[0].sample.id]["policy"])
-        ids, pad = [prompt.ids for prompt in batch], tokenizer.pad_token_id
-        try:
-            fidelity = compare_with_full(model, ids, answers, policy, pad, plan.config["cache"])
-        except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            fidelity = [Fidelity(None, None)] * len(batch)
-        for prompt, tokens, found in zip(batch, answers, fidelity, strict=True):
-            identity = {"id": prompt.sample.id, "answer_sha256": _sha256(tokens)}
-            folder.append(identity | dataclasses.asdict(found), FIDELITY)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether that is what happened; if so, what is free goes back to the device."""
-    kinds = (torch.cuda.OutOfMemoryError, MemoryError)
-    found = isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
-    if found and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return found
+        for prompt, result in zip(batch, attempt(batch, results, model.device), strict=True):
+            identity = {"id": prompt.sample.id, "answer_sha256": sha256(answer(prompt))}
+            folder.append(identity | unknown | result, FIDELITY)
+        stop_here()
 
 
 def _identity(prompt: Prompt) -> Record:
@@ -386,6 +329,7 @@ def _identity(prompt: Prompt) -> Record:
     return {
         "id": sample.id,
         "group": sample.group,
+        "unit": sample.unit,
         "meta": sample.meta,
         "references": list(sample.references),
         "prompt_sha256": prompt.sha256,

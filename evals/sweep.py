@@ -7,6 +7,7 @@ so that the process that launched them can tell in the end what became of all.
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from buzz.errors import ConfigError
 from evals.plan import Plan, expand
-from evals.records import InUse, RunFolder
+from evals.records import InUse, RunFailed, RunFolder
 from evals.runner import run
 from evals.table import print_tables, read_summary
 
@@ -73,7 +74,11 @@ def objective(summary: dict[str, Any], name: str) -> float:
 
 def _run_task(cfg: DictConfig, fixed: list[str]) -> dict[str, Any]:
     try:
-        return {"status": "complete", "folder": str(run(cfg, fixed))}
+        folder = run(cfg, fixed)
+        failed = read_summary(folder)["failed"]
+        return {"status": "complete", "folder": str(folder), "failed_samples": failed}
+    except RunFailed as error:  # its folder says so
+        return {"status": "failed", "reason": str(error)}
     except ConfigError as error:
         # Two jobs may come to the same run: the full cache, for one, has no budget.
         skipped = isinstance(error, InUse) or error.field.startswith(COMBINED)
@@ -98,7 +103,18 @@ def _record_failure(plan: Plan, reason: str) -> Path:
 class SweepCallback(Callback):
     """Prints, when all jobs are over, the table and what was skipped or failed."""
 
-    failed = 0  # jobs of this process's sweep; decides its exit status
+    failed = 0  # of this process's runs; decides its exit status
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuses an output that cannot be written, in which Hydra makes a folder first of all."""
+        try:
+            Path(f"{config.output}/.hydra").mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            refused = ConfigError("output", config.output, f"{error}; give another folder")
+            print(f"error: {refused}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    on_multirun_start = on_run_start
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = read_jobs(Path(config.hydra.sweep.dir))
@@ -112,7 +128,10 @@ class SweepCallback(Callback):
                 print(f"{job['status'].upper()} {own}: {job['reason']}")
         counts = Counter(job["status"] for job in jobs)
         print(", ".join(f"{count} {status}" for status, count in counts.items()))
-        SweepCallback.failed = counts["failed"]
+        incomplete = sum(job.get("failed_samples", 0) > 0 for job in jobs)
+        if incomplete:
+            print(f"{incomplete} of the complete ones with samples that failed")
+        SweepCallback.failed = counts["failed"] + incomplete
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

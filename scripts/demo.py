@@ -9,7 +9,6 @@ second call, which has nothing left to run, shows the same in seconds.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from buzz.errors import ConfigError
-from evals.runner import RunFailed, run
+from evals.records import RunFailed
+from evals.runner import run
+from evals.table import read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "results/figures/demo.png"
@@ -56,8 +57,9 @@ def run_all() -> dict[tuple[str, str], Summary]:
             for method in METHODS:
                 setting = [f"task={task}", f"method={method}", f"budget={BUDGET}", *overrides]
                 cfg = compose("config", [*setting, f"output={ROOT / 'results/runs'}"])
-                folder = run(cfg)
-                summaries[task, method] = json.loads((folder / "summary.json").read_text())
+                summaries[task, method] = summary = read_summary(run(cfg))
+                if not summary["n"]:
+                    raise RunFailed(f"{task} with {method}: every sample ran out of memory")
     return summaries
 
 

@@ -12,62 +12,16 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, read
 
 import evals.generate
 import evals.runner
-import run
 from baselines import FullPolicy, StreamingLLMPolicy
 from buzz import ConfigError, EvictionCache
-from evals.records import RunFolder
-from evals.runner import RunFailed, batches, encode
+from evals.prompts import Prompt, batches, encode
+from evals.records import RunFailed, RunFolder
 from evals.table import Setting, find_reference, read_summary
 from evals.tasks.needle import FILLER
-
-ROOT = Path(run.__file__).parent
-LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
-MODEL = [
-    "model=llama_random",
-    f"model.hidden_size={4 * HEAD_DIM}",
-    "model.intermediate_size=64",
-    f"model.num_hidden_layers={LAYERS}",
-    "model.num_attention_heads=4",
-    f"model.num_key_value_heads={KV_HEADS}",
-    "model.max_length=1024",
-]
-NEEDLE = ["task.lengths=[400]", "task.depths=[0,50,100]", "task.repeats=1", "task.max_new_tokens=8"]
-
-
-@pytest.fixture
-def go(tmp_path: Path):
-    """Runs the tiny model with some overrides; the run's folder."""
-
-    def go(*overrides: str, fixed: frozenset[str] = frozenset(), needle: bool = True) -> Path:
-        task = NEEDLE if needle else []
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [*MODEL, *task, f"output={tmp_path}/runs", *overrides])
-        return evals.runner.run(cfg, fixed)
-
-    return go
-
-
-@pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs the command line in this process; its exit status."""
-
-    def main(*arguments: str) -> int:
-        argv = ["run.py", f"--config-path={ROOT}/configs", *arguments, f"output={tmp_path}/runs"]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            run.main()
-        except SystemExit as error:
-            return error.code
-        return 0
-
-    return main
-
-
-def read(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
 def test_records_and_summary(go) -> None:
@@ -446,7 +400,7 @@ def test_text_is_read_with_one_cache(go, tmp_path: Path) -> None:
     assert record["trace"][0] == [8, 12, 8]
     perplexity = record["scores"]["token_perplexity"]
     assert 100 < perplexity < 1e4  # a random model's: of 512 tokens
-    assert summary["score"] == pytest.approx(perplexity)
+    assert summary["score"] == summary["scores"]["token_perplexity"] == pytest.approx(perplexity)
     low, high = summary["score_ci95"]
     assert low < perplexity < high
     curve = summary["breakdown"]["position (nats)"]
@@ -575,7 +529,6 @@ def test_truncation_that_leaves_nothing_is_refused() -> None:
 
 
 def test_batches_do_not_mix_settings_and_neighbour_lengths() -> None:
-    from evals.runner import Prompt
     from evals.task import Sample
 
     def prompt(length: int, stop: tuple[str, ...] = ()) -> Prompt:

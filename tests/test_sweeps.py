@@ -98,7 +98,8 @@ def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
     (line,) = sweep.read_jobs(tmp_path)
     assert line["status"] == "failed"
     (failed,) = read_runs(tmp_path)
-    assert failed.status == "FAILED: RuntimeError: the disk is on fire"
+    reason = "all 2 samples failed, the first with RuntimeError: the disk is on fire"
+    assert line["reason"] == reason and failed.status == f"FAILED: {reason}"
     assert not failed.scored
 
     job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
@@ -122,7 +123,7 @@ def test_out_of_memory_ends_in_the_table_with_the_bytes_asked_for(
     monkeypatch.setattr(runner, "generate", greedy)
     job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
     (found,) = read_runs(tmp_path)
-    assert found.status == "OOM in 1 of 2 samples: tried to allocate 2147483648 bytes"
+    assert found.status == "OOM in 1 of 2 samples: MemoryError: tried to allocate 2147483648 bytes"
 
 
 def test_objectives_are_numbers_of_the_summary(tmp_path: Path) -> None:

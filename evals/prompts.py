@@ -1,0 +1,123 @@
+"""A task's samples as the model sees them: token ids, cut to its context, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from buzz.errors import ConfigError
+from evals.plan import Plan
+from evals.task import Sample, StreamTask
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as the model sees it."""
+
+    sample: Sample
+    ids: list[int]
+    truncated: int
+    chat: bool
+    max_new_tokens: int
+
+    @property
+    def sha256(self) -> str:
+        """Names the token ids."""
+        return sha256(self.ids)
+
+
+def sha256(ids: list[int] | None) -> str:
+    """First 16 digits of the hash of token ids."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """All prompts of a run, in the task's order.
+
+    Raises:
+        ConfigError: there is none, or one that the model cannot take.
+    """
+    prompts = []
+    for sample in plan.task.of_shard(plan.task.load(tokenizer)):
+        if isinstance(plan.task, StreamTask):
+            assert sample.ids is not None
+            plan.check_reading(len(sample.ids))
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, 0))
+            continue
+        answer = plan.task.max_new_tokens or sample.max_new_tokens
+        if sample.ids is not None:
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer))
+            continue
+        limit = plan.config["model"]["max_length"] - answer
+        chat = plan.task.chat_template and sample.chat_template is not False
+        chat = chat and tokenizer.chat_template is not None
+        ids, truncated = encode(tokenizer, sample.prompt, chat, limit)
+        if truncated and plan.task.longest_prompt():
+            raise ConfigError(
+                "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
+            )
+        prompts.append(Prompt(sample, ids, truncated, chat, answer))
+    if not prompts:
+        raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
+    return prompts
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int
+) -> tuple[list[int], int]:
+    """Token ids of a prompt, at most `limit`, and how many tokens were cut from its middle.
+
+    As LongBench does, the two ends are joined as text and tokenized again; the chat template is
+    applied afterwards and stays whole.
+
+    Raises:
+        ConfigError: not even the template fits; the prompt is empty, or holds half a surrogate
+            pair, which no tokenizer takes.
+    """
+
+    def tokens(text: str) -> list[int]:
+        if not chat:
+            return tokenizer(text)["input_ids"]
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("prompt", text[:40], "holds a lone surrogate; remove it") from error
+    whole = tokens(text)
+    if not whole:
+        raise ConfigError("prompt", text[:40], "has no tokens; give a text")
+    if len(whole) <= limit:
+        return whole, 0
+    body = tokenizer(text, add_special_tokens=False)["input_ids"]
+    room = limit - (len(whole) - len(body))
+    while (half := room // 2) > 0:
+        ends = body[:half], body[-half:]
+        cut = tokens("".join(tokenizer.decode(end, skip_special_tokens=True) for end in ends))
+        if not cut:
+            break
+        if len(cut) <= limit:
+            return cut, len(whole) - len(cut)
+        room -= len(cut) - limit
+    raise ConfigError("model.max_length", limit, "leaves no room for the prompt")
+
+
+def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Batches of equal generation settings, of neighbouring lengths when they hold several rows.
+
+    They depend on all prompts and not on which are done, so that a resumed run is the same run.
+    """
+    settings: dict[tuple[int, tuple[str, ...]], list[Prompt]] = {}
+    for prompt in prompts:
+        settings.setdefault((prompt.max_new_tokens, prompt.sample.stop), []).append(prompt)
+    for alike in settings.values():
+        if size > 1:
+            alike.sort(key=lambda prompt: len(prompt.ids))
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]

@@ -1,0 +1,98 @@
+"""The types of settings, checked by pydantic without any conversion: `no` is no boolean."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+
+from buzz.errors import ConfigError
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+# Run folders are named by these, and must stay inside `output`.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+@-]{1,60}$")]
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Group(BaseModel):
+    model_config = STRICT
+    name: Name
+
+
+class Model(Group):
+    max_length: PositiveInt
+    name_or_path: Text | None = None
+    gguf_file: Text | None = None
+    seed: Seed = 0
+
+
+class Protocol(Group):
+    budgets: bool
+
+
+class Cache(BaseModel):
+    model_config = STRICT
+    logn_base: Annotated[float, Field(gt=1)] | None
+    logn_clamp: bool
+
+
+class Settings(BaseModel):
+    """What every configuration has. The rest belongs to the method, the task and the model."""
+
+    model_config = STRICT
+    method: Group
+    task: Group
+    model: Model
+    logger: Group
+    protocol: Protocol
+    cache: Cache
+    budget: Any  # see buzz.policy.check_budget
+    kl: bool
+    seed: Seed
+    device: Text
+    output: Text
+    sweep_name: str | None = None
+    objectives: list[str] | None = None
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Raises ConfigError unless a configuration has all of :class:`Settings`."""
+    try:
+        Settings.model_validate(config)
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise _refusal(name, error) from error
+
+
+def check_fields(section: str, built: Any) -> None:
+    """Compares the fields of a dataclass with their annotations.
+
+    Raises:
+        ConfigError: a field has another type; it is called `section`.`field`.
+    """
+    hints = get_type_hints(type(built), include_extras=True)
+    for field in dataclasses.fields(built):
+        if field.init:
+            try:
+                adapter = TypeAdapter(hints[field.name], config=STRICT)
+                adapter.validate_python(getattr(built, field.name))
+            except ValidationError as error:
+                raise _refusal(f"{section}.{field.name}", error) from error
+
+
+def _refusal(name: str, error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    if first["type"] == "missing":
+        return ConfigError(name, None, "is missing; it must be given")
+    return ConfigError(name, first["input"], first["msg"][0].lower() + first["msg"][1:])

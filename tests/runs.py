@@ -1,0 +1,31 @@
+"""Whole runs on a tiny random model, for tests of what runs record and how they end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
+MODEL = [
+    "model=llama_random",
+    f"model.hidden_size={4 * HEAD_DIM}",
+    "model.intermediate_size=64",
+    f"model.num_hidden_layers={LAYERS}",
+    "model.num_attention_heads=4",
+    f"model.num_key_value_heads={KV_HEADS}",
+    "model.max_length=1024",
+]
+NEEDLE = ["task.lengths=[400]", "task.depths=[0,50,100]", "task.repeats=1", "task.max_new_tokens=8"]
+TIMES = {"ttft_s", "decode_tokens_per_s", "itl_p50_ms", "itl_p95_ms", "memory_peak_nbytes"}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, in the order in which they were written."""
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """Them without what differs from one run to the next."""
+    return [{key: r[key] for key in r.keys() - TIMES} for r in read(folder)]

@@ -1,0 +1,452 @@
+"""Faults, each put where it would happen: nothing done is lost, and nothing wrong is counted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from rich.console import Console
+from runs import MODEL, NEEDLE, read
+from tiny import FAMILIES
+
+import evals.loggers
+import evals.runner
+from buzz import ConfigError, EvictionCache
+from evals.faults import asked_nbytes, fault
+from evals.interrupt import Interrupted, deferred_signals
+from evals.models import byte_tokenizer, load_model
+from evals.records import RunFailed, RunFolder
+from evals.report.runs import read_runs
+from evals.table import find_reference, read_summary, tables
+from evals.tasks.needle import Needle
+
+Act = Callable[["Pass"], None]
+
+
+class Pass:
+    """A forward pass at its first attention layer.
+
+    Attributes:
+        prompt, step: of the run, from 0; step 0 reads the prompt. The warm-up is not counted.
+        rows, new: shape of the token ids.
+        cache: what it writes to.
+    """
+
+    prompt = step = -1
+    rows = new = 0
+    cache: EvictionCache
+    logits: float | torch.Tensor = 1.0  # what they are multiplied by
+
+
+@pytest.fixture
+def during(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Act], None]]:
+    """Makes a function run inside every forward pass."""
+    now, acts = Pass(), []
+
+    def before_attention(module, args, kwargs) -> None:
+        now.rows, now.new, _ = kwargs["hidden_states"].shape
+        now.cache = next(v for v in kwargs.values() if isinstance(v, EvictionCache))
+        if now.new > 1:
+            warm_up = now.new == 32
+            now.prompt, now.step = (-1 if warm_up else now.prompt + 1), -1
+        now.step += 1
+        now.logits = 1.0
+        if now.prompt >= 0:
+            for act in acts:
+                act(now)
+
+    def load(*arguments):
+        model, tokenizer = original(*arguments)
+        attention = model.model.layers[0].self_attn
+        attention.register_forward_pre_hook(before_attention, with_kwargs=True)
+        model.lm_head.register_forward_hook(lambda module, args, out: out * now.logits)
+        return model, tokenizer
+
+    original = evals.runner.load_model
+    monkeypatch.setattr(evals.runner, "load_model", load)
+    evals.runner._loaded.clear()
+    yield acts.append
+    evals.runner._loaded.clear()
+
+
+def shown(folder: Path) -> str:
+    """The table of a run."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        for part in tables([folder]):
+            console.print(part)
+    return capture.get()
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+ASKED = 2**55  # bytes, which no allocator gives
+
+
+@pytest.mark.parametrize("step", [0, 3], ids=["prefill", "decode"])
+def test_out_of_memory_costs_one_sample_and_gives_its_memory_back(go, during, step) -> None:
+    caches, freed = [], []
+
+    def act(now: Pass) -> None:
+        if (now.prompt, now.step) == (1, step):
+            caches.append(weakref.ref(now.cache))
+            torch.empty(ASKED, dtype=torch.uint8)
+        if (now.prompt, now.step) == (2, 0):
+            freed.append(caches[0]() is None)
+
+    during(act)
+    folder = go("method=h2o", "budget=60")
+    first, oom, last = read(folder)
+    assert (first["status"], oom["status"], last["status"]) == ("ok", "oom", "ok")
+    assert freed == [True]
+    assert oom["asked_nbytes"] == ASKED and 50e6 < oom["in_use_nbytes"] < 20e9
+    assert "scores" not in oom and str(ASKED) in oom["error"]
+    summary = read_summary(folder)
+    assert (summary["n"], summary["oom"], summary["oom_asked_nbytes"]) == (2, 1, ASKED)
+    assert f"2 (+1 oom of {ASKED / 1e9:.1f} GB)" in shown(folder)
+    go("method=h2o", "budget=60")
+    assert len(read(folder)) == 3  # it is a result, and no reason to run again
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 79.10"
+            " GiB of which 1.20 GiB is free.",
+            20.5 * 2**30,
+        ),
+        ("Unable to allocate 8.00 MiB for an array with shape (1024, 1024)", 2**23),
+        ("CUDA error: out of memory", None),
+    ],
+)
+def test_bytes_asked_for_are_read_from_the_message(text: str, nbytes: float | None) -> None:
+    assert asked_nbytes(RuntimeError(text)) == nbytes
+    kind = RuntimeError if nbytes is None else torch.cuda.OutOfMemoryError
+    assert fault(kind(text), torch.device("cpu"))["status"] == "oom"
+
+
+def test_a_batch_that_is_too_large_runs_in_halves_with_its_own_budget(go, during) -> None:
+    setting = ["method=h2o", "budget=0.25", "task.depths=[0,25,50,75,100]", "task.batch_size=5"]
+    whole = {record["id"]: record for record in read(go(*setting))}
+    sizes = []
+
+    def act(now: Pass) -> None:
+        if now.step == 0:
+            sizes.append(now.rows)
+        if now.rows > 2:
+            torch.empty(ASKED, dtype=torch.uint8)
+
+    during(act)
+    records = read(go(*setting, f"output={go.runs}/small"))
+    assert sizes == [5, 2, 3, 1, 2]
+    assert sorted(record["batch_size"] for record in records) == [1, 2, 2, 2, 2]
+    for record in records:
+        assert record["tokens"] == whole[record["id"]]["tokens"]
+        assert record["budget_entries"] == whole[record["id"]]["budget_entries"]
+
+
+# --- numbers and samples --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_make_no_answer(go, during, value: float) -> None:
+    def act(now: Pass) -> None:
+        if (now.prompt, now.step) == (1, 2):
+            now.logits = value
+
+    during(act)
+    folder = go("method=buzz", "model.dtype=bfloat16")
+    assert [record["status"] for record in read(folder)] == ["ok", "failed", "ok"]
+    assert read(folder)[1]["error"] == (
+        "NotFinite: the logits were not finite at step 2 (model.dtype=bfloat16)"
+    )
+    assert "2 (+1 FAILED)" in shown(folder)
+    (run,) = read_runs(folder.parent)
+    assert run.status.startswith("FAILED in 1 of 3 samples: NotFinite")
+
+
+def test_one_row_of_nan_does_not_fail_its_batch(go, during) -> None:
+    setting = ["method=buzz", "task.batch_size=3"]
+    longest = max(record["prompt_tokens"] for record in read(go("method=buzz")))
+
+    def act(now: Pass) -> None:
+        if now.new == longest:  # the last row is that prompt
+            now.logits = torch.ones(now.rows, 1, 1)
+            now.logits[-1] = float("nan")
+
+    during(act)
+    by_length = sorted(read(go(*setting)), key=lambda record: record["prompt_tokens"])
+    assert [record["status"] for record in by_length] == ["ok", "ok", "failed"]
+
+
+def test_losses_that_are_not_finite_make_no_perplexity(go, during, tmp_path: Path) -> None:
+    def act(now: Pass) -> None:
+        now.logits = float("nan") if now.prompt == 2 else 1.0
+
+    during(act)
+    (tmp_path / "text").write_text("Bees dance to tell each other where flowers are. " * 20)
+    text = ["task=wikitext", f"task.data_file={tmp_path}/text", "task.tokens=65", "task.chunk=16"]
+    with pytest.raises(RunFailed, match="all 1 samples failed.*loss was not finite at step 33 "):
+        go(*text, "method=local", needle=False)
+
+
+@pytest.mark.parametrize("score", [float("nan"), ZeroDivisionError("no words")])
+def test_a_sample_that_fails_is_named_and_runs_again(main, monkeypatch, capsys, score) -> None:
+    def broken(self, sample, prediction):
+        if not sample.id.startswith("400-50-"):
+            return original(self, sample, prediction)
+        if isinstance(score, Exception):
+            raise score
+        return {"accuracy": score}
+
+    original = Needle.score
+    monkeypatch.setattr(Needle, "score", broken)
+    assert main(*MODEL, *NEEDLE, "method=buzz") == 1
+    out, err = capsys.readouterr()
+    error = "ZeroDivisionError: no words" if isinstance(score, Exception) else "ArithmeticError"
+    assert f"sample 400-50-0 failed: {error}" in err
+    assert "2 (+1 FAILED)" in out
+    (folder,) = main.runs.glob("needle-*")
+    assert read_summary(folder)["failed"] == 1
+    monkeypatch.undo()
+    assert main(*MODEL, *NEEDLE, "method=buzz") == 0
+    assert [r["status"] for r in read(folder)] == ["ok", "failed", "ok", "ok"]
+    assert read_summary(folder)["failed"] == 0 and read_summary(folder)["n"] == 3
+
+
+def test_samples_that_fail_in_a_sweep_decide_its_exit_status(main, during, capsys) -> None:
+    def act(now: Pass) -> None:
+        if now.prompt == 1 or now.cache.policy.name == "local":
+            raise RuntimeError("an ill-treated kernel")
+
+    during(act)
+    assert main("-m", *MODEL, *NEEDLE, "method=full,local,h2o") == 1
+    out = capsys.readouterr().out
+    assert "2 of the complete ones with samples that failed" in out and "2 (+1 FAILED)" in out
+    assert "FAILED method=local: all 3 samples failed, the first with RuntimeError: an ill" in out
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+def interrupt(number: int, times: int = 1) -> Act:
+    """Sends signals while the second sample is being answered, once."""
+    left = [number] * times
+
+    def act(now: Pass) -> None:
+        while (now.prompt, now.step) == (1, 3) and left:
+            os.kill(os.getpid(), left.pop())
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "kept", "status"),
+    [(signal.SIGINT, 1, 2, 130), (signal.SIGTERM, 1, 2, 143), (signal.SIGINT, 2, 1, 130)],
+    ids=["SIGINT", "SIGTERM", "SIGINT twice"],
+)
+def test_a_signal_stops_after_the_sample_in_flight_and_a_second_at_once(
+    main, during, capfd, number: int, times: int, kept: int, status: int
+) -> None:
+    before = signal.getsignal(number)
+    during(interrupt(number, times))
+    assert main(*MODEL, *NEEDLE, "method=full") == status
+    assert signal.getsignal(number) is before
+    err = capfd.readouterr().err
+    assert "once more stops at once" in err and "the same command goes on from here" in err
+    (folder,) = main.runs.glob("needle-*")
+    assert [record["status"] for record in read(folder)] == ["ok"] * kept
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["n"]) == ("interrupted", kept)
+    with pytest.raises(ConfigError, match=f"interrupted after {kept} of 3 samples"):
+        read_summary(folder)
+    assert find_reference(summary["setting"], [folder]) is None
+    (run,) = read_runs(folder.parent)
+    assert run.status == f"unfinished: {kept} samples" and not run.scored
+    assert main(*MODEL, *NEEDLE, "method=full") == 0
+    assert len({record["id"] for record in read(folder)}) == len(read(folder)) == 3
+
+
+def test_a_signal_ends_a_sweep_too(main, during, capsys) -> None:
+    during(interrupt(signal.SIGINT))
+    assert main("-m", *MODEL, *NEEDLE, "method=full,local") == 130
+    assert [path.name.split("-")[1] for path in main.runs.glob("needle-*")] == ["full"]
+
+
+def test_a_signal_during_the_last_sample_ends_a_sweep_too(go, during) -> None:
+    during(lambda now: now.prompt == 2 and now.step == 1 and os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        go("method=full")
+    assert len(read(go("method=full"))) == 3
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it for `command &`
+    try:
+        with deferred_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# --- the disk -------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Files cannot grow beyond so many bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.nbytes, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_full_disk_loses_nothing_that_was_written(main, monkeypatch, capsys, torn) -> None:
+    def append(self, record, name="samples.jsonl"):
+        size = self.samples.stat().st_size if self.samples.exists() else 0
+        if size:
+            with FullDisk(size + 200), monkeypatch.context() as patch:
+                if torn:  # not even the half line can be taken back
+                    patch.setattr("evals.records.os.truncate", refuse)
+                return original(self, record, name)
+        return original(self, record, name)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    original = RunFolder.append
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", append)
+        assert main(*MODEL, *NEEDLE, "method=full") == 1
+    (folder,) = main.runs.glob("needle-*")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {folder}/samples.jsonl cannot be written: No space left")
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    assert [line.endswith(b"\n") for line in lines] == [True] + [False] * torn
+    assert main(*MODEL, *NEEDLE, "method=full") == 0
+    assert (folder / "samples.jsonl").read_bytes().startswith(lines[0])
+    assert len({record["id"] for record in read(folder)}) == len(read(folder)) == 3
+
+
+def test_a_summary_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write("summary.json", {"n": 1})
+    with FullDisk(5), pytest.raises(RunFailed, match="summary.json cannot be written: File too"):
+        folder.write("summary.json", {"n": 2, "much": "more"})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"n": 1}
+
+
+@pytest.mark.parametrize("output", ["/proc/none", "/dev/null/runs"])
+def test_an_output_that_cannot_be_made_is_refused(go, monkeypatch, output: str) -> None:
+    monkeypatch.setattr(evals.runner, "load_model", None)
+    with pytest.raises(ConfigError, match=f"output='{output}.*give another folder"):
+        go("method=full", f"output={output}")
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_an_output_that_hydra_cannot_make_is_one_line(main, capsys, mode: list[str]) -> None:
+    assert main(*mode, "output=/dev/null/runs") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: output='/dev/null/runs': ")
+
+
+# --- what lies elsewhere --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["init", "init.return_value.log", "init.return_value.finish"])
+@pytest.mark.parametrize("hangs", [False, True])
+def test_weights_and_biases_never_fails_a_run(go, monkeypatch, call: str, hangs: bool) -> None:
+    def fail(*_: object, **__: object) -> None:
+        if hangs:
+            over.wait(60)
+        raise ConnectionError("network unreachable")
+
+    over, wandb = threading.Event(), MagicMock()
+    wandb.configure_mock(**{f"{call}.side_effect": fail})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(evals.loggers, "PATIENCE", 0.5)
+    reason = "no answer within 0.5 s" if hangs else "network unreachable"
+    with pytest.warns(UserWarning, match=f"not logged to Weights & Biases: {reason}"):
+        folder = go("method=full", "logger=wandb")
+    over.set()
+    assert read_summary(folder)["n"] == 3
+
+
+def test_tensorboard_never_fails_a_run(go, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(evals.loggers, "find_spec", lambda name: None)
+        patch.setattr(evals.runner, "load_model", None)
+        with pytest.raises(ConfigError, match="logger='tensorboard': is not installed: pip"):
+            go("method=full", "logger=tensorboard")
+    monkeypatch.setattr(evals.loggers, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.warns(UserWarning, match="not logged to TensorBoard"):
+        folder = go("method=full", "logger=tensorboard")
+    assert read_summary(folder)["n"] == 3
+
+
+def unreachable() -> list[Exception]:
+    import httpx
+    import requests
+
+    return [
+        httpx.ConnectError("no route to host"),
+        httpx.ReadTimeout(""),
+        requests.ConnectionError("no route to host\nand more"),
+        OSError("no route to host"),
+    ]
+
+
+@pytest.mark.parametrize("error", unreachable(), ids=lambda error: type(error).__name__)
+def test_an_unreachable_hub_is_one_line(go, monkeypatch, error: Exception) -> None:
+    import datasets
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    reason = "no route to host" if str(error) else "ReadTimeout"
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ConfigError, match=rf"task.data_file=None: .*\({reason}\); give a local"):
+        go("task=xsum", needle=False)
+
+    # The model's files: none of them, or all but the weights.
+    cfg = {"name_or_path": "some/model", "max_length": 512, "dtype": "float32"}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: byte_tokenizer())
+    for config in (fail, lambda *a, **k: FAMILIES["llama"]):
+        monkeypatch.setattr(AutoConfig, "from_pretrained", config)
+        with pytest.raises(ConfigError, match=f"name_or_path='some/model': {reason} .give a local"):
+            load_model({**cfg, "attn_implementation": "sdpa"}, "cpu")
+
+
+# --- the clock ------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_is_set_back_changes_no_measurement(go, monkeypatch) -> None:
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    for record in read(go("method=buzz")):
+        assert 0 < record["ttft_s"] < 60 and 0 < record["itl_p50_ms"] <= record["itl_p95_ms"]
+        assert record["decode_tokens_per_s"] > 0
