@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from evals.metrics import STATISTICS, bootstrap_difference
-from evals.records import Record
+import numpy as np
 
-Group = list[tuple[float, float]]
+from evals.metrics import INVERSES, bootstrap_difference, score_of
+from evals.records import Record
 
 
 def units(record: Record, headline: str) -> list[float]:
-    """What a sample contributes to the score: one value, or its blocks' where a text has many."""
+    """What of a sample the bootstrap draws: one value, or its blocks' where a text has many."""
     return record.get("blocks") or [record["scores"][headline]]
+
+
+def values_of(records: Iterable[Record], metric: str, statistic: str) -> list[list[float]]:
+    """A metric of the samples that have it, as what is averaged: of perplexities the logarithms."""
+    inverse = INVERSES[statistic]
+    having = [record for record in records if metric in record["scores"]]
+    parts = strata((record, [float(inverse(record["scores"][metric]))]) for record in having)
+    return list(parts.values())
+
+
+def strata(parts: Iterable[tuple[Record, Sequence[Any]]]) -> dict[str, list[Any]]:
+    """What samples contribute, by group: a score is the mean of the groups' means.
+
+    Samples of one unit are in one group and not independent: they count once, as their mean.
+    """
+    groups: dict[str, list[Any]] = {}
+    units: dict[str, list[Any]] = {}
+    for record, values in parts:
+        unit = record.get("unit")
+        where, name = (units, unit) if unit else (groups, record["group"])
+        where.setdefault(name, []).extend(values)
+    if units:
+        means = [np.mean(values, axis=0) for values in units.values()]
+        groups.setdefault("", []).extend(means)
+    return groups
 
 
 def compare(
@@ -44,14 +69,20 @@ def compare(
         and (other := full.get(name, {})).get("status") == "ok"
         and other["prompt_sha256"] == record["prompt_sha256"]
     ]
-    groups: dict[str, Group] = {}
+    parts = []
     for name in ids:
         both = (units(run[name], summary["headline"]) for run in (records, full))
-        groups.setdefault(records[name]["group"], []).extend(zip(*both, strict=True))
-    pairs = list(groups.values())
+        parts.append((records[name], list(zip(*both, strict=True))))
+    pairs = list(strata(parts).values())
     sign = 1 if summary["higher_is_better"] else -1
-    gains = [sign * (own - theirs) for group in pairs for own, theirs in group]
-    own, theirs = (_score(pairs, i, summary["statistic"]) for i in (0, 1))
+    gains = [sign * (own - theirs) for _, values in parts for own, theirs in values]
+    own, theirs = (
+        score_of(
+            values_of((run[name] for name in ids), summary["headline"], summary["statistic"]),
+            summary["statistic"],
+        )
+        for run in (records, full)
+    )
     known = own is not None and theirs is not None
     answers = [(records[name].get("tokens"), full[name].get("tokens")) for name in ids]
     answers = [pair for pair in answers if all(pair)]
@@ -70,11 +101,6 @@ def compare(
             for key in ("kl_to_full", "top1_to_full")
         },
     }
-
-
-def _score(pairs: list[Group], which: int, statistic: str) -> float | None:
-    means = [statistics.fmean(pair[which] for pair in group) for group in pairs]
-    return float(STATISTICS[statistic](statistics.fmean(means))) if means else None
 
 
 def _agreement(own: list[int], full: list[int]) -> float:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,9 @@ from rouge_score.rouge_scorer import RougeScorer
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 
-# What becomes of the mean of the groups' means to be the score.
+# What becomes of the mean of the groups' means to be the score; and the other way round.
 STATISTICS: dict[str, Statistic] = {"mean": lambda means: means, "exp": np.exp}
+INVERSES: dict[str, Statistic] = {"mean": lambda scores: scores, "exp": np.log}
 
 
 @cache
@@ -64,19 +66,25 @@ def word_f1(answer: str, prediction: str) -> float:
     return 2 * common / (len(expected) + len(found)) if common else 0.0
 
 
+def score_of(groups: Sequence[Sequence[float]], statistic: str = "mean") -> float | None:
+    """A statistic of the mean of the groups' means; None if there is nothing in them."""
+    if not groups:
+        return None
+    return float(STATISTICS[statistic](np.mean([np.mean(group) for group in groups])))
+
+
 def bootstrap_interval(
     groups: Sequence[Sequence[float]], statistic: str = "mean"
 ) -> tuple[float, float] | None:
-    """95% percentile bootstrap interval of a statistic of the mean of the groups' means.
+    """95% percentile bootstrap interval of :func:`score_of`.
 
     Each group is resampled by itself. The seed is fixed: the same data give the same interval.
 
     Returns:
         None when nothing can be resampled: no group, or one of a single value.
     """
-    if not _resamplable(groups):
-        return None
-    return _interval(STATISTICS[statistic](_resampled([np.asarray(g, float) for g in groups])))
+    means = resampled(groups)
+    return None if means is None else _interval(STATISTICS[statistic](means))
 
 
 def bootstrap_difference(
@@ -87,21 +95,25 @@ def bootstrap_difference(
     Args:
         pairs: groups of (first, second) values of the same sample.
     """
-    if not _resamplable(pairs):
+    means = resampled(pairs)
+    if means is None:
         return None
-    both = STATISTICS[statistic](_resampled([np.asarray(group, float) for group in pairs]))
+    both = STATISTICS[statistic](means)
     return _interval(both[:, 0] - both[:, 1])
 
 
-def _resamplable(groups: Sequence[Sequence[object]]) -> bool:
-    return bool(groups) and min(map(len, groups)) > 1
+def resampled(groups: Sequence[Sequence[Any]], resamples: int = 2000) -> Floats | None:
+    """Means of the groups' means [resamples, ...] of groups [samples, ...].
 
-
-def _resampled(groups: Sequence[Floats], resamples: int = 2000) -> Floats:
-    """Means of the groups' means [resamples, ...] of groups [samples, ...]."""
+    Returns:
+        None when nothing can be resampled: no group, or one of a single value.
+    """
+    if not groups or min(map(len, groups)) < 2:
+        return None
     rng = np.random.default_rng(0)
-    picks = (group[rng.integers(len(group), size=(resamples, len(group)))] for group in groups)
-    return sum(pick.mean(axis=1) for pick in picks) / len(groups)
+    values = [np.asarray(group, float) for group in groups]
+    picks = (group[rng.integers(len(group), size=(resamples, len(group)))] for group in values)
+    return sum(pick.mean(axis=1) for pick in picks) / len(values)
 
 
 def _interval(values: Floats) -> tuple[float, float]:

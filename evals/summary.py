@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from evals.compare import units
-from evals.metrics import STATISTICS, bootstrap_interval
+from evals.compare import strata, units, values_of
+from evals.metrics import bootstrap_interval, score_of
 from evals.plan import Plan
 from evals.records import Record, digest
 
@@ -28,23 +28,22 @@ PEAKS = ("kv_entries_peak", "kv_nbytes_peak", "allocated_nbytes", "memory_peak_n
 
 
 def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
-    """Means over the samples that ran; with groups, the score is the mean of the groups' means.
+    """Means over the samples that ran; with groups, a score is the mean of the groups' means.
 
+    Samples that were out of memory or failed are counted, with the most bytes that one asked for.
     Intervals are 95% bootstrap intervals, None where a group has a single sample. KV entries and
     bytes are per sample, over its decode phase: mean, and highest over all samples.
     """
     config, task = plan.config, plan.task
-    ran = [record for record in records if record["status"] == "ok"]
-    groups: dict[str, list[float]] = {}
-    counts = Counter(record["group"] for record in ran)
+    ran, oom = ([r for r in records if r["status"] == status] for status in ("ok", "oom"))
+    groups: dict[str, list[Record]] = {}
     for record in ran:
-        groups.setdefault(record["group"], []).extend(units(record, task.headline))
-    scores = {
-        name: [record["scores"][name] for record in ran if name in record["scores"]]
-        for name in sorted({name for record in ran for name in record["scores"]})
-    }
-    finish = STATISTICS[task.statistic]
-    means = {name: statistics.fmean(values) for name, values in groups.items()}
+        groups.setdefault(record["group"], []).append(record)
+    names = sorted(ran[0]["scores"]) if ran else []
+    values = {name: values_of(ran, name, task.statistic) for name in names}
+    scores = {name: score_of(found, task.statistic) for name, found in values.items()}
+    drawn = values | {task.headline: _drawn(ran, task.headline)}
+    intervals = {name: bootstrap_interval(found, task.statistic) for name, found in drawn.items()}
     return {
         "status": "complete",
         "task": config["task"]["name"],
@@ -60,26 +59,33 @@ def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
         "statistic": task.statistic,
         "higher_is_better": task.higher_is_better,
         "grouped_by": task.grouped_by,
-        "score": float(finish(statistics.fmean(means.values()))) if means else None,
-        "score_ci95": bootstrap_interval(list(groups.values()), task.statistic),
-        "scores": {name: statistics.fmean(values) for name, values in scores.items()},
-        "scores_ci95": {name: bootstrap_interval([values]) for name, values in scores.items()},
+        "score": scores.get(task.headline),
+        "score_ci95": intervals[task.headline],
+        "scores": scores,
+        "scores_ci95": {name: intervals[name] for name in names},
         "groups": {
             name: {
-                "n": counts[name],
-                "score": float(finish(value)),
-                "ci95": bootstrap_interval([groups[name]], task.statistic),
+                "n": len(found),
+                "score": score_of(values_of(found, task.headline, task.statistic), task.statistic),
+                "ci95": bootstrap_interval(_drawn(found, task.headline), task.statistic),
             }
-            for name, value in means.items()
+            for name, found in groups.items()
         },
         "breakdown": task.breakdown(ran) if ran else {},
         "n": len(ran),
-        "oom": len(records) - len(ran),
+        "oom": len(oom),
+        "oom_asked_nbytes": max(filter(None, (r.get("asked_nbytes") for r in oom)), default=None),
+        "failed": len(records) - len(ran) - len(oom),
         "truncated": sum(record["truncated_tokens"] > 0 for record in ran),
         "conditions": _conditions(ran),
         **{name: mean(record[name] for record in ran) for name in MEASURED},
         **{name: max((record[name] for record in ran), default=None) for name in PEAKS},
     }
+
+
+def _drawn(records: list[Record], headline: str) -> list[list[float]]:
+    """What the bootstrap draws from."""
+    return list(strata((record, units(record, headline)) for record in records).values())
 
 
 def _conditions(records: list[Record]) -> dict[str, Any]:

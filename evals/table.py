@@ -194,9 +194,18 @@ def _costs(settings: list[Setting], labels: list[str]) -> Table:
                 _number(row["ttft_s"], ".2f"),
                 _number(row["decode_tokens_per_s"], ".1f"),
                 _ratio(row, full, "decode_tokens_per_s"),
-                f"{row['n']}" + (f" (+{row['oom']} oom)" if row["oom"] else ""),
+                f"{row['n']}{_missing(row)}",
             )
     return table
+
+
+def _missing(row: Summary) -> str:
+    """The samples that were out of memory, with the most bytes that one asked for, or failed."""
+    asked = row.get("oom_asked_nbytes")
+    size = f" of {_number(asked, '.1f', 1e-9)} GB" if asked else ""
+    oom = f" (+{row['oom']} oom{size})" if row["oom"] else ""
+    failed = row.get("failed", 0)  # not in early summaries
+    return oom + (f" (+{failed} FAILED)" if failed else "")
 
 
 def _against_full(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ class Sample:
         prompt: the user's text, without chat template.
         references: acceptable answers.
         group: what the score is broken down by (a depth, a data set); empty for none.
+        unit: what the sample is about, where several are about the same (a question asked in
+            several ways); the bootstrap draws them together.
         meta: anything else worth recording.
         max_new_tokens, chat_template: override the task's, where data sets differ.
         stop: strings whose last token ends the generation (never as its first token).
@@ -34,6 +37,7 @@ class Sample:
     prompt: str
     references: tuple[str, ...]
     group: str = ""
+    unit: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
     chat_template: bool | None = None
@@ -58,6 +62,8 @@ class Task(ABC):
             :data:`evals.metrics.STATISTICS`.
         higher_is_better: of the headline.
         grouped_by: what a sample's group is.
+        version: of prompts and scores; raise it with any change to them, and runs of before, whose
+            records would no longer be comparable, count no more.
     """
 
     headline: ClassVar[str]  # or a field, where there is a choice
@@ -65,6 +71,7 @@ class Task(ABC):
     statistic: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = True
     grouped_by: ClassVar[str] = "group"
+    version: ClassVar[int] = 1
 
     name: str
     samples: int | None = None
@@ -164,6 +171,13 @@ def at_least(minimum: int, name: str, value: object) -> None:
     """Raises ConfigError unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(name, value, f"give a whole number of at least {minimum}")
+
+
+def distinct(name: str, values: Iterable[object]) -> None:
+    """Raises ConfigError if one of `values` is there twice: their samples would share an id."""
+    for value, count in Counter(values).items():
+        if count > 1:
+            raise ConfigError(name, value, "is there twice; give each once")
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:

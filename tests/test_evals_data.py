@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from buzz import ConfigError
-from evals.compare import compare
+from evals.compare import compare, strata
 from evals.data import read_jsonl, read_text
 from evals.metrics import (
     bootstrap_difference,
     bootstrap_interval,
     package_rouge,
     rouge,
+    score_of,
     word_f1,
 )
 from evals.records import RunFolder, arithmetic_runs, digest
@@ -83,6 +85,41 @@ def test_bootstrap_interval_is_that_of_a_mean_of_means() -> None:
     low, high = bootstrap_interval([[0.0, 1.0] * 50])
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+
+
+def test_bootstrap_interval_by_the_normal_approximation() -> None:
+    """Of groups of different sizes: each adds its own variance of the mean."""
+    rng = np.random.default_rng(1)
+    groups = [rng.normal(0, 1, 400), rng.normal(5, 3, 100), rng.normal(-2, 0.5, 25)]
+    error = math.sqrt(sum(group.var() / len(group) for group in groups)) / 3
+    middle = np.mean([group.mean() for group in groups])
+    expected = (middle - 1.96 * error, middle + 1.96 * error)
+    assert bootstrap_interval(groups) == pytest.approx(expected, abs=0.1 * error)
+    assert score_of(groups) == pytest.approx(middle)
+
+
+def test_bootstrap_of_a_paired_difference_is_that_of_the_differences() -> None:
+    rng = np.random.default_rng(2)
+    groups = [rng.normal(0, 1, (size, 2)) for size in (8, 30)]
+    of_differences = bootstrap_interval([group[:, 0] - group[:, 1] for group in groups])
+    assert bootstrap_difference(groups) == pytest.approx(of_differences)
+
+
+def test_samples_of_one_unit_are_drawn_together() -> None:
+    """The same question asked three times tells no more than asked once."""
+    scores = [float(i % 3 == 0) for i in range(30)]
+    once = [({"group": ""}, [score]) for score in scores]
+    thrice = [
+        ({"group": place, "unit": str(i)}, [score])
+        for i, score in enumerate(scores)
+        for place in "abc"
+    ]
+    parts = [list(strata(records).values()) for records in (once, thrice)]
+    assert bootstrap_interval(parts[0]) == pytest.approx(bootstrap_interval(parts[1]))
+    assert score_of(parts[0]) == pytest.approx(score_of(parts[1])) == pytest.approx(1 / 3)
+    apart = strata((record | {"unit": ""}, values) for record, values in thrice)
+    low, high = bootstrap_interval(list(apart.values()))
+    assert high - low < 0.7 * np.subtract(*bootstrap_interval(parts[0])[::-1])
 
 
 def test_bootstrap_needs_two_values_of_every_group() -> None:

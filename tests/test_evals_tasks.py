@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import importlib.util
 import json
 import math
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from buzz import ConfigError
 from evals.models import byte_tokenizer
@@ -163,11 +166,22 @@ def test_gold_document_stands_where_it_is_put(tmp_path: Path) -> None:
     assert titles[2][0] == titles[3][3] == "T1" and [s.group for s in samples[:2]] == ["0", "3"]
     (unmoved,) = questions(tmp_path).load(TOKENIZER)
     assert re.findall(r"Title: (T\d)", unmoved.prompt) == ["T0", "T1", "T2", "T3"]
-    assert (
-        unmoved.group == ""
-        and unmoved.meta == {"gold_at": 2}
-        and unmoved.prompt.endswith("Question: who\nAnswer:")
+    assert unmoved.group == "" and unmoved.meta == {"gold_at": 2}
+
+
+def test_questions_are_asked_in_the_owners_layout(tmp_path: Path) -> None:
+    documents = [{"title": "first doc", "text": "first doc text"}, {"title": "b", "text": "c"}]
+    row = {"ctxs": documents, "gold_index": 0}
+    (sample,) = questions(tmp_path, row, instruction="Answer.").load(TOKENIZER)
+    assert sample.prompt == (
+        "Answer.\n\nDocument [1](Title: first doc) first doc text\nDocument [2](Title: b) c\n\n"
+        "Question: who\nAnswer:"
     )
+
+
+def test_places_of_one_question_are_drawn_together(tmp_path: Path) -> None:
+    samples = questions(tmp_path, {}, {}, gold_at=[0, 3]).load(TOKENIZER)
+    assert [sample.unit for sample in samples] == ["0", "0", "1", "1"]
 
 
 def test_answers_by_place_of_the_gold_document(tmp_path: Path) -> None:
@@ -185,7 +199,7 @@ def test_answers_by_place_of_the_gold_document(tmp_path: Path) -> None:
     [
         ("The Queen Bee", (1, 1, 1, 1)),
         (" The Queen Bee\n", (1, 1, 1, 1)),
-        ("\nThe Queen Bee", (0, 0, 0, 1)),  # the owners' first line is empty
+        ("\n\nThe Queen Bee", (1, 1, 1, 1)),  # the owners strip what Llama-2 answers
         ("the queen bee.", (1, 1, 1, 0)),
         ("A drone", (1, 1, 1, 0)),
         ("It was the queen bee of the hive", (1, 0, 0.5, 0)),
@@ -214,6 +228,14 @@ def test_answers_are_scored_as_the_owners_do(tmp_path: Path, answer: str, scores
 def test_questions_of_other_schemas_are_refused(tmp_path: Path, change, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         questions(tmp_path, change)
+
+
+def test_grids_with_a_repeated_value_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="task.gold_at=1: is there twice"):
+        questions(tmp_path, gold_at=[0, 1, 1])
+    for name, values in (("lengths", [512, 512]), ("depths", [0, 50, 0])):
+        with pytest.raises(ConfigError, match=f"task.{name}=.*twice"):
+            Needle(name="n", **{"lengths": [512], "depths": [0], name: values}).check()
 
 
 def test_gold_place_beyond_the_documents_is_refused(tmp_path: Path) -> None:
@@ -284,24 +306,66 @@ def test_longbench_serves_21_data_sets(longbench) -> None:
         assert longbench.score(name, "2", [answers.get(name, "1")], ["1", "2"]) == 0
 
 
-def test_longbench_prompts_are_the_benchmarks_own(longbench) -> None:
-    def prompt(name: str) -> str:
-        return longbench.prompt_of(name, {"input": "Q", "context": "C"})
+# By config/dataset2maxlen.json and dataset2prompt.json of the benchmark: answer length, and SHA-256
+# of the prompt with "CONTEXT" and "INPUT" put in.
+OWNERS = {
+    "narrativeqa": (128, "ca9f07fdf9f5"),
+    "qasper": (128, "2348612ac9ba"),
+    "multifieldqa_en": (64, "c19398b7471f"),
+    "multifieldqa_zh": (64, "39c14d7ae023"),
+    "hotpotqa": (32, "d31e73b501d5"),
+    "2wikimqa": (32, "d31e73b501d5"),
+    "musique": (32, "d31e73b501d5"),
+    "dureader": (128, "66de4f9799dc"),
+    "gov_report": (512, "e64c669fb47c"),
+    "qmsum": (512, "1ba55beaab07"),
+    "multi_news": (512, "2fa37178a851"),
+    "vcsum": (512, "333ce30a208f"),
+    "trec": (64, "a31ea386ec87"),
+    "triviaqa": (32, "0ef1603d346d"),
+    "samsum": (128, "b184d51d1f91"),
+    "lsht": (64, "e41441500364"),
+    "passage_count": (32, "fa3f78681dd4"),
+    "passage_retrieval_en": (32, "8f1eab757de5"),
+    "passage_retrieval_zh": (32, "4632499f641f"),
+    "lcc": (64, "c3d427e651b3"),
+    "repobench-p": (64, "91686225aaab"),
+}
 
-    assert prompt("lcc").endswith("CNext line of code:\n")
-    assert prompt("repobench-p").endswith("CQNext line of code:\n")
-    assert prompt("passage_count").endswith("The final answer is: ")
-    assert prompt("passage_retrieval_en").endswith("The answer is: ")
-    assert prompt("passage_retrieval_zh").endswith("答案是：")
-    for name in ("triviaqa", "samsum"):
-        assert prompt(name).endswith("examples.\n\nC\n\nQ")
-    for name in ("trec", "lsht"):
-        assert prompt(name).endswith("\n\nC\nQ")
+
+def test_longbench_prompts_and_lengths_are_the_benchmarks_own(longbench) -> None:
+    def owners(name: str) -> tuple[int, str]:
+        prompt = longbench.prompt_of(name, {"input": "INPUT", "context": "CONTEXT"})
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
+        return longbench.load_dataset(name).max_new_tokens, digest
+
+    assert {name: owners(name) for name in longbench.dataset_names()} == OWNERS
+
+
+def test_longbench_prompts_are_lm_evals_but_for_the_known_differences(longbench) -> None:
+    from lm_eval.utils import apply_template
+
+    differing = {
+        "lcc": ("code:", "code:\n"),
+        "repobench-p": ("code:", "code:\n"),
+        "passage_count": ("The final answer is:", "The final answer is: "),
+        "passage_retrieval_en": ("The answer is:", "The answer is: "),
+        "triviaqa": ("{CONTEXT}\n", "{CONTEXT}\n\n"),
+        "samsum": ("{CONTEXT}\n", "{CONTEXT}\n\n"),
+    }
+    row = {"question": "{QUESTION}\n", "context": "{CONTEXT}"}  # braces and line ends must survive
+    folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/longbench"
+    for name in longbench.dataset_names():
+        definition = yaml.load((folder / f"{name}.yaml").read_text(), Loader=longbench._Loader)
+        theirs = apply_template(definition["doc_to_text"], row)
+        old, new = differing.get(name, ("", ""))
+        assert longbench.prompt_of(name, row) == (theirs.replace(old, new) if old else theirs)
 
 
 def test_longbench_chat_templates_and_stops(longbench, tmp_path: Path) -> None:
+    row = {"input": "q", "context": "c", "answers": ["Paragraph 1, 段落1"], "all_classes": ["a"]}
+    line = json.dumps(row)
     for name in longbench.dataset_names():
-        line = json.dumps({"input": "q", "context": "c", "answers": ["a"]})
         (tmp_path / f"{name}.jsonl").write_text(line)
     task = longbench.LongBench(name="longbench", data_dir=str(tmp_path))
     task.check()
@@ -392,6 +456,10 @@ def test_longbench_averages_are_the_benchmarks_own(longbench) -> None:
     assert found["average"]["overall"] == pytest.approx(sum(published.values()) / 21)
     assert found["average"]["code"] == found["category"]["code"] == pytest.approx(48.1)
     assert longbench.averages({"qmsum": 5.0})["average"] == {"English": 5, "overall": 5}
+    # LongBench-E has code and nothing Chinese.
+    found = longbench.averages({"lcc": 4.0, "qasper": 1.0, "hotpotqa": 3.0, "trec": 8.0})
+    assert found["average"] == {"English": 4, "code": 4, "overall": 4}
+    assert longbench.averages({"lcc": 4.0})["average"] == {"code": 4, "overall": 4}
 
 
 def test_recorded_longbench_scores_agree(longbench, capsys) -> None:
@@ -456,4 +524,11 @@ def test_longbench_does_not_strip_predictions(longbench) -> None:
 def test_longbench_refuses_other_schemas(longbench, tmp_path: Path, row: dict, message) -> None:
     (tmp_path / "qasper.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=message):
+        longbench.LongBench(name="l", data_dir=str(tmp_path)).check()
+
+
+def test_longbench_refuses_answers_that_its_metric_cannot_read(longbench, tmp_path: Path) -> None:
+    row = {"input": "q", "context": "c", "answers": ["7"]}
+    (tmp_path / "passage_retrieval_en.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match="`answers` must be like Paragraph"):
         longbench.LongBench(name="l", data_dir=str(tmp_path)).check()

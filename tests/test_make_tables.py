@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -332,6 +333,9 @@ def test_the_report_is_one_file_and_escapes_what_models_wrote(tmp_path: Path) ->
     write_run(runs, "buzz", "buzz", [0.0, 0.0, 1.0], task="needle", budget=0.25, prediction=evil)
     failed = {"status": "failed", "error": "RuntimeError: <b>no</b> disk"}
     write_run(runs, "broken", "local", [], task="needle", summary=failed)
+    with open(runs / "buzz/fidelity.jsonl", "w") as file:
+        for name, kl in (("0", 0.9), ("1", None), ("2", 0.5), ("0", 0.1)):
+            file.write(json.dumps({"id": name, "kl_to_full": kl}) + "\n")
     assert make_tables.main([f"runs={runs}", f"out={tmp_path}"]) == 0
 
     read = Reader((tmp_path / "report.html").read_text())
@@ -339,14 +343,18 @@ def test_the_report_is_one_file_and_escapes_what_models_wrote(tmp_path: Path) ->
     names = [tag for tag, _ in read.tags]
     assert "script" not in names and "link" not in names
     pictures = [attributes["src"] or "" for tag, attributes in read.tags if tag == "img"]
-    assert len(pictures) == 3  # front, heat map, decoding time
+    assert len(pictures) == 4  # front, distance to full, heat map, decoding time
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
         "pareto",
+        "fidelity",
         "needle_0",
         "decode_time",
     }
     assert "FAILED" in (tmp_path / "tables/runs.md").read_text()
+    table = pd.read_csv(tmp_path / "tables/other_tasks.csv").set_index("method")
+    assert table.loc["buzz", "KL to full"] == pytest.approx(0.3)  # of the last records, where known
+    assert math.isnan(table.loc["full", "KL to full"])
 
 
 def test_the_page_needs_no_measurement() -> None:

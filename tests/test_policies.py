@@ -33,14 +33,16 @@ buzz_parameters = {
 }
 VALUES = {  # by parameter; a method with other parameters gets `small` for its numbers
     **buzz_parameters,
-    "heavy": st.integers(0, 12),
     "capacity": st.integers(13, 24),
     "scoring": st.sampled_from(["sum", "mean"]),
     "pooling": st.sampled_from(["avg", "max"]),
     "history": st.sampled_from(["strided", "local_max"]),
     "compact": st.sampled_from(["once", "until_fits"]),
 }
-ONLY = {"buzz_strided": {"history": st.just("strided")}}
+ONLY = {  # by method
+    "buzz_strided": {"history": st.just("strided")},
+    "h2o": {"heavy": st.integers(0, 12)},
+}
 
 
 def any_of(name: str) -> st.SearchStrategy[Policy]:

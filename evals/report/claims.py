@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from buzz import BuzzPolicy
-from evals.metrics import STATISTICS
+from evals.metrics import STATISTICS, resampled
 from evals.records import Record
 from evals.report.runs import (
     Floats,
@@ -28,7 +28,6 @@ from evals.report.runs import (
     length_bin,
     pairs,
     reference_of,
-    resampled,
 )
 from evals.tasks.longbench import CATEGORIES
 

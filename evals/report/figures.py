@@ -62,7 +62,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     chosen = [run for run in ordered(runs) if run.scored]
     figures = []
     with plt.rc_context(RC):
-        for draw in (pareto, needles, positions, sensitivity, decode_time):
+        for draw in (pareto, fidelity, needles, positions, sensitivity, decode_time):
             for name, title, note, figure in draw(chosen):
                 path = folder / f"{name}.png"
                 figure.savefig(path, dpi=150)
@@ -139,21 +139,13 @@ def pareto(runs: Sequence[Run]) -> Drawn:
         return
     figure, axes = _panels(len(settings))
     for axis, group in zip(axes, settings, strict=True):
-        memory = [(run.mean("kv_nbytes_mean") or 0) / 1e6 for run in group]
+        memory = [_memory(run) for run in group]
         scores = [run.score() or 0.0 for run in group]
-        for run, x, y in zip(group, memory, scores, strict=True):
-            color, marker = STYLES.get(run.method, OTHER)
-            apart = 0 if run.budget is None else _place(run.method) - len(METHODS) / 2
-            place = x + apart * APART * max(memory)
-            if interval := run.score_interval():
-                axis.vlines(place, *interval, color=color, lw=1, alpha=0.5)
-            axis.plot(place, y, marker, color=color, ms=6, ls="", label=run.method)
+        _against_memory(axis, group, [(run.score(), run.score_interval()) for run in group])
         best = front(memory, scores, group[0].summary["higher_is_better"])
         style = {"color": "#888888", "lw": 0.8, "drawstyle": "steps-post", "zorder": 0}
         axis.plot([x for x, _ in best], [y for _, y in best], **style)
-        axis.set_title(f"{_title(group[0])}, n = {len(group[0].ran)}", fontsize=9)
-        axis.set(xlabel="KV cache, mean (MB)", ylabel=group[0].summary["headline"])
-        axis.set_xlim(left=0)
+        axis.set_ylabel(group[0].summary["headline"])
         if not any(scores):
             axis.set_ylim(-0.02, 1)
     _legend(figure, axes)
@@ -162,6 +154,44 @@ def pareto(runs: Sequence[Run]) -> Drawn:
         " runs that none of less memory beats. Methods of one budget are drawn a little apart."
     )
     yield "pareto", "Score against KV memory", note, figure
+
+
+def fidelity(runs: Sequence[Run]) -> Drawn:
+    """How far the next token's distribution is from the full cache's, against KV memory."""
+    groups = _by([run for run in runs if run.kl()[0] is not None], lambda run: run.setting)
+    if not groups:
+        return
+    figure, axes = _panels(len(groups))
+    for axis, group in zip(axes, groups.values(), strict=True):
+        _against_memory(axis, group, [run.kl() for run in group])
+        axis.set_ylabel("KL to full cache (nats a token)")
+        axis.set_ylim(bottom=0)
+    _legend(figure, axes)
+    note = (
+        "Divergence of the next-token distribution from the full cache's, while both read the full"
+        " cache's answers: 0 is no difference. Bars: 95% bootstrap intervals over samples."
+    )
+    yield "fidelity", "Distance to the full cache against KV memory", note, figure
+
+
+def _memory(run: Run) -> float:
+    """Mean megabytes of keys and values."""
+    return (run.mean("kv_nbytes_mean") or 0) / 1e6
+
+
+def _against_memory(axis: Any, group: Sequence[Run], values: Sequence[tuple[Any, Any]]) -> None:
+    """Points and intervals of runs over their KV memory, those of one budget a little apart."""
+    widest = max(map(_memory, group))
+    for run, (value, interval) in zip(group, values, strict=True):
+        color, marker = STYLES.get(run.method, OTHER)
+        apart = 0 if run.budget is None else _place(run.method) - len(METHODS) / 2
+        place = _memory(run) + apart * APART * widest
+        if interval:
+            axis.vlines(place, *interval, color=color, lw=1, alpha=0.5)
+        axis.plot(place, value or 0.0, marker, color=color, ms=6, ls="", label=run.method)
+    axis.set_title(f"{_title(group[0])}, n = {len(group[0].ran)}", fontsize=9)
+    axis.set_xlabel("KV cache, mean (MB)")
+    axis.set_xlim(left=0)
 
 
 def front(

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from buzz.errors import ConfigError
-from evals.compare import units
-from evals.metrics import STATISTICS
+from evals.compare import strata, units, values_of
+from evals.metrics import STATISTICS, resampled, score_of
 from evals.records import Record, digest
 
 Interval = tuple[float, float] | None
 Floats = NDArray[np.float64]
 REFERENCE = "full"
-RESAMPLES = 2000
 # Settings that say where and how a run was made, not what of.
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
 
@@ -36,8 +35,9 @@ class Run:
         config: the resolved configuration; `task.shard` removed.
         environment: versions, machine, git revision.
         summary: the run's own; of a failed run status and error, of an unfinished one empty.
-        records: samples that ran or were out of memory.
+        records: samples that ran, were out of memory or failed.
         missing: shards that are not there, as written in `task.shard`.
+        fidelity: with `kl=true`, the samples' distance to the full cache.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Run:
     summary: dict[str, Any]
     records: list[Record]
     missing: tuple[str, ...] = ()
+    fidelity: Sequence[Record] = ()
 
     @property
     def task(self) -> str:
@@ -72,7 +73,7 @@ class Run:
     @property
     def setting(self) -> str:
         """Equal for runs of the same task, model and seed, on whatever machine."""
-        return digest([self.config[key] for key in ("task", "model", "seed")])
+        return digest([self.config.get(key) for key in ("task", "task_version", "model", "seed")])
 
     @property
     def machine(self) -> str:
@@ -97,10 +98,11 @@ class Run:
             return f"unfinished: {len(self.records)} samples"
         if "statistic" not in self.summary:
             return "made by an earlier version"
-        oom = [record for record in self.records if record["status"] == "oom"]
-        if oom:
-            reason = oom[0].get("error", "out of memory")
-            return f"OOM in {len(oom)} of {len(self.records)} samples: {reason}"
+        for status in ("failed", "oom"):
+            found = [record for record in self.records if record["status"] == status]
+            if found:
+                reason = found[0].get("error", "out of memory")
+                return f"{status.upper()} in {len(found)} of {len(self.records)} samples: {reason}"
         return "complete"
 
     @property
@@ -116,30 +118,32 @@ class Run:
 
     def score(self, groups: Iterable[str] | None = None) -> float | None:
         """The headline's score, over all groups or some: the mean of the groups' means."""
-        values = self._units(groups)
-        if not values:
-            return None
-        mean = statistics.fmean(statistics.fmean(group) for group in values.values())
-        return float(STATISTICS[self.summary["statistic"]](np.float64(mean)))
+        statistic = self.summary["statistic"]
+        found = values_of(self._of(groups), self.summary["headline"], statistic)
+        return score_of(found, statistic)
 
     def score_interval(self, groups: Iterable[str] | None = None) -> Interval:
         """95% bootstrap interval of :meth:`score`."""
-        finish = STATISTICS[self.summary["statistic"]]
-        return bootstrap(list(self._units(groups).values()), finish)
+        parts = strata((r, units(r, self.summary["headline"])) for r in self._of(groups))
+        return bootstrap(list(parts.values()), STATISTICS[self.summary["statistic"]])
 
-    def _units(self, groups: Iterable[str] | None) -> dict[str, list[float]]:
+    def _of(self, groups: Iterable[str] | None) -> list[Record]:
         chosen = None if groups is None else set(groups)
-        values: dict[str, list[float]] = {}
-        for record in self.ran:
-            if chosen is None or record["group"] in chosen:
-                found = units(record, self.summary["headline"])
-                values.setdefault(record["group"], []).extend(found)
-        return values
+        return [r for r in self.ran if chosen is None or r["group"] in chosen]
 
     def metric(self, name: str) -> tuple[float | None, Interval]:
-        """Mean of one of the task's metrics over the samples, with its interval."""
-        values = [record["scores"][name] for record in self.ran if name in record["scores"]]
-        return (statistics.fmean(values), bootstrap([values])) if values else (None, None)
+        """One of the task's metrics over the samples, with its interval."""
+        statistic = self.summary["statistic"]
+        found = values_of(self.ran, name, statistic)
+        return score_of(found, statistic), bootstrap(found, STATISTICS[statistic])
+
+    def kl(self) -> tuple[float | None, Interval]:
+        """Mean divergence of the next-token distribution from the full cache's, in nats.
+
+        Of the samples for which it is known, see :class:`evals.forced.Fidelity`.
+        """
+        known = [r["kl_to_full"] for r in self.fidelity if r["kl_to_full"] is not None]
+        return score_of([known] if known else []), bootstrap([known])
 
 
 def read_runs(root: Path) -> list[Run]:
@@ -176,6 +180,7 @@ def merge(shards: Sequence[Run]) -> Run:
         summary=failed[0] if failed else first.summary,
         records=[record for run in shards for record in run.records],
         missing=tuple(sorted(missing + unfinished)),
+        fidelity=[record for run in shards for record in run.fidelity],
     )
 
 
@@ -187,19 +192,25 @@ def _identity(run: Run) -> str:
 def _read(folder: Path) -> Run:
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(config, dict)
-    records: dict[str, Record] = {}
-    samples = folder / "samples.jsonl"
-    for line in samples.read_bytes().splitlines(keepends=True) if samples.exists() else []:
-        if line.endswith(b"\n"):  # else a run is writing it, or was killed
-            record = json.loads(line)
-            records[record["id"]] = record
+    summary = _json(folder / "summary.json")
     return Run(
         name=folder.name,
         config=config,
         environment=_json(folder / "environment.json"),
-        summary=_json(folder / "summary.json"),
-        records=[record for record in records.values() if record["status"] in ("ok", "oom")],
+        summary={} if summary.get("status") == "interrupted" else summary,
+        records=_records(folder / "samples.jsonl"),
+        fidelity=_records(folder / "fidelity.jsonl"),
     )
+
+
+def _records(path: Path) -> list[Record]:
+    """The last record of each sample."""
+    records: dict[str, Record] = {}
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith(b"\n"):  # else a run is writing it, or was killed
+            record = json.loads(line)
+            records[record["id"]] = record
+    return list(records.values())
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -218,32 +229,20 @@ def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:
 def pairs(
     run: Run, other: Run, value: Callable[[Record], Iterable[float | None]]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Values of the samples that both runs answered from the same prompt, by group."""
+    """Values of the samples that both runs answered from the same prompt, by group.
+
+    Of samples that are about the same, see :func:`evals.compare.strata`, the means.
+    """
     theirs = {record["id"]: record for record in other.ran}
-    found: dict[str, list[tuple[float, float]]] = {}
+    parts: list[tuple[Record, list[tuple[float, float]]]] = []
     for record in run.ran:
         match = theirs.get(record["id"])
         if match and match["prompt_sha256"] == record["prompt_sha256"]:
             both = zip(value(record), value(match), strict=True)
             known = [(a, b) for a, b in both if a is not None and b is not None]
-            found.setdefault(record["group"], []).extend(known)
-    return {group: values for group, values in found.items() if values}
-
-
-def resampled(groups: Sequence[Sequence[Any]]) -> Floats | None:
-    """Means of the groups' means, [RESAMPLES, ...], each group resampled by itself.
-
-    The seed is fixed: the same data give the same numbers. None if nothing can be resampled.
-    """
-    if not groups or min(map(len, groups)) < 2:
-        return None
-    rng = np.random.default_rng(0)
-    total: Floats = np.zeros(())
-    for group in groups:
-        values = np.asarray(group, float)
-        picks = rng.integers(len(values), size=(RESAMPLES, len(values)))
-        total = total + values[picks].mean(axis=1)
-    return total / len(groups)
+            if known:
+                parts.append((record, known))
+    return strata(parts)
 
 
 def interval_of(values: Floats | None) -> Interval:

@@ -222,6 +222,8 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], n
             for metric in metrics:
                 row |= _with_interval(metric, *run.metric(metric))
             row |= _difference(run, full)
+            if any(other.fidelity for other in runs):
+                row |= _with_interval("KL to full", *run.kl())
             row |= _memory(run, full)
         rows.append(row | {"n": len(run.ran), "status": run.status})
     return Table(name, title, pd.DataFrame(rows), note)
@@ -286,7 +288,9 @@ def retrieval(runs: Sequence[Run]) -> Table:
         "Passkeys and other tasks",
         [run for run in runs if run.task not in KNOWN],
         (),
-        "An interval of no width means that every sample scored the same, not certainty.",
+        "An interval of no width means that every sample scored the same, not certainty. KL to"
+        " full: divergence, in nats a token, of the next-token distribution from the full cache's,"
+        " on the full cache's own answers.",
     )
 
 

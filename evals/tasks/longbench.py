@@ -3,7 +3,7 @@
 Prompts, answer lengths and metrics are read from lm-eval's task definitions (`pip install
 buzz-bench[longbench]`). Where those differ from https://github.com/THUDM/LongBench (pred.py,
 eval.py, config/dataset2prompt.json), the benchmark's rules are restored here; truncation from the
-middle is the runner's (:func:`evals.runner.encode`).
+middle is the runner's (:func:`evals.prompts.encode`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.data import load_hub, read_jsonl
+from evals.data import are_texts, load_hub, read_jsonl
 from evals.records import Record
 from evals.task import Sample, Task
 
 REMEDY = "LongBench needs lm-eval and its metrics: pip install 'buzz-bench[longbench]'"
 
 NO_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+CLASSES = {"trec", "lsht"}  # whose metric knows the other answers
+ANSWERS = {"passage_retrieval_en": r"Paragraph \d+", "passage_retrieval_zh": r"段落\d+"}
 FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 STOP = {"samsum": ("\n",)}
 # The white space that lm-eval's prompts lost.
@@ -117,20 +119,24 @@ class LongBench(Task):
         else:
             rows = read_jsonl(self._file(name), "task.data_dir", ("context", "answers"))
         for number, row in enumerate(rows, start=1):
-            # LongBench says `input`, lm-eval's mirror `question`.
-            if "question" not in row and "input" not in row:
-                raise ConfigError("task.data_dir", f"{name}, sample {number}", "has no `input`")
-            if not isinstance(row["answers"], list) or not row["answers"]:
-                raise ConfigError(
-                    "task.data_dir", f"{name}, sample {number}", "`answers` must be a list of texts"
-                )
-            if self.extended and not isinstance(row.get("length"), int):
-                raise ConfigError(
-                    "task.data_dir",
-                    f"{name}, sample {number}",
-                    "`length` must be a number of words",
-                )
+            if problem := self._problem(name, row):
+                raise ConfigError("task.data_dir", f"{name}, sample {number}", problem)
         return rows
+
+    def _problem(self, name: str, row: dict[str, Any]) -> str | None:
+        """What is wrong with a sample, if anything is."""
+        # LongBench says `input`, lm-eval's mirror `question`.
+        if not are_texts([row["context"], row.get("input", row.get("question"))]):
+            return "`context` and `input` must be texts"
+        if not are_texts(row["answers"]):
+            return "`answers` must be a list of texts"
+        if name in CLASSES and not are_texts(row.get("all_classes")):
+            return "`all_classes` must be a list of texts"
+        if not all(re.search(ANSWERS.get(name, ""), answer) for answer in row["answers"]):
+            return f"`answers` must be like {ANSWERS[name]}"
+        if self.extended and type(row.get("length")) is not int:
+            return "`length` must be a number of words"
+        return None
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         return [
@@ -189,9 +195,10 @@ def averages(means: dict[str, float]) -> dict[str, dict[str, float]]:
         }
 
     names, code = set(means), set(means).intersection(CATEGORIES["code"])
+    english, chinese = names - CHINESE - code, names & CHINESE
     languages = {
-        "English": by_category(names - CHINESE),
-        "Chinese": by_category(names & CHINESE | code),
+        "English": by_category(english | code) if english else {},
+        "Chinese": by_category(chinese | code) if chinese else {},
         "code": by_category(code),
     }
     average = {name: statistics.fmean(found.values()) for name, found in languages.items() if found}

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.records import Record
-from evals.task import Sample, Task, at_least, one_of
+from evals.task import Sample, Task, at_least, distinct, one_of
 
 INTRO = (
     "There is a pass key hidden in the following text. Find it and remember it."
@@ -110,6 +110,8 @@ class Needle(Task):
         for depth in self.depths:
             if not isinstance(depth, int | float) or not 0 <= depth <= 100:
                 raise ConfigError("task.depths", depth, "give percentages from 0 to 100")
+        distinct("task.lengths", self.lengths)
+        distinct("task.depths", self.depths)
 
     def longest_prompt(self) -> int:
         return max(self.lengths)

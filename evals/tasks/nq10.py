@@ -1,7 +1,8 @@
 """Questions over ten documents, one of which holds the answer: 10-QA of Lost in the Middle.
 
-Data and metrics of Liu et al. (arXiv 2307.03172, https://github.com/nelson-liu/lost-in-the-middle);
-the prompt has their layout in other words.
+Data, layout and metric are those of Liu et al. (arXiv 2307.03172,
+https://github.com/nelson-liu/lost-in-the-middle), the instruction is in other words: give theirs as
+`task.instruction` to compare with their numbers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.data import load_hub, read_jsonl
+from evals.data import are_texts, load_hub, read_jsonl
 from evals.metrics import normalized, word_f1
 from evals.records import Record
-from evals.task import Sample, Task, one_of
+from evals.task import Sample, Task, distinct, one_of
 
-INTRO = (
+INSTRUCTION = (
     "Answer the question at the end from the documents below. Some of them have nothing to do with"
     " it. Give the answer alone, in a few words."
 )
@@ -32,10 +33,11 @@ class NQ10(Task):
     `best_subspan`: any reference stands in the answer (the owners' metric); `exact_match`: the
     answer is a reference; `f1`: of their words, for the best reference; all three in SQuAD's normal
     form. `strict_match`: the whole answer, white space around it removed, is the first reference
-    letter by letter (BUZZ's metric).
+    letter by letter (BUZZ's metric). A question asked for several places counts once in intervals.
 
     Attributes:
         headline: which of them summaries and tables show.
+        instruction: what stands before the documents; None: :data:`INSTRUCTION`.
         gold_at: places, from 0, that the gold document is moved to: each question is asked once for
             each. None: it stays where the data have it.
         samples: at most so many questions.
@@ -44,8 +46,10 @@ class NQ10(Task):
     """
 
     grouped_by: ClassVar[str] = "place of the gold document"
+    version: ClassVar[int] = 2
 
     headline: str = "best_subspan"
+    instruction: str | None = None
     gold_at: Sequence[int] | None = None
     data_file: str | None = None
     hub: str | None = None
@@ -72,6 +76,7 @@ class NQ10(Task):
         for place in self.gold_at or ():
             if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < fewest:
                 raise ConfigError("task.gold_at", place, f"give places from 0 to {fewest - 1}")
+        distinct("task.gold_at", self.gold_at or ())
         self._rows = rows
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
@@ -85,15 +90,16 @@ class NQ10(Task):
         documents = list(row["ctxs"])
         documents.insert(place, documents.pop(row["gold_index"]))
         lines = [
-            f"Document [{i}] (Title: {document['title']}) {document['text']}"
+            f"Document [{i}](Title: {document['title']}) {document['text']}"
             for i, document in enumerate(documents, start=1)
         ]
         question = f"Question: {row['question']}\nAnswer:"
         return Sample(
             id=f"{number}-{place}",
-            prompt="\n\n".join([INTRO, "\n".join(lines), question]),
+            prompt="\n\n".join([self.instruction or INSTRUCTION, "\n".join(lines), question]),
             references=tuple(row["answers"]),
             group=str(place) if self.gold_at else "",
+            unit=str(number),
             meta={"gold_at": place},
         )
 
@@ -113,7 +119,7 @@ class NQ10(Task):
 
 def score(prediction: str, first: str, references: Sequence[str]) -> dict[str, float]:
     """All metrics of one answer, see :class:`NQ10`."""
-    line = prediction.split("\n")[0].strip()
+    line = prediction.strip().split("\n")[0].strip()
     plain = normalized(line)
     expected = [normalized(reference) for reference in references]
     return {
@@ -128,10 +134,17 @@ def _problem(row: dict[str, Any], needed: Sequence[str]) -> str | None:
     """What is wrong with a sample, if anything is."""
     if missing := [key for key in needed if key not in row]:
         return f"lacks {', '.join(missing)}"
-    if not isinstance(row["answers"], list) or not row["answers"]:
+    if not isinstance(row["question"], str):
+        return "`question` must be a text"
+    if not are_texts(row["answers"]):
         return "`answers` must be a list of texts"
-    if not row["ctxs"] or not all({"title", "text"} <= document.keys() for document in row["ctxs"]):
+    documents = row["ctxs"]
+    if not isinstance(documents, list) or not documents or not all(map(_is_document, documents)):
         return "`ctxs` must be a list of documents with title and text"
-    if row["gold_index"] not in range(len(row["ctxs"])):
+    if type(row["gold_index"]) is not int or row["gold_index"] not in range(len(documents)):
         return "`gold_index` is no place in `ctxs`"
     return None
+
+
+def _is_document(value: object) -> bool:
+    return isinstance(value, dict) and are_texts([value.get("title"), value.get("text")])

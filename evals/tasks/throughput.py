@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.records import Record
-from evals.task import Sample, Task, at_least
+from evals.task import Sample, Task, at_least, distinct
 
 MEASURES = {
     "decode tokens/s": "decode_tokens_per_s",
@@ -51,6 +51,7 @@ class Throughput(Task):
             raise ConfigError("task.lengths", self.lengths, "give at least one number of tokens")
         for length in self.lengths:
             at_least(1, "task.lengths", length)
+        distinct("task.lengths", self.lengths)
         if self.chat_template:
             raise ConfigError("task.chat_template", True, "prompts are random tokens; leave it out")
 

@@ -22,7 +22,8 @@ class Wikitext(StreamTask):
     """Scores: token and word perplexity; lower is better.
 
     Words are what white space separates; a text's word perplexity is exp(its loss in nats / its
-    words), so it does not depend on the tokenizer.
+    words), so it does not depend on the tokenizer. Of several texts, which are of one length, the
+    perplexity is the geometric mean of theirs.
 
     Attributes:
         samples: the text is cut into consecutive pieces of `tokens`, each with a cache of its own;
@@ -92,6 +93,8 @@ class Wikitext(StreamTask):
         spans = zip([0, *ends], ends, curve, strict=False)
         names = ("token_perplexity", "word_perplexity")
         return {
-            "metric": {n: statistics.fmean(r["scores"][n] for r in records) for n in names},
+            "metric": {
+                n: statistics.geometric_mean(r["scores"][n] for r in records) for n in names
+            },
             "position (nats)": {f"{first + 1}-{end}": loss for first, end, loss in spans},
         }
