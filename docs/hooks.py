@@ -1,7 +1,8 @@
 """Pages that are made while the site is built: the configuration, and the result tables.
 
 A line `<!-- configs FOLDER -->` becomes a table of each YAML file there, its comments the
-descriptions; `<!-- tables FOLDER -->` becomes the Markdown and CSV tables there.
+descriptions (a file that sets others' settings is shown as it is); `<!-- tables FOLDER -->` becomes
+the Markdown and CSV tables there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
+GLOBAL = "@package _global_"  # what such a file begins with
 MARK = re.compile(r"^<!-- (configs|tables) (\S+) -->$", re.MULTILINE)
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?: (?P<value>[^#]*?))?(?:\s+# (?P<note>.*))?$")
 
@@ -34,17 +36,21 @@ def configs(path: Path) -> str:
     files = [path] if path.is_file() else sorted(path.glob("*.yaml"))
     if not files:
         raise FileNotFoundError(f"{path} holds no configuration")
-    return "\n\n".join(section(file) for file in files)
+    return "\n\n".join(filter(None, map(section, files)))
 
 
 def section(file: Path) -> str:
+    """Nothing for a file that has neither comment nor values."""
     text = file.read_text(encoding="utf-8")
-    head = re.match(r"(?:#.*\n)*", text)
-    lines = [line[1:].strip() for line in head[0].splitlines()] if head else []
-    parts = [f"### {file.stem}", " ".join(lines)]
-    if rows := list(settings(text)):
+    comment, body = re.fullmatch(r"((?:#[^\n]*\n)*)(.*)", text, re.DOTALL).groups()
+    lines = [line[2:] for line in comment.splitlines()]
+    shown = [f"`{line.strip()}`" if line.startswith("  ") else line for line in lines]
+    parts = [" ".join(line for line in shown if line != GLOBAL)]
+    if GLOBAL in lines:
+        parts.append(f"```yaml\n{body}```")
+    elif rows := list(settings(text)):
         parts.append("\n".join(["| setting | default | |", "| --- | --- | --- |", *rows]))
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join([f"### {file.stem}", *filter(None, parts)]) if any(parts) else ""
 
 
 def settings(text: str) -> Iterator[str]:
@@ -74,16 +80,22 @@ def tables(folder: Path) -> str:
     parts = []
     for file in sorted(folder.glob("*")) if folder.is_dir() else []:
         if file.suffix == ".md":
-            parts.append(f"### {file.stem}\n\n{file.read_text(encoding='utf-8')}")
+            parts.append("#" + file.read_text(encoding="utf-8"))  # its title, a level lower
         elif file.suffix == ".csv" and not file.with_suffix(".md").exists():
-            parts.append(f"### {file.stem}\n\n{csv_table(file)}")
+            title = file.stem.replace("_", " ")
+            parts.append(f"### {title}\n\n{csv_table(file)}")
     return "\n\n".join(parts) or "There are none yet."
 
 
 def csv_table(file: Path) -> str:
+    """`same` is the cell above's; a single source is named below the table, several in a column."""
     with open(file, encoding="utf-8", newline="") as stream:
-        header, *rows = csv.reader(stream)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
-    )
+        rows = list(csv.DictReader(stream))
+    for above, row in zip(rows, rows[1:], strict=False):
+        row.update((key, above[key]) for key, value in row.items() if value == "same")
+    sources = {row["source"] for row in rows}
+    header = [key for key in rows[0] if key != "source" or len(sources) > 1]
+    lines = [header, ["---"] * len(header), *([row[key] for key in header] for row in rows)]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return table if len(sources) > 1 else f"{table}\n\nSource: {sources.pop()}."
