@@ -100,7 +100,8 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
         handles, names = axis.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
     names = sorted(entries, key=lambda name: _place(name.split()[0]))
-    columns = min(7 if len(axes) > 2 else 4 if len(axes) > 1 else 3, len(names))
+    widest = 0.45 + 0.075 * max(map(len, names))  # inches of an entry, at this font size
+    columns = max(1, min(int(figure.get_figwidth() / widest), len(names)))
     where = {"loc": "outside upper center", "ncols": columns}
     figure.legend([entries[name] for name in names], names, **where)
 
