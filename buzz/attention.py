@@ -33,9 +33,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from buzz import kernels
 from buzz.errors import ConfigError
+from buzz.layer import EvictionLayer
 
 if TYPE_CHECKING:
-    from buzz.cache import EvictionCache, EvictionLayer
+    from buzz.cache import EvictionCache
 
 BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -100,8 +101,6 @@ def attend(
     Returns:
         Output [batch, new, heads, head_dim]; no weights.
     """
-    from buzz.cache import EvictionLayer
-
     index: Any = module.layer_idx
     layer = eviction_cache.layers[index] if eviction_cache is not None else None
     if eviction_cache is None or not isinstance(layer, EvictionLayer):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import baselines  # noqa: F401  (registers its policies)
-from buzz.cache import EvictionLayer
+from buzz.layer import EvictionLayer
 from buzz.policy import POLICIES
 from buzz.rope import Rope
 

@@ -21,7 +21,7 @@ from buzz import (
     ConfigError,
     Policy,
 )
-from buzz.cache import EvictionLayer
+from buzz.layer import EvictionLayer
 from buzz.rope import Rope
 
 small = st.integers(1, 12)

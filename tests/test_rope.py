@@ -12,7 +12,7 @@ from tiny import FAMILIES, prompt, tiny
 from baselines import H2OPolicy, StreamingLLMPolicy
 from buzz import EvictionCache
 from buzz.attention import of_layer
-from buzz.cache import EvictionLayer
+from buzz.layer import EvictionLayer
 from buzz.rope import Rope
 
 

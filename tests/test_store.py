@@ -8,7 +8,7 @@ from test_generate import METHODS, every_method
 from tiny import prompt, tiny
 
 from buzz import EvictionCache
-from buzz.cache import EvictionLayer
+from buzz.layer import EvictionLayer
 from buzz.rope import Rope
 from buzz.store import Store, with_spare
 

@@ -69,7 +69,6 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
-    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last ``q`` of ``n`` tokens, and what every key received.
 
@@ -83,8 +82,6 @@ def scored_prefill(
         value: [B, Hkv, n, Dv].
         scale: factor of the logits, usually ``D ** -0.5``.
         observe: only the last ``observe`` queries count in what is received; None: all.
-        starts: [B] int64, the first key of each row; what precedes it is padding, which neither
-            attends (its output is zero) nor receives. None: no padding.
 
     Returns:
         The output [B, Hq, q, Dv] in the query's dtype, dense as [B, q, Hq, Dv], and the received
@@ -96,10 +93,8 @@ def scored_prefill(
     """
     _check(query, key, value)
     if torch.compiler.is_compiling():
-        return _compiled(query, key, value, scale, observe, starts)
-    return implementation(query).scored_prefill(
-        query, key, value, scale, observe=observe, starts=starts
-    )
+        return _compiled(query, key, value, scale, observe, None)
+    return implementation(query).scored_prefill(query, key, value, scale, observe=observe)
 
 
 def scored_decode(
@@ -112,7 +107,8 @@ def scored_decode(
         key: [B, Hkv, n, D].
         value: [B, Hkv, n, Dv].
         scale: factor of the logits.
-        starts: [B] int64, the first valid key of each row; earlier ones are padding.
+        starts: [B] int64, below n: the first key of each row. What precedes it, where rows hold
+            less than the longest, is neither attended nor receives. None: all 0.
 
     Returns:
         The output [B, Hq, 1, Dv] and the received attention [B, Hkv, n] in float32.
@@ -192,7 +188,7 @@ def _compiled(
     """Both functions as one opaque operator, so that torch.compile sees through to the next."""
     if query.shape[2] == 1:
         return scored_decode(query, key, value, scale, starts)
-    return scored_prefill(query, key, value, scale, observe=observe, starts=starts)
+    return scored_prefill(query, key, value, scale, observe=observe)
 
 
 @_compiled.register_fake

@@ -187,9 +187,8 @@ static void reduce_received(const std::vector<float>& partial, int64_t lists, in
 }
 
 extern "C" void buzz_scored_prefill(const float* query, const float* key, const float* value,
-                                    float* out, float* received, const int64_t* starts,
-                                    const Shape* shape_, const Strides* strides, float scale,
-                                    int threads) {
+                                    float* out, float* received, const Shape* shape_,
+                                    const Strides* strides, float scale, int threads) {
     const Shape shape = *shape_;
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
     // Few heads: each is shared out over several tasks, which take its blocks in turn, so that
@@ -204,19 +203,16 @@ extern "C" void buzz_scored_prefill(const float* query, const float* key, const 
         for (int64_t task = 0; task < rows * split; task++) {
             const int64_t b = task / split / shape.heads, h = task / split % shape.heads;
             const int64_t g = h / (shape.heads / shape.kv_heads);
-            // Padding is on the left: what is left of a row is a smaller problem of its own.
-            const int64_t start = starts ? starts[b] : 0, keys = shape.keys - start;
-            const int64_t queries = std::min(shape.queries, keys);
-            const int64_t skipped = shape.queries - queries;
-            const float* q = query + b * sq.batch + h * sq.head + skipped * sq.token;
-            float* o = out + b * so.batch + h * so.head + skipped * so.token;
-            for (int64_t i = task % split * BLOCK; i < queries; i += split * BLOCK)
-                attend_block(q + i * sq.token, key + b * sk.batch + g * sk.head + start * sk.token,
-                             value + b * sv.batch + g * sv.head + start * sv.token,
-                             o + i * so.token, &partial[task * shape.keys + start],
-                             std::min<int64_t>(BLOCK, queries - i), keys - queries + i + 1,
-                             std::max<int64_t>(0, queries - shape.observe - i), scale, sq, sk, sv,
-                             so, shape, scratch);
+            const float* q = query + b * sq.batch + h * sq.head;
+            float* o = out + b * so.batch + h * so.head;
+            for (int64_t i = task % split * BLOCK; i < shape.queries; i += split * BLOCK)
+                attend_block(q + i * sq.token, key + b * sk.batch + g * sk.head,
+                             value + b * sv.batch + g * sv.head, o + i * so.token,
+                             &partial[task * shape.keys],
+                             std::min<int64_t>(BLOCK, shape.queries - i),
+                             shape.keys - shape.queries + i + 1,
+                             std::max<int64_t>(0, shape.queries - shape.observe - i), scale, sq, sk,
+                             sv, so, shape, scratch);
         }
     }
     reduce_received(partial, rows * split, split * shape.heads / shape.kv_heads, shape.keys,
@@ -259,6 +255,7 @@ static void add_weighted(const float* p, const float* v, int64_t step, int64_t k
 }
 
 // One query a head. A task is one row and key head: K and V pass once for its group of queries.
+// A row that holds less than the longest begins at its entry of `starts`.
 extern "C" void buzz_scored_decode(const float* query, const float* key, const float* value,
                                    float* out, float* received, const int64_t* starts,
                                    const Shape* shape_, const Strides* strides, float scale,

@@ -117,22 +117,22 @@ def _attend(
     key: Tensor,
     value: Tensor,
     scale: float,
-    observe: int | None,
-    starts: Tensor | None,
+    observe: int | None = None,
+    *starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Call one of the two kernels; only that of decoding takes `starts`."""
     dtype = query.dtype
     query, key, value = _dense(query), _dense(key), _dense(value)
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     value_dim = value.shape[-1]
-    # Zeros, because padded queries are left alone. [B, q, Hq, Dv] in memory, as models want it.
+    # Zeros, because decoding adds to them. [B, q, Hq, Dv] in memory, as models want it.
     output = query.new_zeros(batch, queries, heads, value_dim).transpose(1, 2)
     received = query.new_zeros(batch, kv_heads, keys)
     observe = queries if observe is None else observe
     shape = (batch, heads, kv_heads, queries, keys, dim, value_dim, observe)
-    starts = None if starts is None else _dense(starts, torch.int64)
     getattr(library(), function)(
-        *map(_pointer, (query, key, value, output, received, starts)),
+        *map(_pointer, (query, key, value, output, received, *starts)),
         (ctypes.c_int64 * len(shape))(*shape),
         _strides(query, key, value, output),
         ctypes.c_float(scale),
@@ -148,16 +148,16 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
-    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
-    return _attend("buzz_scored_prefill", query, key, value, scale, observe, starts)
+    return _attend("buzz_scored_prefill", query, key, value, scale, observe)
 
 
 def scored_decode(
     query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_decode`."""
+    starts = None if starts is None else _dense(starts, torch.int64)
     return _attend("buzz_scored_decode", query, key, value, scale, None, starts)
 
 

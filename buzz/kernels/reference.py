@@ -25,25 +25,21 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
-    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
     batch, heads, queries, _ = query.shape
     kv_heads, keys = key.shape[1:3]
     group = heads // kv_heads
     first_observed = 0 if observe is None else queries - observe
-    slot = torch.arange(keys, device=query.device)
 
     # Laid out as models want it: [B, q, Hq, Dv] in memory.
     output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     received = torch.zeros(batch, kv_heads, keys, device=query.device)
-    # One key head at a time, so that its block of scores stays in the processor's cache; a single
-    # query has no such block.
-    step = kv_heads if queries == 1 else 1
-    for head in range(0, kv_heads, step):
-        own = slice(head, head + step)
-        members = slice(head * group, (head + step) * group)
-        q = _wide(query[:, members]).unflatten(1, (step, group))
+    # One key head at a time, so that its block of scores stays in the processor's cache.
+    for head in range(kv_heads):
+        own = slice(head, head + 1)
+        members = slice(head * group, (head + 1) * group)
+        q = _wide(query[:, members])[:, None]
         k, v = _wide(key[:, own]).mT, _wide(value[:, own])
         for low in range(0, queries, BLOCK):
             high = min(low + BLOCK, queries)
@@ -52,15 +48,11 @@ def scored_prefill(
             scores = (block.flatten(2, 3) @ k[..., :seen]).view(*block.shape[:4], seen)
             future = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
             scores[..., low - high :].masked_fill_(future, -torch.inf)
-            if starts is None:
-                weights = scores.softmax(-1)
-            else:  # a query that is itself padding sees nothing: 0 / 0
-                padding = (slot[:seen] < starts[:, None])[:, None, None, None]
-                weights = scores.masked_fill(padding, -torch.inf).softmax(-1).nan_to_num(0.0)
+            weights = scores.softmax(-1)
             counted = weights[:, :, :, max(0, first_observed - low) :]
             received[:, own, :seen] += counted.sum((2, 3))
             mixed = weights.flatten(2, 3) @ v[:, :, :seen]
-            output[:, members, low:high] = mixed.view(batch, step * group, high - low, -1)
+            output[:, members, low:high] = mixed.view(batch, group, high - low, -1)
     return output, received
 
 
@@ -68,7 +60,15 @@ def scored_decode(
     query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_decode`."""
-    return scored_prefill(query, key, value, scale, starts=starts)
+    batch, heads, _, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    scores = _wide(query).view(batch, kv_heads, heads // kv_heads, -1) * scale @ _wide(key).mT
+    if starts is not None:
+        absent = torch.arange(keys, device=query.device) < starts[:, None]
+        scores = scores.masked_fill(absent[:, None, None], -torch.inf)
+    weights = scores.softmax(-1)
+    output = (weights @ _wide(value)).view(batch, heads, 1, -1)
+    return output.to(query.dtype), weights.sum(2).float()
 
 
 def move(

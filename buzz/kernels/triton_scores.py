@@ -25,11 +25,10 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 @triton.jit
 def _attend_kernel(
-    query, key, value, starts, out, lse,
+    query, key, value, out, lse,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sob, soh, sot,
     queries, keys, heads, scale,
-    GROUP: tl.constexpr, PADDED: tl.constexpr,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: flash attention that also stores the log-sum-exp."""
@@ -39,7 +38,6 @@ def _attend_kernel(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     position = keys - queries + i  # the last key that each query sees
-    start = tl.load(starts + b).to(tl.int32) if PADDED else 0
     q = tl.load(
         query + b * sqb + h * sqh + i.to(tl.int64)[:, None] * sqt + d[None, :],
         mask=(i < queries)[:, None] & (d < DIM)[None, :], other=0.0,
@@ -50,7 +48,7 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     last = tl.minimum(keys, keys - queries + (tl.program_id(0) + 1) * BLOCK_M)
-    for low in range(start // BLOCK_N * BLOCK_N, last, BLOCK_N):
+    for low in range(0, last, BLOCK_N):
         j = low + tl.arange(0, BLOCK_N)
         k = tl.load(
             key + j.to(tl.int64)[None, :] * skt + d[:, None],
@@ -60,32 +58,29 @@ def _attend_kernel(
             value + j.to(tl.int64)[:, None] * svt + dv[None, :],
             mask=(j < keys)[:, None] & (dv < VALUE_DIM)[None, :], other=0.0,
         )  # fmt: skip
-        visible = (j[None, :] <= position[:, None]) & (j >= start)[None, :]
+        visible = j[None, :] <= position[:, None]
         s = tl.where(visible, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: padding
-        p = tl.exp(s - safe[:, None])
-        old = tl.exp(top - safe)
+        new_top = tl.maximum(top, tl.max(s, 1))  # finite: every query sees key 0
+        p = tl.exp(s - new_top[:, None])
+        old = tl.exp(top - new_top)
         total = total * old + tl.sum(p, 1)
         acc = acc * old[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new_top
-    seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    acc = acc / total[:, None]
     tl.store(
         out + b * sob + h * soh + i.to(tl.int64)[:, None] * sot + dv[None, :],
         acc.to(out.dtype.element_ty), mask=(i < queries)[:, None] & (dv < VALUE_DIM)[None, :],
     )  # fmt: skip
-    # A query that saw nothing must give nothing: exp(s - inf) = 0.
-    logsum = tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), float("inf"))
+    logsum = top + tl.log(total)
     tl.store(lse + tl.program_id(1).to(tl.int64) * queries + i, logsum, mask=i < queries)
 
 
 @triton.jit
 def _received_kernel(
-    query, key, lse, starts, received,
+    query, key, lse, received,
     sqb, sqh, sqt, skb, skh, skt, slb, slh,
     queries, keys, kv_heads, first, scale,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key head: the sum of its probabilities over queries and group."""
@@ -93,7 +88,6 @@ def _received_kernel(
     g = (tl.program_id(1) % kv_heads).to(tl.int64)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    start = tl.load(starts + b).to(tl.int32) if PADDED else 0
     k = tl.load(
         key + b * skb + g * skh + j.to(tl.int64)[None, :] * skt + d[:, None],
         mask=(j < keys)[None, :] & (d < DIM)[:, None], other=0.0,
@@ -115,7 +109,6 @@ def _received_kernel(
             visible = j[None, :] <= (keys - queries + i)[:, None]
             s = tl.dot(q, k, input_precision="ieee") * scale
             share += tl.sum(tl.where(visible, tl.exp(s - norm[:, None]), 0.0), 0)
-    share = tl.where(j >= start, share, 0.0)
     tl.store(received + tl.program_id(1).to(tl.int64) * keys + j, share, mask=j < keys)
 
 
@@ -163,7 +156,7 @@ def _decode_kernel(
             mask=(member < GROUP)[:, None] & (j < keys)[None, :],
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # before the row's first key
         p = tl.exp(s - safe[:, None])
         old = tl.exp(top - safe)
         total = total * old + tl.sum(p, 1)
@@ -273,20 +266,18 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
     return output, lse
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The same from :func:`_attend_kernel`: any dtype, any head size, left padding."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same from :func:`_attend_kernel`: any dtype, any head size."""
     batch, heads, queries, dim = query.shape
     value_dim = value.shape[-1]
     output = query.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     block = _block(query, 32)
     _attend_kernel[(triton.cdiv(queries, block), batch * heads)](
-        query, key, value, starts, output, lse,
+        query, key, value, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         queries, key.shape[2], heads, scale,
-        GROUP=heads // key.shape[1], PADDED=starts is not None, DIM=dim, VALUE_DIM=value_dim,
+        GROUP=heads // key.shape[1], DIM=dim, VALUE_DIM=value_dim,
         BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim), BLOCK_M=block, BLOCK_N=_block(key, 8),
     )  # fmt: skip
     return output, lse
@@ -299,24 +290,23 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
-    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
     query, key, value = _dense(query), _dense(key), _dense(value)
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     params = SDPAParams(query, key, value, None, 0.0, False, heads != kv_heads)
-    if starts is None and dim % 8 == 0 and can_use_flash_attention(params):
+    if dim % 8 == 0 and can_use_flash_attention(params):
         output, lse = _flash(query, key, value, scale)
     else:
-        output, lse = _attend(query, key, value, scale, starts)
+        output, lse = _attend(query, key, value, scale)
     received = query.new_empty(batch, kv_heads, keys, dtype=torch.float32)
     block = _block(key, 32)
     _received_kernel[(triton.cdiv(keys, block), batch * kv_heads)](
-        query, key, lse, starts, received,
+        query, key, lse, received,
         *query.stride()[:3], *key.stride()[:3], *lse.stride()[:2],
         queries, keys, kv_heads, 0 if observe is None else max(0, queries - observe), scale,
-        GROUP=heads // kv_heads, PADDED=starts is not None, DIM=dim,
+        GROUP=heads // kv_heads, DIM=dim,
         BLOCK_D=_wide(dim), BLOCK_M=_block(query, 16), BLOCK_N=block,
     )  # fmt: skip
     return output, received

@@ -1,0 +1,383 @@
+"""One layer of an evicting cache: takes a step's entries in, and thins them once attended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from buzz import kernels
+from buzz.policy import Policy
+from buzz.rope import Rope
+from buzz.store import Store, with_spare
+
+
+@dataclass
+class Group:
+    """Rows of a batch that evict in step for ever, because their prompts are equally long.
+
+    Attributes:
+        rows: their indices in the batch.
+        padding: padding tokens before their first token.
+        seen: tokens of a row so far, without padding.
+        held: entries that a row holds.
+        sampled: how many of them are history that an eviction has sampled.
+        evictions: evictions so far.
+        source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
+            before they first moved, where turning them again and again would add up errors.
+        source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to.
+    """
+
+    rows: list[int]
+    padding: int = 0
+    seen: int = 0
+    held: int = 0
+    sampled: int = 0
+    evictions: int = 0
+    source: Tensor | None = None
+    source_positions: Tensor | None = None
+
+
+class EvictionLayer(CacheLayerMixin):
+    """One layer's cache: appends a step's entries, and evicts once they have been attended.
+
+    Args:
+        policy: the eviction method.
+        rope: how the layer rotates its keys.
+    """
+
+    is_sliding = False
+
+    def __init__(self, policy: Policy, rope: Rope) -> None:
+        super().__init__()
+        self.policy = policy
+        self.rope = rope
+        self.hold_until = 0
+        self.cumulative_length = 0  # tokens seen, padding included
+        self.groups: list[Group] = []
+        self.store: Store | None = None
+        self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
+        self.awaits_attention = False
+
+    # --- what transformers asks ---------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what generate() numbers positions by."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.longest + query_length, self.cumulative_length - self.longest
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append a step's keys and values, each [batch, kv_heads, new, head_dim].
+
+        Returns:
+            Views of all entries, [batch, kv_heads, held + new, head_dim], the newest last. Rows
+            that hold less than the longest begin with slots that are not theirs (:attr:`starts`).
+
+        Raises:
+            RuntimeError: the previous step's attention never reached this cache, or the batch
+                is not the one that the cache holds.
+        """
+        if self.awaits_attention:
+            raise RuntimeError(
+                "keys were appended but attention did not run through the cache, so nothing was"
+                " evicted: pass past_key_values by keyword, and make a new EvictionCache after"
+                " model.set_attn_implementation()"
+            )
+        keys, values = key_states.detach(), value_states.detach()
+        self.lazy_initialization(keys, values)
+        batch, _, new, _ = keys.shape
+        if not self.groups:
+            self.groups = [Group(list(range(batch)))]
+        if batch != self.batch_size:
+            raise RuntimeError(
+                f"the cache holds {self.batch_size} rows and got {batch}: call cache.reset() first"
+            )
+        self.rope.observe(self.cumulative_length)
+        positions = self._positions(new).expand(batch, keys.shape[1], new)
+        if self.store is None:  # a prompt is attended where it lies and thinned before it is kept
+            self.store = Store(keys, values, positions, scores=None, end=new, owned=False)
+        else:
+            self.store = self.store.with_room(self.start, new, self.idle)
+            if self.store is self.idle:
+                self.idle = None
+            self.store.append(keys, values, positions)
+        for group in self.groups:
+            fresh = new - group.padding if self.cumulative_length == 0 else new
+            group.seen += fresh
+            group.held += fresh
+        self.cumulative_length += new
+        self.awaits_attention = True
+        return self.view(self.store.keys), self.view(self.store.values)
+
+    def reset(self) -> None:
+        """Forget every entry. Buffers stay allocated, for the next prompt."""
+        if self.store is not None and self.store.owned:
+            self.idle = self.store
+        self.store = None
+        self.groups = []
+        self.cumulative_length = 0
+        self.awaits_attention = False
+        self.rope.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "an evicting cache cannot be cropped: what was evicted since cannot come back."
+            " Assisted decoding and other rollbacks need a DynamicCache"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make row i what row `indices[i]` was."""
+        if self.store is None:
+            return
+        self.store = self.store.select_rows(indices.to(self.device))
+        origin = indices.tolist()
+        for group in self.groups:
+            place = {row: number for number, row in enumerate(group.rows)}
+            group.rows = [row for row, old in enumerate(origin) if old in place]
+            if group.source is not None and group.source_positions is not None:
+                picked = torch.tensor([place[origin[row]] for row in group.rows], dtype=torch.int64)
+                group.source = group.source[picked.to(self.device)]
+                group.source_positions = group.source_positions[picked.to(self.device)]
+        self.groups = [group for group in self.groups if group.rows]
+
+    # --- lengths ------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        return sum(len(group.rows) for group in self.groups)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries held by each row of the batch."""
+        return self._per_row("held")
+
+    @property
+    def evictions(self) -> list[int]:
+        """Evictions so far of each row of the batch."""
+        return self._per_row("evictions")
+
+    def _per_row(self, name: str) -> list[int]:
+        by_row = {row: getattr(group, name) for group in self.groups for row in group.rows}
+        return [by_row[row] for row in range(len(by_row))]
+
+    @property
+    def longest(self) -> int:
+        """Entries that the longest row holds."""
+        return max([group.held for group in self.groups]) if self.groups else 0
+
+    @property
+    def start(self) -> int:
+        """First slot of the longest row."""
+        assert self.store is not None
+        return self.store.end - self.longest
+
+    @property
+    def starts(self) -> Tensor | None:
+        """First entry of each row in the views of :meth:`update`, int64 [batch]; None if all 0."""
+        if len(self.groups) == 1:
+            return None
+        return torch.tensor([self.longest - held for held in self.lengths], device=self.device)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The slots in use of a buffer: [batch, kv_heads, held, ...]."""
+        assert self.store is not None
+        return tensor[:, :, self.start : self.store.end]
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one entry's key and value, over the KV heads."""
+        store = self.store or self.idle
+        if store is None:
+            return 0
+        pair = (store.keys[0, :, 0], store.values[0, :, 0])
+        return sum(tensor.numel() * tensor.element_size() for tensor in pair)
+
+    def nbytes(self, allocated: bool = False) -> int:
+        """Bytes of the keys and values held, or of every buffer with its bookkeeping."""
+        if not allocated:
+            return self.entry_nbytes * sum(self.lengths)
+        sources = [t for g in self.groups for t in (g.source, g.source_positions) if t is not None]
+        stores = [store for store in (self.store, self.idle) if store is not None]
+        return sum(t.numel() * t.element_size() for t in sources) + sum(s.nbytes() for s in stores)
+
+    # --- scores and eviction ------------------------------------------------------------------
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether what this step's entries receive is ever read."""
+        if not self.policy.needs_scores:
+            return False
+        return self.policy.score_rule != "step" or self._plan() is not None
+
+    def after_attention(self, received: Tensor | None) -> None:
+        """Take in what each entry received, then evict what the policy gives up.
+
+        Args:
+            received: float32 [batch, kv_heads, held], the attention probability that each entry
+                got in this step, summed over queries and over the query heads of its group; None
+                when no scores are wanted.
+        """
+        store = self.store
+        assert store is not None
+        self.awaits_attention = False
+        scores = received
+        if received is not None and self.policy.score_rule != "step":
+            if store.scores is None:
+                store.scores = torch.zeros(store.positions.shape, device=self.device)
+            scores = self.view(store.scores).add_(received)
+        plan = self._plan()
+        if plan is None:
+            return
+        start = self.start
+        longest = max([kept for kept, _ in plan])
+        if all(kept == group.held for group, (kept, _) in zip(self.groups, plan, strict=True)):
+            target = store  # history was re-labelled, nothing leaves
+        elif store.owned and store.capacity <= 2 * with_spare(longest):
+            target = store
+        else:
+            target = self._fresh_store(store, longest)
+        for group, (kept, sampled) in zip(self.groups, plan, strict=True):
+            if kept < group.held or target is not store:
+                self._compact(group, kept, scores, start, target)
+            group.held, group.sampled = kept, sampled
+        self.store = target
+
+    def _plan(self) -> list[tuple[int, int]] | None:
+        """What the length recurrence says of each group; None when nothing happens to any."""
+        if self.cumulative_length < self.hold_until:
+            return None
+        now = [(group.held, group.sampled) for group in self.groups]
+        after = [self.policy.survivors(*lengths) for lengths in now]
+        return None if after == now else after
+
+    def _fresh_store(self, store: Store, entries: int) -> Store:
+        if self.idle is not None and self.idle.fits(store, entries):
+            fresh, self.idle = self.idle, None
+        else:
+            fresh = Store.like(store, with_spare(entries))
+        fresh.end = entries
+        return fresh
+
+    def _compact(
+        self, group: Group, kept: int, scores: Tensor | None, start: int, target: Store
+    ) -> None:
+        """Move what a group keeps to the end of `target`, its keys rotated to their new positions.
+
+        Args:
+            kept: entries that stay.
+            scores: float32 [batch, kv_heads, longest row], from slot `start` on.
+        """
+        store = self.store
+        assert store is not None
+        rows: slice | Tensor = slice(None)
+        if len(self.groups) > 1:
+            rows = torch.tensor(group.rows, device=self.device)
+        first = store.end - group.held  # slot of the group's first entry
+        tail = min(self.policy.protected, kept)
+        if kept < group.held:
+            if scores is not None:
+                scores = scores[rows, :, first - start :]
+                if self.policy.score_rule == "mean":
+                    could_see = group.seen - store.positions[rows, :, first : store.end]
+                    scores = scores / could_see
+            index = self.policy.select(group.held, group.sampled, scores).to(self.device)
+            group.evictions += 1
+        else:
+            index = torch.arange(kept - tail, device=self.device)
+        index = index.expand(len(group.rows), store.keys.shape[1], kept - tail)
+        leading = self._resident_keys(group, kept, index, store, first)
+        to = target.end - kept
+        dropped = group.held - kept
+        turns = None
+        if dropped and self.rope.static:
+            turns = self.rope.table(dropped + 1)
+        tensors = store.tensors(), target.tensors()
+        whole = None if isinstance(rows, slice) else rows
+        kernels.move(
+            *tensors,
+            first + index,
+            to,
+            first + dropped,
+            turns,
+            rows=whole,
+            interleaved=self.rope.interleaved,
+        )
+        if leading is not None:
+            target.keys[rows, :, to : to + leading.shape[2]] = leading
+        if target is not store:
+            for source, destination in zip(*tensors, strict=True):
+                recent = source[rows, :, store.end - tail : store.end]
+                destination[rows, :, target.end - tail : target.end] = recent
+
+    def _resident_keys(
+        self, group: Group, kept: int, index: Tensor, store: Store, first: int
+    ) -> Tensor | None:
+        """The keys that must not be turned step by step, turned at once from how they came.
+
+        These are, in half precision, the residents of the policy, whose rounding errors would add
+        up; and all keys where frequencies change, because turns do not add up then.
+
+        Args:
+            index: int64 [rows, kv_heads, older], entries that stay.
+            first: slot of entry 0.
+
+        Returns:
+            [rows, kv_heads, residents, head_dim], or None if there are none.
+        """
+        older = index.shape[-1]
+        if not self.rope.static:
+            residents = older
+        elif store.keys.dtype in (torch.float16, torch.bfloat16):
+            residents = min(self.policy.resident, older)
+        else:
+            residents = 0
+        if not residents or self.rope.module is None:
+            return None
+        index = index[..., :residents]
+        batch = torch.tensor(group.rows, device=self.device)[:, None, None]
+        where = batch, torch.arange(index.shape[1], device=self.device)[:, None], first + index
+        keys, arrival = store.keys[where], store.positions[where] + group.padding
+        old = group.seen - group.held + index
+        if group.source is not None and group.source_positions is not None:
+            known = group.source.shape[2]
+            place = index.clamp(max=known - 1)
+            has_source = index < known
+            source = group.source.gather(2, place[..., None].expand_as(keys))
+            keys = torch.where(has_source[..., None], source, keys)
+            old = torch.where(has_source, group.source_positions.gather(2, place), old)
+        group.source, group.source_positions = keys, old
+        new = group.seen - kept + torch.arange(residents, device=self.device)
+        return self.rope.rotate(keys, self.rope.turn(new, old, arrival))
+
+    def _positions(self, new: int) -> Tensor:
+        """Token indices of the next slots, int32 [batch or 1, 1, new]; negative in padding."""
+        slots = torch.arange(
+            self.cumulative_length,
+            self.cumulative_length + new,
+            dtype=torch.int32,
+            device=self.device,
+        ).view(1, 1, new)
+        if len(self.groups) == 1 and not self.groups[0].padding:
+            return slots
+        padding = torch.tensor(self._per_row("padding"), dtype=torch.int32, device=self.device)
+        return slots - padding[:, None, None]
