@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from evals.metrics import INVERSES, bootstrap_difference, score_of
+from evals.metrics import INVERSES, bootstrap_difference, mean, score_of
 from evals.records import Record
+
+REFERENCE = "full"  # the method that the others are compared with
 
 
 def units(record: Record, headline: str) -> list[float]:
@@ -94,10 +95,10 @@ def compare(
         "wins": sum(gain > 0 for gain in gains),
         "ties": sum(gain == 0 for gain in gains),
         "losses": sum(gain < 0 for gain in gains),
-        "agreement": _mean(_agreement(*pair) for pair in answers),
-        "prefix": _mean(_prefix(*pair) / len(pair[1]) for pair in answers),
+        "agreement": mean(_agreement(*pair) for pair in answers),
+        "prefix": mean(_prefix(*pair) / len(pair[1]) for pair in answers),
         **{
-            key: _mean(record[key] for name, record in fidelity.items() if name in ids)
+            key: mean(record[key] for name, record in fidelity.items() if name in ids)
             for key in ("kl_to_full", "top1_to_full")
         },
     }
@@ -111,11 +112,6 @@ def _agreement(own: list[int], full: list[int]) -> float:
 def _prefix(own: list[int], full: list[int]) -> int:
     """Tokens before the first difference."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, full, strict=False)))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def differing(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -22,7 +22,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
 from buzz.policy import budget_entries, check_budget
-from evals.models import ROOT, load_model
+from evals.models import NAMED, load_model, named_config
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation to score
 Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token was the likeliest
@@ -83,9 +82,8 @@ class EvictionLM(HFLM):
             raise ConfigError("batch_size", batch_size, "give a whole number of at least 1")
         if isinstance(self.budget, int):
             self.fitted(self.budget)
-        config = ROOT / "configs" / "model" / f"{pretrained}.yaml"
-        if isinstance(pretrained, str) and config.is_file():
-            settings: Any = OmegaConf.to_container(OmegaConf.load(config))
+        if isinstance(pretrained, str) and pretrained in NAMED:
+            settings = named_config(pretrained)
             device = kwargs.pop("device", None)
             pretrained, kwargs["tokenizer"] = load_model(settings, device or "auto")
             kwargs.setdefault("max_length", settings["max_length"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import statistics
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -64,6 +65,12 @@ def word_f1(answer: str, prediction: str) -> float:
     expected, found = normalized(answer).split(), normalized(prediction).split()
     common = (Counter(expected) & Counter(found)).total()
     return 2 * common / (len(expected) + len(found)) if common else 0.0
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def score_of(groups: Sequence[Sequence[float]], statistic: str = "mean") -> float | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -36,6 +37,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from buzz.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -47,6 +49,12 @@ SHAPE = (
     "num_key_value_heads",
     "vocab_size",
 )
+
+
+def named_config(name: str) -> dict[str, Any]:
+    """The model config of one of :data:`NAMED`."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(NAMED[name]))
+    return config
 
 
 def check_model(cfg: Mapping[str, Any]) -> None:

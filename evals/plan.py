@@ -16,12 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from buzz import Policy
 from buzz.errors import ConfigError
 from buzz.policy import budget_entries, check_budget
+from evals.compare import REFERENCE
 from evals.forced import reading_steps
 from evals.loggers import Logger
 from evals.models import check_model
 from evals.records import RunFolder, digest
 from evals.settings import check_fields, check_settings
-from evals.table import REFERENCE, find_reference
+from evals.table import find_reference
 from evals.task import StreamTask, Task
 
 # What runs must share to be comparable.

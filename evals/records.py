@@ -48,6 +48,8 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Holds the folder for this process; the lock of a process that died is void by itself.
 
+        Torn last lines, left by a killed run, are cut off: nobody else can be writing them.
+
         Raises:
             InUse: another run holds it.
             ConfigError: there can be no such folder.
@@ -68,10 +70,14 @@ class RunFolder:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            for path in self.path.glob("*.jsonl"):
+                written = path.read_bytes()
+                if not written.endswith(b"\n"):
+                    os.truncate(path, written.rfind(b"\n") + 1)
             yield
 
     def read(self, name: str = "samples.jsonl") -> dict[str, Record]:
-        """A file's records by sample id. A torn last line, left by a killed run, is cut off it.
+        """A file's records by sample id, without a last line that is torn, or being written.
 
         Raises:
             ConfigError: any other line is malformed.
@@ -80,22 +86,15 @@ class RunFolder:
         if not path.exists():
             return {}
         records: dict[str, Record] = {}
-        end = 0
-        lines = path.read_bytes().splitlines(keepends=True)
+        *lines, _ = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("torn")
                 record = json.loads(line)
                 records[record["id"]] = record
             except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    os.truncate(path, end)
-                    break
                 raise ConfigError(
                     "output", f"{path}:{number}", "malformed record; remove the folder"
                 ) from error
-            end += len(line)
         return records
 
     def append(self, record: Record, name: str = "samples.jsonl") -> None:
@@ -151,7 +150,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "seed": seed,
@@ -184,14 +183,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor, as the system names it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def _git_revision() -> str | None:

@@ -31,6 +31,7 @@ from evals.faults import attempt
 from evals.forced import Fidelity, compare_with_full, read
 from evals.generate import Generation, LengthMismatch, generate
 from evals.interrupt import deferred_signals
+from evals.metrics import mean
 from evals.models import load_model
 from evals.plan import Plan, expand
 from evals.prompts import Prompt, batches, load_prompts, sha256
@@ -43,7 +44,7 @@ from evals.records import (
     environment,
     writing,
 )
-from evals.summary import mean, summarize
+from evals.summary import summarize
 from evals.task import StreamTask
 
 FIDELITY = "fidelity.jsonl"
@@ -257,9 +258,10 @@ def _answer(
         batch[0].sample.stop,
         plan.config["cache"],
     )
+    measured = [_measurements(generation) for generation in generations]
     return [
-        {"scores": _finite(plan.task.score(prompt.sample, answer.text))} | _measurements(answer)
-        for prompt, answer in zip(batch, generations, strict=True)
+        {"scores": _finite(plan.task.score_record(prompt.sample, record))} | record
+        for prompt, record in zip(batch, measured, strict=True)
     ]
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 from evals.compare import strata, units, values_of
-from evals.metrics import bootstrap_interval, score_of
+from evals.metrics import bootstrap_interval, mean, score_of
 from evals.plan import Plan
 from evals.records import Record, digest
 
@@ -98,9 +96,3 @@ def _conditions(records: list[Record]) -> dict[str, Any]:
         "chat templates": sum(record["chat_template"] for record in records),
         "stop reasons": dict(sorted(Counter(r["stop_reason"] for r in records).items())),
     }
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are known."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None

@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from buzz.errors import ConfigError
-from evals.compare import compare, differing
+from evals.compare import REFERENCE, compare, differing
 from evals.records import RunFolder
 
-REFERENCE = "full"  # the method that the others are compared with
 UNEQUAL = 1.1  # ratio of mean entries from which on rows hold different memory
 
 Summary = dict[str, Any]

@@ -118,6 +118,10 @@ class Task(ABC):
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
         """Metrics of one prediction by name, :attr:`headline` among them."""
 
+    def score_record(self, sample: Sample, record: Record) -> dict[str, float]:
+        """As :meth:`score`, from all that was measured of an answer, its text among it."""
+        return self.score(sample, record["prediction"])
+
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Means by anything but the group, as {title: {row: value}}, for summary and table."""
         return {}

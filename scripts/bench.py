@@ -17,11 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ METHODS = (
     "h2o",
     "buzz-chunked",
 )
+MORE = ("tova", "snapkv")  # measured when asked for
 CHUNK = 2048
 LONG = 16384  # tokens, beyond which rows are repeated a third as often
 # Without it, glibc keeps freed blocks of up to 32 MB, and the peak of one and the same run varies
@@ -52,7 +53,8 @@ def measure(
 
     import baselines  # noqa: F401  (registers its policies)
     from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
-    from buzz.cache import EvictionLayer
+    from buzz.layer import EvictionLayer
+    from evals.generate import synchronize
     from evals.memory import memory_peak, reset_memory_peak
 
     torch.set_num_threads(threads)
@@ -77,19 +79,15 @@ def measure(
         nonlocal evicting
         start = time.perf_counter()
         evict(self, received)
-        synchronize()
+        synchronize(device)
         evicting += time.perf_counter() - start
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     def decode(held: Any, token: Any, steps: int) -> list[float]:
         latencies = []
         for _ in range(steps):
             start = time.perf_counter()
             token = forward(token, held)
-            synchronize()
+            synchronize(device)
             latencies.append(time.perf_counter() - start)
         return latencies
 
@@ -104,7 +102,7 @@ def measure(
         start = time.perf_counter()
         for chunk in ids.split(CHUNK if method.endswith("-chunked") else prompt, dim=1):
             token = forward(chunk, held)
-        synchronize()
+        synchronize(device)
         prefill = time.perf_counter() - start
         peak = memory_peak(device)
         decode(held, token, 8)  # the first steps settle buffers
@@ -154,8 +152,6 @@ def child(arguments: argparse.Namespace, method: str, prompt: int, batch: str) -
     command = [sys.executable, __file__, "--child", method, "--lengths", str(prompt)]
     command += ["--batch", batch]
     command += ["--new", str(arguments.new), "--threads", str(arguments.threads)]
-    if arguments.llama_7b:
-        command += ["--llama-7b"]
     for name, value in shape_of(arguments).items():
         command += ["--" + name.replace("_", "-"), str(value)]
     env = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)}
@@ -188,7 +184,9 @@ LLAMA_7B = {
 
 
 def shape_of(arguments: argparse.Namespace) -> dict[str, int]:
-    return LLAMA_7B if arguments.llama_7b else {name: getattr(arguments, name) for name in SHAPE}
+    given = {name: getattr(arguments, name) for name in SHAPE}
+    given = {name: value for name, value in given.items() if value is not None}
+    return LLAMA_7B if arguments.llama_7b else SHAPE | given
 
 
 def summarize(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -264,20 +262,29 @@ def table(rows: dict[str, dict[str, Any]], prompt: int, batch: str) -> Any:
     return out
 
 
-def main() -> int:
+def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS + MORE)
     parser.add_argument("--batch", nargs="+", default=["1"], help="rows, or max")
     parser.add_argument("--llama-7b", action="store_true", help="the shape of Llama-2-7B")
     parser.add_argument("--new", type=int, default=320, help="decoded tokens per row")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("results/hardware"))
-    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=METHODS + MORE, help=argparse.SUPPRESS)
     for name, value in SHAPE.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
-    arguments = parser.parse_args()
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, metavar="N", help=f"default: {value}")
+    arguments = parser.parse_args(given)
+    for name in SHAPE if arguments.llama_7b else ():
+        if getattr(arguments, name) is not None:
+            parser.error(f"argument --llama-7b: not allowed with --{name.replace('_', '-')}")
+    return arguments
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parse(given)
     if arguments.child:
         prompt = arguments.lengths[0]
         row = measure(
@@ -297,7 +304,10 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    from evals.records import cpu_name
+
+    cpu = f"{cpu_name()} {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     setting = {
         "device": device,
         "threads": arguments.threads,
@@ -306,7 +316,8 @@ def main() -> int:
         "shape": shape_of(arguments),
         "new_tokens": arguments.new,
         "repeats": arguments.repeats,
-        "policies": "defaults: sink 4, window 160, stride 5, threshold 400; h2o 280 + 280",
+        "policies": "defaults: sink 4, window 160, stride 5, threshold 400; h2o 280 + 280;"
+        " tova 512; snapkv 1,024",
         "allocator": ALLOCATOR if not torch.cuda.is_available() else {},
     }
     console = Console(width=None if sys.stdout.isatty() else 170)
@@ -333,16 +344,6 @@ def main() -> int:
             pandas.DataFrame(results).to_csv(arguments.out / f"{name}.csv", index=False)
     console.print(f"saved: {arguments.out / name}.csv")
     return 0
-
-
-def cpu_name() -> str:
-    """The processor and its cores, as the system names them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model} {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
 from buzz.policy import budget_entries, check_budget
-from evals.models import ROOT, load_model
+from evals.models import NAMED, load_model, named_config
 from evals.prompts import encode
 
 EVICTED, SINK, HISTORY, WINDOW = range(4)
@@ -285,11 +284,9 @@ def show(args: argparse.Namespace) -> None:
     text = read_text(args.text) if args.text else text
     if not text.strip():
         raise ConfigError("text", text, "there is nothing in it")
-    config = ROOT / "configs" / "model" / f"{args.model}.yaml"
-    if not config.is_file():
-        known = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
-        raise ConfigError("model", args.model, f"choose one of {known}")
-    settings = OmegaConf.to_container(OmegaConf.load(config))
+    if args.model not in NAMED:
+        raise ConfigError("model", args.model, f"choose one of {', '.join(NAMED)}")
+    settings = named_config(args.model)
     room = settings["max_length"] - args.new_tokens
     if room < 1:
         raise ConfigError("new-tokens", args.new_tokens, "leaves no room for a prompt")

@@ -69,6 +69,17 @@ def test_malformed_record_inside_the_file_is_refused(tmp_path: Path) -> None:
         folder.read()
 
 
+def test_only_a_locked_run_cuts_a_torn_line_off(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append({"id": "a"})
+    with open(folder.samples, "ab") as file:
+        file.write(b'{"id": "b", "sc')  # another process may be about to write the rest
+    assert folder.read() == {"a": {"id": "a"}}
+    assert folder.samples.read_bytes().endswith(b'"sc')
+    with folder.lock():
+        assert folder.samples.read_bytes() == b'{"id": "a"}\n'
+
+
 def test_last_record_of_an_id_counts(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for status in ("failed", "ok"):

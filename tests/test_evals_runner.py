@@ -77,6 +77,16 @@ def test_batch_budget_is_that_of_the_shortest_row(go) -> None:
     assert {record["budget_entries"] for record in records} == {round(0.5 * shortest)}
 
 
+def test_throughput_counts_the_tokens_that_were_generated(go) -> None:
+    """And not those of the text: a random model's bytes decode to other characters."""
+    setting = ["task=throughput", "task.lengths=[64]", "task.max_new_tokens=24"]
+    folder = go(*setting, "method=full", needle=False)
+    records = read(folder)
+    assert [record["prompt_tokens"] for record in records] == [64] * 3
+    for record in records:
+        assert record["scores"] == {"answer_tokens": len(record["tokens"])}
+
+
 def test_killed_run_goes_on_where_it_stopped(go, capsys) -> None:
     folder = go("method=buzz")
     whole = (folder / "samples.jsonl").read_text()
@@ -487,13 +497,6 @@ def test_failing_wandb_is_a_warning(go, monkeypatch) -> None:
     with pytest.warns(UserWarning, match="not logged to Weights & Biases: no disk"):
         folder = go("method=full", "logger=wandb")
     assert read_summary(folder)["n"] == 3
-
-
-def test_every_method_has_a_config_that_names_it() -> None:
-    from buzz import POLICIES
-
-    stems = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
-    assert stems == set(POLICIES)
 
 
 class Words:

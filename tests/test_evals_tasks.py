@@ -119,6 +119,17 @@ def test_summaries_ask_for_their_words(tmp_path: Path) -> None:
     assert prompts == [f"Two\nlines.{ending}", f"One line.{ending}"]
 
 
+@pytest.mark.parametrize(
+    "examples", ["###\nArticle: A1\n\nSummarize the above article in 1 sentence.\nS1\n\n", "S1\n\n"]
+)
+def test_summaries_after_examples_are_refused(tmp_path: Path, examples: str) -> None:
+    last = "###\nArticle: A2\n\nSummarize the above article in 1 sentence.\n"
+    rows = [{"article": last, "summary_gt": "S2"}, {"article": examples + last, "summary_gt": "S2"}]
+    with pytest.raises(ConfigError, match="task.data_file='sample 2': .*few-shot") as caught:
+        summaries(tmp_path, *rows)
+    assert "A1" not in str(caught.value)
+
+
 def test_summaries_are_scored_by_stemmed_rouge(tmp_path: Path) -> None:
     task = summaries(tmp_path, {"article": "x", "highlights": "the bees are dancing"})
     (sample,) = task.load(TOKENIZER)
@@ -150,6 +161,7 @@ def questions(tmp_path: Path, *changes: dict, **fields) -> NQ10:
     documents = [{"title": f"T{i}", "text": f"text {i}"} for i in range(4)]
     row = {"question": "who", "answers": ["The Queen Bee", "drone"], "gold_index": 2}
     rows = [row | {"ctxs": documents} | change for change in changes or ({},)]
+    rows = [{key: row[key] for key in row if row[key] is not None} for row in rows]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = NQ10(name="nq10", data_file=str(path), **fields)
@@ -167,6 +179,15 @@ def test_gold_document_stands_where_it_is_put(tmp_path: Path) -> None:
     (unmoved,) = questions(tmp_path).load(TOKENIZER)
     assert re.findall(r"Title: (T\d)", unmoved.prompt) == ["T0", "T1", "T2", "T3"]
     assert unmoved.group == "" and unmoved.meta == {"gold_at": 2}
+
+
+def test_gold_document_may_be_marked_as_the_owners_do(tmp_path: Path) -> None:
+    documents = [{"title": f"T{i}", "text": "x", "isgold": i == 1} for i in range(3)]
+    row = {"gold_index": None, "ctxs": documents}
+    (unmoved,) = questions(tmp_path, row).load(TOKENIZER)
+    assert unmoved.meta == {"gold_at": 1}
+    (moved,) = questions(tmp_path, row, gold_at=[0]).load(TOKENIZER)
+    assert re.findall(r"Title: (T\d)", moved.prompt) == ["T1", "T0", "T2"]
 
 
 def test_questions_are_asked_in_the_owners_layout(tmp_path: Path) -> None:
@@ -221,6 +242,7 @@ def test_answers_are_scored_as_the_owners_do(tmp_path: Path, answer: str, scores
     ("change", "message"),
     [
         ({"gold_index": 4}, "sample 1.*no place"),
+        ({"gold_index": None}, "lacks `gold_index`"),
         ({"answers": []}, "list of texts"),
         ({"ctxs": [{"title": "x"}]}, "title and text"),
     ],

@@ -200,26 +200,28 @@ def test_tasks_run_through_lm_eval(folder, tmp_path):
         "metric_list:\n  - metric: word_perplexity\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    metrics = {"choose": "acc", "answer": "exact_match", "perplexity": "word_perplexity"}
 
-    def evaluate(method: str) -> dict[str, dict[str, float]]:
+    def evaluate(model: str, arguments: str = "") -> tuple[dict[str, float], list[list[str]]]:
+        """Each task's metric, and the answers."""
         results = lm_eval.simple_evaluate(
-            model="buzz",
-            model_args=f"pretrained={folder},dtype=float32,{method}",
-            tasks=["choose", "answer", "perplexity"],
+            model=model,
+            model_args=f"pretrained={folder},dtype=float32{arguments}",
+            tasks=list(metrics),
             task_manager=manager,
             device="cpu",
             batch_size=3,
             bootstrap_iters=0,
         )
         assert results["n-samples"]["choose"]["effective"] == 4
-        return results["results"]
+        found = {name: results["results"][name][f"{metrics[name]},none"] for name in metrics}
+        return found, [sample["filtered_resps"] for sample in results["samples"]["answer"]]
 
-    small, full = evaluate("method=buzz,budget=0.25"), evaluate("method=full")
-    assert 0 <= small["choose"]["acc,none"] <= 1
-    assert 0 <= small["answer"]["exact_match,none"] <= 1
-    perplexities = [r["perplexity"]["word_perplexity,none"] for r in (small, full)]
-    assert all(map(math.isfinite, perplexities))
-    assert abs(perplexities[0] - perplexities[1]) > 1e-2
+    (stock, expected), (full, answers) = evaluate("hf"), evaluate("buzz", ",method=full")
+    assert full == pytest.approx(stock, rel=1e-4) and answers == expected
+    small, answers = evaluate("buzz", ",method=buzz,budget=0.25")
+    assert math.isfinite(small["perplexity"]) and answers != expected
+    assert abs(small["perplexity"] - full["perplexity"]) > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,12 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from buzz.errors import ConfigError
-from evals.compare import strata, units, values_of
-from evals.metrics import STATISTICS, resampled, score_of
-from evals.records import Record, digest
+from evals.compare import REFERENCE, strata, units, values_of
+from evals.metrics import STATISTICS, mean, resampled, score_of
+from evals.records import Record, RunFolder, digest
 
 Interval = tuple[float, float] | None
 Floats = NDArray[np.float64]
-REFERENCE = "full"
 # Settings that say where and how a run was made, not what of.
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
 
@@ -112,9 +110,7 @@ class Run:
 
     def mean(self, name: str, records: Sequence[Record] | None = None) -> float | None:
         """Mean of a measurement over the samples that have it."""
-        found = [r[name] for r in (self.ran if records is None else records)]
-        known = [value for value in found if value is not None]
-        return statistics.fmean(known) if known else None
+        return mean(r[name] for r in (self.ran if records is None else records))
 
     def score(self, groups: Iterable[str] | None = None) -> float | None:
         """The headline's score, over all groups or some: the mean of the groups' means."""
@@ -198,19 +194,9 @@ def _read(folder: Path) -> Run:
         config=config,
         environment=_json(folder / "environment.json"),
         summary={} if summary.get("status") == "interrupted" else summary,
-        records=_records(folder / "samples.jsonl"),
-        fidelity=_records(folder / "fidelity.jsonl"),
+        records=list(RunFolder(folder).read().values()),
+        fidelity=list(RunFolder(folder).read("fidelity.jsonl").values()),
     )
-
-
-def _records(path: Path) -> list[Record]:
-    """The last record of each sample."""
-    records: dict[str, Record] = {}
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith(b"\n"):  # else a run is writing it, or was killed
-            record = json.loads(line)
-            records[record["id"]] = record
-    return list(records.values())
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class NQ10(Task):
         gold_at: places, from 0, that the gold document is moved to: each question is asked once for
             each. None: it stays where the data have it.
         samples: at most so many questions.
-        data_file: JSON lines of question, answers, gold_index and ctxs (title, text); None: `hub`.
+        data_file: JSON lines of question, answers, ctxs (title, text) and gold_index; instead of
+            that, one of ctxs may be marked by isgold, as in the owners' files. None: `hub`.
         hub, hub_config, split: a data set of that schema on the hub.
     """
 
@@ -60,7 +61,7 @@ class NQ10(Task):
     def check(self) -> None:
         super().check()
         one_of("task.headline", self.headline, score("", "", ("",)))
-        needed = ("question", "answers", "gold_index", "ctxs")
+        needed = ("question", "answers", "ctxs")
         if self.data_file is not None:
             rows = read_jsonl(self.data_file, "task.data_file", needed)
         elif self.hub is not None:
@@ -77,7 +78,7 @@ class NQ10(Task):
             if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < fewest:
                 raise ConfigError("task.gold_at", place, f"give places from 0 to {fewest - 1}")
         distinct("task.gold_at", self.gold_at or ())
-        self._rows = rows
+        self._rows = [row | {"gold_index": _gold_index(row)} for row in rows]
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         return [
@@ -141,9 +142,20 @@ def _problem(row: dict[str, Any], needed: Sequence[str]) -> str | None:
     documents = row["ctxs"]
     if not isinstance(documents, list) or not documents or not all(map(_is_document, documents)):
         return "`ctxs` must be a list of documents with title and text"
-    if type(row["gold_index"]) is not int or row["gold_index"] not in range(len(documents)):
+    gold = _gold_index(row)
+    if gold is None:
+        return "lacks `gold_index`, and none of `ctxs` is marked by `isgold`"
+    if type(gold) is not int or gold not in range(len(documents)):
         return "`gold_index` is no place in `ctxs`"
     return None
+
+
+def _gold_index(row: dict[str, Any]) -> Any:
+    """The gold document's place, as the sample gives or marks it; None where it does neither."""
+    if row.get("gold_index") is not None:
+        return row["gold_index"]
+    marks = [document.get("isgold") for document in row["ctxs"]]
+    return marks.index(True) if True in marks else None
 
 
 def _is_document(value: object) -> bool:

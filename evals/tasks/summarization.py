@@ -15,8 +15,10 @@ from evals.task import Sample, Task, at_least, one_of
 
 ARTICLE_FIELDS = ("document", "article")
 SUMMARY_FIELDS = ("summary", "highlights", "summary_gt")
-# Files made for H2O's evaluation hold a whole prompt where the article should be.
-READY_PROMPT = re.compile(r"###\nArticle: (.*?)\n\nSummarize the above article in .*", re.DOTALL)
+# Files made for H2O's evaluation hold a whole prompt where the article should be; a few-shot one
+# holds several articles, all but the last with their summaries.
+READY = "###\nArticle: "
+READY_PROMPT = re.compile(f"{READY}(.*)\n\nSummarize the above article in [^\n]*\n*", re.DOTALL)
 
 
 @dataclass(kw_only=True)
@@ -49,17 +51,15 @@ class Summarization(Task):
             self._rows = load_hub(self.hub, self.hub_config, self.split, "task.data_file")
         else:
             self._rows = read_jsonl(self.data_file, "task.data_file")
-        for row in self._rows:
-            _first(row, ARTICLE_FIELDS)
+        for number, row in enumerate(self._rows):
+            _article(number, row)
             _first(row, SUMMARY_FIELDS)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         return [self._sample(i, row) for i, row in enumerate(self._rows[: self.samples])]
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
-        article = _first(row, ARTICLE_FIELDS)
-        if ready := READY_PROMPT.fullmatch(article):
-            article = ready[1]
+        article = _article(number, row)
         return Sample(
             id=str(number),
             prompt=f"{article}\n\nSummarize the above article in {self.words} words.",
@@ -74,6 +74,22 @@ class Summarization(Task):
     def score_texts(reference: str, prediction: str) -> dict[str, float]:
         """Both packages' scores of a summary."""
         return rouge(reference, prediction) | package_rouge(reference, prediction)
+
+
+def _article(number: int, row: dict[str, Any]) -> str:
+    """The article of a sample, taken out of a ready prompt; `number`: its place in the file."""
+    text = _first(row, ARTICLE_FIELDS)
+    if READY not in text:
+        return text
+    ready = READY_PROMPT.fullmatch(text)
+    if ready is None or READY in ready[1]:
+        raise ConfigError(
+            "task.data_file",
+            f"sample {number + 1}",
+            "a ready prompt must hold one article and end in its instruction;"
+            " of few-shot files take the zero-shot one",
+        )
+    return ready[1]
 
 
 def _first(row: dict[str, Any], fields: tuple[str, ...]) -> str:

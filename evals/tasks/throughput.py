@@ -37,6 +37,7 @@ class Throughput(Task):
 
     headline: ClassVar[str] = "answer_tokens"
     grouped_by: ClassVar[str] = "prompt tokens"
+    version: ClassVar[int] = 2
 
     lengths: list[int] = field(default_factory=lambda: [1024])
     samples: int | None = 3
@@ -59,7 +60,6 @@ class Throughput(Task):
         return max(self.lengths)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        self._tokenizer = tokenizer
         draw = random.Random(self.seed)
         special = set(tokenizer.all_special_ids)
         plain = [token for token in range(len(tokenizer)) if token not in special]
@@ -76,8 +76,10 @@ class Throughput(Task):
         ]
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        ids = self._tokenizer(prediction, add_special_tokens=False)["input_ids"]
-        return {"answer_tokens": float(len(ids))}
+        raise TypeError(f"{self.name} scores numbers of tokens and not predictions")
+
+    def score_record(self, sample: Sample, record: Record) -> dict[str, float]:
+        return {"answer_tokens": float(record["generated_tokens"])}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         by_length: dict[str, list[Record]] = {}
