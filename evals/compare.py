@@ -61,7 +61,8 @@ def compare(
         n; difference (own score less full's) with its 95% interval; relative (own over full);
         wins, ties, losses by sample (or block of a text); agreement: share of positions where both
         answers have the same token; prefix: share of the full answer before the first difference;
-        kl_to_full and top1_to_full, see :class:`evals.forced.Fidelity`. None for what is unknown.
+        kl_to_full and top1_to_full, see :class:`evals.forced.Fidelity`, and the kl_n samples for
+        which they are known. None for what is unknown.
     """
     ids = [
         name
@@ -101,6 +102,7 @@ def compare(
             key: mean(record[key] for name, record in fidelity.items() if name in ids)
             for key in ("kl_to_full", "top1_to_full")
         },
+        "kl_n": sum(fidelity.get(name, {}).get("kl_to_full") is not None for name in ids),
     }
 
 

@@ -137,7 +137,8 @@ class Plan:
 
     def reference(self) -> RunFolder | None:
         """The finished full-cache run of the same setting."""
-        folder = find_reference(self.setting, self.folder.parent.glob("*/"))
+        others = (path for path in self.folder.parent.glob("*/") if path != self.folder)
+        folder = find_reference(self.setting, others)
         return None if folder is None else RunFolder(folder)
 
     @property

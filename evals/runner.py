@@ -113,8 +113,9 @@ def _execute(plan: Plan) -> Path:
         _report_failed(folder, ordered)
         summary = summarize(plan, ordered)
         if full:
-            by_id = {record["id"]: record for record in ordered}
-            summary["against_full"] = compare(by_id, theirs, summary, folder.read(FIDELITY))
+            by_id, fidelity = {record["id"]: record for record in ordered}, folder.read(FIDELITY)
+            summary["against_full"] = compare(by_id, theirs, summary, fidelity)
+            summary["failed"] += _name_failed("comparison of", fidelity.values())
         folder.write("summary.json", summary)
         with writing(folder.path):
             plan.task.draw([record for record in ordered if record["status"] == "ok"], folder.path)
@@ -129,14 +130,19 @@ def _report_failed(folder: RunFolder, records: list[Record]) -> None:
     Raises:
         RunFailed: all of them did.
     """
-    failed = [record for record in records if record["status"] == "failed"]
-    for record in failed:
-        line = f"sample {record['id']} failed: {record['error']}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    if len(failed) == len(records):
-        error = f"all {len(records)} samples failed, the first with {failed[0]['error']}"
+    if _name_failed("sample", records) == len(records):
+        error = f"all {len(records)} samples failed, the first with {records[0]['error']}"
         folder.write("summary.json", {"status": "failed", "error": error})
         raise RunFailed(error)
+
+
+def _name_failed(what: str, records: Iterable[Record]) -> int:
+    """Prints a line for each record of a failure; how many there are."""
+    failed = [record for record in records if record.get("status") == "failed"]
+    for record in failed:
+        line = f"{what} {record['id']} failed: {record['error']}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return len(failed)
 
 
 _loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
@@ -302,7 +308,7 @@ def _compare(
             return None
         tokens = theirs.get("tokens")
         earlier = before.get(prompt.sample.id, {})
-        done = earlier.get("answer_sha256") == sha256(tokens) and earlier.get("status") != "failed"
+        done = earlier.get("answer_sha256") == sha256(tokens) and "status" not in earlier
         return None if done else tokens
 
     def results(rows: list[Prompt]) -> list[Record]:

@@ -37,7 +37,7 @@ def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
     groups: dict[str, list[Record]] = {}
     for record in ran:
         groups.setdefault(record["group"], []).append(record)
-    names = sorted(ran[0]["scores"]) if ran else []
+    names = sorted({name for record in ran for name in record["scores"]})
     values = {name: values_of(ran, name, task.statistic) for name in names}
     scores = {name: score_of(found, task.statistic) for name, found in values.items()}
     drawn = values | {task.headline: _drawn(ran, task.headline)}

@@ -40,7 +40,8 @@ def run_job(cfg: DictConfig, overrides: list[str], fixed: list[str], folder: Pat
 
     Returns:
         What `cfg.objectives` names, from the summaries, task after task: a number if there is one
-        objective and one task. None if there are no objectives, or a task did not finish.
+        objective and one task. None if there are no objectives, or a task did not finish
+        a sample.
     """
     try:
         outcomes = [_run_task(one, fixed) for one in expand(cfg)]
@@ -51,11 +52,10 @@ def run_job(cfg: DictConfig, overrides: list[str], fixed: list[str], folder: Pat
             file.write(json.dumps({"overrides": overrides, **outcome}) + "\n")
     if not cfg.objectives or any(outcome["status"] != "complete" for outcome in outcomes):
         return None
-    values = [
-        objective(read_summary(Path(outcome["folder"])), name)
-        for outcome in outcomes
-        for name in cfg.objectives
-    ]
+    summaries = [read_summary(Path(outcome["folder"])) for outcome in outcomes]
+    if not all(summary["n"] for summary in summaries):
+        return None  # out of memory in every sample: a failed trial
+    values = [objective(summary, name) for summary in summaries for name in cfg.objectives]
     return values[0] if len(values) == 1 else values
 
 

@@ -234,11 +234,17 @@ def _against_full(
                 f"{other['wins']}/{other['ties']}/{other['losses']}",
                 _number(other["agreement"], ".2f"),
                 _number(other["prefix"], ".2f"),
-                _number(other["kl_to_full"], ".3f"),
+                _number(other["kl_to_full"], ".3f") + _of_fewer(other),
                 _number(other["top1_to_full"], ".2f"),
                 str(other["n"]),
             )
     return table
+
+
+def _of_fewer(other: dict[str, Any]) -> str:
+    """Of how many samples the distance is known, if not of all."""
+    known = other.get("kl_n", other["n"])  # not in early summaries
+    return f" (n={known})" if 0 < known < other["n"] else ""
 
 
 def _breakdowns(setting: Setting) -> list[Table | str]:

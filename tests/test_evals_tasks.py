@@ -304,6 +304,15 @@ def test_perplexity_by_token_and_by_word(tmp_path: Path) -> None:
     assert scores["word_perplexity"] == pytest.approx(2 ** (22 / 5))
 
 
+def test_a_text_without_spaces_has_no_word_perplexity(tmp_path: Path) -> None:
+    task = text(tmp_path, "蜜蜂在黑暗中跳舞" * 20)
+    (sample,) = task.load(TOKENIZER)
+    scores = task.score_losses(sample, [3.0] * 479)
+    assert scores == {"token_perplexity": pytest.approx(math.exp(3))}
+    record = {"prompt_tokens": 480, "blocks": [3.0] * task.blocks, "scores": scores}
+    assert task.breakdown([record])["metric"] == scores
+
+
 @pytest.fixture
 def longbench():
     for name in ("lm_eval", "jieba", "fuzzywuzzy", "rouge"):

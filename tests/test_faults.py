@@ -450,3 +450,31 @@ def test_a_clock_that_is_set_back_changes_no_measurement(go, monkeypatch) -> Non
     for record in read(go("method=buzz")):
         assert 0 < record["ttft_s"] < 60 and 0 < record["itl_p50_ms"] <= record["itl_p95_ms"]
         assert record["decode_tokens_per_s"] > 0
+
+
+# --- comparison with the full cache ---------------------------------------------------------------
+
+
+def test_a_comparison_that_fails_is_named_counted_and_made_again(go, monkeypatch, capsys) -> None:
+    def fails_once(model, ids, answers, *rest):
+        if calls.append(len(answers)) or len(calls) == 2:
+            raise ValueError("no luck")
+        return original(model, ids, answers, *rest)
+
+    calls: list[int] = []
+    original = evals.runner.compare_with_full
+    monkeypatch.setattr(evals.runner, "compare_with_full", fails_once)
+    go("method=full")
+    setting = ("method=h2o", "budget=60", "kl=true")
+    folder = go(*setting)
+    summary = read_summary(folder)
+    assert summary["n"] == 3 and summary["failed"] == 1
+    assert summary["against_full"]["kl_n"] == 2 and "(n=2)" in shown(folder)
+    assert "failed: ValueError: no luck" in capsys.readouterr().err
+    again = read_summary(go(*setting))
+    assert len(calls) == 4 and again["failed"] == 0 and again["against_full"]["kl_n"] == 3
+
+
+def test_the_full_cache_is_not_compared_with_itself(go) -> None:
+    once, twice = (read_summary(go("method=full")) for _ in range(2))
+    assert once == twice and "against_full" not in once

@@ -124,6 +124,9 @@ def test_out_of_memory_ends_in_the_table_with_the_bytes_asked_for(
     job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
     (found,) = read_runs(tmp_path)
     assert found.status == "OOM in 1 of 2 samples: MemoryError: tried to allocate 2147483648 bytes"
+    calls.clear()
+    small = ("method=local", "task.depths=[0]", "task.repeats=1")
+    assert job(tmp_path, *small, "objectives=[score]") is None  # a failed trial, not the last one
 
 
 def test_objectives_are_numbers_of_the_summary(tmp_path: Path) -> None:

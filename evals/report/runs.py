@@ -141,6 +141,12 @@ class Run:
         known = [r["kl_to_full"] for r in self.fidelity if r["kl_to_full"] is not None]
         return score_of([known] if known else []), bootstrap([known])
 
+    @property
+    def kl_n(self) -> int | None:
+        """Samples for which it is known; None if it was not asked for."""
+        known = [r for r in self.fidelity if r["kl_to_full"] is not None]
+        return len(known) if self.fidelity else None
+
 
 def read_runs(root: Path) -> list[Run]:
     """All runs of a folder of run folders, shards of one run put together.

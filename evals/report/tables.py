@@ -223,7 +223,7 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], n
                 row |= _with_interval(metric, *run.metric(metric))
             row |= _difference(run, full)
             if any(other.fidelity for other in runs):
-                row |= _with_interval("KL to full", *run.kl())
+                row |= _with_interval("KL to full", *run.kl()) | {"KL n": run.kl_n}
             row |= _memory(run, full)
         rows.append(row | {"n": len(run.ran), "status": run.status})
     return Table(name, title, pd.DataFrame(rows), note)

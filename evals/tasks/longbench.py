@@ -1,9 +1,9 @@
 """LongBench (arXiv 2308.14508), its 21 data sets by the benchmark's own rules.
 
-Prompts, answer lengths and metrics are read from lm-eval's task definitions (`pip install
-buzz-bench[longbench]`). Where those differ from https://github.com/THUDM/LongBench (pred.py,
-eval.py, config/dataset2prompt.json), the benchmark's rules are restored here; truncation from the
-middle is the runner's (:func:`evals.prompts.encode`).
+Prompts, answer lengths and metrics are read from lm-eval's task definitions (`pip install -e
+'.[longbench]'`). Where those differ from https://github.com/THUDM/LongBench (pred.py, eval.py,
+config/dataset2prompt.json), the benchmark's rules are restored here; truncation from the middle is
+the runner's (:func:`evals.prompts.encode`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from evals.data import are_texts, load_hub, read_jsonl
 from evals.records import Record
 from evals.task import Sample, Task
 
-REMEDY = "LongBench needs lm-eval and its metrics: pip install 'buzz-bench[longbench]'"
+REMEDY = "LongBench needs lm-eval and its metrics: pip install -e '.[longbench]'"
 
 NO_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 CLASSES = {"trec", "lsht"}  # whose metric knows the other answers

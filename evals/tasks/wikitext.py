@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import ClassVar
@@ -78,10 +79,12 @@ class Wikitext(StreamTask):
         )
 
     def score_losses(self, sample: Sample, losses: Sequence[float]) -> dict[str, float]:
-        return {
-            "token_perplexity": math.exp(statistics.fmean(losses)),
-            "word_perplexity": math.exp(math.fsum(losses) / max(1, sample.meta["words"])),
-        }
+        scores = {"token_perplexity": math.exp(statistics.fmean(losses))}
+        # A text of a few "words", as in Chinese, has none that a float could hold.
+        with suppress(OverflowError):
+            per_word = math.fsum(losses) / max(1, sample.meta["words"])
+            scores["word_perplexity"] = math.exp(per_word)
+        return scores
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Loss in nats per token over position, and the perplexities."""
@@ -91,10 +94,11 @@ class Wikitext(StreamTask):
         blocks = (record["blocks"] for record in records)
         curve = [statistics.fmean(losses) for losses in zip(*blocks, strict=True)]
         spans = zip([0, *ends], ends, curve, strict=False)
-        names = ("token_perplexity", "word_perplexity")
+        metrics = {
+            name: [record["scores"][name] for record in records if name in record["scores"]]
+            for name in ("token_perplexity", "word_perplexity")
+        }
         return {
-            "metric": {
-                n: statistics.geometric_mean(r["scores"][n] for r in records) for n in names
-            },
+            "metric": {n: statistics.geometric_mean(v) for n, v in metrics.items() if v},
             "position (nats)": {f"{first + 1}-{end}": loss for first, end, loss in spans},
         }
