@@ -127,8 +127,6 @@ def compare_with_full(
     Raises:
         NotFinite: a divergence is NaN or infinite.
     """
-    kls: list[list[float]] = [[] for _ in prompts]
-    same: list[list[bool]] = [[] for _ in prompts]
     longest = max(map(len, continuations))
     rows = [tokens + [pad] * (longest - len(tokens)) for tokens in continuations]
     forced = torch.tensor(rows, device=model.device)[:, :-1]
@@ -140,21 +138,26 @@ def compare_with_full(
     ids, mask = left_padded(prompts, pad).to(model.device)
     for cache in caches:
         _forward(model, cache, ids, mask, 1)
-    position = 1  # of the token that is predicted next
-    for full, own in _distributions(model, caches, forced, mask):
-        kl = (full.exp() * (full - own)).sum(-1).tolist()
-        agree = (full.argmax(-1) == own.argmax(-1)).tolist()
-        for row, tokens in enumerate(continuations):
-            if position < len(tokens):
-                if not math.isfinite(kl[row]):
-                    raise NotFinite("the KL divergence was", position, model.dtype)
-                kls[row].append(kl[row])
-                same[row].append(agree[row])
-        position += 1
-    return [
-        Fidelity(statistics.fmean(kl), statistics.fmean(agree)) if kl else Fidelity(None, None)
-        for kl, agree in zip(kls, same, strict=True)
+    steps = [
+        torch.stack([(full.exp() * (full - own)).sum(-1), full.argmax(-1) == own.argmax(-1)])
+        for full, own in _distributions(model, caches, forced, mask)
     ]
+    if not steps:
+        return [Fidelity(None, None)] * len(prompts)
+    kls, agreements = torch.stack(steps, dim=-1).tolist()  # the only wait for the device
+    return [
+        _fidelity(kl[: len(tokens) - 1], same[: len(tokens) - 1], model.dtype)
+        for kl, same, tokens in zip(kls, agreements, continuations, strict=True)
+    ]
+
+
+def _fidelity(kl: list[float], same: list[float], dtype: torch.dtype) -> Fidelity:
+    """Means over a row's tokens."""
+    if not kl:
+        return Fidelity(None, None)
+    if wrong := [position for position, nats in enumerate(kl, start=1) if not math.isfinite(nats)]:
+        raise NotFinite("the KL divergence was", wrong[0], dtype)
+    return Fidelity(statistics.fmean(kl), statistics.fmean(same))
 
 
 def _distributions(
