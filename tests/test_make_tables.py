@@ -204,7 +204,7 @@ def test_speed_counts_at_32k_on_one_machine_and_latency_below_4k(tmp_path: Path)
     (fast,) = by_statement(judged, "Decoding")
     assert fast.verdict == HOLDS and fast.measured and fast.measured.value == pytest.approx(21 / 11)
     (latency,) = by_statement(judged, "Work")
-    assert latency.verdict == HOLDS and latency.measured.n == 9  # type: ignore[union-attr]
+    assert latency.verdict == HOLDS and latency.measured.n == 9
 
     environment = tmp_path / "buzz long/environment.json"
     environment.write_text(environment.read_text().replace("a CPU", "another CPU"))
@@ -234,7 +234,7 @@ def test_sensitivity_is_the_range_over_one_parameter_alone(tmp_path: Path) -> No
 
 
 def test_the_interval_covers_the_mean_and_needs_more_than_one_value() -> None:
-    low, high = bootstrap([[0.0, 1.0] * 50])  # type: ignore[misc]
+    low, high = bootstrap([[0.0, 1.0] * 50])
     assert 0.39 < low < 0.5 < high < 0.61
     assert bootstrap([[1.0]]) is None and bootstrap([]) is None
 

@@ -118,7 +118,7 @@ def test_out_of_memory_ends_in_the_table_with_the_bytes_asked_for(
         calls.append(1)
         if len(calls) == 2:  # the first is the warm-up
             raise MemoryError("tried to allocate 2147483648 bytes")
-        return real(*arguments, **options)  # type: ignore[arg-type]
+        return real(*arguments, **options)
 
     monkeypatch.setattr(runner, "generate", greedy)
     job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
