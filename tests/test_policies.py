@@ -162,17 +162,15 @@ def test_the_first_of_equals_survives() -> None:
     assert policy.select(7, 0, torch.zeros(1, 1, 7)).tolist() == [[[0, 3]]]
 
 
-def grows(policy: Policy) -> bool:
-    """Whether it evicts nothing while it decodes."""
-    lengths = policy.lengths([1000] + [1] * 1000)
-    return lengths[-1] == lengths[0] + 1000
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_method_says_when_it_evicts(name) -> None:
+    policy = POLICIES[name]()
+    lengths = policy.lengths([2000] + [1] * 1000)
+    assert (lengths[0] < 2000) == (policy.evicts != "never")
+    assert (lengths[-1] < lengths[0] + 1000) == (policy.evicts == "always")
 
 
-def test_only_these_grow_for_ever() -> None:
-    assert {name for name in POLICIES if grows(POLICIES[name]())} == {"full", "snapkv"}
-
-
-@given(policies.filter(lambda policy: not grows(policy)), st.integers(1, 200))
+@given(policies.filter(lambda policy: policy.evicts == "always"), st.integers(1, 200))
 def test_memory_is_bounded_once_decoding_goes_on(policy, prompt) -> None:
     lengths = policy.lengths([prompt] + [1] * 400)
     if isinstance(policy, BuzzPolicy):
