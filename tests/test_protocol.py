@@ -203,8 +203,23 @@ def test_ones_own_settings_win_over_the_protocol() -> None:
 
 @pytest.mark.parametrize("model", ["llama2_7b_chat", "llama2_7b"])
 def test_the_originals_models_run_in_half_precision(model: str) -> None:
-    found = composed(f"model={model}")["model"]
-    assert (found["dtype"], found["attn_implementation"]) == ("float16", "eager")
+    assert composed(f"model={model}")["model"]["dtype"] == "float16"
+
+
+def test_the_documented_commands_run_the_original() -> None:
+    page = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
+    section = page.split("## 1. As the original ran it")[1].split("```sh")[1].split("```")[0]
+    tasks = set()
+    for command in section.strip().splitlines():
+        start, *overrides = command.replace("method=$M", "method=h2o").split(" -m ")
+        assert start == "python run.py"
+        found = composed(*overrides[0].split())
+        assert found["protocol"]["name"] == "original" and found["method"]["heavy"] == 400
+        assert found["model"]["name_or_path"] == "meta-llama/Llama-2-7b-chat-hf"
+        name = found["task"]["name"]
+        assert found["task"].items() >= TASKS[name].items()
+        tasks.add(name)
+    assert tasks == TASKS.keys()
 
 
 @pytest.mark.parametrize(
