@@ -282,7 +282,8 @@ def _answer(
 def _read(
     task: StreamTask, plan: Plan, prompt: Prompt, policy: Policy, model: PreTrainedModel
 ) -> Record:
-    measured, losses = read(model, prompt.ids, policy, task.chunk, plan.config["cache"])
+    options, starts = plan.config["cache"], prompt.sample.starts
+    measured, losses = read(model, prompt.ids, policy, task.chunk, options, starts)
     blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
     scores = _finite(task.score_losses(prompt.sample, losses))
     return {"scores": scores, "blocks": blocks} | _measurements(measured)

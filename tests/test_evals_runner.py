@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, read
 
 import evals.generate
@@ -503,37 +502,6 @@ def test_summaries_come_from_the_owners_test_splits() -> None:
         "xsum": ("EdinburghNLP/xsum", None, "test", "rougeL"),
         "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "test", "rougeL"),
     }
-
-
-ORIGINAL = {
-    "streaming_llm": {"sink": 4, "window": 160},
-    "local": {"window": 164},
-    "buzz": {"sink": 4, "window": 160, "stride": 5, "threshold": 400},
-    "h2o": {"heavy": 280, "recent": 280},
-}
-
-
-@pytest.mark.parametrize("method", ORIGINAL)
-def test_the_original_protocol(method: str) -> None:
-    def composed(task: str) -> dict:
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            overrides = ["protocol=original", f"method={method}", f"task={task}"]
-            return OmegaConf.to_container(compose("config", overrides))
-
-    common = {"samples": 40, "max_new_tokens": 1000, "chat_template": False}
-    summaries = common | {"words": 50, "headline": "pkg_rougeL", "split": "validation"}
-    tasks = {
-        "xsum": summaries,
-        "cnn_dailymail": summaries | {"hub_config": "2.0.0"},
-        "nq10": common | {"gold_at": [4], "headline": "strict_match"},
-    }
-    for task, expected in tasks.items():
-        config = composed(task)
-        assert expected.items() <= config["task"].items()
-        assert ORIGINAL[method].items() <= config["method"].items()
-        assert config["budget"] is None
-    suite = composed("suite")["task"]["settings"]
-    assert all(expected.items() <= suite[task].items() for task, expected in tasks.items())
 
 
 def test_failing_wandb_is_a_warning(go, monkeypatch) -> None:
