@@ -86,7 +86,10 @@ class Setting:
     @property
     def names(self) -> list[str]:
         """The rows' methods, with the settings that tell those of one method apart."""
-        known = [{"budget": r["budget"]} | r["parameters"] | r["cache"] for r in self.rows]
+        known = [
+            {"budget": r["budget"]} | r["parameters"] | {"positions": "cache"} | r["cache"]
+            for r in self.rows
+        ]
         names = []
         for row, own in zip(self.rows, known, strict=True):
             pairs = zip(self.rows, known, strict=True)
