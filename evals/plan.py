@@ -116,12 +116,19 @@ class Plan:
         assert isinstance(self.task, StreamTask)
         policy, _ = self.fit(tokens)
         most = max(policy.lengths(reading_steps(tokens, self.task.chunk)))
-        if most > self.config["model"]["max_length"]:
+        context = self.config["model"]["max_length"]
+        if self.config["cache"]["positions"] == "true" and tokens > context:
+            raise ConfigError(
+                "task.tokens",
+                tokens,
+                f"at cache.positions=true a text ends at the model's {context} tokens; read less",
+            )
+        if most > context:
             raise ConfigError(
                 "task.tokens",
                 tokens,
                 f"{policy.name} would hold {most} entries, more than the model's"
-                f" {self.config['model']['max_length']} tokens; read less, or give it a budget",
+                f" {context} tokens; read less, or give it a budget",
             )
 
     @property

@@ -86,7 +86,8 @@ class Setting:
     def names(self) -> list[str]:
         """The rows' methods, with the settings that tell those of one method apart."""
         known = [
-            {"budget": r["budget"], "budget_by": r.get("budget_by")} | r["parameters"] | r["cache"]
+            {"budget": r["budget"], "budget_by": r.get("budget_by"), **r["parameters"]}
+            | {"positions": "cache", **r["cache"]}
             for r in self.rows
         ]
         names = []

@@ -125,7 +125,8 @@ def judge(runs: Sequence[Run]) -> list[Judged]:
 
 def is_papers(run: Run) -> bool:
     """Whether a run is BUZZ with the paper's parameters, apart from what a budget sets."""
-    defaults = dataclasses.asdict(BuzzPolicy()) | {"logn_base": None, "logn_clamp": False}
+    attention = {"positions": "cache", "logn_base": None, "logn_clamp": False}
+    defaults = dataclasses.asdict(BuzzPolicy()) | attention
     return run.method == "buzz" and run.scored and run.parameters == defaults
 
 

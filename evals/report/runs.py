@@ -66,7 +66,7 @@ class Run:
     def parameters(self) -> dict[str, Any]:
         """What the method was configured with; a budget changes those that were not set by hand."""
         own = {k: v for k, v in self.config["method"].items() if k not in ("name", "_target_")}
-        return own | self.config["cache"]
+        return own | {"positions": "cache"} | self.config["cache"]
 
     @property
     def setting(self) -> str:

@@ -43,6 +43,7 @@ FACTORS = {
     "window": "Window",
     "sink": "Sink",
     "threshold": "Threshold",
+    "positions": "Positions of kept entries",
     "logn_base": "log n scaling",
     "logn_clamp": "log n scaling, never below 1",
 }
