@@ -19,6 +19,7 @@ MODEL = [
 ]
 NEEDLE = ["task.lengths=[400]", "task.depths=[0,50,100]", "task.repeats=1", "task.max_new_tokens=8"]
 TIMES = {"ttft_s", "decode_tokens_per_s", "itl_p50_ms", "itl_p95_ms", "memory_peak_nbytes"}
+MADE = {"process", "load", "loaded"}
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -28,4 +29,4 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """Them without what differs from one run to the next."""
-    return [{key: r[key] for key in r.keys() - TIMES} for r in read(folder)]
+    return [{key: r[key] for key in r.keys() - TIMES - MADE} for r in read(folder)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +34,8 @@ class Summarization(Task):
         data_file: JSON lines with one of ARTICLE_FIELDS and one of SUMMARY_FIELDS; None: the hub.
         hub, hub_config, split: the data set on the hub.
     """
+
+    scorers: ClassVar[tuple[str, ...]] = ("rouge", "rouge-score")
 
     headline: str = "rougeL"
     words: int = 50
