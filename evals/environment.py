@@ -78,7 +78,7 @@ class Neighbours:
         self._marks = deque([_mark()])
 
     def load(self) -> float | None:
-        """Cores that they kept busy, on average, since the call before; None if the system is mute.
+        """Cores that they kept busy, on average, since the call before; None if nobody knows.
 
         Short of WINDOW seconds, since an earlier call.
         """
@@ -89,8 +89,8 @@ class Neighbours:
         self._marks.append(now)
         wall, used, counted = (b - a for a, b in zip(before, now, strict=True))
         cores = psutil.cpu_count() or 1
-        if counted < 0.5 * wall * cores:
-            return None  # a sandbox's /proc, which stands still
+        if wall < WINDOW / 2 or counted < 0.5 * wall * cores:
+            return None  # too short for the system's ticks; a sandbox, whose counters stand still
         return round(min(max(0.0, used / wall), cores), 3)
 
 

@@ -157,6 +157,11 @@ class Run:
         return [record for record in self.records if record["status"] == "ok"]
 
     @property
+    def places(self) -> str:
+        """Its folders, for messages."""
+        return " and ".join(map(str, self.folders))
+
+    @property
     def by_id(self) -> dict[str, Record]:
         return {record["id"]: record for record in self.records}
 
@@ -383,17 +388,19 @@ def merge(parts: Sequence[Run]) -> Run:
             if record["status"] == "ok" != earlier[0]["status"]:
                 records[record["id"]] = (record, run)
     fidelity = {one["id"]: one for run in reversed(parts) for one in run.fidelity}
+    asked = _asked(parts)
+    order = [name for name in asked["samples"] if name in records] if asked else list(records)
     merged = Run(
         name=first.name,
         config=config,
         environment=first.environment,
         summary=failed[0] if failed else summaries[0] if summaries else {},
-        records=[record for record, _ in records.values()],
+        records=[records[name][0] for name in order],
         missing=_missing(parts, len(records)),
-        fidelity=list(fidelity.values()),
+        fidelity=[fidelity[name] for name in order if name in fidelity],
         folders=tuple(folder for run in parts for folder in run.folders),
         environments={k: v for run in parts for k, v in run.environments.items()},
-        asked=_asked(parts),
+        asked=asked,
         stale=sum(run.stale for run in parts),
     )
     return left_out(merged, problem) if problem else merged
@@ -404,8 +411,8 @@ def _of_other_data(parts: Sequence[Run]) -> str:
     known = [run for run in parts if run.asked]
     for run in known:
         if run.asked["data"] != known[0].asked["data"]:
-            both = f"{known[0].folders[0]} and {run.folders[0]}"
-            return f"{both} are of different data; run both commands again, or remove one"
+            one, two = sorted([known[0].folders[0], run.folders[0]])
+            return f"{one} and {two} are of different data; run both again, or remove one"
     return ""
 
 
@@ -425,10 +432,8 @@ def _contradiction(record: Record, run: Run, other: Record, elsewhere: Run) -> s
         return ""
     names = {"prompt_sha256": "prompt", "sample_sha256": "references"}
     what = names.get(apart[0], apart[0])
-    return (
-        f"sample {record['id']} has another {what} in {run.folders[0]} than in"
-        f" {elsewhere.folders[0]}; remove one of them"
-    )
+    one, two = sorted([run.folders[0], elsewhere.folders[0]])
+    return f"sample {record['id']} has another {what} in {one} than in {two}; remove one of them"
 
 
 def _missing(parts: Sequence[Run], found: int) -> tuple[str, ...]:
@@ -448,12 +453,16 @@ def _missing(parts: Sequence[Run], found: int) -> tuple[str, ...]:
 
 
 def _asked(parts: Sequence[Run]) -> Asked | None:
-    """What all parts are of, together; of a whole run's copies that of one."""
-    known = [run.asked for run in parts if run.asked]
-    if not known:
-        return None
-    samples = {name: value for one in known for name, value in one["samples"].items()}
-    return {"samples": samples, "of": known[0]["of"], "data": known[0]["data"]}
+    """What all parts are of, together, in the task's order; None if one does not say."""
+    places: dict[str, tuple[int, str]] = {}
+    for run in parts:
+        if run.asked is None:
+            return None
+        start, _, step = (run.shard or "0/1").partition("/")
+        for place, (name, value) in enumerate(run.asked["samples"].items()):
+            places[name] = (int(start) + place * int(step), value)
+    samples = {name: places[name][1] for name in sorted(places, key=places.__getitem__)}
+    return {"samples": samples, "of": parts[0].asked["of"], "data": parts[0].asked["data"]}
 
 
 def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:

@@ -82,6 +82,7 @@ def _execute(plan: Plan) -> Path:
     folder = RunFolder(plan.folder)
     with folder.lock():
         records = folder.read()
+        folder.read(FIDELITY), folder.environments()  # refuse now what could not be added to
         model, tokenizer = _load(plan)
         torch.manual_seed(plan.config["seed"])
         asked = load_prompts(plan, tokenizer)

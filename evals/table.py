@@ -197,7 +197,7 @@ def tables(folders: Sequence[Path]) -> list[Table | str]:
 
 def _tables(settings: list[Setting], others: list[Run]) -> list[Table | str]:
     if not settings:
-        raise ConfigError("run", _places(others[0]), others[0].status)
+        raise ConfigError("run", others[0].places, others[0].status)
     parts: list[Table | str] = [_title(settings), _costs(settings, _labels(settings))]
     compared = [setting.against_full() for setting in settings]
     if any(row is not None for rows in compared for row in rows):
@@ -207,12 +207,8 @@ def _tables(settings: list[Setting], others: list[Run]) -> list[Table | str]:
         ]
     parts += [part for setting in settings for part in _breakdowns(setting)]
     notes = [note for setting in settings for note in setting.notes()]
-    notes += [f"not shown: {_places(run)}: {run.status}" for run in others]
+    notes += [f"not shown: {run.places}: {run.status}" for run in others]
     return parts + [escape(note) for note in notes]
-
-
-def _places(run: Run) -> str:
-    return " and ".join(map(str, run.folders))
 
 
 def paired_table(folders: Sequence[Path], method: str) -> Table:
