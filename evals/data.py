@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Sequence
@@ -20,14 +21,15 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
         required: keys that every object must have.
 
     Raises:
-        ConfigError: naming file and line: the file is missing, empty, not UTF-8, or a line is not
-            a JSON object, lacks a key, or holds half a surrogate pair (which no tokenizer takes).
+        ConfigError: naming file and line: the file is missing, empty, not UTF-8 (or UTF-16 with its
+            mark), or a line is not a JSON object, lacks a key, or holds half a surrogate pair
+            (which no tokenizer takes).
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(field, str(path), "no such file; give the path of a JSON-lines file")
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(_utf8(path, field).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -50,16 +52,16 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
 
 
 def read_text(path: str | Path, field: str) -> str:
-    """A UTF-8 text file.
+    """A text file in UTF-8, or in UTF-16 with its mark.
 
     Raises:
-        ConfigError: the file is missing, empty or not UTF-8.
+        ConfigError: the file is missing, empty or in another encoding.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(field, str(path), "no such file; give the path of a text file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _utf8(path, field).decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(field, str(path), f"not UTF-8 ({error.reason})") from error
     if not text.strip():
@@ -101,6 +103,17 @@ def load_hub(
 def are_texts(value: object) -> bool:
     """Whether `value` is a list of texts, of one at least."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def _utf8(path: Path, field: str) -> bytes:
+    """A file's bytes without the mark that some editors put before a text; UTF-16 as UTF-8."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return content.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(field, str(path), f"not UTF-16 ({error.reason})") from error
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _bad_line(field: str, path: Path, number: int, problem: str) -> ConfigError:

@@ -119,10 +119,14 @@ def bootstrap_interval(
     Each group is resampled by itself. The seed is fixed: the same data give the same interval.
 
     Returns:
-        None when nothing can be resampled: no group, or one of a single value.
+        None when nothing can be resampled: no group, or one of a single value; or if the statistic
+        overflows.
     """
     means = resampled(groups)
-    return None if means is None else _interval(STATISTICS[statistic](means))
+    if means is None:
+        return None
+    with np.errstate(over="ignore"):
+        return _interval(STATISTICS[statistic](means))
 
 
 def bootstrap_difference(
@@ -136,7 +140,8 @@ def bootstrap_difference(
     means = resampled(pairs)
     if means is None:
         return None
-    both = STATISTICS[statistic](means)
+    with np.errstate(over="ignore", invalid="ignore"):
+        both = STATISTICS[statistic](means)
     return _interval(both[:, 0] - both[:, 1])
 
 
@@ -154,6 +159,9 @@ def resampled(groups: Sequence[Sequence[Any]], resamples: int = 2000) -> Floats 
     return sum(pick.mean(axis=1) for pick in picks) / len(values)
 
 
-def _interval(values: Floats) -> tuple[float, float]:
+def _interval(values: Floats) -> tuple[float, float] | None:
+    """The middle 95%; None where some are not finite, as exp of large losses is not."""
+    if not np.isfinite(values).all():
+        return None
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
+from evals.environment import package_version
 from evals.records import Record
 
 
@@ -68,6 +69,8 @@ class Task(ABC):
         grouped_by: what a sample's group is.
         version: of prompts and scores; raise it with any change to them, and runs of before, whose
             records would no longer be comparable, count no more.
+        scorers: packages that compute scores. Under another version of theirs, answers that are
+            there are scored again.
     """
 
     headline: ClassVar[str]  # or a field, where there is a choice
@@ -76,6 +79,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     grouped_by: ClassVar[str] = "group"
     version: ClassVar[int] = 1
+    scorers: ClassVar[tuple[str, ...]] = ()
 
     name: str
     samples: int | None = None
@@ -109,6 +113,12 @@ class Task(ABC):
         if not match or int(match[1]) >= int(match[2]):
             raise ConfigError("task.shard", self.shard, "give e.g. 0/8, up to 7/8")
         return samples[int(match[1]) :: int(match[2])]
+
+    @property
+    def scoring(self) -> str:
+        """Names the version of all that turns an answer into scores."""
+        known = [self.version, *(package_version(package) for package in self.scorers)]
+        return " ".join(map(str, known))
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt where it is known beforehand and must not be cut, else 0."""

@@ -29,6 +29,7 @@ from evals.report.claims import (
 from evals.report.figures import front
 from evals.report.page import page
 from evals.report.runs import Run, bootstrap, read_runs
+from evals.schema import FORMAT
 from scripts import make_tables
 
 PAPER = Path(__file__).resolve().parents[1] / "results/paper"
@@ -80,6 +81,7 @@ def write_run(
     with open(folder / "samples.jsonl", "w") as file:
         for i, score in enumerate(scores):
             record = {
+                "format": FORMAT,
                 "id": str(i),
                 "group": group,
                 "meta": {"length": 512, "depth": 50},

@@ -459,6 +459,7 @@ def overview(runs: Sequence[Run]) -> Table:
             "seed": run.config["seed"],
             "n": len(run.ran),
             "status": run.status,
+            "notes": "; ".join(run.notes),
             "machine": run.machine,
             "revision": str(run.environment.get("git_revision") or "-")[:12],
             "folder": run.name,

@@ -39,6 +39,7 @@ class Summarization(Task):
     """
 
     version: ClassVar[int] = 2
+    scorers: ClassVar[tuple[str, ...]] = ("rouge", "rouge-score", "nltk")
 
     headline: str = "rougeL"
     prompt: str = "{article}\n\nSummarize the above article in {words} words."
