@@ -13,9 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from evals.report.claims import families  # noqa: E402
+from evals.equal_memory import MARK  # noqa: E402
+from evals.report.chosen import families, left_to_budget  # noqa: E402
+from evals.report.marks import label, mark, over_note  # noqa: E402
 from evals.report.runs import Run, bootstrap, length_bin  # noqa: E402
-from evals.report.tables import METHODS, label, ordered  # noqa: E402
+from evals.report.tables import METHODS, ordered  # noqa: E402
 from evals.tasks.needle import grid  # noqa: E402
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), markers for those who print in grey.
@@ -63,15 +65,17 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     figures = []
     with plt.rc_context(RC):
         for draw in (pareto, fidelity, needles, positions, sensitivity, decode_time):
-            for name, title, note, figure in draw(chosen):
+            for name, title, note, figure, shown in draw(chosen):
                 path = folder / f"{name}.png"
                 figure.savefig(path, dpi=150)
                 plt.close(figure)
+                note = " ".join(filter(None, [note, over_note((run, run.held) for run in shown)]))
                 figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
 
 
-Drawn = Iterator[tuple[str, str, str, Any]]
+# Of each figure: the file's stem, its title, what a reader must know, the figure, the runs in it.
+Drawn = Iterator[tuple[str, str, str, Any, Sequence[Run]]]
 
 
 def _by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -99,7 +103,7 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     for axis in axes:
         handles, names = axis.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
-    names = sorted(entries, key=lambda name: _place(name.split()[0]))
+    names = sorted(entries, key=lambda name: (_place(name.split()[0].rstrip(MARK)), name))
     widest = 0.45 + 0.075 * max(map(len, names))  # inches of an entry, at this font size
     columns = max(1, min(int(figure.get_figwidth() / widest), len(names)))
     where = {"loc": "outside upper center", "ncols": columns}
@@ -111,16 +115,22 @@ def _place(method: str) -> int:
 
 
 def _heat(
-    axis: Any, image: list[list[float]], xs: Sequence[str], ys: Sequence[str], ends: Sequence[float]
+    axis: Any,
+    image: list[list[float]],
+    xs: Sequence[str],
+    ys: Sequence[str],
+    ends: Sequence[float],
+    marks: list[list[str]] | None = None,
 ) -> Any:
-    """A heat map with its values written in; `ends` are those of the colours."""
+    """A heat map with its values, and what marks them, written in; `ends` are of the colours."""
     low, high = ends
     drawn = axis.imshow(image, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     for row, values in enumerate(image):
         for column, value in enumerate(values):
             color = "white" if value < low + 0.6 * (high - low) else "black"
             style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
-            axis.text(column, row, f"{value:.3g}", **style)
+            own = marks[row][column] if marks else ""
+            axis.text(column, row, f"{value:.3g}{own}", **style)
     axis.set_xticks(range(len(xs)), xs)
     axis.set_yticks(range(len(ys)), ys)
     axis.grid(False)
@@ -154,7 +164,8 @@ def pareto(runs: Sequence[Run]) -> Drawn:
         "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey: the front of"
         " runs that none of less memory beats. Methods of one budget are drawn a little apart."
     )
-    yield "pareto", "Score against KV memory", note, figure
+    shown = [run for group in settings for run in group]
+    yield "pareto", "Score against KV memory", note + _hollow(shown), figure, shown
 
 
 def fidelity(runs: Sequence[Run]) -> Drawn:
@@ -172,7 +183,13 @@ def fidelity(runs: Sequence[Run]) -> Drawn:
         "Divergence of the next-token distribution from the full cache's, while both read the full"
         " cache's answers: 0 is no difference. Bars: 95% bootstrap intervals over samples."
     )
-    yield "fidelity", "Distance to the full cache against KV memory", note, figure
+    shown = [run for group in groups.values() for run in group]
+    title = "Distance to the full cache against KV memory"
+    yield "fidelity", title, note + _hollow(shown), figure, shown
+
+
+def _hollow(runs: Sequence[Run]) -> str:
+    return " Hollow: more is held than the budget." if any(map(mark, runs)) else ""
 
 
 def _memory(run: Run) -> float:
@@ -189,7 +206,9 @@ def _against_memory(axis: Any, group: Sequence[Run], values: Sequence[tuple[Any,
         place = _memory(run) + apart * APART * widest
         if interval:
             axis.vlines(place, *interval, color=color, lw=1, alpha=0.5)
-        axis.plot(place, value or 0.0, marker, color=color, ms=6, ls="", label=run.method)
+        style = {"ms": 6, "ls": "", "label": f"{run.method}{mark(run)}"}
+        fill = "none" if mark(run) else color
+        axis.plot(place, value or 0.0, marker, color=color, markerfacecolor=fill, **style)
     axis.set_title(f"{_title(group[0])}, n = {len(group[0].ran)}", fontsize=9)
     axis.set_xlabel("KV cache, mean (MB)")
     axis.set_xlim(left=0)
@@ -226,7 +245,7 @@ def needles(runs: Sequence[Run]) -> Drawn:
         note = f"{len(shown[0].ran)} samples a panel."
         if len(shown) < len(group):
             note += f" Of {len(group)} runs one per method and budget, the best, is shown."
-        yield f"needle_{number}", f"Passkeys: {_title(group[0])}", note, figure
+        yield f"needle_{number}", f"Passkeys: {_title(group[0])}", note, figure, shown
 
 
 def _one_each(runs: Sequence[Run]) -> list[Run]:
@@ -255,14 +274,17 @@ def positions(runs: Sequence[Run]) -> Drawn:
         axis.set(title=_title(group[0]), xlabel="position (tokens)", ylabel="loss (nats per token)")
         axis.title.set_fontsize(9)
     _legend(figure, axes)
-    yield "loss_by_position", "Loss by position", "Means over blocks of the text.", figure
+    yield "loss_by_position", "Loss by position", "Means over blocks of the text.", figure, chosen
 
 
 def sensitivity(runs: Sequence[Run]) -> Drawn:
     """Score by pairs of BUZZ's parameters, all else equal or averaged over."""
     number = 0
-    for group in _by(runs, lambda r: (r.setting, r.method, r.budget)).values():
-        varied = [p for p in SWEPT if len({run.parameters.get(p) for run in group}) > 1]
+    for whole in _by(
+        runs, lambda r: (r.setting, r.method, r.budget, r.config.get("budget_by"))
+    ).values():
+        group = [r for r in whole if not any(left_to_budget(r, p) for p in _varied(whole))]
+        varied = _varied(group)
         couples = [(a, b) for i, a in enumerate(varied) for b in varied[i + 1 :]]
         if not couples:
             continue
@@ -275,15 +297,20 @@ def sensitivity(runs: Sequence[Run]) -> Drawn:
             cells = _by(group, lambda run, x=x, y=y: (run.parameters[x], run.parameters[y]))
             xs, ys = (sorted({cell[i] for cell in cells}) for i in (0, 1))
             image = [[_mean_score(cells.get((a, b), [])) for a in xs] for b in ys]
-            drawn = _heat(axis, image, [str(v) for v in xs], [str(v) for v in ys], ends)
+            marks = [[max(map(mark, cells.get((a, b), [])), default="") for a in xs] for b in ys]
+            drawn = _heat(axis, image, [str(v) for v in xs], [str(v) for v in ys], ends, marks)
             axis.set(xlabel=x, ylabel=y)
         run = group[0]
         figure.colorbar(drawn, ax=axes, label=run.summary["headline"], shrink=0.8)
         budget = "own sizes" if run.budget is None else f"budget {run.budget}"
         title = f"Sensitivity of {run.method}: {_title(run)}, {budget}"
         note = f"{len(run.ran)} samples a run; a cell is the mean over the parameters not shown."
-        yield f"sensitivity_{number}", title, note, figure
+        yield f"sensitivity_{number}", title, note, figure, group
         number += 1
+
+
+def _varied(runs: Sequence[Run]) -> list[str]:
+    return [p for p in SWEPT if len({run.parameters.get(p) for run in runs}) > 1]
 
 
 def _mean_score(runs: Sequence[Run]) -> float:
@@ -317,7 +344,8 @@ def decode_time(runs: Sequence[Run]) -> Drawn:
             lengths = sorted(bins)
             means = [statistics.fmean(bins[n]) for n in lengths]
             style = {"color": color, "marker": marker, "ms": 5, "lw": 1.2, "ls": dash}
-            name = method if budget is None else f"{method} @{budget}"
+            over = max(map(mark, same))
+            name = f"{method}{over}" if budget is None else f"{method} @{budget}{over}"
             axis.plot(lengths, means, label=name, **style)
             for n in lengths:
                 if interval := bootstrap([bins[n]]):
@@ -328,8 +356,11 @@ def decode_time(runs: Sequence[Run]) -> Drawn:
         axis.set_title(f"{group[0].model}\n{group[0].machine}", fontsize=9)
         axis.set(xlabel="prompt (tokens)", ylabel="time per token, median (ms)")
     _legend(figure, axes)
-    note = "Batch of 1; means over samples of their median, with 95% bootstrap intervals."
-    yield "decode_time", "Decoding time by prompt length", note, figure
+    note = (
+        "Batch of 1; means over samples of their median, with 95% bootstrap intervals over samples,"
+        " which know nothing of how processes differ."
+    )
+    yield "decode_time", "Decoding time by prompt length", note, figure, answered
 
 
 def _swept(run: Run, runs: Sequence[Run]) -> bool:
