@@ -54,6 +54,7 @@ def write_run(
     loaded: bool = False,
     seed: int = 0,
     group: str = "",
+    blocks: bool = False,
     prediction: str = "an answer",
     model: dict[str, Any] | None = None,
     weights: int | None = 6_738_415_616,
@@ -65,6 +66,7 @@ def write_run(
     Args:
         kv, allocated: bytes of a sample, held and allocated.
         held: entries at the peak over the budget's, which are B; on average it is 0.8 of that.
+        blocks: of texts that are read, whose scores are losses.
         weights: the model's parameters; None: not recorded.
     """
     folder = root / name
@@ -123,6 +125,8 @@ def write_run(
                 "process": process,
                 "loaded": loaded,
             }
+            if blocks:
+                record |= {"blocks": [score, score + 1], "generated_tokens": 0, "itl_p50_ms": None}
             file.write(json.dumps(record) + "\n")
     facts = {
         "status": "complete",

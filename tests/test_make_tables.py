@@ -156,7 +156,7 @@ def test_costs_mark_the_lengths_at_which_more_is_held(tmp_path: Path) -> None:
     met = [other.replace("265.0", "250.0") for other in others]
     samples.write_text("".join([long.replace("265.0", "500.0"), *met]))
     frame = tables.costs(read_runs(tmp_path)).frame.set_index("prompt tokens")
-    assert frame.loc[4096, "budget"] == f"{B}†" and frame.loc[1024, "budget"] == B
+    assert frame.loc[4096, "budget"] == f"{B}†" and frame.loc[1024, "budget"] == str(B)
 
 
 def test_the_mean_is_named_where_it_is_the_measure(tmp_path: Path) -> None:
@@ -164,6 +164,16 @@ def test_the_mean_is_named_where_it_is_the_measure(tmp_path: Path) -> None:
     frame = tables.summarization(read_runs(tmp_path)).frame
     assert frame["budget"].item() == "0.25 mean†"
     assert frame["held / budget"].item() == pytest.approx(0.8 * 1.38)
+
+
+def test_settings_are_those_that_no_budget_chose(tmp_path: Path) -> None:
+    for window, fixed in ((40, ["window"]), (160, [])):
+        parameters = {**BUZZ, "window": window}
+        write_run(
+            tmp_path, f"{window}", "buzz", [1.0, 2.0], parameters=parameters, budget=B, fixed=fixed
+        )
+    frame = tables.summarization(read_runs(tmp_path)).frame
+    assert list(frame["settings"]) == ["window=40", ""]
 
 
 def test_early_records_are_not_marked(tmp_path: Path) -> None:
@@ -179,12 +189,32 @@ def test_figures_mark_what_holds_more_than_its_budget(
     for method in ("snapkv", "h2o"):
         with open(tmp_path / f"runs/needle {method}/fidelity.jsonl", "w") as file:
             file.write(json.dumps({"id": "0", "kl_to_full": 0.5}) + "\n")
+    facts = {"status": "complete", "headline": "token_perplexity", "statistic": "exp"}
+    for held in (1.0, 1.38):
+        write_run(
+            tmp_path / "runs",
+            f"read {held}",
+            "h2o" if held == 1 else "snapkv",
+            [2.0, 3.0],
+            task="wikitext",
+            blocks=True,
+            budget=0.25,
+            held=held,
+            summary=facts | {"higher_is_better": False},
+        )
+        for window in (40, 80):
+            method = "h2o" if held == 1 else "snapkv"  # (no such parameters, but the figure's)
+            sizes = {"window": window, "sink": window // 10}
+            name = f"{method} {window}"
+            where = {"budget": 0.5, "held": held, "parameters": sizes, "task": "nq10"}
+            write_run(tmp_path / "runs", name, method, [1.0, 0.0], **where)
     texts: dict[str, list[str]] = {}
     hollow: dict[str, list[str]] = {}
 
     def keep(figure: Figure, path: Path, **_: Any) -> None:
         legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         texts[path.stem] = legends + [axis.get_title() for axis in figure.axes]
+        texts[path.stem] += [text.get_text() for axis in figure.axes for text in axis.texts]
         lines = [line for axis in figure.axes for line in axis.get_lines()]
         unfilled = (line for line in lines if line.get_markerfacecolor() == "none")
         hollow[path.stem] = [str(line.get_label()) for line in unfilled]
@@ -192,7 +222,10 @@ def test_figures_mark_what_holds_more_than_its_budget(
 
     monkeypatch.setattr(Figure, "savefig", keep)
     notes = {one.path.stem: one.note for one in draw_all(read_runs(tmp_path / "runs"), tmp_path)}
-    assert set(texts) == {"pareto", "fidelity", "needle_0", "decode_time"}
+    plain, marked = texts.pop("sensitivity_0"), texts.pop("sensitivity_1")
+    assert not any("†" in text for text in plain) and any("†" in text for text in marked)
+    assert "snapkv @0.5† 1.38x" in notes["sensitivity_1"] and "†" not in notes["sensitivity_0"]
+    assert set(texts) == {"pareto", "fidelity", "needle_0", "decode_time", "loss_by_position"}
     for name, shown in texts.items():
         assert any("snapkv" in text and "†" in text for text in shown), name
         assert not any("h2o" in text and "†" in text for text in shown), name

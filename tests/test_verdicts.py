@@ -154,6 +154,15 @@ def test_10_qa_is_not_decided_between_runs_of_other_memory(tmp_path: Path) -> No
     assert unequal.verdict == "not at equal memory: 1.38x"
 
 
+def test_sizes_of_ones_own_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    """As the original ran them; the full cache is no rival."""
+    for method, kv in (("full", 4e6), ("buzz", 1e6), ("h2o", 1.366e6)):
+        write_run(tmp_path, method, method, [1.0] * 40, task="nq10", kv=kv)
+    for one in judged(tmp_path, "10-QA"):
+        assert one.verdict == "not at equal memory: 0.73x"
+        assert one.measured and "its own sizes, against h2o at 0.73x" in one.measured.of
+
+
 def test_questions_over_documents_are_10_qa_and_longbenchs(tmp_path: Path) -> None:
     scores = [20 + i % 5 for i in range(400)]
     for method, kept in (("full", 1.0), ("buzz", 1.01)):
@@ -195,15 +204,8 @@ def test_less_perplexity_is_more_quality(tmp_path: Path) -> None:
     facts |= {"higher_is_better": False}
     for method, loss in (("full", 2.0), ("buzz", 2.2)):
         scores = [loss + i % 7 / 10 for i in range(100)]
-        write_run(tmp_path, method, method, scores, task="wikitext", prompt=40_000, summary=facts)
-        samples = tmp_path / method / "samples.jsonl"
-        samples.write_text(
-            "\n".join(
-                line.replace('"scores"', f'"blocks": [{score}], "scores"')
-                for line, score in zip(samples.read_text().splitlines(), scores, strict=True)
-            )
-            + "\n"
-        )
+        where = {"task": "wikitext", "prompt": 40_000, "blocks": True, "summary": facts}
+        write_run(tmp_path, method, method, scores, **where)
     beyond = found(tmp_path, "Beyond 32K")
     assert beyond.measured and beyond.measured.value == pytest.approx(0.8187, abs=1e-3)  # exp(-0.2)
     assert beyond.verdict == FAILS

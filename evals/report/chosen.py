@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from buzz import BuzzPolicy
-from evals.report.runs import Run, reference_of
-
-SIZES = ("window", "threshold")  # what a budget sets
+from evals.report.runs import BUDGETED, Run, reference_of
 
 
 def is_papers(run: Run) -> bool:
@@ -26,7 +24,7 @@ def is_papers(run: Run) -> bool:
     if run.budget is not None:
         if own.get("compact") == "widen":
             own["compact"] = paper["compact"]
-        if set(SIZES) & set(run.config.get("fixed") or ()):
+        if set(BUDGETED) & set(run.config.get("fixed") or ()):
             return False
     return paper | own == paper
 
@@ -43,7 +41,7 @@ def families(runs: Sequence[Run], parameter: str) -> list[list[Run]]:
     """Runs of one method, setting and budget that differ in one parameter alone, by its value."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        if run.scored and parameter in run.parameters and not left_to_budget(run, parameter):
+        if run.scored and parameter in run.parameters and not run.left_to_budget(parameter):
             others = {k: v for k, v in run.parameters.items() if k != parameter}
             fixed = sorted(set(run.config.get("fixed") or ()) - {parameter})
             budget = (run.budget, run.config.get("budget_by"))
@@ -56,10 +54,3 @@ def families(runs: Sequence[Run], parameter: str) -> list[list[Run]]:
         return own is not None, isinstance(own, str), own
 
     return [sorted(family, key=value) for family in several]
-
-
-def left_to_budget(run: Run, parameter: str) -> bool:
-    """Whether the budget chose this size, whatever the configuration says."""
-    fixed = run.config.get("fixed")
-    sizes = run.budget is not None and fixed is not None and parameter in SIZES
-    return sizes and parameter not in (fixed or ())

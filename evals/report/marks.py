@@ -20,15 +20,15 @@ def mark(run: Run) -> str:
     return MARK if is_over(run.held) else ""
 
 
-def budget_text(run: Run, held: float | None) -> str | float:
+def budget_text(run: Run, held: float | None) -> str:
     """A run's budget, its measure if that is the mean, and MARK if more is held.
 
     A method without a budget has sizes of its own, the full cache has none.
     """
     if run.budget is None:
         return "-" if run.method == REFERENCE else "own"
-    more = " mean" * (run.config.get("budget_by") == "mean") + MARK * is_over(held)
-    return f"{run.budget}{more}" if more else run.budget
+    by_mean = " mean" if run.config.get("budget_by") == "mean" else ""
+    return f"{run.budget}{by_mean}{MARK if is_over(held) else ''}"
 
 
 def label(run: Run, runs: Sequence[Run]) -> str:
@@ -50,10 +50,10 @@ def over_note(rows: Iterable[tuple[Run, float | None]]) -> str:
             over.setdefault(f"{run.method} @{budget_text(run, held)}", []).append(held)
     if not over:
         return ""
-    found = [
-        f"{name} {min(held):.2f}x" + (f" to {max(held):.2f}x" if len(held) > 1 else "")
-        for name, held in over.items()
-    ]
+    found = []
+    for name, held in over.items():
+        ends = dict.fromkeys(f"{end:.2f}x" for end in (min(held), max(held)))
+        found.append(f"{name} {' to '.join(ends)}")
     return (
         f"{MARK} holds over {TOLERANCE:.0%} more than its budget, over what was decoded:"
         f" {', '.join(found)}."

@@ -82,8 +82,8 @@ def _lead(runs: Sequence[Run]) -> str:
     finished = sum(run.status == "complete" for run in runs)
     return (
         f"{len(runs)} runs, {finished} of them complete. Models: {listed(r.model for r in runs)}."
-        f" Machines: {listed(r.machine for r in runs)}. Numbers in brackets are 95% bootstrap"
-        " intervals over samples."
+        f" Machines: {listed(r.machine for r in runs)}. Numbers in brackets are 95%"
+        " intervals, by bootstrap over samples where nothing else is said."
     )
 
 
@@ -92,7 +92,7 @@ def _claims(judged: Sequence[Judged]) -> str:
     cards = []
     for claim in dict.fromkeys(one.claim for one in judged):
         own = [one for one in judged if one.claim is claim]
-        kinds = {one.kind for one in own}
+        kinds = {None if one.measured and one.measured.limits else one.kind for one in own}
         kind = KINDS.get(kinds.pop(), "open") if len(kinds) == 1 else "open"
         lines = "".join(f"<p>{_measured(one)}</p>" for one in own)
         source = f"{claim.unit}: {claim.bar_text}. Source: {claim.source}"
@@ -110,7 +110,8 @@ def _measured(one: Judged) -> str:
     value = "no number" if m.value is None else f"{m.value:.3g}"
     if m.interval:
         value += f" [{m.interval[0]:.3g}, {m.interval[1]:.3g}]"
-    count = f"n = {m.n}" + (f" in {m.processes} processes" if m.processes is not None else "")
+    processes = "process" if m.processes == 1 else "processes"
+    count = f"n = {m.n}" + (f" in {m.processes} {processes}" if m.processes is not None else "")
     where = html.escape(f"{count}; {m.of}; {m.model} on {m.machine}")
     return f'<b>{html.escape(one.verdict)}</b>: {value} <span class="small">{where}</span>'
 

@@ -17,7 +17,7 @@ from evals.records import Record
 from evals.report.chosen import families, is_papers, with_full
 from evals.report.intervals import Means, least_lead, widest_gap
 from evals.report.marks import budget_text, is_papers_model, limits, mark
-from evals.report.runs import Floats, Interval, Run, bootstrap, reference_of, together
+from evals.report.runs import REFERENCE, Floats, Interval, Run, bootstrap, reference_of, together
 from evals.report.verdicts import Measurement, verdict
 from evals.tasks.longbench import CATEGORIES
 
@@ -170,7 +170,8 @@ def spread_facts(runs: Sequence[Run]) -> Iterator[Measurement]:
 def better_than_others(relative: bool) -> Callable[[Sequence[Run]], Iterator[Measurement]]:
     """10-QA: the lead over the best other evicting method of the same budget that held the same.
 
-    Others of the same budget that held more or less are shown with the ratio, undecided.
+    Others of the same budget (or, like the run, of sizes of their own) that held more or less are
+    shown with their ratios, undecided.
 
     Args:
         relative: in percent of the other's score instead of in points.
@@ -178,15 +179,19 @@ def better_than_others(relative: bool) -> Callable[[Sequence[Run]], Iterator[Mea
 
     def measure(runs: Sequence[Run]) -> Iterator[Measurement]:
         for run in runs:
-            if run.task != "nq10" or not is_papers(run) or run.budget is None:
+            if run.task != "nq10" or not is_papers(run):
                 continue
             rivals = [(other, at_equal_memory(run.ran, other.ran)) for other in _rivals(run, runs)]
             equal = [other for other, ratio in rivals if is_equal(ratio)]
             if equal:
-                yield _lead(run, equal, relative)
-            for other, ratio in rivals:
-                if ratio is not None and not is_equal(ratio):
-                    yield dataclasses.replace(_lead(run, [other], relative), memory=ratio)
+                best = max(equal, key=lambda other: other.score() or 0)
+                yield _lead(run, equal, relative, _named(best))
+            unequal = [(other, ratio) for other, ratio in rivals if ratio and not is_equal(ratio)]
+            if unequal:
+                shown = ", ".join(f"{_named(other)} at {ratio:.2f}x" for other, ratio in unequal)
+                others = [other for other, _ in unequal]
+                lead = _lead(run, others, relative, f"{shown} of its bytes")
+                yield dataclasses.replace(lead, memory=tuple(ratio for _, ratio in unequal))
 
     return measure
 
@@ -199,19 +204,23 @@ def _rivals(run: Run, runs: Sequence[Run]) -> list[Run]:
         and other.setting == run.setting
         and other.budget == run.budget
         and other.config.get("budget_by") == run.config.get("budget_by")
+        and other.method != REFERENCE
         and not other.method.startswith("buzz")
     ]
 
 
-def _lead(run: Run, others: Sequence[Run], relative: bool) -> Measurement:
+def _named(run: Run) -> str:
+    return f"{run.method}{mark(run)}{_over(run)}"
+
+
+def _lead(run: Run, others: Sequence[Run], relative: bool, best: str) -> Measurement:
     headline = run.summary["headline"]
     values = list(together([run, *others], lambda r: [100 * r["scores"][headline]]).values())
     value, interval = _of(values, run, lambda means: least_lead(means, relative))
     if relative:
         value = None if value is None else 100 * value
         interval = interval and (100 * interval[0], 100 * interval[1])
-    best = max(others, key=lambda other: other.score() or 0)
-    of = f"{described(run)}, against {best.method}{mark(best)}{_over(best)}"
+    of = f"{described(run)}, against {best}"
     return measured(run, value, interval, sum(map(len, values)), of)
 
 
@@ -251,5 +260,5 @@ def _gap(swept: Sequence[Run], values: Sequence[Any], parameter: str) -> Measure
         interval,
         sum(map(len, values)),
         f"{described(run)}, {parameter} {shown} with {fixed}",
-        memory=None if is_equal(apart) else apart,
+        memory=() if is_equal(apart) or apart is None else (apart,),
     )

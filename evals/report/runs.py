@@ -24,6 +24,7 @@ Interval = tuple[float, float] | None
 Floats = NDArray[np.float64]
 # Settings that say where and how a run was made, not what of.
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
+BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,12 @@ class Run:
         """What it held over what it was given, see :func:`evals.equal_memory.held_over_budget`."""
         return held_over_budget(self.records)
 
+    def left_to_budget(self, parameter: str) -> bool:
+        """Whether the budget chose this size, whatever the configuration says."""
+        fixed = self.config.get("fixed")  # not in early configurations
+        known = self.budget is not None and fixed is not None
+        return known and parameter in BUDGETED and parameter not in fixed
+
 
 def read_runs(root: Path) -> list[Run]:
     """All runs of a folder of run folders, shards of one run put together.
@@ -265,7 +272,7 @@ def settings_text(run: Run, runs: Iterable[Run]) -> str:
     alike = [other.parameters for other in runs if other.method == run.method]
     own = run.parameters
     varying = [key for key in own if any(other.get(key) != own[key] for other in alike)]
-    return " ".join(f"{key}={own[key]}" for key in varying)
+    return " ".join(f"{key}={own[key]}" for key in varying if not run.left_to_budget(key))
 
 
 def length_bin(tokens: int) -> int:

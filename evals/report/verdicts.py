@@ -22,7 +22,7 @@ class Measurement:
         n: samples behind it.
         of: the runs it compares, in words.
         condition: the verdict on something that the claim takes for granted; "holds" if nothing.
-        memory: where the claim is about equal memory and it is not equal, the ratio.
+        memory: where the claim is about equal memory and it is not equal, the ratios.
         processes: of timings, how many independent processes they come from.
         limits: why it speaks for its model alone; None if it does not.
         papers_model: whether the model is the one that the paper's claims are about.
@@ -35,7 +35,7 @@ class Measurement:
     machine: str
     of: str
     condition: str = HOLDS
-    memory: float | None = None
+    memory: tuple[float, ...] = ()
     processes: int | None = None
     limits: str | None = None
     papers_model: bool = True
@@ -127,8 +127,9 @@ class Judged:
         """What the number says of its own model: kind and text."""
         m, c = self.measured, self.claim
         assert m is not None
-        if m.memory is not None:
-            return UNEQUAL, f"{UNEQUAL}: {m.memory:.2f}x"
+        if m.memory:
+            ends = dict.fromkeys(f"{end:.2f}x" for end in (min(m.memory), max(m.memory)))
+            return UNEQUAL, f"{UNEQUAL}: {' to '.join(ends)}"
         if m.processes is not None and m.processes < PROCESSES:
             return UNDECIDED, f"undecided: needs {PROCESSES} processes, has {m.processes}"
         kind = verdict(m.interval, c.bar, c.at_least, m.n, c.least_n, m.condition)
