@@ -135,7 +135,7 @@ def test_nothing_is_said_over_a_score_that_may_be_zero() -> None:
 def test_a_lead_over_the_best_other_is_one_over_each(relative: bool) -> None:
     bar = 0.1 / 0.7 if relative else 0.1  # of the lead over each rival, which are equal
     below = above = 0
-    for scores in drawn(200, [0.8, 0.7, 0.7, 0.7], "continuous", 0.5):
+    for scores in drawn(1000, [0.8, *[0.7] * 8], "continuous", 0):
         value, (low, high) = least_lead(Means.of([scores]), relative)
         assert low <= value <= high
         below += high < bar

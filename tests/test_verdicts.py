@@ -268,6 +268,14 @@ def test_sizes_that_a_budget_chose_are_no_settings(tmp_path: Path) -> None:
     assert "window 40, 80 with" in window.measured.of
 
 
+def test_sizes_fixed_beside_a_budget_are_another_family(tmp_path: Path) -> None:
+    write_run(tmp_path, "full", "full", [20.0, 22.0] * 100)
+    sweep(tmp_path, {0: 20.0, 4: 20.0}, "sink", budget=0.2, fixed=["sink"])
+    sweep(tmp_path, {16: 1.0}, "sink", budget=0.2, fixed=["sink", "threshold"])
+    sink = found(tmp_path, "The score depends little on the sink")
+    assert sink.verdict == HOLDS and sink.measured and "sink 0, 4 with" in sink.measured.of
+
+
 # Models
 
 

@@ -1,13 +1,17 @@
-"""Which runs are judged, and beside which others."""
+"""Which runs are judged, beside which others, and on which samples."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from buzz import BuzzPolicy
-from evals.report.runs import BUDGETED, Run, reference_of
+from evals.compare import strata
+from evals.records import Record
+from evals.report.runs import Run, reference_of
+
+BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
 
 
 def is_papers(run: Run) -> bool:
@@ -37,20 +41,49 @@ def with_full(runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
             yield run, full
 
 
+def together(
+    runs: Sequence[Run], value: Callable[[Record], Iterable[float | None]]
+) -> dict[str, list[tuple[float, ...]]]:
+    """Values of the samples that all runs answered from the same prompt, by group.
+
+    Of samples that are about the same, see :func:`evals.compare.strata`, the means.
+    """
+    first, *others = ({record["id"]: record for record in run.ran} for run in runs)
+    parts: list[tuple[Record, list[tuple[float, ...]]]] = []
+    for name, record in first.items():
+        found = [record, *(other[name] for other in others if name in other)]
+        same = {one["prompt_sha256"] for one in found} == {record["prompt_sha256"]}
+        if len(found) == len(runs) and same:
+            rows = zip(*map(value, found), strict=True)
+            if known := [row for row in rows if None not in row]:
+                parts.append((record, known))
+    return strata(parts)
+
+
 def families(runs: Sequence[Run], parameter: str) -> list[list[Run]]:
-    """Runs of one method, setting and budget that differ in one parameter alone, by its value."""
-    found: dict[str, list[Run]] = {}
+    """Runs of one method, setting and budget that differ in one parameter alone, by its value.
+
+    Of several with one value, as from two machines, the first.
+    """
+    found: dict[str, dict[Any, Run]] = {}
     for run in runs:
-        if run.scored and parameter in run.parameters and not run.left_to_budget(parameter):
+        if run.scored and parameter in run.parameters and not left_to_budget(run, parameter):
             others = {k: v for k, v in run.parameters.items() if k != parameter}
             fixed = sorted(set(run.config.get("fixed") or ()) - {parameter})
             budget = (run.budget, run.config.get("budget_by"))
             key = f"{run.setting} {run.method} {budget} {fixed} {sorted(others.items(), key=str)}"
-            found.setdefault(key, []).append(run)
-    several = [family for family in found.values() if len(family) > 1]
+            found.setdefault(key, {}).setdefault(run.parameters[parameter], run)
+    several = [list(family.values()) for family in found.values() if len(family) > 1]
 
     def value(run: Run) -> tuple[bool, bool, Any]:
         own = run.parameters[parameter]
         return own is not None, isinstance(own, str), own
 
     return [sorted(family, key=value) for family in several]
+
+
+def left_to_budget(run: Run, parameter: str) -> bool:
+    """Whether the budget chose this size, whatever the configuration says."""
+    fixed = run.config.get("fixed")  # not in early configurations
+    known = run.budget is not None and fixed is not None
+    return known and parameter in BUDGETED and parameter not in fixed

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from evals.records import Record
-from evals.report.chosen import families
+from evals.report.chosen import families, left_to_budget
 from evals.report.drawing import OTHER, RC, STYLES, heat, legend, panels, place, plt
-from evals.report.marks import budget_text, label, mark, over_note
+from evals.report.marks import budget_text, held, label, mark, over_note, settings
 from evals.report.quality import SPEED_TASK
-from evals.report.runs import REFERENCE, Run, bootstrap, length_bin, settings_text
+from evals.report.runs import REFERENCE, Run, bootstrap, length_bin
 from evals.report.speed import alone
 from evals.report.tables import METHODS, ordered
 from evals.tasks.needle import grid
@@ -44,7 +44,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
                 path = folder / f"{name}.png"
                 figure.savefig(path, dpi=150)
                 plt.close(figure)
-                note = " ".join(filter(None, [note, over_note((run, run.held) for run in shown)]))
+                note = " ".join(filter(None, [note, over_note((run, held(run)) for run in shown)]))
                 figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
 
@@ -69,11 +69,11 @@ def _title(run: Run) -> str:
 def pareto(runs: Sequence[Run]) -> Drawn:
     """Score against KV memory, a panel per setting; the line joins runs that no other beats."""
     answered = [run for run in runs if run.task != SPEED_TASK]
-    settings = [g for g in _by(answered, lambda run: run.setting).values() if len(g) > 1]
-    if not settings:
+    groups = [g for g in _by(answered, lambda run: run.setting).values() if len(g) > 1]
+    if not groups:
         return
-    figure, axes = panels(len(settings))
-    for axis, group in zip(axes, settings, strict=True):
+    figure, axes = panels(len(groups))
+    for axis, group in zip(axes, groups, strict=True):
         memory = [_memory(run) for run in group]
         scores = [run.score() or 0.0 for run in group]
         _against_memory(axis, group, [(run.score(), run.score_interval()) for run in group])
@@ -88,7 +88,7 @@ def pareto(runs: Sequence[Run]) -> Drawn:
         "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey: the front of"
         " runs that none of less memory beats. Methods of one budget are drawn a little apart."
     )
-    shown = [run for group in settings for run in group]
+    shown = [run for group in groups for run in group]
     yield "pareto", "Score against KV memory", note + _hollow(shown), figure, shown
 
 
@@ -221,7 +221,7 @@ def positions(runs: Sequence[Run]) -> Drawn:
             tokens = statistics.fmean(record["prompt_tokens"] for record in run.ran)
             places = [tokens * (i + 0.5) / len(curve) for i in range(len(curve))]
             color, marker = STYLES.get(run.method, OTHER)
-            name = f"{run.method}{mark(run)} {settings_text(run, shown)}".strip()
+            name = f"{run.method}{mark(run)} {settings(run, shown)}".strip()
             axis.plot(places, curve, color=color, marker=marker, ms=4, lw=1.2, label=name)
         axis.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
         axis.set_title(f"{_title(group[0])}\n{_budget_title(group)}", fontsize=9)
@@ -236,7 +236,7 @@ def sensitivity(runs: Sequence[Run]) -> Drawn:
     for whole in _by(
         runs, lambda r: (r.setting, r.method, r.budget, r.config.get("budget_by"))
     ).values():
-        group = [r for r in whole if not any(r.left_to_budget(p) for p in _varied(whole))]
+        group = [r for r in whole if not any(left_to_budget(r, p) for p in _varied(whole))]
         varied = _varied(group)
         couples = [(a, b) for i, a in enumerate(varied) for b in varied[i + 1 :]]
         if not couples:

@@ -6,21 +6,27 @@ from collections.abc import Iterable, Sequence
 
 import baselines  # noqa: F401  (registers its policies)
 from buzz import POLICIES
-from evals.equal_memory import MARK, TOLERANCE, is_over
+from evals.equal_memory import MARK, TOLERANCE, held_over_budget, is_over
 from evals.metrics import mean
 from evals.records import Record
+from evals.report.chosen import left_to_budget
 from evals.report.runs import REFERENCE, Run, settings_text
 
 PAPERS_MODEL = "Llama-2-7B"
 SMALL = 1_000_000_000  # parameters below which a model's verdicts are its own
 
 
+def held(run: Run) -> float | None:
+    """What a run held over what it was given, see :func:`evals.equal_memory.held_over_budget`."""
+    return held_over_budget(run.records)
+
+
 def mark(run: Run) -> str:
     """MARK if a run holds more than its budget, else nothing."""
-    return MARK if is_over(run.held) else ""
+    return MARK if is_over(held(run)) else ""
 
 
-def budget_text(run: Run, held: float | None) -> str:
+def budget_text(run: Run, share: float | None) -> str:
     """A run's budget, its measure if that is the mean, and MARK if more is held.
 
     A method without a budget has sizes of its own, the full cache has none.
@@ -28,31 +34,37 @@ def budget_text(run: Run, held: float | None) -> str:
     if run.budget is None:
         return "-" if run.method == REFERENCE else "own"
     by_mean = " mean" if run.config.get("budget_by") == "mean" else ""
-    return f"{run.budget}{by_mean}{MARK if is_over(held) else ''}"
+    return f"{run.budget}{by_mean}{MARK if is_over(share) else ''}"
 
 
 def label(run: Run, runs: Sequence[Run]) -> str:
     """A run's method, budget and what else tells it from `runs`."""
     parts = [run.method]
     if run.budget is not None:
-        parts.append(f"@{budget_text(run, run.held)}")
-    parts.append(settings_text(run, [other for other in runs if other.setting == run.setting]))
+        parts.append(f"@{budget_text(run, held(run))}")
+    parts.append(settings(run, [other for other in runs if other.setting == run.setting]))
     if len({other.model for other in runs}) > 1:
         parts.append(f"({run.model})")
     return " ".join(filter(None, parts))
 
 
+def settings(run: Run, runs: Iterable[Run]) -> str:
+    """As :func:`evals.report.runs.settings_text`, without sizes that a budget chose."""
+    parts = settings_text(run, runs).split(" ")
+    return " ".join(part for part in parts if not left_to_budget(run, part.partition("=")[0]))
+
+
 def over_note(rows: Iterable[tuple[Run, float | None]]) -> str:
     """What MARK means, and by how much each row that has it is over; nothing if none has."""
     over: dict[str, list[float]] = {}
-    for run, held in rows:
-        if held is not None and is_over(held):
-            over.setdefault(f"{run.method} @{budget_text(run, held)}", []).append(held)
+    for run, share in rows:
+        if share is not None and is_over(share):
+            over.setdefault(f"{run.method} @{budget_text(run, share)}", []).append(share)
     if not over:
         return ""
     found = []
-    for name, held in over.items():
-        ends = dict.fromkeys(f"{end:.2f}x" for end in (min(held), max(held)))
+    for name, shares in over.items():
+        ends = dict.fromkeys(f"{end:.2f}x" for end in (min(shares), max(shares)))
         found.append(f"{name} {' to '.join(ends)}")
     return (
         f"{MARK} holds over {TOLERANCE:.0%} more than its budget, over what was decoded:"

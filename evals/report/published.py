@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from evals.report.forms import NOT_PUBLISHED, NOT_RUN, Table
-from evals.report.marks import mark, over_note
+from evals.report.marks import held, mark, over_note
 from evals.report.runs import Run
 from evals.tasks.longbench import averages
 
@@ -119,7 +119,7 @@ def _mark(run: Run | None) -> str:
 
 
 def _note(text: str, runs: Iterable[Run | None]) -> str:
-    over = over_note((run, run.held) for run in runs if run is not None)
+    over = over_note((run, held(run)) for run in runs if run is not None)
     return " ".join(filter(None, [text, over]))
 
 

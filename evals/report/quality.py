@@ -14,10 +14,10 @@ from evals.compare import units
 from evals.equal_memory import at_equal_memory, is_equal
 from evals.metrics import mean
 from evals.records import Record
-from evals.report.chosen import families, is_papers, with_full
+from evals.report.chosen import families, is_papers, together, with_full
 from evals.report.intervals import Means, least_lead, widest_gap
-from evals.report.marks import budget_text, is_papers_model, limits, mark
-from evals.report.runs import REFERENCE, Floats, Interval, Run, bootstrap, reference_of, together
+from evals.report.marks import budget_text, held, is_papers_model, limits, mark
+from evals.report.runs import REFERENCE, Floats, Interval, Run, bootstrap, reference_of
 from evals.report.verdicts import Measurement, verdict
 from evals.tasks.longbench import CATEGORIES
 
@@ -51,12 +51,12 @@ def measured(
 
 def described(run: Run) -> str:
     """What a run is of, in words; of one that exceeds its budget with the mark and by how much."""
-    budget = "its own sizes" if run.budget is None else f"budget {budget_text(run, run.held)}"
+    budget = "its own sizes" if run.budget is None else f"budget {budget_text(run, held(run))}"
     return f"{run.task}, {budget}{_over(run)}"
 
 
 def _over(run: Run) -> str:
-    return f" (holds {run.held:.2f}x)" if mark(run) else ""
+    return f" (holds {held(run):.2f}x)" if mark(run) else ""
 
 
 def quality(

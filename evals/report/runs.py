@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from omegaconf import OmegaConf
 
 from buzz.errors import ConfigError
 from evals.compare import REFERENCE, strata, units, values_of
-from evals.equal_memory import held_over_budget
 from evals.metrics import STATISTICS, mean, resampled, score_of
 from evals.records import Record, RunFolder, digest
 
@@ -24,7 +22,6 @@ Interval = tuple[float, float] | None
 Floats = NDArray[np.float64]
 # Settings that say where and how a run was made, not what of.
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
-BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
 
 
 @dataclass(frozen=True)
@@ -150,17 +147,6 @@ class Run:
         known = [r for r in self.fidelity if r["kl_to_full"] is not None]
         return len(known) if self.fidelity else None
 
-    @cached_property
-    def held(self) -> float | None:
-        """What it held over what it was given, see :func:`evals.equal_memory.held_over_budget`."""
-        return held_over_budget(self.records)
-
-    def left_to_budget(self, parameter: str) -> bool:
-        """Whether the budget chose this size, whatever the configuration says."""
-        fixed = self.config.get("fixed")  # not in early configurations
-        known = self.budget is not None and fixed is not None
-        return known and parameter in BUDGETED and parameter not in fixed
-
 
 def read_runs(root: Path) -> list[Run]:
     """All runs of a folder of run folders, shards of one run put together.
@@ -232,21 +218,21 @@ def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:
     return None
 
 
-def together(
-    runs: Sequence[Run], value: Callable[[Record], Iterable[float | None]]
-) -> dict[str, list[tuple[float, ...]]]:
-    """Values of the samples that all runs answered from the same prompt, by group.
+def pairs(
+    run: Run, other: Run, value: Callable[[Record], Iterable[float | None]]
+) -> dict[str, list[tuple[float, float]]]:
+    """Values of the samples that both runs answered from the same prompt, by group.
 
     Of samples that are about the same, see :func:`evals.compare.strata`, the means.
     """
-    first, *others = ({record["id"]: record for record in run.ran} for run in runs)
-    parts: list[tuple[Record, list[tuple[float, ...]]]] = []
-    for name, record in first.items():
-        found = [record, *(other[name] for other in others if name in other)]
-        same = {one["prompt_sha256"] for one in found} == {record["prompt_sha256"]}
-        if len(found) == len(runs) and same:
-            rows = zip(*map(value, found), strict=True)
-            if known := [row for row in rows if None not in row]:
+    theirs = {record["id"]: record for record in other.ran}
+    parts: list[tuple[Record, list[tuple[float, float]]]] = []
+    for record in run.ran:
+        match = theirs.get(record["id"])
+        if match and match["prompt_sha256"] == record["prompt_sha256"]:
+            both = zip(value(record), value(match), strict=True)
+            known = [(a, b) for a, b in both if a is not None and b is not None]
+            if known:
                 parts.append((record, known))
     return strata(parts)
 
@@ -272,7 +258,7 @@ def settings_text(run: Run, runs: Iterable[Run]) -> str:
     alike = [other.parameters for other in runs if other.method == run.method]
     own = run.parameters
     varying = [key for key in own if any(other.get(key) != own[key] for other in alike)]
-    return " ".join(f"{key}={own[key]}" for key in varying if not run.left_to_budget(key))
+    return " ".join(f"{key}={own[key]}" for key in varying)
 
 
 def length_bin(tokens: int) -> int:

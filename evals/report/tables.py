@@ -9,9 +9,17 @@ import pandas as pd
 
 from evals.equal_memory import MARK, TOLERANCE, held_over_budget
 from evals.records import Record
-from evals.report.chosen import families
+from evals.report.chosen import families, together
 from evals.report.forms import NOT_RUN, Table
-from evals.report.marks import budget_text, growth, label, over_note, thins_only_the_prompt
+from evals.report.marks import (
+    budget_text,
+    growth,
+    held,
+    label,
+    over_note,
+    settings,
+    thins_only_the_prompt,
+)
 from evals.report.quality import mean_allocated
 from evals.report.runs import (
     REFERENCE,
@@ -19,8 +27,6 @@ from evals.report.runs import (
     bootstrap,
     length_bin,
     reference_of,
-    settings_text,
-    together,
 )
 from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
 from evals.tasks.longbench import averages
@@ -66,14 +72,14 @@ def _with_interval(name: str, value: Any, interval: Any) -> dict[str, Any]:
     return {name: value, f"{name} low": low, f"{name} high": high}
 
 
-def _head(run: Run, runs: Sequence[Run], held: float | None) -> dict[str, Any]:
+def _head(run: Run, runs: Sequence[Run], share: float | None) -> dict[str, Any]:
     alike = [other for other in runs if other.setting == run.setting]
     return {
         "task": run.task,
         "model": run.model,
         "method": run.method,
-        "settings": settings_text(run, alike),
-        "budget": budget_text(run, held),
+        "settings": settings(run, alike),
+        "budget": budget_text(run, share),
     }
 
 
@@ -82,7 +88,7 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], t
     rows = []
     grows = any(map(thins_only_the_prompt, runs))
     for run in ordered(runs):
-        row = _head(run, runs, run.held)
+        row = _head(run, runs, held(run))
         if run.scored:
             full = reference_of(run, runs)
             row |= _with_interval("score", run.score(), run.score_interval())
@@ -96,7 +102,7 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], t
             row |= {"KV / full": _quotient(run, "kv_nbytes_mean", run.ran, theirs)}
             row |= _budget(run, run.ran, grows)
         rows.append(row | {"n": len(run.ran), "status": run.status})
-    return Table(name, title, pd.DataFrame(rows), _notes(text, _held(runs), grows))
+    return Table(name, title, pd.DataFrame(rows), _notes(text, _shares(runs), grows))
 
 
 def _difference(run: Run, full: Run | None) -> dict[str, Any]:
@@ -125,17 +131,17 @@ def _budget(run: Run, own: Sequence[Record], grows: bool) -> dict[str, Any]:
     return {"held / budget": held_over_budget(own)} | ({GROWTH: growth(run, own)} if grows else {})
 
 
-Held = Sequence[tuple[Run, float | None]]
+Shares = Sequence[tuple[Run, float | None]]
 
 
-def _held(runs: Iterable[Run]) -> Held:
-    return [(run, run.held) for run in runs]
+def _shares(runs: Iterable[Run]) -> Shares:
+    return [(run, held(run)) for run in runs]
 
 
-def _notes(text: str, rows: Held, grows: bool = False) -> str:
+def _notes(text: str, rows: Shares, grows: bool = False) -> str:
     """A table's note, with what its marks and columns of memory mean."""
     parts = [text]
-    if any(held is not None for _, held in rows):
+    if any(share is not None for _, share in rows):
         parts.append("held / budget: the most entries, under budget_by=mean the mean.")
     if grows:
         parts.append(f"{GROWTH}: entries held at an answer's end beyond the budget.")
@@ -210,7 +216,7 @@ def longbench(runs: Sequence[Run]) -> Table:
         [{"data set": n} | {key: c.get(n, NOT_RUN) for key, c in columns.items()} for n in names]
     )
     text = "Scores 0 to 100 by the benchmark's own metrics; averages as in its own tables."
-    return Table("longbench", "LongBench", frame, _notes(text, _held(chosen), grows))
+    return Table("longbench", "LongBench", frame, _notes(text, _shares(chosen), grows))
 
 
 def costs(runs: Sequence[Run]) -> Table:
@@ -227,12 +233,12 @@ def costs(runs: Sequence[Run]) -> Table:
         for tokens, records in bins.items():
             ids = {record["id"] for record in records}
             theirs = [record for record in full.ran if record["id"] in ids] if full else []
-            held = held_over_budget(records)
-            shown.append((run, held))
+            share = held_over_budget(records)
+            shown.append((run, share))
             row = {
                 "model": run.model,
                 "prompt tokens": tokens,
-                **{k: v for k, v in _head(run, runs, held).items() if k not in ("model",)},
+                **{k: v for k, v in _head(run, runs, share).items() if k not in ("model",)},
                 "batch": records[0]["batch_size"],
                 **_memory(run, records),
                 "KV / full": _quotient(run, "kv_nbytes_mean", records, theirs),
@@ -274,7 +280,7 @@ def ablations(runs: Sequence[Run]) -> Table:
         " buzz_fast by one step's, buzz_strided none. Without a budget, other sizes also hold other"
         " memory: read KV MB beside the score."
     )
-    return Table("ablations", "Ablations", pd.DataFrame(rows), _notes(text, _held(runs)))
+    return Table("ablations", "Ablations", pd.DataFrame(rows), _notes(text, _shares(runs)))
 
 
 def _rules(runs: Sequence[Run]) -> list[list[Run]]:
@@ -297,7 +303,7 @@ def _ablation(factor: str, value: Any, run: Run, family: Sequence[Run]) -> dict[
         "task": run.task,
         "model": run.model,
         "method": run.method,
-        "budget": budget_text(run, run.held),
+        "budget": budget_text(run, held(run)),
         "others": " ".join(f"{key}={parameters[key]}" for key in fixed if key in parameters),
         "value": str(value),
         "metric": run.summary["headline"],
@@ -344,7 +350,7 @@ def claims(judged: Sequence[Judged]) -> Table:
 def overview(runs: Sequence[Run]) -> Table:
     """Every run, failed ones too."""
     rows = [
-        _head(run, runs, run.held)
+        _head(run, runs, held(run))
         | {
             "seed": run.config["seed"],
             "n": len(run.ran),
@@ -355,7 +361,7 @@ def overview(runs: Sequence[Run]) -> Table:
         }
         for run in ordered(runs)
     ]
-    return Table("runs", "Runs", pd.DataFrame(rows), over_note(_held(runs)))
+    return Table("runs", "Runs", pd.DataFrame(rows), over_note(_shares(runs)))
 
 
 OWN: tuple[Callable[[Sequence[Run]], Table], ...] = (
