@@ -100,6 +100,7 @@ def write_run(
     with open(folder / "samples.jsonl", "w") as file:
         for i, score in enumerate(scores):
             record = {
+                "format": 2,
                 "id": str(i),
                 "group": group,
                 "meta": {"length": 512, "depth": 50},
