@@ -66,6 +66,7 @@ def write_run(
     Args:
         kv, allocated: bytes of a sample, held and allocated.
         held: entries at the peak over the budget's, which are B; on average it is 0.8 of that.
+        process: that measured them; None: not recorded.
         blocks: of texts that are read, whose scores are losses.
         weights: the model's parameters; None: not recorded.
     """
@@ -123,9 +124,10 @@ def write_run(
                 "budget_entries": B if budgeted else None,
                 "kv_entries_peak": B * held,
                 "kv_entries_mean": 0.8 * B * held,
-                "process": process,
                 "loaded": loaded,
             }
+            if process is not None:
+                record["process"] = process
             if blocks:
                 record |= {"blocks": [score, score + 1], "generated_tokens": 0, "itl_p50_ms": None}
             file.write(json.dumps(record) + "\n")

@@ -111,8 +111,9 @@ def test_batches_are_compared_with_batches_of_their_size(tmp_path: Path) -> None
 def test_growth_is_measured_against_log_n(tmp_path: Path, speed: float, expected: str) -> None:
     for seed in range(5):
         where: dict[str, Any] = {"process": f"p{seed}", "seed": seed, "task": "throughput"}
-        write_run(tmp_path, f"{seed} short", "buzz", [1.0] * 9, prompt=1024, **where)
-        write_run(tmp_path, f"{seed} long", "buzz", [1.0] * 9, prompt=8192, speed=speed, **where)
+        for prompt, own in ((1024, 10.0), (8192, speed)):
+            where |= {"prompt": prompt, "lengths": [prompt], "speed": own}
+            write_run(tmp_path, f"{seed} {prompt}", "buzz", [1.0] * 9, **where)
     growth = found(tmp_path, "Time per token")
     ratio = (1000 / speed + 1) / (100 + 1) / (13 / 10)
     assert growth.measured and growth.measured.value == pytest.approx(ratio)
