@@ -13,6 +13,8 @@ from evals.report.runs import Run, reference_of
 
 BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
 
+SAME = ("prompt_sha256", "sample_sha256")  # in records of one sample that may be compared
+
 
 def is_papers(run: Run) -> bool:
     """Whether a run is BUZZ with the paper's parameters, apart from what a budget sets.
@@ -44,7 +46,7 @@ def with_full(runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
 def together(
     runs: Sequence[Run], value: Callable[[Record], Iterable[float | None]]
 ) -> dict[str, list[tuple[float, ...]]]:
-    """Values of the samples that all runs answered from the same prompt, by group.
+    """Values of the samples that all runs answered, of one prompt and references, by group.
 
     Of samples that are about the same, see :func:`evals.compare.strata`, the means.
     """
@@ -52,8 +54,8 @@ def together(
     parts: list[tuple[Record, list[tuple[float, ...]]]] = []
     for name, record in first.items():
         found = [record, *(other[name] for other in others if name in other)]
-        same = {one["prompt_sha256"] for one in found} == {record["prompt_sha256"]}
-        if len(found) == len(runs) and same:
+        same = (one.get(key) == record.get(key) for one in found for key in SAME)
+        if len(found) == len(runs) and all(same):
             rows = zip(*map(value, found), strict=True)
             if known := [row for row in rows if None not in row]:
                 parts.append((record, known))
