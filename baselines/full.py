@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from buzz.policy import Policy, register
+from buzz.policy import Evicts, Policy, register
 
 
 @register("full")
 @dataclass(frozen=True, kw_only=True)
 class FullPolicy(Policy):
     """The strong baseline: nothing is evicted, buffers are written in place. Ignores budgets."""
+
+    evicts: ClassVar[Evicts] = "never"
 
     @property
     def protected(self) -> int:

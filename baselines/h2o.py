@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from buzz.policy import Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, register
 
 
 @register("h2o")
@@ -60,10 +60,7 @@ class H2OPolicy(Policy):
         return candidates.topk(self.heavy, dim=-1).indices.sort(dim=-1).values
 
     def fit(
-        self,
-        budget: int,
-        fixed: frozenset[str] = frozenset(),
-        horizon: tuple[int, int] | None = None,
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
         if {"heavy", "recent"} <= fixed:
             return self

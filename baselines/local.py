@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from buzz.policy import Policy, register
+from buzz.policy import BudgetBy, Policy, register
 
 
 @register("local")
@@ -31,9 +31,6 @@ class LocalPolicy(Policy):
         return torch.empty(1, 1, 0, dtype=torch.int64)
 
     def fit(
-        self,
-        budget: int,
-        fixed: frozenset[str] = frozenset(),
-        horizon: tuple[int, int] | None = None,
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
         return self if "window" in fixed else self._replace(budget, window=budget)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from buzz.policy import Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Evicts, Policy, ScoreRule, register
 
 
 @register("snapkv")
@@ -26,6 +26,7 @@ class SnapKVPolicy(Policy):
         pooling: ``avg`` or ``max``.
     """
 
+    evicts: ClassVar[Evicts] = "prompt"
     needs_scores: ClassVar[bool] = True
     score_rule: ClassVar[ScoreRule] = "step"
 
@@ -56,16 +57,12 @@ class SnapKVPolicy(Policy):
         return pooled.topk(self.capacity - self.window, dim=-1).indices.sort(dim=-1).values
 
     def fit(
-        self,
-        budget: int,
-        fixed: frozenset[str] = frozenset(),
-        horizon: tuple[int, int] | None = None,
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """On average over the answer; without an answer's length, right after the prompt."""
+        """The budget is what the prompt's end leaves; every token of the answer comes on top."""
         if "capacity" in fixed:
             return self
-        capacity = budget if horizon is None else budget - (horizon[1] - 1) // 2
-        window = self.window if "window" in fixed else min(self.window, capacity // 2)
-        if capacity <= window:
-            self._replace(budget, capacity=capacity - window)
-        return self._replace(budget, window=window, capacity=capacity)
+        window = self.window if "window" in fixed else min(self.window, budget // 2)
+        if budget <= window:
+            self._replace(budget, capacity=budget - window)
+        return self._replace(budget, window=window, capacity=budget)

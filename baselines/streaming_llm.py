@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from buzz.policy import Policy, register
+from buzz.policy import BudgetBy, Policy, register
 
 
 @register("streaming_llm")
@@ -37,9 +37,6 @@ class StreamingLLMPolicy(Policy):
         return torch.arange(self.sink).expand(1, 1, -1)
 
     def fit(
-        self,
-        budget: int,
-        fixed: frozenset[str] = frozenset(),
-        horizon: tuple[int, int] | None = None,
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
         return self if "window" in fixed else self._replace(budget, window=budget - self.sink)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from buzz.policy import Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, register
 
 
 @register("tova")
@@ -49,9 +49,6 @@ class TOVAPolicy(Policy):
         return attention.topk(self.size, dim=-1).indices.sort(dim=-1).values
 
     def fit(
-        self,
-        budget: int,
-        fixed: frozenset[str] = frozenset(),
-        horizon: tuple[int, int] | None = None,
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
         return self if "size" in fixed else self._replace(budget, size=budget)

@@ -1,6 +1,7 @@
 """Evicting KV caches for stock transformers: BUZZ, and the interface that all methods share."""
 
 from buzz.beehive import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy
+from buzz.budget import Budget
 from buzz.cache import CACHE_ARGUMENT, EvictionCache
 from buzz.errors import ConfigError
 from buzz.policy import POLICIES, Policy, register
@@ -8,6 +9,7 @@ from buzz.policy import POLICIES, Policy, register
 __all__ = [
     "CACHE_ARGUMENT",
     "POLICIES",
+    "Budget",
     "BuzzFastPolicy",
     "BuzzPolicy",
     "BuzzStridedPolicy",

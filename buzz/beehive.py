@@ -12,6 +12,7 @@ most attention survives (the local maximum).
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from buzz.errors import ConfigError
-from buzz.policy import Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, register
 
 
 @register("buzz")
@@ -38,9 +39,11 @@ class BuzzPolicy(Policy):
         threshold: history entries that trigger an eviction when exceeded.
         history: ``strided``, the paper's, or ``local_max``: old history too keeps the highest
             score of each of its cells (scores then follow it; an option of this project).
-        compact: ``once`` a step as in the original, or ``until_fits``: thin old history again in
-            the same step until it is within `threshold`, so that memory is bounded right after
-            the prompt (an option of this project).
+        compact: what becomes of new history that, one entry a cell, would still exceed `threshold`,
+            as after a long prompt. ``once``, as in the original: it is thinned as old history in
+            the steps that follow, and the cache is larger until then. ``widen`` (of this project,
+            and what a budget sets): its cells are just wide enough for it to fit at once.
+            ``until_fits`` (of this project): it is thinned as old history in the same step.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -57,11 +60,13 @@ class BuzzPolicy(Policy):
         self._at_least(0, "sink", "threshold")
         self._at_least(1, "window", "stride")
         self._one_of("history", "strided", "local_max")
-        self._one_of("compact", "once", "until_fits")
+        self._one_of("compact", "once", "until_fits", "widen")
         if self.history == "local_max" and not self.local_max:
             raise ConfigError("method.history", self.history, f"{self.name} keeps no local maxima")
+        if self.compact == "widen":
+            self._at_least(2, "threshold")
         if self.stride <= 2:
-            if self.compact == "until_fits":
+            if self.compact != "once":
                 raise ConfigError("method.compact", self.compact, "needs a stride of at least 3")
             warnings.warn(
                 f"method.stride={self.stride} never thins old history: the cache is unbounded",
@@ -82,11 +87,20 @@ class BuzzPolicy(Policy):
         """Cell size of history that was sampled before: ceil(stride / 2)."""
         return (self.stride + 1) // 2
 
+    def _new_stride(self, old: int, new: int) -> int:
+        """Cell size for `new` entries of history that join `old` ones."""
+        if self.compact != "widen":
+            return self.stride
+        # Never less than one, as old history is at most `threshold` and is at least halved.
+        room = self.threshold - _cells(old, self.old_stride)
+        return max(self.stride, _cells(new, room))
+
     def survivors(self, held: int, sampled: int) -> tuple[int, int]:
         others = held - self.sink - self.window
         if others <= self.threshold:
             return held, sampled
-        history = _cells(sampled, self.old_stride) + _cells(others - sampled, self.stride)
+        width = self._new_stride(sampled, others - sampled)
+        history = _cells(sampled, self.old_stride) + _cells(others - sampled, width)
         while self.compact == "until_fits" and history > max(self.threshold, 1):
             history = _cells(history, self.old_stride)
         return self.sink + history + self.window, history
@@ -99,10 +113,8 @@ class BuzzPolicy(Policy):
             index = index.expand(*scores.shape[:2], -1)
 
         old = self._sample_old(index[..., self.sink : old_end], scores)
-        new = index[..., old_end:]
-        new = (
-            _best_of_cells(new, scores, self.stride) if self.local_max else new[..., :: self.stride]
-        )
+        new, width = index[..., old_end:], self._new_stride(sampled, new_end - old_end)
+        new = _best_of_cells(new, scores, width) if self.local_max else new[..., ::width]
         history = torch.cat([old, new], dim=-1)
         while self.compact == "until_fits" and history.shape[-1] > max(self.threshold, 1):
             history = self._sample_old(history, scores)
@@ -114,57 +126,58 @@ class BuzzPolicy(Policy):
         return index[..., :: self.old_stride]
 
     def fit(
-        self,
-        budget: int,
-        fixed: frozenset[str] = frozenset(),
-        horizon: tuple[int, int] | None = None,
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """Window and threshold such that the decode-phase cache holds `budget` entries on average.
+        """Window and threshold that fill the budget in the proportion that they have here.
 
-        The threshold is that of the steady state in which window and threshold have the proportion
-        of this policy; the window then takes what `horizon` leaves. Of the two, one that is fixed
-        stays as it is, and the other makes up for it.
+        ``peak``: sink + window + threshold = budget; ``mean``: sink + window + the mean of the
+        history, (kept + threshold) / 2, = budget. Of the two, one that is fixed stays as it is, and
+        the other makes up for it. `compact` becomes ``widen`` if it is ``once`` and not fixed, as
+        the history that a long prompt leaves would exceed any threshold.
         """
-        if {"window", "threshold"} <= fixed:
-            return self
         if self.stride <= 2:
             raise ConfigError(
                 "method.stride", self.stride, "the cache is unbounded; a budget needs at least 3"
             )
-        prompt, new = horizon or (budget, 64 * budget)
-        room = budget - self.sink  # for window and history together
-        if "window" in fixed:
-            if room <= self.window:
-                self._replace(budget, threshold=room - self.window)
-            candidates = [self._replace(budget, 0, threshold=t) for t in range(2 * room)]
-        else:
-            # Steady state: kept = (threshold + 1) / (1 + stride (1 - 1/s')),
-            # average = sink + window + (kept + threshold) / 2.
-            kept = 1 / (1 + self.stride * (1 - 1 / self.old_stride))
-            share = self.window / max(self.threshold, 1)
-            threshold = round(room / (share + (1 + kept) / 2))
-            if "threshold" in fixed:
-                threshold = self.threshold
-            if room < 2:
-                self._replace(budget, window=room - 1)
-            candidates = [
-                self._replace(budget, 0, threshold=threshold, window=w) for w in range(1, room + 1)
-            ]
-        return min(candidates, key=lambda policy: abs(policy._mean_held(prompt, new) - budget))
+        compact = self.compact
+        if compact == "once" and "compact" not in fixed:
+            compact = "widen"
+        least = 2 if compact == "widen" else 0
+        room = budget - self.sink  # for window and history
 
-    def _mean_held(self, prompt: int, new: int) -> float:
-        """Entries held, averaged over the `new` steps from the prompt's on (exact, data-free)."""
-        held, sampled = self.survivors(prompt, 0)
-        total, left = held, new - 1
-        limit = self.sink + self.window + self.threshold
-        while left > 0:
-            grow = min(max(limit - held, 0), left)  # steps that evict nothing
-            total += grow * held + grow * (grow + 1) // 2
-            held, left = held + grow, left - grow
-            if left:
-                held, sampled = self.survivors(held + 1, sampled)
-                total, left = total + held, left - 1
-        return total / new
+        def made(window: int, threshold: int) -> BuzzPolicy:
+            if "window" not in fixed:
+                self._require(budget, 1, window=window)
+            if "threshold" not in fixed:
+                self._require(budget, least, threshold=threshold)
+            return dataclasses.replace(self, window=window, threshold=threshold, compact=compact)
+
+        def history(threshold: int) -> int:
+            """What the history takes of the budget."""
+            if by == "peak" or threshold < 2:
+                return threshold
+            alone = dataclasses.replace(self, sink=0, window=1, threshold=threshold)
+            return round(alone.footprint().mean - 1)
+
+        if {"window", "threshold"} <= fixed:
+            return made(self.window, self.threshold)
+        if "threshold" in fixed:
+            return made(room - history(self.threshold), self.threshold)
+        # Over a cycle the history takes threshold * part. In closed form, up to rounding:
+        # kept = (threshold + 1) / (1 + stride (1 - 1/s')).
+        kept = 1 / (1 + self.stride * (1 - 1 / self.old_stride))
+        part = 1.0 if by == "peak" else (1 + kept) / 2
+        if "window" in fixed:
+            near = round((room - self.window) / part)
+            near = min(
+                range(near - 3, near + 4), key=lambda t: abs(self.window + history(t) - room)
+            )
+            return made(self.window, near)
+        share = self.window / max(self.threshold, 1)
+        threshold = max(round(room / (share + part)), least)
+        while threshold > least and room - history(threshold) < int(share * threshold):
+            threshold -= 1
+        return made(room - history(threshold), threshold)
 
 
 @register("buzz_strided")

@@ -9,9 +9,11 @@ rectangular and memory is known before a single token is computed (:meth:`Policy
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ScoreRule = Literal["sum", "mean", "step"]
+BudgetBy = Literal["peak", "mean"]
+Evicts = Literal["always", "prompt", "never"]
+FOREVER = 2**20  # steps after which a cache that still grows is taken to be unbounded
 
 POLICIES: dict[str, type[Policy]] = {}
 PolicyClass = TypeVar("PolicyClass", bound="type[Policy]")
@@ -37,18 +42,19 @@ def register(name: str) -> Callable[[PolicyClass], PolicyClass]:
     return add
 
 
-def check_budget(budget: object) -> None:
-    """Raises ConfigError unless `budget` is None, entries (a whole number) or a fraction."""
-    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
-    if budget is None or whole or (isinstance(budget, float) and 0 < budget < 1):
-        return
-    remedy = "give a fraction of the prompt between 0 and 1, or entries >= 1"
-    raise ConfigError("budget", budget, remedy)
+class Footprint(NamedTuple):
+    """Entries that a method holds, per layer and KV head.
 
+    Attributes:
+        after_prompt: once the prompt's eviction is over.
+        peak: the most that any later step leaves, over an answer without end; infinite where the
+            cache grows for ever.
+        mean: of the cycle that the length settles in.
+    """
 
-def budget_entries(budget: float | int, prompt_tokens: int) -> int:
-    """The entries that a budget allows beside a prompt of this length."""
-    return budget if isinstance(budget, int) else max(1, round(budget * prompt_tokens))
+    after_prompt: int
+    peak: float
+    mean: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +64,13 @@ class Policy(ABC):
     Attributes:
         name: the registered name.
         needs_scores: whether :meth:`select` reads scores. If not, none are ever computed.
+        evicts: ``always``, so that memory stays bounded; the ``prompt`` alone, so that an answer
+            grows on top of what is left of it; or ``never``.
     """
 
     name: ClassVar[str]
     needs_scores: ClassVar[bool] = False
+    evicts: ClassVar[Evicts] = "always"
 
     @property
     @abstractmethod
@@ -120,18 +129,18 @@ class Policy(ABC):
         """
 
     def fit(
-        self,
-        budget: int,
-        fixed: frozenset[str] = frozenset(),
-        horizon: tuple[int, int] | None = None,
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """A copy that holds `budget` entries: exactly, or, where the size moves, on average.
+        """A copy whose free parameters meet a budget; :class:`buzz.Budget` checks that they do.
+
+        Neither the prompt's length nor the answer's has a say: a method whose size moves would
+        otherwise be another one for every sample.
 
         Args:
             budget: entries per layer and KV head.
             fixed: parameters that keep their value, because the user set them.
-            horizon: prompt tokens and new tokens to average over, where the size moves; None for
-                the steady state of an endless text.
+            by: whether the budget is the most that is ever held, or the mean of an endless answer;
+                the same for methods of fixed size.
 
         Raises:
             ConfigError: the budget cannot be met.
@@ -146,6 +155,10 @@ class Policy(ABC):
             held, sampled = self.survivors(held + new, sampled)
             lengths.append(held)
         return lengths
+
+    def footprint(self, prompt: int = 0) -> Footprint:
+        """What is held beside an endless answer to a prompt of this length, from lengths alone."""
+        return _footprint(self, prompt)
 
     def _at_least(self, minimum: int, *fields: str) -> None:
         for field in fields:
@@ -163,12 +176,32 @@ class Policy(ABC):
 
     def _replace(self, budget: int, minimum: int = 1, **parameters: int) -> Self:
         """A copy with `parameters` set, refused when the budget leaves one below `minimum`."""
+        self._require(budget, minimum, **parameters)
+        return dataclasses.replace(self, **parameters)
+
+    def _require(self, budget: int, minimum: int, **parameters: int) -> None:
         for field, value in parameters.items():
             if value < minimum:
                 raise ConfigError(
                     "budget",
                     budget,
-                    f"leaves {value} entries for method.{field}; give {minimum - value} more"
-                    f" or lower the other parameters of {self.name}",
+                    f"leaves {value} entries for method.{field}, and {self.name} would hold"
+                    f" {budget + minimum - value}; give as many, or lower its other parameters",
                 )
-        return dataclasses.replace(self, **parameters)
+
+
+@lru_cache(maxsize=4096)
+def _footprint(policy: Policy, prompt: int) -> Footprint:
+    """Follows the length recurrence until it comes back to a state, which closes a cycle."""
+    state = policy.survivors(prompt, 0) if prompt else (0, 0)
+    after_prompt = state[0]
+    seen: dict[tuple[int, int], int] = {}
+    lengths: list[int] = []
+    while state not in seen:
+        if policy.evicts != "always" or len(lengths) > FOREVER:
+            return Footprint(after_prompt, math.inf, math.inf)
+        seen[state] = len(lengths)
+        lengths.append(state[0])
+        state = policy.survivors(state[0] + 1, state[1])
+    cycle = lengths[seen[state] :]
+    return Footprint(after_prompt, max(lengths), sum(cycle) / len(cycle))

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from baselines import FullPolicy, H2OPolicy, SnapKVPolicy, StreamingLLMPolicy
-from buzz import BuzzPolicy
+from buzz import Budget, BuzzPolicy
 
 IMAGES = Path(__file__).parent / "img"
 SINK, OLD, NEW, WINDOW, GONE = "#D55E00", "#08519C", "#56B4E9", "#9ECAE1", "#FFFFFF"
@@ -67,9 +67,9 @@ def lengths() -> None:
     policies = {
         "full": (FullPolicy(), "#000000"),
         "snapkv": (SnapKVPolicy(capacity=250), "#CC79A7"),
-        "buzz": (BuzzPolicy().fit(250), SINK),
-        "h2o": (H2OPolicy().fit(250), "#009E73"),
-        "streaming_llm": (StreamingLLMPolicy().fit(250), "#0072B2"),
+        "buzz": (Budget(250).policy(BuzzPolicy(), 1000)[0], SINK),
+        "h2o": (H2OPolicy(heavy=125, recent=125), "#009E73"),
+        "streaming_llm": (StreamingLLMPolicy(window=246), "#0072B2"),
     }
     figure, axes = plt.subplots(figsize=(7.5, 3.6))
     for name, (policy, color) in policies.items():

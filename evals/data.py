@@ -67,8 +67,16 @@ def read_text(path: str | Path, field: str) -> str:
     return text
 
 
-def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict[str, Any]]:
+def load_hub(
+    name: str, config: str | None, split: str, field: str, revision: str | None = None
+) -> list[dict[str, Any]]:
     """A split of a data set of the Hugging Face hub, from its local cache if it is there.
+
+    Args:
+        name, config, split: what `datasets` calls it.
+        field: the setting that names a local file instead, for error messages.
+        revision: a commit, tag or branch; None: the main branch. `datasets` runs no scripts since
+            version 4, so it must be one with data files.
 
     Raises:
         ConfigError: it can neither be fetched nor found.
@@ -77,11 +85,14 @@ def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict
 
     logging.disable(logging.WARNING)  # the client reports every retry
     try:
-        return list(datasets.load_dataset(name, config, split=split))
+        return list(datasets.load_dataset(name, config, split=split, revision=revision))
     except Exception as error:  # the hub's client raises many kinds, down to bare OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            field, None, f"{name} could not be loaded ({reason}); give a local file instead"
+            field,
+            None,
+            f"{name} (revision {revision or 'main'}) could not be loaded ({reason});"
+            " give a local file instead",
         ) from error
     finally:
         logging.disable(logging.NOTSET)

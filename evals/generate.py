@@ -51,7 +51,8 @@ class Generation:
         lengths: cache entries per layer and KV head after each step of this row.
         evictions: steps that evicted, over the whole batch's decoding.
         entry_nbytes: bytes of K and V of one entry over all layers.
-        allocated_nbytes: what the batch's buffers occupy at the end.
+        allocated_nbytes: a row's share of the batch's buffers at the end: keys and values, with
+            positions, scores, kept originals and spare slots.
         ttft_s: seconds to the first token, the batch's prefill included.
         decode_tokens_per_s: of this row alone; None for answers of one token.
         itl_p50_ms, itl_p95_ms: inter-token latency percentiles.
@@ -173,7 +174,7 @@ def generate(
                 lengths=lengths,
                 evictions=cache.evictions[row],
                 entry_nbytes=cache.entry_nbytes,
-                allocated_nbytes=cache.nbytes(allocated=True),
+                allocated_nbytes=cache.nbytes(allocated=True) // len(prompts),
                 ttft_s=trace.times[0] - start,
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,

@@ -27,8 +27,8 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 import baselines  # noqa: F401  (registers its methods)
-from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
-from buzz.policy import budget_entries, check_budget
+from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
+from buzz.policy import BudgetBy
 from evals.models import NAMED, load_model, named_config
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation to score
@@ -51,6 +51,7 @@ class EvictionLM(HFLM):
         budget: KV entries, or a fraction of the prompt, as in `run.py`. It sets the parameters that
             are not given. A batch has one budget, that of its shortest prompt (for
             `loglikelihood_rolling`, text).
+        budget_by: as in :class:`buzz.Budget`.
         chunk: scored tokens fed per step. More than 1 is faster; evictions then happen after each
             chunk, whose tokens all see what its first one saw.
         logn_base, logn_clamp: as in :class:`buzz.EvictionCache`.
@@ -66,6 +67,7 @@ class EvictionLM(HFLM):
         pretrained: Any = "smollm2",
         method: str = "buzz",
         budget: float | int | None = None,
+        budget_by: BudgetBy = "peak",
         chunk: int = 1,
         logn_base: float | None = None,
         logn_clamp: bool = False,
@@ -73,15 +75,14 @@ class EvictionLM(HFLM):
         **kwargs: Any,
     ) -> None:
         self.policy, self.fixed = _make_policy(method, kwargs)
-        check_budget(budget)
-        self.budget, self.chunk = budget, chunk
+        self.budget, self.chunk = None if budget is None else Budget(budget, budget_by), chunk
         self.cache_options = {"logn_base": logn_base, "logn_clamp": logn_clamp}
         if not isinstance(chunk, int) or chunk < 1:
             raise ConfigError("chunk", chunk, "give a whole number of at least 1")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError("batch_size", batch_size, "give a whole number of at least 1")
-        if isinstance(self.budget, int):
-            self.fitted(self.budget)
+        if self.budget is not None and isinstance(self.budget.size, int):
+            self.fitted(self.budget.size)
         if isinstance(pretrained, str) and pretrained in NAMED:
             settings = named_config(pretrained)
             device = kwargs.pop("device", None)
@@ -94,7 +95,7 @@ class EvictionLM(HFLM):
         """The policy for a prompt of so many tokens."""
         if self.budget is None:
             return self.policy
-        return self.policy.fit(budget_entries(self.budget, prompt_tokens), self.fixed)
+        return self.budget.policy(self.policy, prompt_tokens, self.fixed)[0]
 
     def new_cache(self, policy: Policy) -> EvictionCache:
         return EvictionCache(self.model, policy, **self.cache_options)

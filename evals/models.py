@@ -89,8 +89,6 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in eval mode on its device, and its tokenizer with left padding and a pad token.
 
-    A GGUF file is converted once, to a float32 checkpoint beside it.
-
     Args:
         cfg: the model config, see the module's docstring.
         device: "auto" is CUDA where there is one, else the CPU.
@@ -101,8 +99,8 @@ def load_model(
     device = _device(device)
     check_model(cfg)
     dtype, attention = DTYPES[cfg["dtype"]], cfg["attn_implementation"]
+    tokenizer = load_tokenizer(cfg)
     if "hidden_size" in cfg:
-        tokenizer = byte_tokenizer()
         # Only the model draws from this seed; the caller's random state is left as it was.
         with torch.random.fork_rng(), device:
             torch.manual_seed(cfg["seed"])
@@ -110,27 +108,37 @@ def load_model(
                 _random_config(cfg), dtype=dtype, attn_implementation=attention
             )
     else:
-        source = _source(cfg)
-        if source.endswith(".gguf"):
-            source = str(_convert(cfg, Path(source)))
-        tokenizer = _pretrained(AutoTokenizer, cfg, source)
         model = _pretrained(
             AutoModelForCausalLM,
             cfg,
-            source,
+            _checkpoint(cfg),
             dtype=dtype,
             attn_implementation=attention,
             device_map=device,
         )
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     generation = model.generation_config
     generation.pad_token_id = tokenizer.pad_token_id
     # Decoding is greedy; a checkpoint's sampling defaults would only make `generate` warn.
     generation.do_sample = False
     generation.temperature = generation.top_p = generation.top_k = None
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(cfg: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with left padding and a pad token.
+
+    Raises:
+        ConfigError: as :func:`check_model`; also unreadable files.
+    """
+    check_model(cfg)
+    if "hidden_size" in cfg:
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = _pretrained(AutoTokenizer, cfg, _checkpoint(cfg))
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -189,6 +197,12 @@ def _source(cfg: Mapping[str, Any]) -> str:
     if folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise ConfigError("model.name_or_path", given, "there is no such folder")
     return given
+
+
+def _checkpoint(cfg: Mapping[str, Any]) -> str:
+    """As :func:`_source`; a GGUF file is converted once, to a float32 checkpoint beside it."""
+    source = _source(cfg)
+    return str(_convert(cfg, Path(source))) if source.endswith(".gguf") else source
 
 
 def _converted(gguf: Path) -> Path:

@@ -13,9 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from buzz import Policy
+from buzz import Budget, Policy
 from buzz.errors import ConfigError
-from buzz.policy import budget_entries, check_budget
 from evals.compare import REFERENCE
 from evals.forced import reading_steps
 from evals.loggers import Logger
@@ -41,7 +40,7 @@ class Plan:
     policy: Policy
     task: Task
     logger: Logger
-    budget: float | int | None
+    budget: Budget | None
     fixed: frozenset[str]
     config: dict[str, Any]
 
@@ -58,7 +57,7 @@ class Plan:
             policy=_build("method", method, Policy),
             task=_build("task", config["task"], Task),
             logger=_build("logger", config["logger"], Logger),
-            budget=config["budget"],
+            budget=_budget(config),
             fixed=frozenset(fixed),
             config=config,
         )
@@ -96,30 +95,26 @@ class Plan:
                 f"needs the {REFERENCE} run of the same task, model and seed in"
                 f" {self.folder.parent}; run method={REFERENCE} first",
             )
-        self._check_budget(longest, answer)
+        self._check_budget(longest)
         if isinstance(task, StreamTask) and task.tokens is not None:
             self.check_reading(task.tokens)
 
-    def _check_budget(self, longest: int, answer: int) -> None:
-        context, budget = self.config["model"]["max_length"], self.budget
-        if budget is None:
+    def _check_budget(self, longest: int) -> None:
+        if self.budget is None:
             return
+        context, size = self.config["model"]["max_length"], self.budget.size
         if not self.config["protocol"]["budgets"]:
             name = self.config["protocol"]["name"]
-            raise ConfigError(
-                "budget", budget, f"protocol={name} has sizes of its own; leave it out"
-            )
-        check_budget(budget)
-        whole = isinstance(budget, int)
-        if whole and budget > context:
-            raise ConfigError("budget", budget, f"larger than the model's {context} tokens")
-        if whole or longest:
-            self.fit(longest, answer)
+            raise ConfigError("budget", size, f"protocol={name} has sizes of its own; leave it out")
+        if size > context:
+            raise ConfigError("budget", size, f"larger than the model's {context} tokens")
+        if longest or isinstance(size, int):
+            self.fit(longest)
 
     def check_reading(self, tokens: int) -> None:
         """Refuses a text during which the cache outgrows the model's positions."""
         assert isinstance(self.task, StreamTask)
-        policy, _ = self.fit(tokens, 0)
+        policy, _ = self.fit(tokens)
         most = max(policy.lengths(reading_steps(tokens, self.task.chunk)))
         if most > self.config["model"]["max_length"]:
             raise ConfigError(
@@ -141,18 +136,15 @@ class Plan:
         folder = find_reference(self.setting, others)
         return None if folder is None else RunFolder(folder)
 
-    @property
-    def fits(self) -> bool:
-        """Whether there is a budget, and the method has parameters to meet it with."""
-        return self.budget is not None and bool(dataclasses.fields(self.policy))
+    def fit(self, prompt_tokens: int) -> tuple[Policy, int | None]:
+        """The policy for a prompt of this length, and the entries that it may hold.
 
-    def fit(self, prompt_tokens: int, new_tokens: int) -> tuple[Policy, int | None]:
-        """The policy for a prompt and an answer of this length, and the entries it may hold."""
-        if self.budget is None or not self.fits:
+        Raises:
+            ConfigError: the method cannot meet the budget.
+        """
+        if self.budget is None:
             return self.policy, None
-        entries = budget_entries(self.budget, prompt_tokens)
-        horizon = (prompt_tokens, new_tokens) if prompt_tokens and new_tokens else None
-        return self.policy.fit(entries, self.fixed, horizon), entries
+        return self.budget.policy(self.policy, prompt_tokens, self.fixed)
 
     @property
     def setting(self) -> str:
@@ -167,7 +159,9 @@ class Plan:
             "setting": self.setting,
             "method": method,
             "cache": self.config["cache"],
-            "budget": [self.budget, sorted(self.fixed)] if self.fits else None,
+            "budget": [self.config["budget"], self.config["budget_by"], sorted(self.fixed)]
+            if self.budget is not None and self.policy.evicts != "never"
+            else None,
         }
         name = f"{task['name']}-{method['name']}-{model['name']}-{digest(result)}"
         return Path(self.config["output"]) / name
@@ -193,6 +187,12 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
             one.task = cfg.task.settings[name]
         single.append(one)
     return single
+
+
+def _budget(config: dict[str, Any]) -> Budget | None:
+    if config["budget"] is None:
+        return None
+    return Budget(config["budget"], config["budget_by"])
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

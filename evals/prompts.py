@@ -45,7 +45,7 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
     for sample in plan.task.of_shard(plan.task.load(tokenizer)):
         if isinstance(plan.task, StreamTask):
             assert sample.ids is not None
-            plan.check_reading(len(sample.ids))
+            plan.check_reading(len(sample.ids) - len(sample.starts) + 1)
             prompts.append(Prompt(sample, list(sample.ids), 0, False, 0))
             continue
         answer = plan.task.max_new_tokens or sample.max_new_tokens

@@ -32,7 +32,7 @@ from evals.forced import Fidelity, compare_with_full, read
 from evals.generate import Generation, LengthMismatch, generate
 from evals.interrupt import deferred_signals
 from evals.metrics import mean
-from evals.models import load_model
+from evals.models import load_model, load_tokenizer
 from evals.plan import Plan, expand
 from evals.prompts import Prompt, batches, load_prompts, sha256
 from evals.records import (
@@ -81,11 +81,12 @@ def _execute(plan: Plan) -> Path:
     folder = RunFolder(plan.folder)
     with folder.lock():
         records = folder.read()
-        model, tokenizer = _load(plan.config["model"], plan.config["device"])
         torch.manual_seed(plan.config["seed"])
-        prompts = load_prompts(plan, tokenizer)
-        shortest = min(prompts, key=lambda prompt: len(prompt.ids))
-        plan.fit(len(shortest.ids), shortest.max_new_tokens)  # refuse a tight budget now, not later
+        prompts = load_prompts(plan, _tokenizer(plan.config["model"], plan.config["device"]))
+        lengths = [len(prompt.ids) for prompt in prompts]
+        for tokens in (min(lengths), max(lengths)):
+            plan.fit(tokens)  # refuse a budget that cannot be met now, not later
+        model, tokenizer = _load(plan.config["model"], plan.config["device"])
         done = _finished(folder, records, prompts)
         if done:
             line = f"{folder.path}: {len(done)} of {len(prompts)} samples are there already"
@@ -157,6 +158,12 @@ def _load(config: dict[str, Any], device: str) -> tuple[PreTrainedModel, PreTrai
     return _loaded[key]
 
 
+def _tokenizer(config: dict[str, Any], device: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone: what is wrong with prompts shows before a model is loaded."""
+    known = _loaded.get(digest([config, device]))
+    return known[1] if known else load_tokenizer(config)
+
+
 def _finished(folder: RunFolder, records: dict[str, Record], prompts: list[Prompt]) -> set[str]:
     """Ids of the samples that need not run again."""
     done = set()
@@ -224,10 +231,11 @@ def _run_batch(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Record]:
     """The batch's records. Rows that are run again in a smaller one keep the batch's budget."""
-    policy, entries = plan.fit(min(len(p.ids) for p in batch), batch[0].max_new_tokens)
+    policy, entries = plan.fit(min(len(prompt.ids) for prompt in batch))
     frame = {
         "policy": dataclasses.asdict(policy),
         "budget_entries": entries,
+        "budget_by": None if entries is None else plan.config["budget_by"],
         "batch_size": 1,  # of a row that fails: see attempt()
     }
 
@@ -274,7 +282,8 @@ def _answer(
 def _read(
     task: StreamTask, plan: Plan, prompt: Prompt, policy: Policy, model: PreTrainedModel
 ) -> Record:
-    measured, losses = read(model, prompt.ids, policy, task.chunk, plan.config["cache"])
+    options, starts = plan.config["cache"], prompt.sample.starts
+    measured, losses = read(model, prompt.ids, policy, task.chunk, options, starts)
     blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
     scores = _finite(task.score_losses(prompt.sample, losses))
     return {"scores": scores, "blocks": blocks} | _measurements(measured)

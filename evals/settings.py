@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -57,7 +57,8 @@ class Settings(BaseModel):
     logger: Group
     protocol: Protocol
     cache: Cache
-    budget: Any  # see buzz.policy.check_budget
+    budget: Any  # see buzz.Budget, which checks both
+    budget_by: Literal["peak", "mean"]
     kl: bool
     seed: Seed
     device: Text

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from evals.compare import strata, units, values_of
+from evals.equal_memory import held_over_budget
 from evals.metrics import bootstrap_interval, mean, score_of
 from evals.plan import Plan
 from evals.records import Record, digest
@@ -30,7 +31,8 @@ def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
 
     Samples that were out of memory or failed are counted, with the most bytes that one asked for.
     Intervals are 95% bootstrap intervals, None where a group has a single sample. KV entries and
-    bytes are per sample, over its decode phase: mean, and highest over all samples.
+    bytes are per sample, from the prompt's eviction on: mean, and highest over all samples.
+    `budget_held` is what was held over the budget, see :func:`evals.equal_memory.held_over_budget`.
     """
     config, task = plan.config, plan.task
     ran, oom = ([r for r in records if r["status"] == status] for status in ("ok", "oom"))
@@ -49,7 +51,8 @@ def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
         "model": config["model"]["name"],
         "protocol": config["protocol"]["name"],
         "seed": config["seed"],
-        "budget": plan.budget,
+        "budget": config["budget"],
+        "budget_by": config["budget_by"] if config["budget"] is not None else None,
         "parameters": {k: v for k, v in config["method"].items() if k not in ("name", "_target_")},
         "cache": config["cache"],
         "setting": plan.setting,
@@ -74,6 +77,7 @@ def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
         "oom": len(oom),
         "oom_asked_nbytes": max(filter(None, (r.get("asked_nbytes") for r in oom)), default=None),
         "failed": len(records) - len(ran) - len(oom),
+        "budget_held": held_over_budget(records),
         "truncated": sum(record["truncated_tokens"] > 0 for record in ran),
         "conditions": _conditions(ran),
         **{name: mean(record[name] for record in ran) for name in MEASURED},

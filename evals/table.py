@@ -19,9 +19,8 @@ from rich.table import Table
 
 from buzz.errors import ConfigError
 from evals.compare import REFERENCE, compare, differing
+from evals.equal_memory import MARK, TOLERANCE, is_over
 from evals.records import RunFolder
-
-UNEQUAL = 1.1  # ratio of mean entries from which on rows hold different memory
 
 Summary = dict[str, Any]
 
@@ -86,7 +85,10 @@ class Setting:
     @property
     def names(self) -> list[str]:
         """The rows' methods, with the settings that tell those of one method apart."""
-        known = [{"budget": r["budget"]} | r["parameters"] | r["cache"] for r in self.rows]
+        known = [
+            {"budget": r["budget"], "budget_by": r.get("budget_by")} | r["parameters"] | r["cache"]
+            for r in self.rows
+        ]
         names = []
         for row, own in zip(self.rows, known, strict=True):
             pairs = zip(self.rows, known, strict=True)
@@ -119,16 +121,25 @@ class Setting:
             f"{task}: rows differ in {condition}: {'; '.join(values)}"
             for condition, values in differing(rows).items()
         ]
-        for budget in {row["budget"] for row in self.rows}:
+        for name, row in zip(self.names, self.rows, strict=True):
+            if is_over(row.get("budget_held")):
+                notes.append(
+                    f"{MARK} {task}: {name} holds {row['budget_held']:.2f}x its budget"
+                    f" ({row['budget_by']}): not at equal memory"
+                )
+        for budget, by in dict.fromkeys((row["budget"], row.get("budget_by")) for row in self.rows):
             held = [
-                row["kv_entries_mean"]
+                row["kv_entries_mean"] if budget is None else row.get("budget_held")
                 for row in self.rows
-                if row["budget"] == budget and row["method"] != REFERENCE and row["n"]
+                if (row["budget"], row.get("budget_by")) == (budget, by)
+                and row["method"] != REFERENCE
+                and row["n"]
             ]
-            if held and max(held) > UNEQUAL * min(held):
-                given = "no budget" if budget is None else f"budget={budget}"
-                ratio = max(held) / min(held)
-                notes.append(f"{task}: rows of {given} hold up to {ratio:.1f}x as much as others")
+            known = [share for share in held if share]
+            if known and max(known) > (1 + TOLERANCE) * min(known):
+                given = "no budget" if budget is None else f"budget={budget} ({by})"
+                ratio = max(known) / min(known)
+                notes.append(f"{task}: rows of {given} hold up to {ratio:.2f}x as much as others")
         return notes
 
 
@@ -169,7 +180,7 @@ def _costs(settings: list[Setting], labels: list[str]) -> Table:
         "95% CI",
         "budget",
         "KV entries\nmean/peak",
-        "KV MB\nmean/peak",
+        "KV MB\nmean/peak/alloc",
         f"KV\n/{REFERENCE}",
         "TTFT\ns",
         "decode\ntok/s",
@@ -181,12 +192,14 @@ def _costs(settings: list[Setting], labels: list[str]) -> Table:
         _section(table, label, setting.rows[0]["headline"])
         for name, row in zip(setting.names, setting.rows, strict=True):
             entries = _number(row["kv_entries_mean"], ".0f")
-            sizes = [_number(row[f"kv_nbytes_{kind}"], ".1f", 1e-6) for kind in ("mean", "peak")]
+            kinds = ("kv_nbytes_mean", "kv_nbytes_peak", "allocated_nbytes")
+            sizes = [_number(row[kind], ".1f", 1e-6) for kind in kinds]
+            mark = MARK if is_over(row.get("budget_held")) else ""
             table.add_row(
                 name,
                 _score(row["score"]),
                 _range(row["score_ci95"], _form(row["score"])),
-                _number(row["budget_entries"], ".0f"),
+                _number(row["budget_entries"], ".0f") + mark,
                 f"{entries}/{_number(row['kv_entries_peak'], 'd')}",
                 "/".join(sizes),
                 _ratio(row, full, "kv_nbytes_mean"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,8 @@ class Sample:
         max_new_tokens, chat_template: override the task's, where data sets differ.
         stop: strings whose last token ends the generation (never as its first token).
         ids: the prompt's token ids, where the task tokenized it; they are used as they are.
+        starts: places in `ids` where a text of its own begins, of a :class:`StreamTask`: nothing
+            predicts its first token, and its last is not fed.
     """
 
     id: str
@@ -43,6 +46,7 @@ class Sample:
     chat_template: bool | None = None
     stop: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
+    starts: tuple[int, ...] = (0,)
 
 
 @dataclass(kw_only=True)
@@ -189,3 +193,20 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         raise ConfigError(name, value, f"choose one of {', '.join(known)}")
+
+
+def template(name: str, value: str, must: Sequence[str], may: Sequence[str] = ()) -> None:
+    """Raises ConfigError unless `value` has all of `must` in braces, and nothing else but `may`.
+
+    Other braces are written twice, as in :meth:`str.format`.
+    """
+    try:
+        parts = list(string.Formatter().parse(value))
+    except ValueError as error:
+        raise ConfigError(name, value, f"{error}; write {{{{ or }}}} for a brace") from error
+    found = {field for _, field, _, _ in parts if field is not None}
+    plain = not any(spec or conversion for _, _, spec, conversion in parts)
+    if not plain or not set(must) <= found <= {*must, *may}:
+        needed, optional = (", ".join(f"{{{one}}}" for one in names) for names in (must, may))
+        remedy = f"must have {needed}, may have {optional} and nothing else in braces"
+        raise ConfigError(name, value, remedy)

@@ -5,8 +5,8 @@
 Every method continues the same prompt by the same number of tokens at the same budget. What its
 cache holds then is drawn to OUT.png, layer by layer and KV head by KV head, and written to
 OUT.html, where each token is shaded by the share of all heads that kept it. (BUZZ's cache grows and
-shrinks: its budget is the average, and this is one moment.) Without --text or --prompt the page on
-the `with` statement of Python's manual is taken.
+shrinks: its budget is the most that it holds, and this is one moment.) Without --text or --prompt
+the page on the `with` statement of Python's manual is taken.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
-from buzz import CACHE_ARGUMENT, POLICIES, ConfigError, EvictionCache, Policy
-from buzz.policy import budget_entries, check_budget
+from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
+from buzz.policy import BudgetBy
 from evals.models import NAMED, load_model, named_config
 from evals.prompts import encode
 
@@ -276,8 +277,7 @@ def show(args: argparse.Namespace) -> None:
     for name in names:
         if name not in POLICIES:
             raise ConfigError("methods", name, f"choose from {', '.join(POLICIES)}")
-    budget = args.budget if args.budget % 1 else int(args.budget)
-    check_budget(budget)
+    budget = Budget(args.budget if args.budget % 1 else int(args.budget), args.budget_by)
     if args.new_tokens < 1:
         raise ConfigError("new-tokens", args.new_tokens, "give a whole number of at least 1")
     text = args.prompt if args.prompt is not None else topics["with"].strip()
@@ -295,8 +295,7 @@ def show(args: argparse.Namespace) -> None:
     ids, cut = encode(tokenizer, text, chat=False, limit=room)
     if cut:
         print(f"{cut} tokens were cut from the middle of the prompt", file=sys.stderr)
-    entries = budget_entries(budget, len(ids))
-    policies = [POLICIES[name]().fit(entries) for name in names]
+    policies = [budget.policy(POLICIES[name](), len(ids))[0] for name in names]
     kept = []
     for policy in policies:
         kept.append(keep(model, ids, policy, args.new_tokens))
@@ -318,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=0.25, help="fraction of the prompt, or entries"
     )
+    parser.add_argument("--budget-by", choices=get_args(BudgetBy), default="peak")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument("--out", default="results/figures/kept", help="files without .png, .html")
     try:

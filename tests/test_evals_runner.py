@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, read
 
 import evals.generate
 import evals.runner
 from baselines import FullPolicy, StreamingLLMPolicy
-from buzz import ConfigError, EvictionCache
+from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.prompts import Prompt, batches, encode
 from evals.records import RunFailed, RunFolder
 from evals.table import Setting, find_reference, read_summary
@@ -389,11 +388,62 @@ def test_summaries_of_an_early_version_are_refused(go, capsys) -> None:
 def test_unequal_memory_is_pointed_out(go) -> None:
     folders = [go("method=local", f"method.window={size}") for size in (60, 120)]
     (note,) = notes(folders)
-    assert note == "needle: rows of no budget hold up to 2.0x as much as others"
+    assert note == "needle: rows of no budget hold up to 2.00x as much as others"
     (setting,) = Setting.of(folders)
     assert setting.names == ["local window=60", "local window=120"]
     folders = [go("method=local", f"budget={size}") for size in (60, 120)]
     assert notes(folders) == []
+
+
+def test_a_row_that_outgrows_its_budget_is_marked(go, capsys) -> None:
+    """SnapKV has its budget at the prompt's end; 39 tokens later it holds 139 of 100."""
+    long = [f"budget={100}", "task.max_new_tokens=40"]
+    folders = [go(f"method={name}", *long) for name in ("snapkv", "h2o")]
+    held = [read_summary(folder)["budget_held"] for folder in folders]
+    assert held == pytest.approx([1.39, 1.0])
+    marked, unequal = notes(folders)
+    assert marked == "† needle: snapkv holds 1.39x its budget (peak): not at equal memory"
+    assert unequal == "needle: rows of budget=100 (peak) hold up to 1.39x as much as others"
+    capsys.readouterr()
+    evals.table.main([str(folder) for folder in folders])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "100" in line]
+    assert [("100†" in row) for row in rows if row.startswith(("snapkv", "h2o"))] == [True, False]
+
+
+@pytest.mark.parametrize("by", ["peak", "mean"])
+def test_records_say_what_was_given_and_what_was_held(go, by) -> None:
+    folder = go("method=buzz", "budget=0.5", f"budget_by={by}", "task.max_new_tokens=60")
+    for record in read(folder):
+        assert record["budget_by"] == by
+        policy = BuzzPolicy(**record["policy"])
+        lengths = policy.lengths([record["prompt_tokens"]] + [1] * (record["generated_tokens"] - 1))
+        assert record["kv_entries_peak"] == max(lengths)
+        assert record["kv_entries_mean"] == pytest.approx(sum(lengths) / len(lengths))
+        assert record["allocated_nbytes"] > record["kv_nbytes_peak"]
+        footprint = policy.footprint()
+        promised = footprint.peak if by == "peak" else footprint.mean
+        assert promised == pytest.approx(record["budget_entries"], abs=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["budget=100", "budget_by=average"], "budget_by='average': "),
+        (
+            ["method=h2o", "budget=100", "method.heavy=90", "method.recent=90"],
+            "holds 180 and not 100",
+        ),
+        (["budget=100", "method.compact=once", "method.window=40"], "after a prompt of 4"),
+        (["budget=0.25", "method.compact=once", "task.lengths=[900]"], "after a prompt of "),
+    ],
+)
+def test_a_budget_that_is_not_met_is_refused_before_a_model_is_loaded(
+    main, monkeypatch, capsys, overrides, says
+) -> None:
+    monkeypatch.setattr(evals.runner, "load_model", None)
+    assert main(*MODEL, *NEEDLE, *overrides) == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1
 
 
 def notes(folders: list[Path]) -> list[str]:
@@ -452,37 +502,6 @@ def test_summaries_come_from_the_owners_test_splits() -> None:
         "xsum": ("EdinburghNLP/xsum", None, "test", "rougeL"),
         "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "test", "rougeL"),
     }
-
-
-ORIGINAL = {
-    "streaming_llm": {"sink": 4, "window": 160},
-    "local": {"window": 164},
-    "buzz": {"sink": 4, "window": 160, "stride": 5, "threshold": 400},
-    "h2o": {"heavy": 280, "recent": 280},
-}
-
-
-@pytest.mark.parametrize("method", ORIGINAL)
-def test_the_original_protocol(method: str) -> None:
-    def composed(task: str) -> dict:
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            overrides = ["protocol=original", f"method={method}", f"task={task}"]
-            return OmegaConf.to_container(compose("config", overrides))
-
-    common = {"samples": 40, "max_new_tokens": 1000, "chat_template": False}
-    summaries = common | {"words": 50, "headline": "pkg_rougeL", "split": "validation"}
-    tasks = {
-        "xsum": summaries,
-        "cnn_dailymail": summaries | {"hub_config": "2.0.0"},
-        "nq10": common | {"gold_at": [4], "headline": "strict_match"},
-    }
-    for task, expected in tasks.items():
-        config = composed(task)
-        assert expected.items() <= config["task"].items()
-        assert ORIGINAL[method].items() <= config["method"].items()
-        assert config["budget"] is None
-    suite = composed("suite")["task"]["settings"]
-    assert all(expected.items() <= suite[task].items() for task, expected in tasks.items())
 
 
 def test_failing_wandb_is_a_warning(go, monkeypatch) -> None:

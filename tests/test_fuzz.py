@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from tiny import tiny
 
 import baselines  # noqa: F401  (registers its policies)
-from buzz import POLICIES, ConfigError
+from buzz import POLICIES, Budget, ConfigError
 from evals.data import read_jsonl, read_text
 from evals.generate import generate
 from evals.models import byte_tokenizer, load_model
@@ -95,10 +95,11 @@ def test_parameters_and_budgets(name, data) -> None:
         for new, held in zip(steps, policy.lengths(steps), strict=True):
             seen += new
             assert 0 < held <= seen
-        budget = data.draw(st.integers(-3, 300))
+        budget = Budget(
+            data.draw(st.integers(-3, 300)), data.draw(st.sampled_from(["peak", "mean"]))
+        )
         fixed = data.draw(st.frozensets(st.sampled_from([*fields, "none"])))
-        horizon = data.draw(st.none() | st.tuples(st.integers(1, 900), st.integers(1, 300)))
-        fitted = policy.fit(budget, fixed, horizon)
+        fitted, _ = budget.policy(policy, data.draw(st.integers(1, 900)), fixed)
         for field in set(fields) & fixed:
             assert getattr(fitted, field) == getattr(policy, field)
 

@@ -12,7 +12,6 @@ from evals.records import Record
 from evals.report.runs import Run, reference_of
 
 BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
-
 SAME = ("prompt_sha256", "sample_sha256")  # in records of one sample that may be compared
 
 
