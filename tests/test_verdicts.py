@@ -176,7 +176,7 @@ def test_questions_over_documents_are_10_qa_and_longbenchs(tmp_path: Path) -> No
     assert ten.verdict == category.verdict == HOLDS
     assert {one.measured.of.split(",")[0] for one in (ten, category) if one.measured} == {
         "nq10",
-        "LongBench's",
+        "multi_doc_qa",
     }
 
 

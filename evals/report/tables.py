@@ -325,6 +325,7 @@ def claims(judged: Sequence[Judged]) -> Table:
                 "bar": one.claim.bar_text,
                 **_with_interval("measured", m.value if m else NOT_RUN, m.interval if m else None),
                 "n": m.n if m else 0,
+                "processes": m.processes if m and m.processes is not None else "",
                 "of": m.of if m else "",
                 "model": m.model if m else "",
                 "machine": m.machine if m else "",
