@@ -1,13 +1,12 @@
-"""What the report asks of runs, see :mod:`evals.results`: pairs of samples, labels, lengths."""
+"""What the report asks of runs, see :mod:`evals.results`: labels and lengths."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from evals.compare import REFERENCE, same_sample, strata
+from evals.compare import REFERENCE
 from evals.results import Floats, Interval, Run, bootstrap, interval_of, read_runs, reference_of
-from evals.schema import Record
 
 __all__ = [
     "REFERENCE",
@@ -17,30 +16,10 @@ __all__ = [
     "bootstrap",
     "interval_of",
     "length_bin",
-    "pairs",
     "read_runs",
     "reference_of",
     "settings_text",
 ]
-
-
-def pairs(
-    run: Run, other: Run, value: Callable[[Record], Iterable[float | None]]
-) -> dict[str, list[tuple[float, float]]]:
-    """Values of the samples that both runs answered from the same prompt, by group.
-
-    Of samples that are about the same, see :func:`evals.compare.strata`, the means.
-    """
-    theirs = {record["id"]: record for record in other.ran}
-    parts: list[tuple[Record, list[tuple[float, float]]]] = []
-    for record in run.ran:
-        match = theirs.get(record["id"])
-        if match and same_sample(record, match):
-            both = zip(value(record), value(match), strict=True)
-            known = [(a, b) for a, b in both if a is not None and b is not None]
-            if known:
-                parts.append((record, known))
-    return strata(parts)
 
 
 def settings_text(run: Run, runs: Iterable[Run]) -> str:
