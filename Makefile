@@ -18,7 +18,7 @@ help:
 	@echo "make bench   speed and memory beside two full caches, under an hour"
 	@echo "make docs    the documentation as a site: build/site/index.html"
 	@echo "make setup   only the environment (.venv) and the model (models/)"
-	@echo "make lint    ruff and mypy        make format   let ruff rewrite"
+	@echo "make lint    ruff, mypy, who imports whom        make format   let ruff rewrite"
 	@echo "make clean   remove .venv, models and caches (never results)"
 	@echo "TORCH=...    what pip installs as torch, default $(TORCH); TORCH=torch: its newest release"
 
@@ -44,10 +44,11 @@ docs: $(VENV)/.docs
 	@echo "site: build/site/index.html"
 
 lint: $(VENV)/.ready
-	@echo "lint: ruff, mypy"
+	@echo "lint: ruff, mypy, import-linter"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: make format"; exit 1; }
 	@$(BIN)/mypy --no-error-summary
+	@found=$$($(BIN)/lint-imports --no-cache) || { echo "$$found"; exit 1; }
 
 format: $(VENV)/.ready
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .

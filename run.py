@@ -16,11 +16,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from buzz.errors import ConfigError
-from evals.interrupt import Interrupted
-from evals.records import RunFailed
-from evals.results import read_summary
-from evals.runner import run_all
-from evals.sweep import Objectives, SweepCallback, run_job
+from evals.launch.sweep import Objectives, SweepCallback, run_job
+from evals.results.records import RunFailed
+from evals.results.runs import read_summary
+from evals.run.interrupt import Interrupted
+from evals.run.runner import run_all
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")

@@ -54,8 +54,8 @@ def measure(
     import baselines  # noqa: F401  (registers its policies)
     from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
     from buzz.layer import EvictionLayer
-    from evals.generate import synchronize
-    from evals.memory import memory_peak, reset_memory_peak
+    from evals.run.generate import synchronize
+    from evals.run.memory import memory_peak, reset_memory_peak
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -304,7 +304,7 @@ def main(given: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from evals.environment import cpu_name
+    from evals.results.environment import cpu_name
 
     cpu = f"{cpu_name()} {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from buzz.errors import ConfigError
-from evals.records import RunFailed
-from evals.runner import run
-from evals.table import read_summary
+from evals.results.records import RunFailed
+from evals.results.runs import read_summary
+from evals.run.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "results/figures/demo.png"

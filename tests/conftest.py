@@ -32,13 +32,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def go(tmp_path: Path):
     """Runs the tiny model with some overrides; the run's folder."""
-    import evals.runner
+    import evals.run.runner
 
     def go(*overrides: str, fixed: frozenset[str] = frozenset(), needle: bool = True) -> Path:
         task = NEEDLE if needle else []
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
             cfg = compose("config", [*MODEL, *task, f"output={tmp_path}/runs", *overrides])
-        return evals.runner.run(cfg, fixed)
+        return evals.run.runner.run(cfg, fixed)
 
     go.runs = tmp_path / "runs"
     return go

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import evals.runner
+import evals.run.runner
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
@@ -42,7 +42,7 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
     Returns:
         The prompts that were answered since, warm-ups among them.
     """
-    real, asked = evals.runner.generate, []
+    real, asked = evals.run.runner.generate, []
     measured = []
 
     def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], *rest: Any) -> list[Any]:
@@ -57,7 +57,7 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
             found.append(dataclasses.replace(measured[0], prompt_tokens=len(ids), **changes))
         return found
 
-    monkeypatch.setattr(evals.runner, "generate", generate)
+    monkeypatch.setattr(evals.run.runner, "generate", generate)
     return asked
 
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals import environment
-from evals.environment import Neighbours, busy, machine, process
+from evals.results import environment
+from evals.results.environment import Neighbours, busy, machine, process
 
 
 class System:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evals.equal_memory import at_equal_memory, held_over_budget, is_equal, is_over
+from evals.results.equal_memory import at_equal_memory, held_over_budget, is_equal, is_over
 
 
 def record(name: str = "0", **facts: Any) -> dict[str, Any]:

@@ -13,18 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buzz import ConfigError
-from evals.compare import compare, strata
-from evals.data import read_jsonl, read_text
-from evals.metrics import (
-    bootstrap_difference,
-    bootstrap_interval,
-    package_rouge,
-    rouge,
-    score_of,
-    word_f1,
-)
-from evals.records import RunFolder, arithmetic_runs, digest
-from evals.schema import FORMAT
+from evals.results.compare import compare, strata
+from evals.results.records import RunFolder, arithmetic_runs, digest
+from evals.results.schema import FORMAT
+from evals.results.statistics import bootstrap_difference, bootstrap_interval, score_of
+from evals.tasks.data import read_jsonl, read_text
+from evals.tasks.text import package_rouge, rouge, word_f1
 
 
 @pytest.mark.parametrize(

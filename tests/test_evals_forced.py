@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
 from buzz import EvictionCache
-from evals.forced import compare_with_full, read, reading_steps
+from evals.run.forced import compare_with_full, read, reading_steps
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, read
 
-import evals.generate
-import evals.runner
+import evals.run.generate
+import evals.run.runner
 from baselines import FullPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, ConfigError, EvictionCache
-from evals.prompts import Prompt, batches, encode
-from evals.records import RunFailed, RunFolder, digest
-from evals.results import find_references, read_summary
-from evals.table import Setting
+from evals.report.terminal import Setting
+from evals.results.records import RunFailed, RunFolder, digest
+from evals.results.runs import find_references, read_summary
+from evals.run.prompts import Prompt, batches, encode
 from evals.tasks.needle import FILLER
 
 
@@ -105,7 +105,7 @@ def test_killed_run_goes_on_where_it_stopped(go, capsys) -> None:
 def test_repeated_run_generates_nothing(go, monkeypatch) -> None:
     folder = go("method=buzz")
     before = (folder / "samples.jsonl").read_bytes()
-    monkeypatch.setattr(evals.runner, "generate", None)
+    monkeypatch.setattr(evals.run.runner, "generate", None)
     assert go("method=buzz") == folder
     assert (folder / "samples.jsonl").read_bytes() == before
 
@@ -129,7 +129,7 @@ def test_second_run_in_the_same_folder_is_refused(go) -> None:
 
 def test_cache_that_does_not_evict_fails_the_run(go, monkeypatch) -> None:
     silent = lambda model, policy, **options: EvictionCache(model, FullPolicy())  # noqa: E731
-    monkeypatch.setattr(evals.generate, "EvictionCache", silent)
+    monkeypatch.setattr(evals.run.generate, "EvictionCache", silent)
     with pytest.raises(RunFailed, match=r"holds \d+ entries, the method's own recurrence says 64"):
         go("method=streaming_llm", "method.window=60", "task.lengths=[400]")
     monkeypatch.undo()
@@ -143,7 +143,7 @@ def test_cache_that_does_not_evict_fails_the_run(go, monkeypatch) -> None:
 
 def test_failed_run_exits_with_1(main, monkeypatch, capsys) -> None:
     silent = lambda model, policy, **options: EvictionCache(model, FullPolicy())  # noqa: E731
-    monkeypatch.setattr(evals.generate, "EvictionCache", silent)
+    monkeypatch.setattr(evals.run.generate, "EvictionCache", silent)
     assert main(*MODEL, *NEEDLE, "method=local", "method.window=60") == 1
     assert "recurrence" in capsys.readouterr().err
 
@@ -157,8 +157,8 @@ def test_out_of_memory_is_a_result(go, monkeypatch) -> None:
         return original(model, tokenizer, prompts, *arguments)
 
     calls: list[int] = []
-    original = evals.runner.generate
-    monkeypatch.setattr(evals.runner, "generate", generate)
+    original = evals.run.runner.generate
+    monkeypatch.setattr(evals.run.runner, "generate", generate)
     folder = go("method=full")
     assert [record["status"] for record in read(folder)] == ["ok", "oom", "ok"]
     assert (read_summary(folder)["n"], read_summary(folder)["oom"]) == (2, 1)
@@ -167,7 +167,7 @@ def test_out_of_memory_is_a_result(go, monkeypatch) -> None:
 
 
 def test_answer_stops_at_end_of_sequence_and_stop_string() -> None:
-    from evals.models import load_model
+    from evals.run.models import load_model
 
     cfg = {
         "name": "random",
@@ -184,11 +184,11 @@ def test_answer_stops_at_end_of_sequence_and_stop_string() -> None:
     }
     model, tokenizer = load_model(cfg, "cpu")
     prompt, policy = tokenizer("some text")["input_ids"], StreamingLLMPolicy(sink=1, window=4)
-    (free,) = evals.generate.generate(model, tokenizer, [prompt], policy, 12)
+    (free,) = evals.run.generate.generate(model, tokenizer, [prompt], policy, 12)
     assert free.stop_reason == "length" and free.generated_tokens == 12
 
     def answer(**changes):
-        return evals.generate.generate(model, tokenizer, [prompt], policy, 12, **changes)[0]
+        return evals.run.generate.generate(model, tokenizer, [prompt], policy, 12, **changes)[0]
 
     ids = tokenizer(free.text)["input_ids"]
     character = next(c for c in free.text[1:] if " " < c <= "~" and c != free.text[0])
@@ -254,7 +254,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(main, monkeypatch, capsy
     if "longbench" in overrides:
         pytest.importorskip("jieba")
         pytest.importorskip("lm_eval")
-    monkeypatch.setattr(evals.runner, "load_model", None)
+    monkeypatch.setattr(evals.run.runner, "load_model", None)
     task = [] if "task=" in overrides else NEEDLE
     assert main(*MODEL, *task, *overrides.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -280,9 +280,9 @@ def test_command_line_from_another_folder(tmp_path: Path) -> None:
 
 def test_multirun_prints_one_table_and_loads_the_model_once(main, monkeypatch, capsys) -> None:
     loads = []
-    original = evals.runner.load_model
-    monkeypatch.setattr(evals.runner, "load_model", lambda *a: loads.append(a) or original(*a))
-    evals.runner._loaded.clear()
+    original = evals.run.runner.load_model
+    monkeypatch.setattr(evals.run.runner, "load_model", lambda *a: loads.append(a) or original(*a))
+    evals.run.runner._loaded.clear()
     methods = ["streaming_llm", "full", "buzz"]
     assert main("-m", *MODEL, *NEEDLE, f"method={','.join(methods)}", "budget=0.25") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -328,7 +328,7 @@ def test_comparison_with_full_is_recorded_and_made_once(go, monkeypatch) -> None
         for own, other in zip(records, theirs, strict=True)
     ]
     assert against["agreement"] == pytest.approx(sum(same) / 3) and against["ties"] == 3
-    monkeypatch.setattr(evals.runner, "compare_with_full", None)
+    monkeypatch.setattr(evals.run.runner, "compare_with_full", None)
     go(*method, "kl=true")
     assert (folder / "fidelity.jsonl").read_text() == lines
 
@@ -373,7 +373,7 @@ def test_rows_under_other_conditions_are_pointed_out(go, capsys) -> None:
     tokens, stops = [note for note in notes(folders) if "differ" in note]
     assert "rows differ in prompt tokens: full 1" in tokens
     assert stops.endswith("rows differ in stop reasons: full length 3; local eos 1 length 2")
-    assert evals.table.main([str(folder) for folder in folders]) == 0
+    assert evals.report.terminal.main([str(folder) for folder in folders]) == 0
     assert "rows differ in stop reasons" in capsys.readouterr().out
 
 
@@ -381,7 +381,7 @@ def test_records_of_another_version_are_named_with_the_command_that_makes_them(g
     folder = go("method=h2o", "budget=60")
     records = [{k: v for k, v in record.items() if k != "format"} for record in read(folder)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert evals.table.main([str(folder)]) == 2
+    assert evals.report.terminal.main([str(folder)]) == 2
     error = capsys.readouterr().err
     assert "written by another version (format 1, not 2); run it again: python run.py" in error
     assert "run.py task=needle method=h2o model=llama_random budget=60," in error
@@ -411,7 +411,7 @@ def test_a_row_that_outgrows_its_budget_is_marked(go, capsys) -> None:
     assert marked == "† needle: snapkv holds 1.39x its budget (peak): not at equal memory"
     assert unequal == "needle: rows of budget=100 (peak) hold up to 1.39x as much as others"
     capsys.readouterr()
-    evals.table.main([str(folder) for folder in folders])
+    evals.report.terminal.main([str(folder) for folder in folders])
     rows = [line for line in capsys.readouterr().out.splitlines() if "100" in line]
     assert [("100†" in row) for row in rows if row.startswith(("snapkv", "h2o"))] == [True, False]
 
@@ -446,7 +446,7 @@ def test_records_say_what_was_given_and_what_was_held(go, by) -> None:
 def test_a_budget_that_is_not_met_is_refused_before_a_model_is_loaded(
     main, monkeypatch, capsys, overrides, says
 ) -> None:
-    monkeypatch.setattr(evals.runner, "load_model", None)
+    monkeypatch.setattr(evals.run.runner, "load_model", None)
     assert main(*MODEL, *NEEDLE, *overrides) == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1
@@ -482,9 +482,9 @@ def test_text_is_read_with_one_cache(go, tmp_path: Path) -> None:
 
 def test_suite_runs_its_tasks_with_one_model_and_one_table(main, monkeypatch, capsys) -> None:
     loads = []
-    original = evals.runner.load_model
-    monkeypatch.setattr(evals.runner, "load_model", lambda *a: loads.append(a) or original(*a))
-    evals.runner._loaded.clear()
+    original = evals.run.runner.load_model
+    monkeypatch.setattr(evals.run.runner, "load_model", lambda *a: loads.append(a) or original(*a))
+    evals.run.runner._loaded.clear()
     settings = [setting.replace("task.", "task.settings.needle.") for setting in NEEDLE]
     settings += ["task.settings.pydoc.samples=2", "task.settings.pydoc.shortest=100"]
     settings += ["task.settings.pydoc.max_new_tokens=8", "task.settings.pydoc.longest=900"]
@@ -557,7 +557,7 @@ def test_truncation_that_leaves_nothing_is_refused() -> None:
 
 
 def test_batches_do_not_mix_settings_and_neighbour_lengths() -> None:
-    from evals.task import Sample
+    from evals.tasks.base import Sample
 
     def prompt(length: int, stop: tuple[str, ...] = ()) -> Prompt:
         return Prompt(Sample(str(length), "", (), stop=stop), [0] * length, 0, False, 8)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from buzz import ConfigError
-from evals.models import byte_tokenizer
+from evals.run.models import byte_tokenizer
 from evals.tasks.needle import NEEDLE, Needle
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization

@@ -21,16 +21,16 @@ from rich.console import Console
 from runs import MODEL, NEEDLE, read
 from tiny import FAMILIES
 
-import evals.loggers
-import evals.runner
+import evals.launch.loggers
+import evals.run.runner
 from buzz import ConfigError, EvictionCache
-from evals.faults import asked_nbytes, fault
-from evals.interrupt import Interrupted, deferred_signals
-from evals.models import byte_tokenizer, load_model
-from evals.records import RunFailed, RunFolder
 from evals.report.runs import read_runs
-from evals.results import find_references, read_summary
-from evals.table import tables
+from evals.report.terminal import tables
+from evals.results.records import RunFailed, RunFolder
+from evals.results.runs import find_references, read_summary
+from evals.run.faults import asked_nbytes, fault
+from evals.run.interrupt import Interrupted, deferred_signals
+from evals.run.models import byte_tokenizer, load_model
 from evals.tasks.needle import Needle
 
 Act = Callable[["Pass"], None]
@@ -75,11 +75,11 @@ def during(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Act], None]]:
         model.lm_head.register_forward_hook(lambda module, args, out: out * now.logits)
         return model, tokenizer
 
-    original = evals.runner.load_model
-    monkeypatch.setattr(evals.runner, "load_model", load)
-    evals.runner._loaded.clear()
+    original = evals.run.runner.load_model
+    monkeypatch.setattr(evals.run.runner, "load_model", load)
+    evals.run.runner._loaded.clear()
     yield acts.append
-    evals.runner._loaded.clear()
+    evals.run.runner._loaded.clear()
 
 
 def shown(folder: Path) -> str:
@@ -329,7 +329,7 @@ def test_a_full_disk_loses_nothing_that_was_written(main, monkeypatch, capsys, t
         if size:
             with FullDisk(size + 200), monkeypatch.context() as patch:
                 if torn:  # not even the half line can be taken back
-                    patch.setattr("evals.records.os.truncate", refuse)
+                    patch.setattr("evals.results.records.os.truncate", refuse)
                 return original(self, record, name)
         return original(self, record, name)
 
@@ -360,7 +360,7 @@ def test_a_summary_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("output", ["/proc/none", "/dev/null/runs"])
 def test_an_output_that_cannot_be_made_is_refused(go, monkeypatch, output: str) -> None:
-    monkeypatch.setattr(evals.runner, "load_model", None)
+    monkeypatch.setattr(evals.run.runner, "load_model", None)
     with pytest.raises(ConfigError, match=f"output='{output}.*give another folder"):
         go("method=full", f"output={output}")
 
@@ -386,7 +386,7 @@ def test_weights_and_biases_never_fails_a_run(go, monkeypatch, call: str, hangs:
     over, wandb = threading.Event(), MagicMock()
     wandb.configure_mock(**{f"{call}.side_effect": fail})
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(evals.loggers, "PATIENCE", 0.5)
+    monkeypatch.setattr(evals.launch.loggers, "PATIENCE", 0.5)
     reason = "no answer within 0.5 s" if hangs else "network unreachable"
     with pytest.warns(UserWarning, match=f"not logged to Weights & Biases: {reason}"):
         folder = go("method=full", "logger=wandb")
@@ -396,11 +396,11 @@ def test_weights_and_biases_never_fails_a_run(go, monkeypatch, call: str, hangs:
 
 def test_tensorboard_never_fails_a_run(go, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(evals.loggers, "find_spec", lambda name: None)
-        patch.setattr(evals.runner, "load_model", None)
+        patch.setattr(evals.launch.loggers, "find_spec", lambda name: None)
+        patch.setattr(evals.run.runner, "load_model", None)
         with pytest.raises(ConfigError, match="logger='tensorboard': is not installed: pip"):
             go("method=full", "logger=tensorboard")
-    monkeypatch.setattr(evals.loggers, "find_spec", lambda name: name)
+    monkeypatch.setattr(evals.launch.loggers, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.warns(UserWarning, match="not logged to TensorBoard"):
         folder = go("method=full", "logger=tensorboard")
@@ -463,8 +463,8 @@ def test_a_comparison_that_fails_is_named_counted_and_made_again(go, monkeypatch
         return original(model, ids, answers, *rest)
 
     calls: list[int] = []
-    original = evals.runner.compare_with_full
-    monkeypatch.setattr(evals.runner, "compare_with_full", fails_once)
+    original = evals.run.runner.compare_with_full
+    monkeypatch.setattr(evals.run.runner, "compare_with_full", fails_once)
     go("method=full")
     setting = ("method=h2o", "budget=60", "kl=true")
     folder = go(*setting)

@@ -24,12 +24,12 @@ from tiny import tiny
 
 import baselines  # noqa: F401  (registers its policies)
 from buzz import POLICIES, Budget, ConfigError
-from evals.data import read_jsonl, read_text
-from evals.generate import generate
-from evals.models import byte_tokenizer, load_model
-from evals.plan import Plan
-from evals.prompts import encode
-from evals.task import Task
+from evals.run.generate import generate
+from evals.run.models import byte_tokenizer, load_model
+from evals.run.plan import Plan
+from evals.run.prompts import encode
+from evals.tasks.base import Task
+from evals.tasks.data import read_jsonl, read_text
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
 

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from buzz import ConfigError, EvictionCache
-from evals.lm_eval_model import EvictionLM, main
+from evals.lm_eval import EvictionLM, main
 
 WORDS = [f"w{i}" for i in range(60)]
 CONTEXT = 64  # tokens, of the tiny model
@@ -244,7 +244,7 @@ def test_mistakes_are_refused_before_a_model_is_loaded(arguments, field):
 
 def test_command_prints_one_line_for_a_mistake(monkeypatch, capsys):
     arguments = "--model buzz --model_args method=nosuchmethod --tasks arc_easy --device cpu"
-    monkeypatch.setattr("sys.argv", ["lm_eval_model", *arguments.split()])
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments.split()])
     assert main() == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: method='nosuchmethod'")
 

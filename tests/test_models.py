@@ -14,9 +14,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig
 
 from buzz.errors import ConfigError
-from evals import models
-from evals.models import byte_tokenizer, check_model, load_model
-from evals.weights import file_digest, folder_digest
+from evals.run import models
+from evals.run.models import byte_tokenizer, check_model, load_model
+from evals.run.weights import file_digest, folder_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs/model").glob("*.yaml"))

@@ -8,14 +8,14 @@ import pytest
 import yaml
 from runs import MODEL
 
-import evals.forced
-import evals.generate
+import evals.run.forced
+import evals.run.generate
 import scripts.show_kept
 from buzz import ConfigError, EvictionCache
-from evals.report.claims import is_papers
+from evals.report.chosen import is_papers
 from evals.report.runs import read_runs
-from evals.settings import check_settings
-from evals.table import Setting
+from evals.report.terminal import Setting
+from evals.run.settings import check_settings
 
 H2O = ["method=h2o", "method.heavy=20", "method.recent=20"]
 
@@ -29,7 +29,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[EvictionCache]:
         caches.append(EvictionCache(*args, **kwargs))
         return caches[-1]
 
-    for module in (evals.generate, evals.forced, scripts.show_kept):
+    for module in (evals.run.generate, evals.run.forced, scripts.show_kept):
         monkeypatch.setattr(module, "EvictionCache", make)
     return caches
 
@@ -64,7 +64,7 @@ def test_quotes_make_no_difference(go) -> None:
 
 @pytest.mark.parametrize("value", ["false", "null", "1", "rope", "[cache]", "''"])
 def test_others_are_refused_before_a_model_is_loaded(go, monkeypatch, value) -> None:
-    monkeypatch.setattr("evals.runner.load_model", None)
+    monkeypatch.setattr("evals.run.runner.load_model", None)
     with pytest.raises(ConfigError, match="^cache.positions="):
         go(f"cache.positions={value}")
 
@@ -105,7 +105,7 @@ def test_the_papers_buzz_is_at_cache_positions(go, value, papers) -> None:
 def test_at_true_positions_a_text_ends_with_the_context(go, monkeypatch, tmp_path, method) -> None:
     text = tmp_path / "text"
     text.write_text("word " * 900)
-    monkeypatch.setattr("evals.runner.load_model", None)
+    monkeypatch.setattr("evals.run.runner.load_model", None)
     task = ["task=wikitext", f"task.data_file={text}", "task.tokens=1500", f"method={method}"]
     with pytest.raises(ConfigError, match="^task.tokens=1500: .*1024 tokens"):
         go(*task, "cache.positions=true", needle=False)

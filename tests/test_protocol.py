@@ -24,19 +24,19 @@ from tiny import prompt, tiny
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 
-import evals.runner
+import evals.run.runner
 from baselines import FullPolicy, LocalPolicy
 from buzz import ConfigError
-from evals.data import load_hub
-from evals.forced import fed_and_scored
-from evals.forced import read as read_text
-from evals.metrics import as_buzz_writes, package_rouge, self_bleu
-from evals.models import byte_tokenizer
-from evals.plan import Plan
-from evals.table import read_summary
-from evals.task import Sample, Task, template
+from evals.results.runs import read_summary
+from evals.run.forced import fed_and_scored
+from evals.run.forced import read as read_text
+from evals.run.models import byte_tokenizer
+from evals.run.plan import Plan
+from evals.tasks.base import Sample, Task, template
+from evals.tasks.data import load_hub
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
+from evals.tasks.text import as_buzz_writes, package_rouge, self_bleu
 from evals.tasks.wikitext import Wikitext
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/original_protocol.json").read_text())
@@ -266,7 +266,7 @@ BAD = {
 def test_bad_settings_are_one_line_before_a_model_is_loaded(
     main, monkeypatch, capsys, overrides: str
 ) -> None:
-    monkeypatch.setattr(evals.runner, "load_model", None)
+    monkeypatch.setattr(evals.run.runner, "load_model", None)
     file = [] if "needle" in overrides else ["task.data_file=none"]
     assert main(*ROOM, *overrides.split("|"), *file) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from buzz.errors import ConfigError
-from evals.models import byte_tokenizer
+from evals.run.models import byte_tokenizer
 from evals.tasks.pydoc import QUESTION, Pydoc
 
 BOUNDS = {"shortest": 500, "longest": 2000}  # one token per byte

@@ -14,14 +14,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from runs import read, stub_generate, write_lines
 
-import evals.runner
-import evals.table
+import evals.report.terminal
+import evals.run.runner
 from buzz import ConfigError
-from evals.models import load_model
-from evals.records import RunFolder
 from evals.report.runs import read_runs, settings_text
-from evals.results import differing_settings, read_run, read_summary
-from evals.table import Setting, tables
+from evals.report.terminal import Setting, tables
+from evals.results.records import RunFolder
+from evals.results.runs import differing_settings, read_run, read_summary
+from evals.run.models import load_model
 from scripts import make_tables
 
 # Of four samples one is half right: F of one word in two, so 12.5 on average.
@@ -107,7 +107,7 @@ def test_overlapping_shards_that_leave_a_sample_out_are_unfinished(news, capsys)
     folders = [news(f"task.shard={shard}") for shard in ("0/2", "0/3", "2/3")]
     (run,) = read_runs(news.runs)  # samples 0, 2 and 3
     assert run.status == "unfinished: without shards 1/3" and not run.scored
-    assert evals.table.main([str(folder) for folder in folders]) == 2
+    assert evals.report.terminal.main([str(folder) for folder in folders]) == 2
     assert "without shards 1/3" in capsys.readouterr().err
 
 
@@ -136,10 +136,10 @@ def test_records_that_contradict_each_other_are_left_out_by_name(
     bad, fine = sorted(read_runs(news.runs), key=lambda run: run.status == "complete")
     assert bad.status == f"LEFT OUT: {problem}" and not bad.records and not bad.scored
     assert fine.method == "h2o" and fine.scored
-    assert evals.table.main([str(path) for path in (folder, copy, good)]) == 1
+    assert evals.report.terminal.main([str(path) for path in (folder, copy, good)]) == 1
     out = capsys.readouterr().out
     assert "h2o" in out and problem in " ".join(out.split()).replace(" -", "-")
-    assert evals.table.main([str(path) for path in (folder, copy)]) == 2
+    assert evals.report.terminal.main([str(path) for path in (folder, copy)]) == 2
 
 
 def test_shards_of_different_data_are_left_out(news) -> None:
@@ -192,7 +192,7 @@ def test_edited_references_are_scored_again_from_the_stored_answers(news, capsys
 
 def test_another_version_of_what_scores_is_noticed(news, monkeypatch) -> None:
     folder = news()
-    monkeypatch.setattr("evals.task.package_version", lambda package: "9.9")
+    monkeypatch.setattr("evals.tasks.base.package_version", lambda package: "9.9")
     news.asked.clear()
     news()
     assert news.asked == [] and len(read(folder)) == 8
@@ -255,7 +255,7 @@ def test_a_longer_file_makes_a_run_unfinished(news, monkeypatch) -> None:
     news()
     news.write([*WORDS, "honey", "nectar"])
     with monkeypatch.context() as patch:
-        patch.setattr(evals.runner, "_generate", lambda *_: 1 / 0)  # killed at once
+        patch.setattr(evals.run.runner, "_generate", lambda *_: 1 / 0)  # killed at once
         with pytest.raises(ZeroDivisionError):
             news()
     (run,) = read_runs(news.runs)
@@ -294,7 +294,7 @@ def test_a_model_replaced_under_its_path_is_another(tmp_path: Path, monkeypatch)
         model = ["model=hf", f"model.name_or_path={tmp_path}/m", "model.name=m"]
         rest = ["model.max_length=1024", "model.dtype=float32", f"output={tmp_path}/{output}"]
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            return evals.runner.run(compose("config", [*model, *NEEDLE, *rest, *overrides]))
+            return evals.run.runner.run(compose("config", [*model, *NEEDLE, *rest, *overrides]))
 
     def tokens(folder: Path) -> dict[str, list[int]]:
         return {record["id"]: record["tokens"] for record in read(folder)}
@@ -392,8 +392,8 @@ def test_records_name_their_environment_and_process(news, monkeypatch) -> None:
     folder = news()
     write_lines(folder / "samples.jsonl", read(folder)[:3])
     threads = torch.get_num_threads()
-    monkeypatch.setattr("evals.environment.torch.get_num_threads", lambda: threads + 1)
-    monkeypatch.setattr("evals.environment._processes", {})
+    monkeypatch.setattr("evals.results.environment.torch.get_num_threads", lambda: threads + 1)
+    monkeypatch.setattr("evals.results.environment._processes", {})
     news()
     run = read_run(folder)
     first, last = run.records[0], run.records[3]
@@ -401,7 +401,7 @@ def test_records_name_their_environment_and_process(news, monkeypatch) -> None:
     assert list(run.environments) == [first["environment"], last["environment"]]
     assert run.environment["threads"] == threads  # that of most samples
     assert run.environment["model_parameters"] == sum(
-        weights.numel() for weights in next(iter(evals.runner._loaded.values()))[0].parameters()
+        weights.numel() for weights in next(iter(evals.run.runner._loaded.values()))[0].parameters()
     )
     note = f"its samples ran in 2 environments, which differ in threads ({threads}, {threads + 1})"
     assert run.notes == [note] and f"xsum, local: {note}" in shown(folder)
@@ -411,8 +411,8 @@ def test_records_name_their_environment_and_process(news, monkeypatch) -> None:
 
 def test_timings_of_a_busy_machine_are_marked(news, monkeypatch) -> None:
     loads = iter([0.0, 1.5, 0.0, 0.9])
-    monkeypatch.setattr("evals.runner.psutil.cpu_count", lambda: 2)
-    monkeypatch.setattr("evals.runner.Neighbours.load", lambda self: next(loads))
+    monkeypatch.setattr("evals.run.runner.psutil.cpu_count", lambda: 2)
+    monkeypatch.setattr("evals.run.runner.Neighbours.load", lambda self: next(loads))
     folder = news()
     records = read(folder)
     assert [record["load"] for record in records] == [0, 1.5, 0, 0.9]
@@ -424,7 +424,7 @@ def test_timings_of_a_busy_machine_are_marked(news, monkeypatch) -> None:
     assert cells[-4].endswith("~") and cells[-3].endswith("~")
     note = "xsum, local: ~ other processes kept up to 1.5 cores busy during 2 of 4 samples"
     assert note in text
-    monkeypatch.setattr("evals.runner.Neighbours.load", lambda self: None)  # nobody knows
+    monkeypatch.setattr("evals.run.runner.Neighbours.load", lambda self: None)  # nobody knows
     quiet = news("method=h2o")
     assert read_summary(quiet)["loaded"] == 0 and "~" not in row_of(shown(quiet), "h2o")
 
@@ -447,7 +447,7 @@ def test_a_broken_folder_is_left_out_by_name(news, capsys, name: str, content: s
     spoil(bad / name, content)
     news("method=h2o", "budget=60")  # a new run beside it goes on
     err = capsys.readouterr().err
-    status = evals.table.main([str(good), str(bad)])
+    status = evals.report.terminal.main([str(good), str(bad)])
     out = capsys.readouterr().out
     assert row_of(out, "local")
     runs = {run.folders[0]: run for run in read_runs(news.runs)}
@@ -491,7 +491,7 @@ def test_a_number_that_is_none_is_refused_by_file_and_line(news, capsys, content
         with pytest.raises(ConfigError) as caught:
             news("method=h2o", "budget=60", "kl=true")
         assert str(caught.value).startswith(f"output='{place}': {remedy} makes it anew")
-        assert evals.table.main([str(folder)]) == 2
+        assert evals.report.terminal.main([str(folder)]) == 2
         assert f"{place}: {remedy}" in capsys.readouterr().err
         assert read_run(folder).problem.startswith(f"{place}: {remedy}")
         lines = spoiled.splitlines(keepends=True)
@@ -509,8 +509,8 @@ def test_what_is_written_is_json_even_where_numbers_overflow(news, monkeypatch) 
         "evals.tasks.summarization.Summarization.score",
         lambda self, sample, prediction: {"rougeL": next(scores)},
     )
-    monkeypatch.setattr("evals.compare.units", lambda record, headline: [1500.0, 0.0])
-    monkeypatch.setattr("evals.summary.units", lambda record, headline: [1500.0, 0.0])
+    monkeypatch.setattr("evals.results.compare.units", lambda record, headline: [1500.0, 0.0])
+    monkeypatch.setattr("evals.results.summary.units", lambda record, headline: [1500.0, 0.0])
     text = (news() / "summary.json").read_text()
     assert "Infinity" not in text and "NaN" not in text
     assert json.loads(text)["n"] == 4 and math.isfinite(json.loads(text)["score"])
@@ -528,7 +528,7 @@ def test_a_configuration_that_is_no_yaml_is_named(news) -> None:
 
 
 def test_a_torn_line_of_a_sweeps_jobs_is_one_failed_job(tmp_path: Path) -> None:
-    from evals.sweep import JOBS, read_jobs
+    from evals.launch.sweep import JOBS, read_jobs
 
     (tmp_path / JOBS).write_text('{"overrides": [], "status": "complete", "folder": "x"}\n{"over')
     assert [job["status"] for job in read_jobs(tmp_path)] == ["complete", "failed"]
@@ -550,7 +550,7 @@ def test_paired_differences_are_those_of_the_files(news, capsys) -> None:
         write_lines(folder / "fidelity.jsonl", changed)
         for number, score in enumerate(scores):
             edit(folder, number, scores={"rougeL": score})
-    assert evals.table.main(["--paired", "h2o", str(ours), str(theirs)]) == 0
+    assert evals.report.terminal.main(["--paired", "h2o", str(ours), str(theirs)]) == 0
     out = capsys.readouterr().out
     cells = row_of(out, "h2o")
     assert cells[:3] == ["h2o", "local", "+10.00"] and cells[4] == "4"  # 60 / 4 - 20 / 4
@@ -559,7 +559,7 @@ def test_paired_differences_are_those_of_the_files(news, capsys) -> None:
     assert -0.7 <= low < (0.7 - 2.1) / 3 < high <= -0.2
     other = map(json.loads, (theirs / "fidelity.jsonl").read_text().splitlines())
     write_lines(theirs / "fidelity.jsonl", [one | {"answer_sha256": "another"} for one in other])
-    evals.table.main(["--paired", "h2o", str(ours), str(theirs)])
+    evals.report.terminal.main(["--paired", "h2o", str(ours), str(theirs)])
     assert row_of(capsys.readouterr().out, "h2o")[5:] == ["-", "-", "0"]
-    assert evals.table.main(["--paired", "tova", str(ours), str(theirs)]) == 2
+    assert evals.report.terminal.main(["--paired", "tova", str(ours), str(theirs)]) == 2
     assert "--paired='tova': name a method that others were run beside" in capsys.readouterr().err

@@ -16,9 +16,9 @@ import yaml
 from runs import MODEL, NEEDLE, ROOT
 from test_make_tables import Reader, write_run
 
-import evals.runner
+import evals.run.runner
 from buzz import ConfigError
-from evals.models import load_model
+from evals.run.models import load_model
 from scripts import make_tables
 
 PACKAGES = ("buzz", "baselines", "evals", "scripts")
@@ -140,7 +140,7 @@ def test_code_beside_the_weights_is_not_executed(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["task.name", "method.name", "model.name"])
 @pytest.mark.parametrize("value", ["../../up", "/tmp/away", "a/b", "..\\up", "x" * 300, "", "a\nb"])
 def test_names_cannot_lead_out_of_the_results(go, monkeypatch, name: str, value: str) -> None:
-    monkeypatch.setattr(evals.runner, "load_model", None)
+    monkeypatch.setattr(evals.run.runner, "load_model", None)
     with pytest.raises(ConfigError, match=name):
         go(f"{name}={json.dumps(value)}")
     assert not go.runs.exists()

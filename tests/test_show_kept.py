@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from baselines import FullPolicy, H2OPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, Policy
-from evals.models import byte_tokenizer
+from evals.run.models import byte_tokenizer
 from scripts.show_kept import EVICTED, HISTORY, SINK, WINDOW, Kept, draw, keep, main, page, pieces
 from tests.tiny import prompt, tiny
 

@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
-import evals.sweep as sweep
+import evals.launch.sweep as sweep
 from buzz.errors import ConfigError
 from evals.report.runs import read_runs
-from evals.runner import run
+from evals.run.runner import run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TINY = [
@@ -93,7 +93,7 @@ def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
         raise RuntimeError("the disk is on fire\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evals.runner.generate", broken)
+        patch.setattr("evals.run.runner.generate", broken)
         assert job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2") is None
     (line,) = sweep.read_jobs(tmp_path)
     assert line["status"] == "failed"
@@ -110,7 +110,7 @@ def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
 def test_out_of_memory_ends_in_the_table_with_the_bytes_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import evals.runner as runner
+    import evals.run.runner as runner
 
     real, calls = runner.generate, []
 

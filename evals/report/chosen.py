@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from buzz import BuzzPolicy
-from evals.compare import strata
-from evals.records import Record
 from evals.report.runs import Run, reference_of
+from evals.results.compare import strata
+from evals.results.records import Record
 
 BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
 SAME = ("prompt_sha256", "sample_sha256")  # in records of one sample that may be compared
@@ -47,7 +47,7 @@ def together(
 ) -> dict[str, list[tuple[float, ...]]]:
     """Values of the samples that all runs answered, of one prompt and references, by group.
 
-    Of samples that are about the same, see :func:`evals.compare.strata`, the means.
+    Of samples that are about the same, see :func:`evals.results.compare.strata`, the means.
     """
     first, *others = ({record["id"]: record for record in run.ran} for run in runs)
     parts: list[tuple[Record, list[tuple[float, ...]]]] = []

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.records import Record
 from evals.report.chosen import families, left_to_budget
 from evals.report.drawing import OTHER, RC, STYLES, heat, legend, panels, place, plt
 from evals.report.marks import budget_text, held, label, mark, over_note, settings
@@ -16,6 +15,7 @@ from evals.report.quality import SPEED_TASK
 from evals.report.runs import REFERENCE, Run, bootstrap, length_bin
 from evals.report.speed import alone
 from evals.report.tables import METHODS, ordered
+from evals.results.records import Record
 from evals.tasks.needle import grid
 
 APART = 0.006  # of the axis, between methods of equal memory

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.equal_memory import MARK
+from evals.results.equal_memory import MARK
 
 NOT_RUN, NOT_PUBLISHED = "not run", "not published here"
 LONG = 45  # characters of a cell that may wrap

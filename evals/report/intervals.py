@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from evals.metrics import STATISTICS
 from evals.report.runs import Floats, Interval
+from evals.results.statistics import STATISTICS
 
 CHANCE = 0.025  # of each end of a 95% interval to be wrong
 
@@ -35,7 +35,7 @@ class Means:
         widest: the largest difference between two runs on one sample, or, of runs that never
             differ, the largest score, [...].
         statistic: what becomes of the mean of the groups' means, see
-            :data:`evals.metrics.STATISTICS`.
+            :data:`evals.tasks.text.STATISTICS`.
     """
 
     n: Floats

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Sequence
 
 import baselines  # noqa: F401  (registers its policies)
 from buzz import POLICIES
-from evals.equal_memory import MARK, TOLERANCE, held_over_budget, is_over
-from evals.metrics import mean
-from evals.records import Record
 from evals.report.chosen import left_to_budget
 from evals.report.runs import REFERENCE, Run, settings_text
+from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget, is_over
+from evals.results.records import Record
+from evals.results.statistics import mean
 
 PAPERS_MODEL = "Llama-2-7B"
 SMALL = 1_000_000_000  # parameters below which a model's verdicts are its own
 
 
 def held(run: Run) -> float | None:
-    """What a run held over what it was given, see :func:`evals.equal_memory.held_over_budget`."""
+    """What a run held over what it was given, see :func:`held_over_budget`."""
     return held_over_budget(run.records)
 
 

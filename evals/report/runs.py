@@ -1,12 +1,20 @@
-"""What the report asks of runs, see :mod:`evals.results`: labels and lengths."""
+"""What the report asks of runs, see :mod:`evals.results.runs`: labels and lengths."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
-from evals.compare import REFERENCE
-from evals.results import Floats, Interval, Run, bootstrap, interval_of, read_runs, reference_of
+from evals.results.compare import REFERENCE
+from evals.results.runs import (
+    Floats,
+    Interval,
+    Run,
+    bootstrap,
+    interval_of,
+    read_runs,
+    reference_of,
+)
 
 __all__ = [
     "REFERENCE",

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from evals.records import Record, digest
 from evals.report.chosen import is_papers, with_full
 from evals.report.intervals import over_processes
 from evals.report.quality import described, measured
 from evals.report.runs import Run, length_bin
 from evals.report.verdicts import Measurement
+from evals.results.records import Record, digest
 
 LONG = 30_000  # tokens of a prompt that counts as one of 32K
 SHORT = 4_096

@@ -7,8 +7,6 @@ from typing import Any
 
 import pandas as pd
 
-from evals.equal_memory import MARK, TOLERANCE, held_over_budget
-from evals.records import Record
 from evals.report.chosen import families, together
 from evals.report.forms import NOT_RUN, Table
 from evals.report.marks import (
@@ -29,6 +27,8 @@ from evals.report.runs import (
     reference_of,
 )
 from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
+from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget
+from evals.results.records import Record
 from evals.tasks.longbench import averages
 
 # The order of methods; any other comes last.

@@ -1,1 +1,1 @@
-"""One module per task."""
+"""Data, prompts and scores: what a task is, and one module a task."""

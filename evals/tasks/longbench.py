@@ -3,7 +3,7 @@
 Prompts, answer lengths and metrics are read from lm-eval's task definitions (`pip install -e
 '.[longbench]'`). Where those differ from https://github.com/THUDM/LongBench (pred.py, eval.py,
 config/dataset2prompt.json), the benchmark's rules are restored here; truncation from the middle is
-the runner's (:func:`evals.prompts.encode`).
+the runner's (:func:`evals.run.prompts.encode`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.data import are_texts, load_hub, read_jsonl
-from evals.records import Record
-from evals.task import Sample, Task
+from evals.results.records import Record
+from evals.tasks.base import Sample, Task
+from evals.tasks.data import are_texts, load_hub, read_jsonl
 
 REMEDY = "LongBench needs lm-eval and its metrics: pip install -e '.[longbench]'"
 

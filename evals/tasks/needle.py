@@ -17,8 +17,8 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.records import Record
-from evals.task import Sample, Task, at_least, distinct, one_of
+from evals.results.records import Record
+from evals.tasks.base import Sample, Task, at_least, distinct, one_of
 
 INTRO = (
     "There is a pass key hidden in the following text. Find it and remember it."

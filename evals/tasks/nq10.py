@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.data import are_texts, load_hub, read_jsonl
-from evals.metrics import as_buzz_writes, normalized, word_f1
-from evals.records import Record
-from evals.task import Sample, Task, distinct, one_of, template
+from evals.results.records import Record
+from evals.tasks.base import Sample, Task, distinct, one_of, template
+from evals.tasks.data import are_texts, load_hub, read_jsonl
+from evals.tasks.text import as_buzz_writes, normalized, word_f1
 
 INSTRUCTION = (
     "Answer the question at the end from the documents below. Some of them have nothing to do with"
@@ -33,7 +33,7 @@ class NQ10(Task):
     `best_subspan`: any reference stands in the answer (the owners' metric); `exact_match`: the
     answer is a reference; `f1`: of their words, for the best reference; all three in SQuAD's normal
     form. `strict_match` (of the BUZZ paper's code): the whole answer, as that code writes it
-    (:func:`evals.metrics.as_buzz_writes`), is the first reference but for case and white space
+    (:func:`evals.tasks.text.as_buzz_writes`), is the first reference but for case and white space
     around them. A question asked for several places counts once in intervals.
 
     Attributes:

@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.task import Sample, Task, at_least
+from evals.tasks.base import Sample, Task, at_least
 
 QUESTION = "Summarize the text above in one or two sentences."
 

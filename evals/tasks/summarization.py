@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.data import load_hub, read_jsonl
-from evals.metrics import as_buzz_writes, package_rouge, rouge, self_bleu
-from evals.task import Sample, Task, at_least, one_of, template
+from evals.tasks.base import Sample, Task, at_least, one_of, template
+from evals.tasks.data import load_hub, read_jsonl
+from evals.tasks.text import as_buzz_writes, package_rouge, rouge, self_bleu
 
 ARTICLE_FIELDS = ("document", "article")
 SUMMARY_FIELDS = ("summary", "highlights", "summary_gt")
@@ -26,9 +26,9 @@ class Summarization(Task):
     """Scores: ROUGE-1, -2 and -L F-measure, 0..100, by two packages that differ by some points.
 
     `rouge1`, `rouge2`, `rougeL` are by rouge-score with stemming; `pkg_rouge1`, ... are those of
-    the BUZZ paper's code: by the package `rouge` (:func:`evals.metrics.package_rouge`), of the
-    answer as that code writes it (:func:`evals.metrics.as_buzz_writes`). `self_bleu`, 0..1: how far
-    the summary repeats itself (:func:`evals.metrics.self_bleu`); lower is better.
+    the BUZZ paper's code: by the package `rouge` (:func:`package_rouge`), of the
+    answer as that code writes it (:func:`as_buzz_writes`). `self_bleu`, 0..1: how far
+    the summary repeats itself (:func:`self_bleu`); lower is better.
 
     Attributes:
         headline: which of them summaries and tables show.

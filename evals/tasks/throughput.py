@@ -15,8 +15,8 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.records import Record
-from evals.task import Sample, Task, at_least, distinct
+from evals.results.records import Record
+from evals.tasks.base import Sample, Task, at_least, distinct
 
 MEASURES = {
     "decode tokens/s": "decode_tokens_per_s",

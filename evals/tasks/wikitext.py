@@ -14,9 +14,9 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.data import load_hub, read_text
-from evals.records import Record
-from evals.task import Sample, StreamTask, at_least
+from evals.results.records import Record
+from evals.tasks.base import Sample, StreamTask, at_least
+from evals.tasks.data import load_hub, read_text
 
 
 @dataclass(kw_only=True)

@@ -17,11 +17,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from buzz.errors import ConfigError
-from evals.plan import Plan, expand
-from evals.records import InUse, RunFailed, RunFolder, parse
-from evals.results import read_summary
-from evals.runner import run
-from evals.table import print_tables
+from evals.report.terminal import print_tables
+from evals.results.records import InUse, RunFailed, RunFolder, parse
+from evals.results.runs import read_summary
+from evals.run.plan import Plan, expand
+from evals.run.runner import run
 
 JOBS = "jobs.jsonl"
 # A setting of these that cannot be served is a combination to leave out of the grid.

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, Field, PositiveInt, StringConstraints, ValidationError
 
 from buzz.cache import positions_of
-from buzz.errors import ConfigError
-
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+from evals.tasks.build import STRICT, refusal
 
 # Run folders are named by these, and must stay inside `output`.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+@-]{1,60}$")]
@@ -78,28 +67,5 @@ def check_settings(config: dict[str, Any]) -> None:
         Settings.model_validate(config)
     except ValidationError as error:
         name = ".".join(map(str, error.errors()[0]["loc"]))
-        raise _refusal(name, error) from error
+        raise refusal(name, error) from error
     config["cache"]["positions"] = positions_of(config["cache"]["positions"])
-
-
-def check_fields(section: str, built: Any) -> None:
-    """Compares the fields of a dataclass with their annotations.
-
-    Raises:
-        ConfigError: a field has another type; it is called `section`.`field`.
-    """
-    hints = get_type_hints(type(built), include_extras=True)
-    for field in dataclasses.fields(built):
-        if field.init:
-            try:
-                adapter = TypeAdapter(hints[field.name], config=STRICT)
-                adapter.validate_python(getattr(built, field.name))
-            except ValidationError as error:
-                raise _refusal(f"{section}.{field.name}", error) from error
-
-
-def _refusal(name: str, error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
-    if first["type"] == "missing":
-        return ConfigError(name, None, "is missing; it must be given")
-    return ConfigError(name, first["input"], first["msg"][0].lower() + first["msg"][1:])

@@ -37,9 +37,9 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, logging
 
 from buzz.errors import ConfigError
-from evals.weights import file_digest, folder_digest
+from evals.run.weights import file_digest, folder_digest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -162,7 +162,7 @@ def model_digest(cfg: Mapping[str, Any]) -> str | None:
     """Names the weights that a checked model config stands for, without loading them.
 
     Returns:
-        Of a folder or a GGUF file the digest of its content (:mod:`evals.weights`), of random
+        Of a folder or a GGUF file the digest of its content (:mod:`evals.run.weights`), of random
         weights that of shape and seed, of a hub model the commit of its snapshot in the local
         cache, None if the cache does not tell.
     """

@@ -10,9 +10,8 @@ from typing import TypeVar
 import torch
 
 from buzz.errors import ConfigError
-from evals.generate import LengthMismatch
-from evals.memory import memory_in_use
-from evals.records import Record, RunFailed
+from evals.results.records import Record, RunFailed
+from evals.run.memory import memory_in_use
 
 Row = TypeVar("Row")
 
@@ -20,6 +19,19 @@ Row = TypeVar("Row")
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]iB)")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class LengthMismatch(RuntimeError):
+    """The cache did not do what its policy says: the measurements would be of something else."""
+
+
+class NotFinite(ArithmeticError):
+    """NaN or infinite logits, of which greedy decoding would make some token all the same."""
+
+    def __init__(self, what: str, step: int, dtype: torch.dtype) -> None:
+        remedy = "; try bfloat16 or float32" if dtype == torch.float16 else ""
+        name = str(dtype).removeprefix("torch.")
+        super().__init__(f"{what} not finite at step {step} (model.dtype={name}{remedy})")
 
 
 def attempt(

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from baselines import FullPolicy
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
-from evals.generate import Generation, NotFinite, left_padded, synchronize, verify_lengths
-from evals.memory import memory_peak, reset_memory_peak
+from evals.run.faults import NotFinite
+from evals.run.generate import Generation, left_padded, synchronize, verify_lengths
+from evals.run.memory import memory_peak, reset_memory_peak
 
 # Steps of the full cache that are computed at once: nothing is evicted between them.
 CHUNK = 32

@@ -1,4 +1,4 @@
-"""The terminal table of finished runs: `python -m evals.table RUN_DIR...`.
+"""The terminal table of finished runs: `python -m evals.report RUN_DIR...`.
 
 With `--paired METHOD`, how that method differs from the others of its budget, sample by sample.
 """
@@ -12,33 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from buzz.errors import ConfigError
-from evals.compare import REFERENCE, compare, differing, paired
-from evals.equal_memory import MARK, TOLERANCE, is_over
-from evals.plan import build
-from evals.results import (
+from evals.results.compare import REFERENCE, compare, differing, paired
+from evals.results.equal_memory import MARK, TOLERANCE, is_over
+from evals.results.runs import (
     Run,
     differing_settings,
     find_references,
     left_out,
     put_together,
     read_run,
-    read_summary,
     reference_of,
 )
-from evals.summary import summarize
-from evals.task import Task
-
-__all__ = ["Setting", "TableCallback", "print_tables", "read_summary", "tables"]
+from evals.results.summary import summarize
+from evals.tasks.base import Task
+from evals.tasks.build import build
 
 DISTURBED = "~"  # behind timings of samples during which the machine was busy with other things
 
@@ -425,21 +418,6 @@ def _ratio(row: Summary, full: Summary | None, name: str) -> str:
     return f"{row[name] / full[name]:.2f}"
 
 
-class TableCallback(Callback):
-    """Prints the table when a run is over; of a sweep :class:`evals.sweep.SweepCallback` does."""
-
-    def __init__(self) -> None:
-        self.folders: list[Path] = []
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        single = config.hydra.mode is not RunMode.MULTIRUN
-        if single and job_return.status is JobStatus.COMPLETED:
-            self.folders += map(Path, job_return.return_value)
-
-    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print_tables(self.folders)
-
-
 def print_tables(folders: Sequence[Path]) -> list[Run]:
     """Prints all tables of finished runs, and which others there are; these."""
     console = _console()
@@ -457,7 +435,7 @@ def _console() -> Console:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 1 if folders were left out, 2 if there is nothing to show."""
-    parser = argparse.ArgumentParser("python -m evals.table", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m evals.report", description=__doc__.splitlines()[0])
     parser.add_argument("folders", metavar="RUN_DIR", type=Path, nargs="+")
     parser.add_argument("--paired", metavar="METHOD", help="less the others, sample by sample")
     given = parser.parse_args(arguments)
@@ -469,7 +447,3 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

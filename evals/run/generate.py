@@ -23,20 +23,8 @@ from transformers import (
 )
 
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
-from evals.memory import memory_peak, reset_memory_peak
-
-
-class LengthMismatch(RuntimeError):
-    """The cache did not do what its policy says: the measurements would be of something else."""
-
-
-class NotFinite(ArithmeticError):
-    """NaN or infinite logits, of which greedy decoding would make some token all the same."""
-
-    def __init__(self, what: str, step: int, dtype: torch.dtype) -> None:
-        remedy = "; try bfloat16 or float32" if dtype == torch.float16 else ""
-        name = str(dtype).removeprefix("torch.")
-        super().__init__(f"{what} not finite at step {step} (model.dtype={name}{remedy})")
+from evals.run.faults import LengthMismatch, NotFinite
+from evals.run.memory import memory_peak, reset_memory_peak
 
 
 @dataclass(frozen=True)

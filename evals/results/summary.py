@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
-from evals.compare import strata, units, values_of
-from evals.equal_memory import held_over_budget
-from evals.metrics import bootstrap_interval, mean, score_of
-from evals.records import digest
-from evals.results import comparable
-from evals.schema import FORMAT, Record
-from evals.task import Task
+from evals.results.compare import strata, units, values_of
+from evals.results.equal_memory import held_over_budget
+from evals.results.records import digest
+from evals.results.runs import comparable
+from evals.results.schema import FORMAT, Record
+from evals.results.statistics import bootstrap_interval, mean, score_of
 
 MEASURED = (
     "prompt_tokens",
@@ -29,8 +28,19 @@ MEASURED = (
 PEAKS = ("kv_entries_peak", "kv_nbytes_peak", "allocated_nbytes", "memory_peak_nbytes")
 
 
+class Scored(Protocol):
+    """What a summary reads of a task, see :class:`evals.tasks.base.Task`."""
+
+    headline: str
+    statistic: str
+    higher_is_better: bool
+    grouped_by: str
+
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]: ...
+
+
 def summarize(
-    config: dict[str, Any], task: Task, records: list[Record], stale: int = 0
+    config: dict[str, Any], task: Scored, records: list[Record], stale: int = 0
 ) -> dict[str, Any]:
     """Means over the samples that ran; with groups, a score is the mean of the groups' means.
 
@@ -38,7 +48,7 @@ def summarize(
     so are those whose timings other processes disturbed. Intervals are 95% bootstrap intervals,
     None where a group has a single sample. KV entries and bytes are per sample, from the prompt's
     eviction on: mean, and highest over all samples. `budget_held` is what was held over the budget,
-    see :func:`evals.equal_memory.held_over_budget`.
+    see :func:`evals.results.equal_memory.held_over_budget`.
 
     Args:
         records: those that belong to the run, in its order.

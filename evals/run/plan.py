@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -15,14 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from buzz import Budget, Policy
 from buzz.errors import ConfigError
-from evals.compare import REFERENCE
-from evals.forced import reading_steps
-from evals.loggers import Logger
-from evals.models import check_model, model_digest
-from evals.records import digest
-from evals.results import Run, comparable, find_references, nearest_reference, put_together
-from evals.settings import check_fields, check_settings
-from evals.task import StreamTask, Task
+from evals.results.compare import REFERENCE
+from evals.results.records import digest
+from evals.results.runs import Run, comparable, find_references, nearest_reference, put_together
+from evals.run.forced import reading_steps
+from evals.run.logger import Logger
+from evals.run.models import check_model, model_digest
+from evals.run.settings import check_settings
+from evals.tasks.base import StreamTask, Task
+from evals.tasks.build import build
 
 
 @dataclass(frozen=True)
@@ -234,23 +234,3 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError("config", error.full_key, str(error).splitlines()[0]) from error
     check_settings(config)
     return config
-
-
-def build(section: str, config: dict[str, Any], kind: type) -> Any:
-    """An object of the class that a section names; whatever goes wrong names the section.
-
-    Nothing is called that is not a class of this `kind`.
-    """
-    target = config.get("_target_")
-    try:
-        found = resolve_name(str(target))
-        if not (isinstance(found, type) and issubclass(found, kind)):
-            raise ConfigError(f"{section}._target_", target, f"is no {kind.__name__}")
-        built = found(**{key: value for key, value in config.items() if key != "_target_"})
-        check_fields(section, built)
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(section, target, reason) from error
-    return built

@@ -28,12 +28,12 @@ class Record(TypedDict, total=False):
             it is equal.
         sample_sha256: names all that decides a record: prompt, references, the scoring's version.
         group, unit, meta, references, stop, max_new_tokens: the sample's, see
-            :class:`evals.task.Sample`.
+            :class:`evals.tasks.base.Sample`.
         environment: names the one of environment.json in which it was measured.
         process: eight digits of the process that measured it.
         threads: torch's, on the CPU.
         load: cores that other processes kept busy meanwhile, on average; None if unknown.
-        loaded: whether that was enough to disturb the timings, see :func:`evals.environment.busy`.
+        loaded: whether that was enough to disturb the timings, see `environment.busy`.
         scores: metrics by name.
         prediction: the answer's text.
     """
@@ -66,7 +66,7 @@ class Record(TypedDict, total=False):
 
 
 class Measured(Record, total=False):
-    """A record with status ``ok``; units are those of :class:`evals.generate.Generation`."""
+    """A record with status ``ok``; units are those of :class:`evals.run.generate.Generation`."""
 
     status: Required[Literal["ok"]]
     group: Required[str]
@@ -101,7 +101,7 @@ class Missed(Record, total=False):
 
 
 class Comparison(TypedDict, total=False):
-    """One line of fidelity.jsonl, see :class:`evals.forced.Fidelity`.
+    """One line of fidelity.jsonl, see :class:`evals.run.forced.Fidelity`.
 
     Attributes:
         answer_sha256: names the full cache's answer that both were given.
@@ -135,7 +135,7 @@ class Asked(TypedDict):
 
 
 class Summary(TypedDict, total=False):
-    """summary.json of a finished run, see :func:`evals.summary.summarize`."""
+    """summary.json of a finished run, see :func:`evals.results.summary.summarize`."""
 
     __pydantic_config__ = LOOSE  # type: ignore[misc]
 

@@ -1,6 +1,6 @@
 """Any task of lm-evaluation-harness under any of our methods, as its model `buzz`.
 
-    python -m evals.lm_eval_model run --model buzz --tasks TASK \
+    python -m evals.lm_eval run --model buzz --tasks TASK \
         --model_args pretrained=smollm2,method=h2o,budget=0.25
 
 See docs/lm_eval.md. lm-eval finds no third-party models by itself, so this module registers one and
@@ -30,7 +30,7 @@ import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
 from buzz.cache import positions_of
 from buzz.policy import BudgetBy
-from evals.models import NAMED, load_model, named_config
+from evals.run.models import NAMED, load_model, named_config
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation to score
 Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token was the likeliest
@@ -281,7 +281,3 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,11 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from buzz.errors import ConfigError
-from evals.compare import REFERENCE, strata, units, values_of
-from evals.environment import machine
-from evals.metrics import STATISTICS, mean, resampled, score_of
-from evals.records import FIDELITY, RunFolder, digest
-from evals.schema import FORMAT, Asked, Environment, Record, problem_of
+from evals.results.compare import REFERENCE, strata, units, values_of
+from evals.results.environment import machine
+from evals.results.records import FIDELITY, RunFolder, digest
+from evals.results.schema import FORMAT, Asked, Environment, Record, problem_of
+from evals.results.statistics import STATISTICS, mean, resampled, score_of
 
 Interval = tuple[float, float] | None
 Floats = NDArray[np.float64]
@@ -89,7 +89,7 @@ class Run:
         fidelity: with `kl=true`, the samples' distance to the full cache.
         folders: where it was read from.
         environments: those that samples were run in, by the digest that records name them by.
-        asked: what it is of, see :class:`evals.schema.Asked`; None: of all that is there.
+        asked: what it is of, see :class:`evals.results.schema.Asked`; None: of all that is there.
         stale: records beside them, of data that were changed since.
         problem: why nothing of it counts; empty if all is well.
     """
@@ -240,7 +240,7 @@ class Run:
     def kl(self) -> tuple[float | None, Interval]:
         """Mean divergence of the next-token distribution from the full cache's, in nats.
 
-        Of the samples for which it is known, see :class:`evals.forced.Fidelity`.
+        Of the samples for which it is known, see :class:`evals.run.forced.Fidelity`.
         """
         known = [r["kl_to_full"] for r in self.fidelity if r["kl_to_full"] is not None]
         return score_of([known] if known else []), bootstrap([known])

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.environment import package_version
-from evals.records import Record
+from evals.results.environment import package_version
+from evals.results.records import Record
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Task(ABC):
         headline: the metric that summaries and tables show; every score has it.
         own_lengths: whether `max_new_tokens` may be None, as samples bring their own.
         statistic: what becomes of the headline's mean, a key of
-            :data:`evals.metrics.STATISTICS`.
+            :data:`evals.tasks.text.STATISTICS`.
         higher_is_better: of the headline.
         grouped_by: what a sample's group is.
         version: of prompts and scores; raise it with any change to them, and runs of before, whose

@@ -12,10 +12,10 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals import schema
-from evals.plan import Plan
-from evals.records import Record, sha256
-from evals.task import Sample, StreamTask
+from evals.results import schema
+from evals.results.records import Record, sha256
+from evals.run.plan import Plan
+from evals.tasks.base import Sample, StreamTask
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from evals.metrics import INVERSES, bootstrap_difference, mean, score_of
-from evals.records import sha256
-from evals.schema import Record
+from evals.results.records import sha256
+from evals.results.schema import Record
+from evals.results.statistics import INVERSES, bootstrap_difference, mean, score_of
 
 REFERENCE = "full"  # the method that the others are compared with
 
@@ -62,7 +62,7 @@ def compare(
         n; difference (own score less full's) with its 95% interval; relative (own over full);
         wins, ties, losses by sample (or block of a text); agreement: share of positions where both
         answers have the same token; prefix: share of the full answer before the first difference;
-        kl_to_full and top1_to_full, see :class:`evals.forced.Fidelity`, and the kl_n samples for
+        kl_to_full and top1_to_full, see `evals.run.forced.Fidelity`, and the kl_n samples for
         which they are known. None for what is unknown.
     """
     ids = [

@@ -2,12 +2,12 @@
 
 config.yaml        the resolved configuration
 environment.json   every environment that samples were run in: versions, git revision, device
-prompts.json       which samples the run is of, see :class:`evals.schema.Asked`
+prompts.json       which samples the run is of, see :class:`evals.results.schema.Asked`
 samples.jsonl      one JSON object per sample, appended and flushed as samples finish
 fidelity.jsonl     with `kl=true`: per sample, how near its distributions are to the full cache's
 summary.json       means over the samples
 
-Fields and their types are in :mod:`evals.schema`.
+Fields and their types are in :mod:`evals.results.schema`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from buzz.errors import ConfigError
-from evals.schema import Environment, Record, problem_of
+from evals.results.schema import Environment, Record, problem_of
 
 SAMPLES, FIDELITY = "samples.jsonl", "fidelity.jsonl"
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 import psutil
 import torch
 
-from evals.schema import Environment
+from evals.results.schema import Environment
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "rouge", "rouge-score", "lm-eval")
 WINDOW = 1.0  # seconds that other processes are watched at least: /proc/stat counts in 10 ms

@@ -26,17 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buzz import Policy
 from buzz.errors import ConfigError
-from evals.compare import compare
-from evals.environment import Neighbours, busy, environment, process
-from evals.faults import attempt
-from evals.forced import Fidelity, compare_with_full, read
-from evals.generate import Generation, LengthMismatch, generate
-from evals.interrupt import deferred_signals
-from evals.metrics import mean
-from evals.models import load_model, load_tokenizer
-from evals.plan import Plan, expand
-from evals.prompts import Prompt, batches, load_prompts
-from evals.records import (
+from evals.results.compare import compare
+from evals.results.environment import Neighbours, busy, environment, process
+from evals.results.records import (
     FIDELITY,
     RunFailed,
     RunFolder,
@@ -45,10 +37,18 @@ from evals.records import (
     sha256,
     writing,
 )
-from evals.results import Run
-from evals.schema import FORMAT, Record
-from evals.summary import summarize
-from evals.task import StreamTask
+from evals.results.runs import Run
+from evals.results.schema import FORMAT, Record
+from evals.results.statistics import mean
+from evals.results.summary import summarize
+from evals.run.faults import LengthMismatch, attempt
+from evals.run.forced import Fidelity, compare_with_full, read
+from evals.run.generate import Generation, generate
+from evals.run.interrupt import deferred_signals
+from evals.run.models import load_model, load_tokenizer
+from evals.run.plan import Plan, expand
+from evals.run.prompts import Prompt, batches, load_prompts
+from evals.tasks.base import StreamTask
 
 console = Console(stderr=True)
 

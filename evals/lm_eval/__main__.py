@@ -1,0 +1,5 @@
+import sys
+
+from evals.lm_eval import main
+
+sys.exit(main())

@@ -1,0 +1,57 @@
+"""Objects of the classes that a configuration names, their fields checked without conversion."""
+
+from __future__ import annotations
+
+import dataclasses
+from pkgutil import resolve_name
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from buzz.errors import ConfigError
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # `no` is no boolean
+
+
+def build(section: str, config: dict[str, Any], kind: type) -> Any:
+    """An object of the class that a section names; whatever goes wrong names the section.
+
+    Nothing is called that is not a class of this `kind`.
+    """
+    target = config.get("_target_")
+    try:
+        found = resolve_name(str(target))
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise ConfigError(f"{section}._target_", target, f"is no {kind.__name__}")
+        built = found(**{key: value for key, value in config.items() if key != "_target_"})
+        check_fields(section, built)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(section, target, reason) from error
+    return built
+
+
+def check_fields(section: str, built: Any) -> None:
+    """Compares the fields of a dataclass with their annotations.
+
+    Raises:
+        ConfigError: a field has another type; it is called `section`.`field`.
+    """
+    hints = get_type_hints(type(built), include_extras=True)
+    for field in dataclasses.fields(built):
+        if field.init:
+            try:
+                adapter = TypeAdapter(hints[field.name], config=STRICT)
+                adapter.validate_python(getattr(built, field.name))
+            except ValidationError as error:
+                raise refusal(f"{section}.{field.name}", error) from error
+
+
+def refusal(name: str, error: ValidationError) -> ConfigError:
+    """What pydantic found first, as a line."""
+    first = error.errors()[0]
+    if first["type"] == "missing":
+        return ConfigError(name, None, "is missing; it must be given")
+    return ConfigError(name, first["input"], first["msg"][0].lower() + first["msg"][1:])
