@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 
 from buzz.errors import ConfigError
 from evals.launch.sweep import Objectives, SweepCallback, run_job
+from evals.results.reading import read_summary
 from evals.results.records import RunFailed
-from evals.results.runs import read_summary
 from evals.run.interrupt import Interrupted
 from evals.run.runner import run_all
 

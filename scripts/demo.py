@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from buzz.errors import ConfigError
+from evals.results.reading import read_summary
 from evals.results.records import RunFailed
-from evals.results.runs import read_summary
 from evals.run.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from buzz.errors import ConfigError
 from evals.report import figures, published, tables
 from evals.report.claims import judge
 from evals.report.page import page
-from evals.report.runs import read_runs
+from evals.results.reading import read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 

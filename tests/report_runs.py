@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from evals.report.claims import judge
-from evals.report.runs import read_runs
 from evals.report.verdicts import Judged
+from evals.results.reading import read_runs
 
 BUZZ = {
     "sink": 4,

@@ -18,8 +18,8 @@ import evals.run.runner
 from baselines import FullPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.report.terminal import Setting
+from evals.results.reading import find_references, read_summary
 from evals.results.records import RunFailed, RunFolder, digest
-from evals.results.runs import find_references, read_summary
 from evals.run.prompts import Prompt, batches, encode
 from evals.tasks.needle import FILLER
 

@@ -24,10 +24,9 @@ from tiny import FAMILIES
 import evals.launch.loggers
 import evals.run.runner
 from buzz import ConfigError, EvictionCache
-from evals.report.runs import read_runs
 from evals.report.terminal import tables
+from evals.results.reading import find_references, read_runs, read_summary
 from evals.results.records import RunFailed, RunFolder
-from evals.results.runs import find_references, read_summary
 from evals.run.faults import asked_nbytes, fault
 from evals.run.interrupt import Interrupted, deferred_signals
 from evals.run.models import byte_tokenizer, load_model

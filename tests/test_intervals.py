@@ -9,7 +9,7 @@ import pytest
 from scipy.special import ndtri
 
 from evals.report.intervals import Means, least_lead, over_processes, widest_gap
-from evals.report.runs import Floats
+from evals.results.statistics import Floats
 
 BAR = 0.1  # of the full cache's score
 REPEATS = 400

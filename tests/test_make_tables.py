@@ -20,8 +20,10 @@ from evals.report.claims import CLAIMS
 from evals.report.figures import draw_all, front
 from evals.report.forms import Table
 from evals.report.page import page
-from evals.report.runs import Run, bootstrap, read_runs
 from evals.report.verdicts import UNDECIDED, Judged, Measurement
+from evals.results.reading import read_runs
+from evals.results.runs import Run
+from evals.results.statistics import bootstrap
 from scripts import make_tables
 from tests.report_runs import BUZZ, B, write_run
 

@@ -13,8 +13,8 @@ import evals.run.generate
 import scripts.show_kept
 from buzz import ConfigError, EvictionCache
 from evals.report.chosen import is_papers
-from evals.report.runs import read_runs
 from evals.report.terminal import Setting
+from evals.results.reading import read_runs
 from evals.run.settings import check_settings
 
 H2O = ["method=h2o", "method.heavy=20", "method.recent=20"]

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 import evals.run.runner
 from baselines import FullPolicy, LocalPolicy
 from buzz import ConfigError
-from evals.results.runs import read_summary
+from evals.results.reading import read_summary
 from evals.run.forced import fed_and_scored
 from evals.run.forced import read as read_text
 from evals.run.models import byte_tokenizer

@@ -17,10 +17,11 @@ from runs import read, stub_generate, write_lines
 import evals.report.terminal
 import evals.run.runner
 from buzz import ConfigError
-from evals.report.runs import read_runs, settings_text
+from evals.report.runs import settings_text
 from evals.report.terminal import Setting, tables
+from evals.results.reading import read_run, read_runs, read_summary
 from evals.results.records import RunFolder
-from evals.results.runs import differing_settings, read_run, read_summary
+from evals.results.runs import differing_settings
 from evals.run.models import load_model
 from scripts import make_tables
 

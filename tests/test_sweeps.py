@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 import evals.launch.sweep as sweep
 from buzz.errors import ConfigError
-from evals.report.runs import read_runs
+from evals.results.reading import read_runs
 from evals.run.runner import run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from buzz.errors import ConfigError
-from evals.results.records import Record
+from evals.results.schema import Record
 from evals.run.logger import Logger
 
 LEFT_OUT = {"trace", "tokens"}  # long, and of no use in a table

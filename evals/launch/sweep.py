@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from buzz.errors import ConfigError
 from evals.report.terminal import print_tables
+from evals.results.reading import read_summary
 from evals.results.records import InUse, RunFailed, RunFolder, parse
-from evals.results.runs import read_summary
 from evals.run.plan import Plan, expand
 from evals.run.runner import run
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from buzz import BuzzPolicy
-from evals.report.runs import Run, reference_of
 from evals.results.compare import strata
-from evals.results.records import Record
+from evals.results.runs import Run, reference_of
+from evals.results.schema import Record
 
 BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
 SAME = ("prompt_sha256", "sample_sha256")  # in records of one sample that may be compared

@@ -23,9 +23,9 @@ from evals.report.quality import (
     sensitivity,
     spread_facts,
 )
-from evals.report.runs import Run
 from evals.report.speed import faster_at_32k, growth, latency_alone, throughput_in_batches
 from evals.report.verdicts import Claim, Judged
+from evals.results.runs import Run
 
 PAPER = "arXiv 2410.23079, abstract"
 EXPECTED = "an expectation of this project, not a published number"

@@ -10,8 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from evals.report.tables import METHODS  # noqa: E402
-from evals.results.equal_memory import MARK  # noqa: E402
+from evals.report.tables import METHODS
+from evals.results.equal_memory import MARK
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), markers for those who print in grey.
 STYLES = {

@@ -12,10 +12,13 @@ from evals.report.chosen import families, left_to_budget
 from evals.report.drawing import OTHER, RC, STYLES, heat, legend, panels, place, plt
 from evals.report.marks import budget_text, held, label, mark, over_note, settings
 from evals.report.quality import SPEED_TASK
-from evals.report.runs import REFERENCE, Run, bootstrap, length_bin
+from evals.report.runs import length_bin
 from evals.report.speed import alone
 from evals.report.tables import METHODS, ordered
-from evals.results.records import Record
+from evals.results.compare import REFERENCE
+from evals.results.runs import Run
+from evals.results.schema import Record
+from evals.results.statistics import bootstrap
 from evals.tasks.needle import grid
 
 APART = 0.006  # of the axis, between methods of equal memory

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from evals.report.runs import Floats, Interval
-from evals.results.statistics import STATISTICS
+from evals.results.statistics import STATISTICS, Floats, Interval
 
 CHANCE = 0.025  # of each end of a 95% interval to be wrong
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 import baselines  # noqa: F401  (registers its policies)
 from buzz import POLICIES
 from evals.report.chosen import left_to_budget
-from evals.report.runs import REFERENCE, Run, settings_text
+from evals.report.runs import settings_text
+from evals.results.compare import REFERENCE
 from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget, is_over
-from evals.results.records import Record
+from evals.results.runs import Run
+from evals.results.schema import Record
 from evals.results.statistics import mean
 
 PAPERS_MODEL = "Llama-2-7B"

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from evals.report.figures import Figure
 from evals.report.forms import Table
 from evals.report.marks import label
-from evals.report.runs import Run
 from evals.report.tables import ordered
 from evals.report.verdicts import FAILS, HOLDS, Judged
+from evals.results.runs import Run
 
 ANSWERS = 2  # samples shown per setting
 LONGEST = 700  # characters of an answer

@@ -10,7 +10,7 @@ import pandas as pd
 
 from evals.report.forms import NOT_PUBLISHED, NOT_RUN, Table
 from evals.report.marks import held, mark, over_note
-from evals.report.runs import Run
+from evals.results.runs import Run
 from evals.tasks.longbench import averages
 
 # A model as publications call it: how its checkpoint's name ends.

@@ -13,12 +13,12 @@ import numpy as np
 from evals.report.chosen import families, is_papers, together, with_full
 from evals.report.intervals import Means, least_lead, widest_gap
 from evals.report.marks import budget_text, held, is_papers_model, limits, mark
-from evals.report.runs import REFERENCE, Floats, Interval, Run, bootstrap, reference_of
 from evals.report.verdicts import Measurement, verdict
-from evals.results.compare import units
+from evals.results.compare import REFERENCE, units
 from evals.results.equal_memory import at_equal_memory, is_equal
-from evals.results.records import Record
-from evals.results.statistics import mean
+from evals.results.runs import Run, reference_of
+from evals.results.schema import Record
+from evals.results.statistics import Floats, Interval, bootstrap, mean
 from evals.tasks.longbench import CATEGORIES
 
 QUALITY, MEMORY = 0.99, 2.5

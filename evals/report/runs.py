@@ -1,33 +1,11 @@
-"""What the report asks of runs, see :mod:`evals.results.runs`: labels and lengths."""
+"""How runs are told apart, and lengths put together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
-from evals.results.compare import REFERENCE
-from evals.results.runs import (
-    Floats,
-    Interval,
-    Run,
-    bootstrap,
-    interval_of,
-    read_runs,
-    reference_of,
-)
-
-__all__ = [
-    "REFERENCE",
-    "Floats",
-    "Interval",
-    "Run",
-    "bootstrap",
-    "interval_of",
-    "length_bin",
-    "read_runs",
-    "reference_of",
-    "settings_text",
-]
+from evals.results.runs import Run
 
 
 def settings_text(run: Run, runs: Iterable[Run]) -> str:

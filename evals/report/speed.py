@@ -16,9 +16,11 @@ import numpy as np
 from evals.report.chosen import is_papers, with_full
 from evals.report.intervals import over_processes
 from evals.report.quality import described, measured
-from evals.report.runs import Run, length_bin
+from evals.report.runs import length_bin
 from evals.report.verdicts import Measurement
-from evals.results.records import Record, digest
+from evals.results.records import digest
+from evals.results.runs import Run
+from evals.results.schema import Record
 
 LONG = 30_000  # tokens of a prompt that counts as one of 32K
 SHORT = 4_096

@@ -19,16 +19,13 @@ from evals.report.marks import (
     thins_only_the_prompt,
 )
 from evals.report.quality import mean_allocated
-from evals.report.runs import (
-    REFERENCE,
-    Run,
-    bootstrap,
-    length_bin,
-    reference_of,
-)
+from evals.report.runs import length_bin
 from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
+from evals.results.compare import REFERENCE
 from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget
-from evals.results.records import Record
+from evals.results.runs import Run, reference_of
+from evals.results.schema import Record
+from evals.results.statistics import bootstrap
 from evals.tasks.longbench import averages
 
 # The order of methods; any other comes last.

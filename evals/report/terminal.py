@@ -20,15 +20,8 @@ from rich.table import Table
 from buzz.errors import ConfigError
 from evals.results.compare import REFERENCE, compare, differing, paired
 from evals.results.equal_memory import MARK, TOLERANCE, is_over
-from evals.results.runs import (
-    Run,
-    differing_settings,
-    find_references,
-    left_out,
-    put_together,
-    read_run,
-    reference_of,
-)
+from evals.results.reading import find_references, left_out, put_together, read_run
+from evals.results.runs import Run, differing_settings, reference_of
 from evals.results.summary import summarize
 from evals.tasks.base import Task
 from evals.tasks.build import build

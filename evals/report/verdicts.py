@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from evals.report.marks import PAPERS_MODEL
-from evals.report.runs import Interval, Run
+from evals.results.runs import Run
+from evals.results.statistics import Interval
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided at this n", "not run"
 UNEQUAL = "not at equal memory"

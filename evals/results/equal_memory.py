@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from evals.results.records import Record
+from evals.results.schema import Record
 
 TOLERANCE = 0.05  # of the memory, by which runs may differ and still be equal
 MARK = "†"  # of a run that holds more than its budget and TOLERANCE

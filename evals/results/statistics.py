@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Interval = tuple[float, float] | None
 Statistic = Callable[[Floats], Floats]
 
 # What becomes of the mean of the groups' means to be the score; and the other way round.
@@ -30,38 +31,36 @@ def score_of(groups: Sequence[Sequence[float]], statistic: str = "mean") -> floa
     return float(STATISTICS[statistic](np.mean([np.mean(group) for group in groups])))
 
 
-def bootstrap_interval(
-    groups: Sequence[Sequence[float]], statistic: str = "mean"
-) -> tuple[float, float] | None:
-    """95% percentile bootstrap interval of :func:`score_of`.
+def bootstrap(groups: Sequence[Sequence[Any]], finish: Statistic = STATISTICS["mean"]) -> Interval:
+    """95% percentile bootstrap interval of a function of the mean of the groups' means.
 
     Each group is resampled by itself. The seed is fixed: the same data give the same interval.
 
     Returns:
-        None when nothing can be resampled: no group, or one of a single value; or if the statistic
-        overflows.
+        None when nothing can be resampled: no group, or one of a single value; or if the function
+        overflows, as exp of large losses does.
     """
     means = resampled(groups)
     if means is None:
         return None
-    with np.errstate(over="ignore"):
-        return _interval(STATISTICS[statistic](means))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return interval_of(finish(means))
+
+
+def bootstrap_interval(groups: Sequence[Sequence[float]], statistic: str = "mean") -> Interval:
+    """Of :func:`score_of`."""
+    return bootstrap(groups, STATISTICS[statistic])
 
 
 def bootstrap_difference(
     pairs: Sequence[Sequence[tuple[float, float]]], statistic: str = "mean"
-) -> tuple[float, float] | None:
-    """As :func:`bootstrap_interval`, of the first's statistic less the second's, kept in pairs.
+) -> Interval:
+    """Of the first's statistic less the second's, kept in pairs.
 
     Args:
         pairs: groups of (first, second) values of the same sample.
     """
-    means = resampled(pairs)
-    if means is None:
-        return None
-    with np.errstate(over="ignore", invalid="ignore"):
-        both = STATISTICS[statistic](means)
-    return _interval(both[:, 0] - both[:, 1])
+    return bootstrap(pairs, lambda means: -np.diff(STATISTICS[statistic](means))[:, 0])
 
 
 def resampled(groups: Sequence[Sequence[Any]], resamples: int = 2000) -> Floats | None:
@@ -78,9 +77,9 @@ def resampled(groups: Sequence[Sequence[Any]], resamples: int = 2000) -> Floats 
     return sum(pick.mean(axis=1) for pick in picks) / len(values)
 
 
-def _interval(values: Floats) -> tuple[float, float] | None:
-    """The middle 95%; None where some are not finite, as exp of large losses is not."""
-    if not np.isfinite(values).all():
+def interval_of(values: Floats | None) -> Interval:
+    """The middle 95% of resampled values; None where some are not finite."""
+    if values is None or not np.isfinite(values).all():
         return None
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 
 from buzz.errors import ConfigError
-from evals.results.records import Record, RunFailed
+from evals.results.records import RunFailed
+from evals.results.schema import Record
 from evals.run.memory import memory_in_use
 
 Row = TypeVar("Row")

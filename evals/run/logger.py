@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
-from evals.results.records import Record
+from evals.results.schema import Record
 
 PATIENCE = 300.0  # seconds that a logger may take
 

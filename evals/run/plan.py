@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from buzz import Budget, Policy
 from buzz.errors import ConfigError
 from evals.results.compare import REFERENCE
+from evals.results.reading import find_references, nearest_reference, put_together
 from evals.results.records import digest
-from evals.results.runs import Run, comparable, find_references, nearest_reference, put_together
+from evals.results.runs import Run, comparable
 from evals.run.forced import reading_steps
 from evals.run.logger import Logger
 from evals.run.models import check_model, model_digest

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results import schema
-from evals.results.records import Record, sha256
+from evals.results.records import sha256
+from evals.results.schema import Record
 from evals.run.plan import Plan
 from evals.tasks.base import Sample, StreamTask
 

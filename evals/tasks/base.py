@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.environment import package_version
-from evals.results.records import Record
+from evals.results.schema import Record
 
 
 @dataclass(frozen=True)

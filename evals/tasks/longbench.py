@@ -25,7 +25,7 @@ from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.records import Record
+from evals.results.schema import Record
 from evals.tasks.base import Sample, Task
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 

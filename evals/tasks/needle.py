@@ -17,7 +17,7 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.records import Record
+from evals.results.schema import Record
 from evals.tasks.base import Sample, Task, at_least, distinct, one_of
 
 INTRO = (

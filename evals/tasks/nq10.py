@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.records import Record
+from evals.results.schema import Record
 from evals.tasks.base import Sample, Task, distinct, one_of, template
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, normalized, word_f1

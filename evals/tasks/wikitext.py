@@ -14,7 +14,7 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.records import Record
+from evals.results.schema import Record
 from evals.tasks.base import Sample, StreamTask, at_least
 from evals.tasks.data import load_hub, read_text
 
