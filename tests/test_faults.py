@@ -21,7 +21,7 @@ from rich.console import Console
 from runs import MODEL, NEEDLE, read
 from tiny import FAMILIES
 
-import evals.launch.loggers
+import evals.run.logger
 import evals.run.runner
 from buzz import ConfigError, EvictionCache
 from evals.report.terminal import tables
@@ -385,7 +385,7 @@ def test_weights_and_biases_never_fails_a_run(go, monkeypatch, call: str, hangs:
     over, wandb = threading.Event(), MagicMock()
     wandb.configure_mock(**{f"{call}.side_effect": fail})
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(evals.launch.loggers, "PATIENCE", 0.5)
+    monkeypatch.setattr(evals.run.logger, "PATIENCE", 0.5)
     reason = "no answer within 0.5 s" if hangs else "network unreachable"
     with pytest.warns(UserWarning, match=f"not logged to Weights & Biases: {reason}"):
         folder = go("method=full", "logger=wandb")
