@@ -25,9 +25,10 @@ def definitions(name: str, task: str, remedy: str) -> Path:
 
 
 def read_definition(path: Path) -> dict[str, Any]:
-    """A YAML file; `!function module.name` is that text."""
-    definition: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    return definition
+    """A YAML file over the one that it includes; `!function module.name` is that text."""
+    own: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    included = own.pop("include", None)
+    return own if included is None else read_definition(path.parent / included) | own
 
 
 def load_module(path: Path) -> ModuleType:

@@ -179,20 +179,22 @@ class Pairs(Sequence[str]):
     """All different ``adjective-noun`` in order, of which only those asked for are made."""
 
     def __init__(self, adjectives: Iterable[str], nouns: Iterable[str]) -> None:
-        self.nouns = sorted(set(nouns))
-        # Pairs of different blocks do not interleave, as those of `old` and `old-fashioned` do.
-        self.blocks: list[list[str]] = []
+        tails = sorted(set(nouns))
+        groups: list[list[str]] = []
         for head in sorted({f"{one}-" for one in adjectives}):
-            if self.blocks and head.startswith(self.blocks[-1][0]):
-                self.blocks[-1].append(head)
+            if groups and head.startswith(groups[-1][0]):
+                groups[-1].append(head)
             else:
-                self.blocks.append([head])
-        self.ends = [*accumulate(len(self._block(heads)) for heads in self.blocks)]
-
-    def _block(self, heads: list[str]) -> Sequence[str]:
-        if len(heads) == 1:
-            return self.nouns
-        return sorted({head + noun for head in heads for noun in self.nouns})
+                groups.append([head])
+        # What those of a group begin with, and how they go on: pairs of `old` and `old-fashioned`
+        # interleave, others don't.
+        self.blocks = [
+            (heads[0], tails)
+            if len(heads) == 1
+            else ("", sorted({head + tail for head in heads for tail in tails}))
+            for heads in groups
+        ]
+        self.ends = [*accumulate(len(ends) for _, ends in self.blocks)]
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -200,9 +202,8 @@ class Pairs(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
         number = bisect_right(self.ends, index)
-        heads = self.blocks[number]
-        found = self._block(heads)[index - self.ends[number]]
-        return heads[0] + found if len(heads) == 1 else found
+        head, tails = self.blocks[number]
+        return head + tails[index - self.ends[number]]
 
 
 @contextmanager

@@ -146,16 +146,11 @@ def requests(
 
     if subtask == "fwe":
         length -= ANSWER["fwe"]
-    folder = definitions("ruler", "ruler", REMEDY)
-    config = read_definition(folder / "niah_single_1.yaml")
-    config |= read_definition(folder / f"{subtask}.yaml")
-    config |= read_definition(folder / "qa_squad.yaml") if subtask == "qa_hotpot" else {}
-    config |= read_definition(folder / f"{subtask}.yaml")
+    config = read_definition(definitions("ruler", "ruler", REMEDY) / f"{subtask}.yaml")
     for name in ("custom_dataset", "process_results"):
         config[name] = _function(config[name])
     config["metric_list"] = [{"metric": str(length), "aggregation": "mean"}]
     config["metadata"] = {"max_seq_lengths": [length], "tokenizer": "this"}
-    config.pop("include", None)
 
     def this(*args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
         random.seed(seed)

@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from buzz import ConfigError
 from evals.definitions import read_definition
