@@ -97,7 +97,7 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
         limit = plan.config["model"]["max_length"] - answer
         chat = plan.task.chat_template and sample.chat_template is not False
         chat = chat and tokenizer.chat_template is not None
-        ids, truncated = encode(tokenizer, sample.prompt, chat, limit)
+        ids, truncated = encode(tokenizer, sample.prompt, chat, limit, sample.answer_prefix)
         if truncated and plan.task.longest_prompt():
             raise ConfigError(
                 "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
@@ -116,12 +116,12 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int
+    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int, prefix: str = ""
 ) -> tuple[list[int], int]:
     """Token ids of a prompt, at most `limit`, and how many tokens were cut from its middle.
 
     As LongBench does, the two ends are joined as text and tokenized again; the chat template is
-    applied afterwards and stays whole.
+    applied afterwards and stays whole. So does `prefix`, the beginning of the answer.
 
     Raises:
         ConfigError: not even the template fits; the prompt is empty, or holds half a surrogate
@@ -130,9 +130,12 @@ def encode(
 
     def tokens(text: str) -> list[int]:
         if not chat:
-            return tokenizer(text)["input_ids"]
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            return tokenizer(f"{text} {prefix}" if prefix else text)["input_ids"]
+        messages = [{"role": "user", "content": text}]
+        if prefix:
+            messages.append({"role": "assistant", "content": prefix})
+        kind = {"continue_final_message" if prefix else "add_generation_prompt": True}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **kind)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     try:
