@@ -63,7 +63,7 @@ $(VENV)/.torch:
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml
 	@echo "setup: buzz-bench and its dependencies"
-	@$(PIP) install -e ".[dev,longbench]"
+	@$(PIP) install -e ".[dev,longbench,ruler,math]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.ready

@@ -19,8 +19,8 @@ from buzz.errors import ConfigError
 REMEDIES = {
     "attention_mask": "it must hide the padding before each row's first token, as it did with the"
     " prompt, and nothing else: an evicting cache serves no other mask",
-    "position_ids": "a row's positions must count up by one, also from step to step; leave them"
-    " out, or set cache.positions=true, which moves no key",
+    "position_ids": "a row's positions must count up by one, also from step to step; give them with"
+    " every step or with none, or set cache.positions=true, which moves no key",
 }
 
 

@@ -60,7 +60,7 @@ COMMITS = {
 A2SF_OF_THE_PAPER = "b2f12442529f2cf067a7560095c2e23e820e5499"
 
 VOCAB = 512
-LAYERS = 3
+LAYERS = 4  # of which three parts are no whole number of entries: PyramidKV rounds
 HEADS = {"gqa": 2, "mha": 4}  # KV heads, for 4 query heads
 WEIGHT_SEED = 14
 LENGTHS = (40, 64, 97, 128, 160, 200)

@@ -28,7 +28,7 @@ import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
 from buzz.policy import BudgetBy
 from evals.run.models import NAMED, load_model, named_config
-from evals.run.prompts import encode
+from evals.tasks.encoding import encode
 
 EVICTED, SINK, HISTORY, WINDOW = range(4)
 SHADES = {  # kind -> its color and its name; shades that colorblind readers tell apart as well

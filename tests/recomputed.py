@@ -211,10 +211,10 @@ class Recorder:
         """The mask [rows, seen + new] of a further step."""
         return (torch.arange(self.seen + new) >= torch.tensor(self.padding)[:, None]).long()
 
-    @torch.no_grad()
-    def step(self, ids: Tensor, **inputs) -> None:
+    def step(self, ids: Tensor, gradients: bool = False, **inputs) -> None:
         """One forward pass; `inputs` are its mask and positions."""
-        logits = self.model(ids, past_key_values=self.cache, **inputs).logits
+        with torch.set_grad_enabled(gradients):
+            logits = self.model(ids, past_key_values=self.cache, **inputs).logits.detach()
         new = ids.shape[1]
         for row, (text, padding) in enumerate(zip(self.texts, self.padding, strict=True)):
             skipped = min(new, max(0, padding - self.seen))

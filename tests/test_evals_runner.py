@@ -20,7 +20,8 @@ from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.report.terminal import Setting
 from evals.results.reading import find_references, read_summary
 from evals.results.records import RunFailed, RunFolder, digest
-from evals.run.prompts import Prompt, batches, encode
+from evals.run.prompts import Prompt, batches
+from evals.tasks.encoding import encode
 from evals.tasks.needle import FILLER
 
 

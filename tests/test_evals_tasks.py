@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from buzz import ConfigError
 from evals.run.models import byte_tokenizer
+from evals.tasks.definitions import read_definition
 from evals.tasks.needle import NEEDLE, Needle
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
@@ -399,7 +399,7 @@ def test_longbench_prompts_are_lm_evals_but_for_the_known_differences(longbench)
     row = {"question": "{QUESTION}\n", "context": "{CONTEXT}"}  # braces and line ends must survive
     folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/longbench"
     for name in longbench.dataset_names():
-        definition = yaml.load((folder / f"{name}.yaml").read_text(), Loader=longbench._Loader)
+        definition = read_definition(folder / f"{name}.yaml")
         theirs = apply_template(definition["doc_to_text"], row)
         old, new = differing.get(name, ("", ""))
         assert longbench.prompt_of(name, row) == (theirs.replace(old, new) if old else theirs)

@@ -21,6 +21,7 @@ from rich.console import Console
 from runs import MODEL, NEEDLE, read
 from tiny import FAMILIES
 
+import evals.launch.loggers
 import evals.run.logger
 import evals.run.runner
 from buzz import ConfigError, EvictionCache

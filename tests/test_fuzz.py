@@ -27,9 +27,9 @@ from buzz import POLICIES, Budget, ConfigError
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_model
 from evals.run.plan import Plan
-from evals.run.prompts import encode
 from evals.tasks.base import Task
 from evals.tasks.data import read_jsonl, read_text
+from evals.tasks.encoding import encode
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
 

@@ -393,7 +393,6 @@ class TestHoldUntil:
         recorder = Recorder(llama, cache, [0])
         for new in (40, 20, 1, 1):
             recorder.step(prompt(new))
-        cache.hold_until = 60  # what it came to
         recorder.check("llama")
 
     def test_no_scores_outlive_the_prompt(self, llama) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,15 @@ def mean(values: Iterable[float | None]) -> float | None:
     """The mean of those that are known; None if none is."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
+
+
+def means_by(key: str, records: Iterable[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Means of a metric by what the samples' `meta` has under `key`; those that lack it are out."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        if (name := record["meta"].get(key)) is not None:
+            values.setdefault(str(name), []).append(record["scores"][metric])
+    return {name: statistics.fmean(values[name]) for name in sorted(values)}
 
 
 def score_of(groups: Sequence[Sequence[float]], statistic: str = "mean") -> float | None:

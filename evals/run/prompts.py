@@ -17,6 +17,7 @@ from evals.results.records import sha256
 from evals.results.schema import Record
 from evals.run.plan import Plan
 from evals.tasks.base import Sample, StreamTask
+from evals.tasks.encoding import encode
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
         limit = plan.config["model"]["max_length"] - answer
         chat = plan.task.chat_template and sample.chat_template is not False
         chat = chat and tokenizer.chat_template is not None
-        ids, truncated = encode(tokenizer, sample.prompt, chat, limit)
+        ids, truncated = encode(tokenizer, sample.prompt, chat, limit, sample.answer_prefix)
         if truncated and plan.task.longest_prompt():
             raise ConfigError(
                 "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
@@ -114,48 +115,6 @@ def _digest(samples: Sequence[Sample]) -> str:
     for sample in samples:
         found.update(json.dumps(dataclasses.asdict(sample)).encode())
     return found.hexdigest()[:16]
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int
-) -> tuple[list[int], int]:
-    """Token ids of a prompt, at most `limit`, and how many tokens were cut from its middle.
-
-    As LongBench does, the two ends are joined as text and tokenized again; the chat template is
-    applied afterwards and stays whole.
-
-    Raises:
-        ConfigError: not even the template fits; the prompt is empty, or holds half a surrogate
-            pair, which no tokenizer takes.
-    """
-
-    def tokens(text: str) -> list[int]:
-        if not chat:
-            return tokenizer(text)["input_ids"]
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("prompt", text[:40], "holds a lone surrogate; remove it") from error
-    whole = tokens(text)
-    if not whole:
-        raise ConfigError("prompt", text[:40], "has no tokens; give a text")
-    if len(whole) <= limit:
-        return whole, 0
-    body = tokenizer(text, add_special_tokens=False)["input_ids"]
-    room = limit - (len(whole) - len(body))
-    while (half := room // 2) > 0:
-        ends = body[:half], body[-half:]
-        cut = tokens("".join(tokenizer.decode(end, skip_special_tokens=True) for end in ends))
-        if not cut:
-            break
-        if len(cut) <= limit:
-            return cut, len(whole) - len(cut)
-        room -= len(cut) - limit
-    raise ConfigError("model.max_length", limit, "leaves no room for the prompt")
 
 
 def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -29,6 +29,9 @@ class Sample:
         group: what the score is broken down by (a depth, a data set); empty for none.
         unit: what the sample is about, where several are about the same (a question asked in
             several ways); the bootstrap draws them together.
+        question: the end of the prompt that asks, where all before it could be read without
+            knowing it; empty where the two are not apart.
+        answer_prefix: how the answer begins; the model goes on from there.
         meta: anything else worth recording.
         max_new_tokens, chat_template: override the task's, where data sets differ.
         stop: strings whose last token ends the generation (never as its first token).
@@ -42,6 +45,8 @@ class Sample:
     references: tuple[str, ...]
     group: str = ""
     unit: str = ""
+    question: str = ""
+    answer_prefix: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
     chat_template: bool | None = None

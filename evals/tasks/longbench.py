@@ -3,12 +3,11 @@
 Prompts, answer lengths and metrics are read from lm-eval's task definitions (`pip install -e
 '.[longbench]'`). Where those differ from https://github.com/THUDM/LongBench (pred.py, eval.py,
 config/dataset2prompt.json), the benchmark's rules are restored here; truncation from the middle is
-the runner's (:func:`evals.run.prompts.encode`).
+the runner's (:func:`evals.tasks.encoding.encode`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import statistics
@@ -20,7 +19,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-import yaml
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +26,7 @@ from buzz.errors import ConfigError
 from evals.results.schema import Record
 from evals.tasks.base import Sample, Task
 from evals.tasks.data import are_texts, load_hub, read_jsonl
+from evals.tasks.definitions import definitions, load_module, read_definition
 
 REMEDY = "LongBench needs lm-eval and its metrics: pip install -e '.[longbench]'"
 
@@ -258,8 +257,7 @@ def load_dataset(name: str) -> Dataset:
     Raises:
         ConfigError: lm-eval, or what its metrics need, is not installed.
     """
-    text = (_definitions() / f"{name}.yaml").read_text(encoding="utf-8")
-    definition = yaml.load(text, Loader=_Loader)
+    definition = read_definition(_definitions() / f"{name}.yaml")
     template = definition["doc_to_text"]
     if name in BLANK_LINE_BEFORE_QUESTION:
         template = template.replace("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")
@@ -282,32 +280,17 @@ def _metric(wrapper: str) -> Callable[..., float]:
     return _code_similarity if name == "code_sim_score" else getattr(_metrics(), name)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads lm-eval's `!function module.name` as that text."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-
-
 def _definitions() -> Path:
-    spec = importlib.util.find_spec("lm_eval")  # found without importing all of it
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("task", "longbench", REMEDY)
-    return Path(next(iter(spec.submodule_search_locations))) / "tasks" / "longbench"
+    return definitions("longbench", "longbench", REMEDY)
 
 
 @cache
 def _metrics() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "lm_eval_longbench_metrics", _definitions() / "metrics.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     logging.getLogger("jieba").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on the speed of string matching
-            spec.loader.exec_module(module)
+            module = load_module(_definitions() / "metrics.py")
     except ImportError as error:
         raise ConfigError("task", "longbench", REMEDY) from error
     logging.getLogger("jieba").setLevel(logging.WARNING)  # jieba sets its own level on import

@@ -1,0 +1,164 @@
+"""LongBench v2 (arXiv 2412.15204): questions with four choices on very long contexts.
+
+Data, domains and prompt are lm-eval's. It compares the probabilities of the four letters after the
+prompt; here the model answers, and the letter is read from what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jinja2 import Environment
+from transformers import PreTrainedTokenizerBase
+
+from buzz.errors import ConfigError
+from evals.results.schema import Record
+from evals.results.statistics import means_by
+from evals.tasks.base import Sample, Task, one_of
+from evals.tasks.data import are_texts, load_hub, read_jsonl
+from evals.tasks.definitions import definitions, read_definition
+
+REMEDY = "LongBench v2 needs lm-eval: pip install -e '.[longbench]'"
+LETTERS = "ABCD"
+QUESTION = "What is the correct answer to this question:"
+CODE = "Code Repository Understanding"  # in no group of lm-eval's
+
+# How the prompt ends, and where in the answer the letter stands.
+LETTER = "Answer:"
+SENTENCE = 'Format your response as follows: "The correct answer is (insert answer here)".'
+FORMS = {
+    "sentence": (SENTENCE, re.compile(r"The correct answer is \(?([A-D])")),
+    "letter": (LETTER, re.compile(r"\A\W*([A-D])\b")),
+}
+
+
+@dataclass(kw_only=True)
+class LongBench2(Task):
+    """Score: the share of questions answered right, 0..1, and of those answered at all.
+
+    Attributes:
+        data_file: the benchmark's `data.json`, or JSON lines; None: lm-eval's mirror on the hub.
+        answer: ``sentence`` asks for the sentence that the benchmark's own code asks for;
+            ``letter`` is lm-eval's prompt, which ends in "Answer:".
+    """
+
+    headline: ClassVar[str] = "accuracy"
+
+    data_file: str | None = None
+    answer: str = "sentence"
+    max_new_tokens: int | None = 128
+    _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
+
+    def check(self) -> None:
+        super().check()
+        one_of("task.answer", self.answer, FORMS)
+        self._rows = [
+            _row(number, row) for number, row in enumerate(self._read()[: self.samples], start=1)
+        ]
+
+    def _read(self) -> list[dict[str, Any]]:
+        if self.data_file is not None:
+            return _read_file(Path(self.data_file))
+        rows: list[dict[str, Any]] = []
+        path, split = (_common()[key] for key in ("dataset_path", "test_split"))
+        for subset, domain in subsets().items():
+            found = load_hub(path, subset, split, "task.data_file")
+            rows += [{"domain": domain, "sub_domain": subset} | row for row in found]
+            if self.samples is not None and len(rows) >= self.samples:
+                break
+        return rows
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        return [self._sample(number, row) for number, row in enumerate(self._rows)]
+
+    def _sample(self, number: int, row: dict[str, Any]) -> Sample:
+        prompt = prompt_of(row)
+        if self.answer == "sentence":
+            prompt = prompt.removesuffix(LETTER) + SENTENCE
+        known = ("_id", "domain", "sub_domain", "difficulty", "length")
+        return Sample(
+            id=f"{number}",
+            prompt=prompt,
+            references=(LETTERS[row["answer"]],),
+            question=prompt[prompt.rindex(QUESTION) :],
+            meta={key: row.get(key) for key in known},
+        )
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        # The benchmark's code takes asterisks out first.
+        found = FORMS[self.answer][1].search(prediction.replace("*", ""))
+        right = found is not None and found[1] in sample.references
+        return {"accuracy": float(right), "answered": float(found is not None)}
+
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+        """By domain, difficulty and length, as far as the data have them."""
+        found = {
+            key: means_by(key, records, self.headline) for key in ("domain", "difficulty", "length")
+        }
+        return {key: means for key, means in found.items() if means}
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    """lm-eval's prompt for one question."""
+    return Environment().from_string(_common()["doc_to_text"]).render(row)
+
+
+@cache
+def _common() -> dict[str, Any]:
+    return read_definition(_definitions() / "_longbench_common_yaml")
+
+
+@cache
+def subsets() -> dict[str, str]:
+    """Configurations of lm-eval's mirror, with the domain of each."""
+    groups = [read_definition(path) for path in _definitions().glob("_longbench2_*.yaml")]
+    domains = {f"{group['group']}_tasks": group["group_alias"] for group in groups}
+    tasks = [read_definition(path) for path in sorted(_definitions().glob("[!_]*.yaml"))]
+    return {
+        task["dataset_name"]: next((domains[tag] for tag in task["tag"] if tag in domains), CODE)
+        for task in tasks
+    }
+
+
+def _definitions() -> Path:
+    return definitions("longbench2", "longbench2", REMEDY)
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    if path.suffix != ".json" or not path.is_file():
+        return read_jsonl(path, "task.data_file")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("task.data_file", str(path), f"is not JSON ({error})") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError("task.data_file", str(path), "must be a list of objects")
+    return rows
+
+
+def _row(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """A question with `choices` and the number of the right one, whichever schema it has.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    choices = row.get("choices", [row.get(f"choice_{letter}") for letter in LETTERS])
+    answer = row.get("answer")
+    if isinstance(answer, str) and len(answer) == 1:
+        answer = LETTERS.find(answer)
+    problem = None
+    if not are_texts([row.get("context"), row.get("question")]):
+        problem = "`context` and `question` must be texts"
+    elif not are_texts(choices) or len(choices) != len(LETTERS):
+        problem = "`choices`, or `choice_A` to `choice_D`, must be four texts"
+    elif type(answer) is not int or not 0 <= answer < len(LETTERS):
+        problem = "`answer` must be a letter from A to D, or a number from 0 to 3"
+    if problem:
+        raise ConfigError("task.data_file", f"sample {number}", problem)
+    return row | {"choices": choices, "answer": answer}

@@ -1,0 +1,163 @@
+"""MATH-500 and AIME: long answers, by lm-eval's prompts, extraction and equivalence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+from jinja2 import Environment
+from transformers import PreTrainedTokenizerBase
+
+from buzz.errors import ConfigError
+from evals.results.schema import Record
+from evals.results.statistics import means_by
+from evals.tasks.base import Sample, Task, one_of
+from evals.tasks.data import load_hub, read_jsonl
+from evals.tasks.definitions import definitions, load_module, read_definition
+
+REMEDY = "MATH and AIME need lm-eval and math-verify: pip install -e '.[math]'"
+MINERVA = "minerva_math500"
+
+# lm-eval's tasks: the folder, and what the data call the problem and what is compared with.
+BENCHMARKS = {
+    MINERVA: ("minerva_math", "problem", "solution"),
+    "hendrycks_math500": ("hendrycks_math", "problem", "solution"),
+    "aime24": ("aime", "Problem", "Answer"),
+    "aime25": ("aime", "problem", "answer"),
+    "aime": ("aime", "Question", "Answer"),
+}
+
+
+@dataclass(kw_only=True)
+class Math(Task):
+    """Score: whether the final answer is right, 0 or 1; their mean is pass@1.
+
+    What follows the first of lm-eval's stop strings is not scored; generation goes on beyond it.
+
+    Attributes:
+        benchmark: lm-eval's task, of :data:`BENCHMARKS`. `minerva_math500` judges by math-verify,
+            the others by the text in a normal form.
+        fewshot: worked examples before the problem, 0 to 4; None for lm-eval's own, which are 4 of
+            `minerva_math500` and else none.
+        data_file: JSON lines in the schema of lm-eval's data set; None: the hub.
+    """
+
+    headline: ClassVar[str] = "pass@1"
+
+    benchmark: str = MINERVA
+    fewshot: int | None = None
+    data_file: str | None = None
+    max_new_tokens: int | None = 1024
+    _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
+
+    def check(self) -> None:
+        super().check()
+        one_of("task.benchmark", self.benchmark, BENCHMARKS)
+        most = len(self._examples())
+        if self.fewshot is not None and not 0 <= self.fewshot <= most:
+            remedy = f"{self.benchmark} has {most} worked examples"
+            raise ConfigError("task.fewshot", self.fewshot, remedy)
+        _, *keys = BENCHMARKS[self.benchmark]
+        if self.data_file is None:
+            data = [definition(self.benchmark).get(f"dataset_{key}") for key in ("path", "name")]
+            split = definition(self.benchmark)["test_split"]
+            rows = load_hub(*data, split, "task.data_file")
+        else:
+            rows = read_jsonl(self.data_file, "task.data_file", keys)
+        self._rows = rows[: self.samples]
+        for number, row in enumerate(self._rows, start=1):
+            if not isinstance(row.get(keys[0]), str) or not isinstance(row.get(keys[1]), str | int):
+                remedy = f"`{keys[0]}` and `{keys[1]}` must be texts"
+                raise ConfigError("task.data_file", f"sample {number}", remedy)
+            if keys[1] == "solution" and "\\boxed" not in row["solution"]:
+                remedy = "`solution` must have the final answer in \\boxed{}"
+                raise ConfigError("task.data_file", f"sample {number}", remedy)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        return [self._sample(number, row) for number, row in enumerate(self._rows)]
+
+    def _sample(self, number: int, row: dict[str, Any]) -> Sample:
+        name = f"{self.benchmark}-{number}"
+        _, _, compared = BENCHMARKS[self.benchmark]
+        return Sample(
+            id=name,
+            prompt=self._prompt(row),
+            references=(str(row[compared]),),
+            unit=name,
+            meta={key: row.get(key) for key in ("unique_id", "subject", "level")},
+        )
+
+    def _prompt(self, row: dict[str, Any]) -> str:
+        """lm-eval's, of a base model, or as one message."""
+        examples = self._examples()[: self.fewshot]
+        parts = [f"{self._ask(one)} {one['solution']}\n\n" for one in examples]
+        return "".join(parts) + self._ask(row)
+
+    def _ask(self, row: dict[str, Any]) -> str:
+        if self.benchmark == MINERVA:
+            return scorer(MINERVA).doc_to_text(row)
+        return Environment().from_string(definition(self.benchmark)["doc_to_text"]).render(row)
+
+    def _examples(self) -> list[dict[str, Any]]:
+        return scorer(MINERVA).list_fewshot_samples() if self.benchmark == MINERVA else []
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return {"pass@1": score(self.benchmark, prediction, sample.references[0])}
+
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+        """By subject and level, where the data have them."""
+        found = {key: means_by(key, records, self.headline) for key in ("subject", "level")}
+        return {key: means for key, means in found.items() if means}
+
+
+def score(benchmark: str, prediction: str, reference: str) -> float:
+    """lm-eval's verdict on one answer: `math_verify` of Minerva's, `exact_match` of the others.
+
+    Args:
+        reference: the solution of MATH, whose final answer is boxed; the number of AIME.
+    """
+    stops = definition(benchmark)["generation_kwargs"]["until"]
+    prediction = re.split("|".join(map(re.escape, stops)), prediction, maxsplit=1)[0]
+    module = scorer(benchmark)
+    if benchmark == MINERVA:
+        right = module.verify(gold=module.parse(reference), target=module.parse(prediction))
+        return float(right)
+    doc = {"answer": reference, "solution": reference}
+    return float(module.process_results(doc, [prediction])["exact_match"])
+
+
+@cache
+def definition(benchmark: str) -> dict[str, Any]:
+    """lm-eval's definition of a task."""
+    return read_definition(_folder(benchmark) / f"{benchmark}.yaml")
+
+
+@cache
+def scorer(benchmark: str) -> ModuleType:
+    """lm-eval's module beside the definition.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    path = _folder(benchmark) / "utils.py"
+    try:
+        if benchmark != MINERVA:
+            return load_module(path)
+        import math_verify  # noqa: F401  (which looks for its parser's version itself)
+
+        # Minerva's module refuses every antlr but 4.11, where Hydra needs 4.9; only its `is_equiv`,
+        # which is not called here, would be without a parser.
+        with patch("importlib.metadata.version", lambda package: "4.11"):
+            return load_module(path)
+    except ImportError as error:
+        raise ConfigError("task", "math", REMEDY) from error
+
+
+def _folder(benchmark: str) -> Path:
+    return definitions(BENCHMARKS[benchmark][0], "math", REMEDY)

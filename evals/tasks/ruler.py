@@ -1,0 +1,209 @@
+"""RULER (arXiv 2404.06654): its 13 subtasks at any lengths, in the model's own tokens."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from buzz.errors import ConfigError
+from evals.results.schema import Record
+from evals.tasks.base import Sample, Task, at_least, distinct, one_of
+from evals.tasks.encoding import encode
+from evals.tasks.ruler_texts import (
+    ANSWER,
+    QA,
+    SUBTASKS,
+    Drawn,
+    family,
+    generate,
+    modules,
+    read_data,
+)
+
+# Those that need no data.
+SYNTHETIC = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+
+
+@dataclass(kw_only=True)
+class Ruler(Task):
+    """Score: the share of the answers that stand in the model's, 0..100. Groups: the subtasks.
+
+    Of several lengths, groups are subtasks at a length. As in the benchmark's tables the score is
+    the plain mean over subtasks and lengths. `qa_*` have several answers, of which one will do.
+
+    Attributes:
+        subtasks: which to run; None for all 13.
+        lengths: in tokens, what the answer may take up included. The chat template is counted, too.
+        samples: of each subtask and length.
+        seed: what they are drawn from.
+        data_dir: folder of `PaulGrahamEssays.json`, `squad.json` and `hotpotqa.json`, as the
+            benchmark's scripts fetch them; None: lm-eval's sources on the net.
+        max_new_tokens: None for the benchmark's own.
+    """
+
+    headline: ClassVar[str] = "score"
+    grouped_by: ClassVar[str] = "subtask"
+    own_lengths: ClassVar[bool] = True
+
+    subtasks: Sequence[str] | None = SYNTHETIC
+    lengths: Sequence[int] = (4096,)
+    samples: int | None = 20
+    seed: int = 0
+    data_dir: str | None = None
+    max_new_tokens: int | None = None
+    _data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
+
+    def check(self) -> None:
+        super().check()
+        if self.samples is None:
+            remedy = "give the number of samples of each subtask and length"
+            raise ConfigError("task.samples", None, remedy)
+        for name, values in (("lengths", self.lengths), ("subtasks", self.subtasks)):
+            if values is not None and (not values or isinstance(values, str)):
+                raise ConfigError(f"task.{name}", values, "give a list, e.g. [4096] or [vt,cwe]")
+            distinct(f"task.{name}", values or ())
+        for length in self.lengths:
+            at_least(256, "task.lengths", length)
+        for subtask in self._subtasks:
+            one_of("task.subtasks", subtask, SUBTASKS)
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise ConfigError("task.data_dir", self.data_dir, "no such folder")
+        modules()
+        self._data = {name: read_data(name, self.data_dir) for name in self._subtasks}
+
+    @property
+    def _subtasks(self) -> Sequence[str]:
+        return SUBTASKS if self.subtasks is None else self.subtasks
+
+    def longest_prompt(self) -> int:
+        return max(self.lengths)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        return [
+            self._sample(tokenizer, subtask, length, number, drawn)
+            for length in self.lengths
+            for subtask in self._subtasks
+            for number, drawn in enumerate(self._generate(tokenizer, subtask, length))
+        ]
+
+    def _generate(
+        self, tokenizer: PreTrainedTokenizerBase, subtask: str, length: int
+    ) -> list[Drawn]:
+        def count(text: str) -> int:
+            return len(tokenizer(text)["input_ids"])
+
+        template = _tokens(tokenizer, "x", self._chat(tokenizer)) - count("x")
+        room, samples = length - template, self.samples or 0
+        return generate(subtask, count, length, room, samples, self.seed, self._data[subtask])
+
+    def _sample(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        subtask: str,
+        length: int,
+        number: int,
+        drawn: Drawn,
+    ) -> Sample:
+        # What the sizes leave uncounted, the beginning of the answer above all, is at the answer's
+        # cost where a prompt comes near its length: together they never exceed it.
+        taken = _tokens(tokenizer, drawn.text, self._chat(tokenizer), drawn.prefix)
+        depths = None
+        if family(subtask) in ("niah", "vt"):
+            places = [drawn.text.find(answer) for answer in drawn.answers]
+            depths = [round(100 * place / len(drawn.text), 1) for place in places]
+        return Sample(
+            id=f"{subtask}-{length}-{number}",
+            prompt=drawn.text,
+            references=drawn.answers,
+            group=subtask if len(self.lengths) == 1 else _cell(subtask, length),
+            question=drawn.question,
+            answer_prefix=drawn.prefix,
+            meta={"subtask": subtask, "length": length, "depths": depths},
+            max_new_tokens=max(1, min(ANSWER[family(subtask)], length - taken)),
+        )
+
+    def _chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        return self.chat_template and tokenizer.chat_template is not None
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return {"score": score(sample.meta["subtask"], prediction, sample.references)}
+
+    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+        """Of several lengths, by length, by subtask, and the benchmark's averages over lengths.
+
+        An average of which a part is missing is left out.
+        """
+        cells = means(records)
+        if len(self.lengths) == 1:
+            return {}
+        lengths = {
+            f"{length}": _mean(cells.get((name, length)) for name in self._subtasks)
+            for length in sorted(self.lengths)
+        }
+        subtasks = {
+            name: _mean(cells.get((name, length)) for length in self.lengths)
+            for name in self._subtasks
+        }
+        found = {"length": lengths, "subtask": subtasks, "average": averages([*lengths.values()])}
+        return {
+            title: {row: value for row, value in rows.items() if value is not None}
+            for title, rows in found.items()
+        }
+
+
+def score(subtask: str, prediction: str, answers: Sequence[str]) -> float:
+    """The benchmark's score of one prediction, 0..100: answers found, whatever their case.
+
+    Of `qa_*` any answer will do. lm-eval averages over the answers there, too, which the benchmark
+    does not.
+    """
+    common = modules().common
+    prediction = common.postprocess_pred([prediction])
+    if subtask in QA:
+        return 100 * max(common.string_match_all(prediction, [[answer]]) for answer in answers)
+    return 100 * common.string_match_all(prediction, [answers])
+
+
+def means(records: Iterable[Record]) -> dict[tuple[str, int], float]:
+    """Mean score by (subtask, length)."""
+    cells: dict[tuple[str, int], list[float]] = {}
+    for record in records:
+        cell = (record["meta"]["subtask"], record["meta"]["length"])
+        cells.setdefault(cell, []).append(record["scores"]["score"])
+    return {cell: statistics.fmean(values) for cell, values in cells.items()}
+
+
+def averages(by_length: Sequence[float | None]) -> dict[str, float | None]:
+    """The benchmark's three: plain, and with weights that grow, or fall, linearly with the length.
+
+    Args:
+        by_length: from the shortest to the longest; None where one is not known.
+    """
+    weights = range(1, len(by_length) + 1)
+    return {
+        "avg": _mean(by_length),
+        "wAvg (inc)": _mean(by_length, weights),
+        "wAvg (dec)": _mean(by_length, weights[::-1]),
+    }
+
+
+def _mean(values: Iterable[float | None], weights: Sequence[int] | None = None) -> float | None:
+    """None if one of them is."""
+    known = list(values)
+    if any(value is None for value in known):
+        return None
+    return statistics.fmean(known, weights)
+
+
+def _cell(subtask: str, length: int) -> str:
+    return f"{subtask} at {length}"
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, prefix: str = "") -> int:
+    limit = 2**62
+    return len(encode(tokenizer, text, chat, limit, prefix)[0])
