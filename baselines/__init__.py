@@ -1,17 +1,15 @@
-"""The methods that BUZZ is compared with, each in a file of its own."""
+"""The methods that BUZZ is compared with, each in a file of its own; what lies here is found."""
 
-from baselines.full import FullPolicy
-from baselines.h2o import H2OPolicy
-from baselines.local import LocalPolicy
-from baselines.snapkv import SnapKVPolicy
-from baselines.streaming_llm import StreamingLLMPolicy
-from baselines.tova import TOVAPolicy
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "FullPolicy",
-    "H2OPolicy",
-    "LocalPolicy",
-    "SnapKVPolicy",
-    "StreamingLLMPolicy",
-    "TOVAPolicy",
-]
+from buzz.policy import POLICIES, Policy
+
+for _found in iter_modules(__path__):
+    import_module(f"{__name__}.{_found.name}")
+
+_own: dict[str, type[Policy]] = {
+    cls.__name__: cls for cls in POLICIES.values() if cls.__module__.startswith(f"{__name__}.")
+}
+globals().update(_own)
+__all__ = sorted(_own)

@@ -36,7 +36,8 @@ METHODS = (
     "h2o",
     "buzz-chunked",
 )
-MORE = ("tova", "snapkv")  # measured when asked for
+CONFIGS = Path(__file__).resolve().parents[1] / "configs/method"
+MORE = tuple(sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {*METHODS}))  # when asked
 CHUNK = 2048
 LONG = 16384  # tokens, beyond which rows are repeated a third as often
 # Without it, glibc keeps freed blocks of up to 32 MB, and the peak of one and the same run varies

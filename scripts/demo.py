@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from buzz.errors import ConfigError
+from evals.report.methods import style_of
 from evals.results.reading import read_summary
 from evals.results.records import RunFailed
 from evals.run.runner import run
@@ -26,12 +27,7 @@ from evals.run.runner import run
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "results/figures/demo.png"
 BUDGET = 0.25
-METHODS = {
-    "full": ("full cache", "#000000", "s"),
-    "streaming_llm": ("StreamingLLM", "#0072B2", "^"),
-    "h2o": ("H2O", "#009E73", "D"),
-    "buzz": ("BUZZ", "#D55E00", "o"),
-}
+METHODS = {name: style_of(name) for name in ("full", "streaming_llm", "h2o", "buzz")}
 # task -> its overrides, what it is, what its score is
 TASKS = {
     "needle": (

@@ -10,22 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from evals.report.tables import METHODS
-from evals.results.equal_memory import MARK
+from evals.report.methods import place  # noqa: E402
+from evals.results.equal_memory import MARK  # noqa: E402
 
-# Colours that colour-blind readers tell apart (Okabe and Ito), markers for those who print in grey.
-STYLES = {
-    "full": ("#000000", "s"),
-    "local": ("#999999", "v"),
-    "streaming_llm": ("#0072B2", "^"),
-    "h2o": ("#009E73", "D"),
-    "buzz": ("#D55E00", "o"),
-    "buzz_strided": ("#E69F00", "P"),
-    "buzz_fast": ("#CC79A7", "X"),
-    "tova": ("#56B4E9", "<"),
-    "snapkv": ("#332288", ">"),
-}
-OTHER = ("#882255", "*")
 RC = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -65,10 +52,6 @@ def legend(figure: Any, axes: Sequence[Any]) -> None:
     rows = -(-len(names) // columns)
     figure.set_figheight(figure.get_figheight() + ROW * rows)
     figure.legend([entries[name] for name in names], names, **where)
-
-
-def place(method: str) -> int:
-    return METHODS.index(method) if method in METHODS else len(METHODS)
 
 
 def heat(

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from evals.report.chosen import families, left_to_budget
-from evals.report.drawing import OTHER, RC, STYLES, heat, legend, panels, place, plt
+from evals.report.drawing import RC, heat, legend, panels, plt
 from evals.report.marks import budget_text, held, label, mark, over_note, settings
+from evals.report.methods import order, place, style_of
 from evals.report.quality import SPEED_TASK
 from evals.report.runs import length_bin
 from evals.report.speed import alone
-from evals.report.tables import METHODS, ordered
+from evals.report.tables import ordered
 from evals.results.compare import REFERENCE
 from evals.results.runs import Run
 from evals.results.schema import Record
@@ -128,8 +129,8 @@ def _against_memory(axis: Any, group: Sequence[Run], values: Sequence[tuple[Any,
     """Points and intervals of runs over their KV memory, those of one budget a little apart."""
     widest = max(map(_memory, group))
     for run, (value, interval) in zip(group, values, strict=True):
-        color, marker = STYLES.get(run.method, OTHER)
-        apart = 0 if run.budget is None else place(run.method) - len(METHODS) / 2
+        _, color, marker = style_of(run.method)
+        apart = 0 if run.budget is None else place(run.method) - len(order()) / 2
         at = _memory(run) + apart * APART * widest
         if interval:
             axis.vlines(at, *interval, color=color, lw=1, alpha=0.5)
@@ -223,7 +224,7 @@ def positions(runs: Sequence[Run]) -> Drawn:
             curve = [statistics.fmean(losses) for losses in zip(*blocks, strict=True)]
             tokens = statistics.fmean(record["prompt_tokens"] for record in run.ran)
             places = [tokens * (i + 0.5) / len(curve) for i in range(len(curve))]
-            color, marker = STYLES.get(run.method, OTHER)
+            _, color, marker = style_of(run.method)
             name = f"{run.method}{mark(run)} {settings(run, shown)}".strip()
             axis.plot(places, curve, color=color, marker=marker, ms=4, lw=1.2, label=name)
         axis.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
@@ -288,7 +289,7 @@ def decode_time(runs: Sequence[Run]) -> Drawn:
             for record in (record for run in same for record in run.ran if _timed_alone(record)):
                 at = length_bin(record["prompt_tokens"])
                 bins.setdefault(at, []).append(record["itl_p50_ms"])
-            color, marker = STYLES.get(method, OTHER)
+            _, color, marker = style_of(method)
             lengths = sorted(bins)
             means = [statistics.fmean(bins[n]) for n in lengths]
             style = {"color": color, "marker": marker, "ms": 5, "lw": 1.2}

@@ -18,6 +18,7 @@ from evals.report.marks import (
     settings,
     thins_only_the_prompt,
 )
+from evals.report.methods import place
 from evals.report.quality import mean_allocated
 from evals.report.runs import length_bin
 from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
@@ -28,18 +29,6 @@ from evals.results.schema import Record
 from evals.results.statistics import bootstrap
 from evals.tasks.longbench import averages
 
-# The order of methods; any other comes last.
-METHODS = (
-    "full",
-    "local",
-    "streaming_llm",
-    "h2o",
-    "tova",
-    "snapkv",
-    "buzz",
-    "buzz_strided",
-    "buzz_fast",
-)
 GROWTH = "growth"
 FACTORS = {
     "history": "How old history is thinned",
@@ -58,9 +47,9 @@ def ordered(runs: Iterable[Run]) -> list[Run]:
     """By task, model, budget and method."""
 
     def key(run: Run) -> tuple[Any, ...]:
-        place = METHODS.index(run.method) if run.method in METHODS else len(METHODS)
         sizes = [float(v) for v in run.parameters.values() if isinstance(v, int | float)]
-        return (run.task, run.model, run.setting, float(run.budget or 0), place, sizes, run.name)
+        size = float(run.budget or 0), place(run.method), sizes
+        return run.task, run.model, run.setting, *size, run.name
 
     return sorted(runs, key=key)
 

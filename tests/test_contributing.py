@@ -1,0 +1,56 @@
+"""A new method is one file and one YAML: the example of CONTRIBUTING.md, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from runs import MODEL, NEEDLE
+
+from evals.report.methods import MORE, STYLES, style_of
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(
+    r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S
+)
+WATCH = """
+import sys, baselines, run
+from buzz import POLICIES
+from evals.report.methods import order, style_of
+assert POLICIES["spread"] is baselines.SpreadPolicy, POLICIES
+assert order()[-1] == "spread" and style_of("spread").label == "spread"
+sys.exit(run.cli())
+"""
+
+
+def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
+    for name in ("baselines", "buzz", "configs", "evals"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "run.py", tmp_path)
+    assert [name for name, _ in BLOCKS] == ["baselines/spread.py", "configs/method/spread.yaml"]
+    for name, text in BLOCKS:
+        (tmp_path / name).write_text(text)
+    command = ["method=spread", "budget=20", *MODEL, *NEEDLE, f"output={tmp_path}/runs"]
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, f"--config-path={tmp_path}/configs", *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "spread" in done.stdout
+    (run,) = (tmp_path / "runs").glob("needle-spread-*")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["method"]["_target_"] == "baselines.SpreadPolicy"
+
+
+def test_methods_that_nobody_named_are_drawn_apart() -> None:
+    looks = [style[1:] for style in STYLES.values()] + MORE
+    assert len(set(looks)) == len(looks)
+    assert style_of("unheard_of") == ("unheard_of", *style_of("unheard_of")[1:])
+    assert style_of("unheard_of")[1:] in MORE
