@@ -239,8 +239,8 @@ def _largest(
     tokens = characters = 0
     while True:
         text = draw(size)
-        growth = len(text) / characters - 1 if characters else math.inf
-        if spread * tokens * (1 + 2 * growth) >= room or not characters:
+        # tokens + 2 * (tokens / characters) * (characters that came to it), without rounding
+        if spread * tokens * (2 * len(text) - characters) >= room * characters:
             tokens, characters = count(text), len(text)
             if tokens >= room:
                 return size - step if tokens > room else size + step
