@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 from buzz.errors import ConfigError
 from evals.interrupt import Interrupted
 from evals.records import RunFailed
+from evals.results import read_summary
 from evals.runner import run_all
 from evals.sweep import Objectives, SweepCallback, run_job
-from evals.table import read_summary
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")

@@ -17,7 +17,7 @@ class SnapKVPolicy(Policy):
     """Evicts once, after the first step; every later token stays.
 
     Query heads of a group choose together (the original's choose alone). A prompt in chunks needs
-    `EvictionCache(hold_until=...)` and a last chunk of at least `window` tokens.
+    `EvictionCache(hold_until=...)`.
 
     Args:
         capacity: prompt entries kept: the last `window`, and those that they attend the most.

@@ -4,9 +4,10 @@ How the pieces find each other, in one place. Making an :class:`~buzz.EvictionCa
 
 1. registers :func:`attend` with transformers' `AttentionInterface` in place of the model's backend
    (sdpa, eager, flash_attention_2 ...), which it keeps and calls;
-2. adds a forward pre-hook to the decoder. When `past_key_values` is an EvictionCache, the hook
-   reads the padding off the 2-D mask, puts an inert mask in its place, and passes the cache on as
-   the keyword `eviction_cache`, which transformers hands down to the attention function unchanged.
+2. adds a forward pre-hook to the decoder. When `past_key_values` is an EvictionCache, the hook has
+   the cache check the step's inputs and read the padding off the 2-D mask, puts an inert mask in
+   its place, and passes the cache on as the keyword `eviction_cache`, which transformers hands down
+   to the attention function unchanged.
 
 Without that keyword :func:`attend` only calls the stock function: with any other cache, and in any
 other model, the stock path runs. Neither model code nor configuration is touched.
@@ -16,11 +17,14 @@ Where outputs and scores come from:
 - methods (and steps) that read no scores: the stock backend, at its own speed;
 - with scores, under sdpa and flash attention: :mod:`buzz.kernels`, which choose by device;
 - with scores, under eager: the plain torch version of the same kernels.
+
+No gradient flows through kept entries, so none flows at all: a backward pass is refused.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -110,28 +114,34 @@ def attend(
             raise ConfigError(f"model.{option}", kwargs[option], "no evicting cache serves it")
     kwargs.pop("sliding_window", None)  # wider than the model's context, or the layer is not ours
 
-    scored = layer.wants_scores
+    observed = layer.observed
     scorer = kernels.reference if backend == "eager" else kernels
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None = None
     ) -> Scored:
-        if scored and query.shape[2] == 1:
+        if observed and query.shape[2] == 1:
             return scorer.scored_decode(query, key, value, scale, starts)
-        if scored:
-            seen_by = layer.policy.observe
-            observe = None if seen_by is None else min(seen_by, query.shape[2])
+        if observed:
+            observe = min(observed, query.shape[2])
             return scorer.scored_prefill(query, key, value, scale, observe=observe)
         mask = _mask(backend, query, key, starts)
         return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
 
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or layer.cuts_gradient)
+    if differentiable:
+        query = query.detach()
     query = _scaled_by_log_n(eviction_cache, layer, query)
     if query.shape[2] == 1:
         output, received = attention(query, key, value, layer.starts)
     else:
         output, received = _by_group(attention, layer, query, key, value)
     layer.after_attention(received)
+    if layer is eviction_cache.evicting[-1]:
+        output = eviction_cache.spoil(output)
+    if differentiable:
+        output = _NoBackward.apply(output, torch.empty(0, requires_grad=True))
     return output.transpose(1, 2), None
 
 
@@ -207,10 +217,28 @@ def _scaled_by_log_n(cache: EvictionCache, layer: EvictionLayer, query: Tensor) 
     return query * scale.to(query.dtype)[:, None, :, None]
 
 
+class _NoBackward(torch.autograd.Function):
+    """Hands on what it is given; whoever asks for its gradient is told that there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        """`anchor` requires a gradient, so that the result does and :meth:`backward` is reached."""
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ConfigError(
+            "past_key_values",
+            "EvictionCache",
+            "no gradient flows through kept entries; run under torch.no_grad() or"
+            " torch.inference_mode(), or compute what you differentiate without a cache",
+        )
+
+
 def _announce_cache(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: hand the cache on to :func:`attend`, and the padding to the cache."""
+    """Forward pre-hook: hand the cache on to :func:`attend`, and a step's inputs to the cache."""
     from buzz.cache import EvictionCache
 
     # By type and not by name: `past_key_values` became `cache` in transformers 5.24.
@@ -218,14 +246,24 @@ def _announce_cache(
     cache = next(passed, None)
     if cache is None:
         return None
-    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
-    tokens = next(tensor for tensor in given if tensor is not None)
-    cache.begin_step(kwargs.get("attention_mask"), *tokens.shape[:2])
+    if args:
+        names = inspect.signature(decoder.forward).parameters
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise ConfigError(
+            "output_attentions", True, "an evicting cache has no weights to give; leave it out"
+        )
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"]
+    batch, new = tokens.shape[:2]
+    inputs = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    cache.begin_step(decoder, batch, new, *inputs)
     kwargs = {**kwargs, "eviction_cache": cache}
     if len(cache.evicting) == len(cache.layers):
         # A 4-D mask is passed on as it is and spares making one. This one is never read.
         kwargs["attention_mask"] = torch.empty(1, 1, 1, 1, device=tokens.device)
-    return args, kwargs
+    return (), kwargs
 
 
 def _model_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:

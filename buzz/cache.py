@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import math
+import warnings
+import weakref
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from transformers.generation import GenerationMixin
 
 from buzz import attention
 from buzz.errors import ConfigError
+from buzz.inputs import REMEDIES, check_mask, first_positions, hides_more, jumps, padding_of
 from buzz.layer import EvictionLayer, Group
 from buzz.policy import Policy
 from buzz.rope import Rope, find_rope
@@ -23,6 +27,14 @@ CACHE_ARGUMENT = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
+)
+
+Positions = Literal["cache", "true"]
+
+LONGROPE = (
+    "the text grows past the {} tokens of its short context: keys that are in the cache keep the"
+    " frequencies that they were rotated with, while the model's own generate() would compute all"
+    " of the text again"
 )
 
 # Models whose attention is more than softmax(q k) v over per-head keys.
@@ -42,15 +54,18 @@ class EvictionCache(Cache):
     Args:
         model: a causal language model with RoPE, loaded with sdpa, eager or flash attention.
         policy: the eviction method.
+        positions: ``cache``: an entry is attended as if it stood at its index in the thinned cache;
+            ``true``: at the position that its token has in the text (no key is ever rotated).
         logn_base: scale attention logits by log(n) / log(logn_base), n = entries that a query
             attends (512 in a line that is commented out in the original BUZZ code; the journal
             version's formula has not been seen). None: no scaling.
         logn_clamp: never scale by less than 1.
-        hold_until: evict nothing before this many tokens, padding included, have been seen: set it
-            to the prompt's length to attend a chunked prompt in full.
+        hold_until: evict nothing before this many tokens, padding included, have been seen, and
+            judge them as one step then: set it to the prompt's length, and a prompt in chunks gives
+            what it gives in one piece.
 
     Raises:
-        ConfigError: the model has no RoPE, or no layer that could evict.
+        ConfigError: the model has no RoPE, or no layer that could evict; an impossible value.
     """
 
     def __init__(
@@ -58,30 +73,39 @@ class EvictionCache(Cache):
         model: PreTrainedModel,
         policy: Policy,
         *,
+        positions: Positions = "cache",
         logn_base: float | None = None,
         logn_clamp: bool = False,
         hold_until: int = 0,
     ) -> None:
-        if logn_base is not None and not logn_base > 1:
+        if not isinstance(policy, Policy):
+            raise ConfigError("policy", policy, "give a Policy, e.g. BuzzPolicy()")
+        if logn_base is not None and not 1 < _number(logn_base) < math.inf:
             raise ConfigError("cache.logn_base", logn_base, "give a number above 1, or null")
         self.policy = policy
+        self.positions = positions_of(positions)
         self.logn_base = logn_base
         self.logn_clamp = logn_clamp
         self._runs: list[list[int]] = []  # [steps, new tokens, change in length, evictions] alike
         self._last = (0, 0, 0)
+        self._faults: dict[str, Tensor] = {}  # by input: bool, whether a step's was wrong
+        decoder = attention.install(model)
+        layers = _make_layers(decoder, model, policy, self.positions)
+        super().__init__(layers=layers)
+        self._decoder = weakref.ref(decoder)
         self._is_dropped = hasattr(model.config, "original_max_position_embeddings")
-        super().__init__(layers=_make_layers(attention.install(model), model, policy))
+        longrope = getattr(decoder.rotary_emb, "rope_type", None) == "longrope"
+        self._short_context = (
+            model.config.original_max_position_embeddings if self._is_dropped and longrope else 0
+        )
+        # The layers that evict: all, unless the model mixes in layers with a window of its own.
+        self.evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
         self.hold_until = hold_until
 
     def __bool__(self) -> bool:
-        # Phi-3 with longrope drops a truthy cache when a text grows past its short context, to
-        # compute all of it again; a falsy one goes on, with keys rotated as they came.
+        # Phi-3 drops a truthy cache when a text grows past its short context, to compute all of it
+        # again; a falsy one goes on, with keys rotated as they came.
         return not self._is_dropped
-
-    @property
-    def evicting(self) -> list[EvictionLayer]:
-        """The layers that evict: all, unless the model mixes in layers with a window of its own."""
-        return [layer for layer in self.layers if isinstance(layer, EvictionLayer)]
 
     @property
     def hold_until(self) -> int:
@@ -89,17 +113,21 @@ class EvictionCache(Cache):
 
     @hold_until.setter
     def hold_until(self, tokens: int) -> None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ConfigError("hold_until", tokens, "give a number of tokens, 0 for none")
         for layer in self.evicting:
             layer.hold_until = tokens
 
     @property
     def lengths(self) -> list[int]:
         """Entries held by each evicting layer (by its longest row)."""
+        self._raise_faults()
         return [layer.longest for layer in self.evicting]
 
     @property
     def evictions(self) -> list[int]:
         """Evictions so far of each row of the batch."""
+        self._raise_faults()
         return self.evicting[0].evictions
 
     @property
@@ -114,6 +142,7 @@ class EvictionCache(Cache):
             allocated: count instead every buffer as it lies in memory, with positions, scores,
                 kept original keys and spare capacity.
         """
+        self._raise_faults()
         return sum(layer.nbytes(allocated) for layer in self.evicting)
 
     def kept_positions(self, layer: int) -> Tensor:
@@ -123,6 +152,7 @@ class EvictionCache(Cache):
             int64 [batch, kv_heads, held], in temporal order; rows shorter than the longest begin
             with -1.
         """
+        self._raise_faults()
         cache = self.layers[layer]
         if not isinstance(cache, EvictionLayer) or cache.store is None:
             raise ConfigError("layer", layer, "holds no entries (yet) that an eviction could keep")
@@ -137,6 +167,7 @@ class EvictionCache(Cache):
 
         Steps that ran under torch.compile appear as one.
         """
+        self._raise_faults()
         self._note_step()
         seen = held = evictions = 0
         trace = []
@@ -160,47 +191,166 @@ class EvictionCache(Cache):
         self._last = now
 
     def reset(self) -> None:
-        """Forget every entry. Buffers stay allocated, for the next prompt."""
-        super().reset()
-        self._runs, self._last = [], (0, 0, 0)
-
-    def begin_step(self, attention_mask: Tensor | None, batch: int, new: int) -> None:
-        """Learn from a step's 2-D mask which rows are padded, and by how much.
-
-        Args:
-            attention_mask: [batch, seen + new], 0 in padding; None if there is none.
+        """Forget every entry. Buffers stay allocated, for the next prompt.
 
         Raises:
-            ConfigError: padding anywhere but before a row's first token.
+            ConfigError: a step had a wrong mask or wrong positions, and nobody was told yet; the
+                cache is empty then too.
         """
+        super().reset()
+        self._runs, self._last = [], (0, 0, 0)
+        faults, self._faults = self._faults, {}
+        _raise_any(faults)
+
+    def begin_step(
+        self,
+        decoder: nn.Module,
+        batch: int,
+        new: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> None:
+        """Check what a step is given, and learn from a prompt's mask how rows are padded.
+
+        Args:
+            decoder: the one that runs.
+            batch, new: the step's rows, and tokens of each.
+            attention_mask: [batch, seen + new], 0 in padding; None if there is none.
+            position_ids: int64 [batch or 1, new]; None if the model numbers its tokens.
+
+        Raises:
+            ConfigError: another model than the cache was made for; a mask that hides anything but
+                padding before a row's first token; positions that do not count up by one.
+            RuntimeError: an error in the middle of a step left the layers apart.
+        """
+        first, last = self.evicting[0], self.evicting[-1]
+        seen = first.cumulative_length
+        if decoder is not self._decoder():
+            raise self._foreign(decoder)
+        if last.cumulative_length != seen:
+            raise RuntimeError(
+                "an error ended the last step between two layers, and they no longer hold the same"
+                " tokens: call cache.reset()"
+            )
         if not torch.compiler.is_compiling():
             self._note_step()
-        first = self.evicting[0].cumulative_length == 0
-        if attention_mask is None or not (first or new > 1):
+            if new > 1:  # a prompt or a chunk, which may wait
+                self._raise_faults()
+            if 0 < seen <= self._short_context < seen + new:
+                warnings.warn(LONGROPE.format(self._short_context), stacklevel=2)
+        self._check_hold(seen, new)
+        if attention_mask is not None:
+            check_mask(attention_mask, batch, seen + new)
+        if seen == 0:
+            padding = [0] * batch if attention_mask is None else padding_of(attention_mask)
+            moves = self.positions == "cache"
+            starts = first_positions(position_ids if moves else None, padding)
+            self._group(padding, starts)
+        else:
+            padding, starts = first.per_row("padding"), first.per_row("first_position")
+            if attention_mask is not None:
+                self._refuse("attention_mask", hides_more(attention_mask, padding), new)
+        if self.positions == "true":
             return
-        if attention_mask.ndim != 2:
+        if position_ids is not None:
+            self._refuse("position_ids", jumps(position_ids, seen, padding, starts), new)
+        elif starts != padding:  # the model counts padding, now
+            raise ConfigError("position_ids", None, REMEDIES["position_ids"])
+
+    def _group(self, padding: list[int], starts: list[int]) -> None:
+        """Put rows of a prompt together that are as long as each other."""
+        kinds = list(zip(padding, starts, strict=True))
+        for layer in self.evicting:
+            layer.groups = [
+                Group([row for row, own in enumerate(kinds) if own == kind], *kind)
+                for kind in sorted(set(kinds))
+            ]
+
+    def _check_hold(self, seen: int, new: int) -> None:
+        """Only with its end known can a chunk tell which of its queries judge the whole."""
+        if 0 < seen < self.hold_until < seen + new and self.policy.observe is not None:
             raise ConfigError(
-                "attention_mask", tuple(attention_mask.shape), "give the 2-D padding mask"
+                "hold_until",
+                self.hold_until,
+                f"{self.policy.name} judges by the last tokens before it, and a chunk of tokens"
+                f" {seen} to {seen + new} goes past it; set it to where a chunk ends",
             )
-        mask = attention_mask[:, -new:].bool()
-        padding = (new - mask.sum(-1)).tolist()
-        inside = torch.arange(new, device=mask.device) >= (new - mask.sum(-1, keepdim=True))
-        if not torch.equal(mask, inside) or max(padding) == new or (not first and any(padding)):
-            raise ConfigError(
-                "attention_mask",
-                padding,
-                "padding must come before a row's first token, and no row may be all padding:"
-                " set tokenizer.padding_side='left'",
-            )
-        if first:
-            for layer in self.evicting:
-                layer.groups = [
-                    Group([row for row in range(batch) if padding[row] == size], padding=size)
-                    for size in sorted(set(padding))
-                ]
+
+    def _foreign(self, decoder: nn.Module) -> ConfigError:
+        own = self._decoder()
+        names = ["one that is gone" if own is None else _name(own), _name(decoder)]
+        other = f"another {names[1]}" if names[0] == names[1] else names[1]
+        return ConfigError(
+            "past_key_values",
+            "EvictionCache",
+            f"was made for {names[0]} and not for {other}; make one for each model",
+        )
+
+    # --- what is wrong with a step is found out where its mask lies ---------------------------
+
+    def _refuse(self, field: str, wrong: Tensor, new: int) -> None:
+        """Refuse a step if `wrong`, at once where that can be read without slowing it down.
+
+        Otherwise (a token on another device than the CPU, compiled code) the answer stays there:
+        the outputs of this step, and of all later ones, are NaN if it is yes, and whoever next
+        reads the cache or feeds it a prompt gets the error.
+        """
+        if not _may_wait(wrong.device, new):
+            before = self._faults.get(field)
+            self._faults[field] = wrong if before is None else wrong | before
+        elif wrong:
+            raise ConfigError(field, "of this step", REMEDIES[field])
+
+    def _raise_faults(self) -> None:
+        """Waits for the device if there is an answer to wait for."""
+        if self._faults:
+            _raise_any(self._faults)
+            self._faults = {}
+
+    def spoil(self, output: Tensor) -> Tensor:
+        """The last layer's output, or NaN if a step was wrong and nobody could be told yet."""
+        for wrong in self._faults.values():
+            output = output.masked_fill(wrong.to(output.device), math.nan)
+        return output
 
 
-def _make_layers(decoder: nn.Module, model: PreTrainedModel, policy: Policy) -> list[Any]:
+def positions_of(value: Any) -> Positions:
+    """The kind of positions that a setting names; YAML and command lines turn `true` into True.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if value is True or value == "true":
+        return "true"
+    if value == "cache":
+        return "cache"
+    raise ConfigError("cache.positions", value, "choose cache or true")
+
+
+def _may_wait(device: torch.device, new: int) -> bool:
+    """Whether a step of so many tokens can read a number off a device and not be slower for it."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or new > 1)
+
+
+def _raise_any(faults: dict[str, Tensor]) -> None:
+    for field, wrong in faults.items():
+        if wrong:
+            raise ConfigError(field, "of an earlier step", REMEDIES[field])
+
+
+def _number(value: Any) -> float:
+    """A number as it is, anything else as one that no range holds."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _name(decoder: nn.Module) -> str:
+    path = getattr(decoder.config, "name_or_path", "")
+    return f"{type(decoder).__name__} {path}".strip()
+
+
+def _make_layers(
+    decoder: nn.Module, model: PreTrainedModel, policy: Policy, positions: Positions
+) -> list[Any]:
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
     for field, reason in UNSUPPORTED.items():
@@ -224,7 +374,8 @@ def _make_layers(decoder: nn.Module, model: PreTrainedModel, policy: Policy) -> 
         key = (kind, bool(getattr(module, "use_rope", True)))
         if key not in ropes:
             ropes[key] = find_rope(decoder, module, kind)
-        layers.append(EvictionLayer(policy, ropes[key]))
+        # At true positions no key moves, as in a layer without RoPE.
+        layers.append(EvictionLayer(policy, ropes[key] if positions == "cache" else Rope(None)))
     if not any(isinstance(layer, EvictionLayer) for layer in layers):
         raise ConfigError(
             "model",

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from buzz import kernels
+from buzz.inputs import on
 from buzz.policy import Policy
 from buzz.rope import Rope
 from buzz.store import Store, with_spare
@@ -22,6 +23,7 @@ class Group:
     Attributes:
         rows: their indices in the batch.
         padding: padding tokens before their first token.
+        first_position: the position that the model gave to their first token.
         seen: tokens of a row so far, without padding.
         held: entries that a row holds.
         sampled: how many of them are history that an eviction has sampled.
@@ -33,6 +35,7 @@ class Group:
 
     rows: list[int]
     padding: int = 0
+    first_position: int = 0
     seen: int = 0
     held: int = 0
     sampled: int = 0
@@ -57,6 +60,8 @@ class EvictionLayer(CacheLayerMixin):
         self.rope = rope
         self.hold_until = 0
         self.cumulative_length = 0  # tokens seen, padding included
+        self.new = 0  # tokens of the current step
+        self.cuts_gradient = False  # whether the current step's keys or values had one
         self.groups: list[Group] = []
         self.store: Store | None = None
         self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
@@ -94,9 +99,11 @@ class EvictionLayer(CacheLayerMixin):
         if self.awaits_attention:
             raise RuntimeError(
                 "keys were appended but attention did not run through the cache, so nothing was"
-                " evicted: pass past_key_values by keyword, and make a new EvictionCache after"
-                " model.set_attn_implementation()"
+                " evicted: use the cache with the model that it was made for, pass past_key_values"
+                " by keyword, and make a new EvictionCache after model.set_attn_implementation()"
             )
+        differentiable = key_states.requires_grad or value_states.requires_grad
+        self.cuts_gradient = torch.is_grad_enabled() and differentiable
         keys, values = key_states.detach(), value_states.detach()
         self.lazy_initialization(keys, values)
         batch, _, new, _ = keys.shape
@@ -120,6 +127,7 @@ class EvictionLayer(CacheLayerMixin):
             group.seen += fresh
             group.held += fresh
         self.cumulative_length += new
+        self.new = new
         self.awaits_attention = True
         return self.view(self.store.keys), self.view(self.store.values)
 
@@ -169,14 +177,15 @@ class EvictionLayer(CacheLayerMixin):
     @property
     def lengths(self) -> list[int]:
         """Entries held by each row of the batch."""
-        return self._per_row("held")
+        return self.per_row("held")
 
     @property
     def evictions(self) -> list[int]:
         """Evictions so far of each row of the batch."""
-        return self._per_row("evictions")
+        return self.per_row("evictions")
 
-    def _per_row(self, name: str) -> list[int]:
+    def per_row(self, name: str) -> list[int]:
+        """An attribute of its group, for each row of the batch."""
         by_row = {row: getattr(group, name) for group in self.groups for row in group.rows}
         return [by_row[row] for row in range(len(by_row))]
 
@@ -196,7 +205,7 @@ class EvictionLayer(CacheLayerMixin):
         """First entry of each row in the views of :meth:`update`, int64 [batch]; None if all 0."""
         if len(self.groups) == 1:
             return None
-        return torch.tensor([self.longest - held for held in self.lengths], device=self.device)
+        return on(self.device, [self.longest - held for held in self.lengths])
 
     def view(self, tensor: Tensor) -> Tensor:
         """The slots in use of a buffer: [batch, kv_heads, held, ...]."""
@@ -223,28 +232,47 @@ class EvictionLayer(CacheLayerMixin):
     # --- scores and eviction ------------------------------------------------------------------
 
     @property
+    def holds_back(self) -> bool:
+        """Whether the prompt goes on: all that comes before `hold_until` counts as one step."""
+        return self.cumulative_length < self.hold_until
+
+    @property
+    def observed(self) -> int:
+        """How many of this step's last queries count in the scores; 0: nobody reads any."""
+        policy = self.policy
+        if not policy.needs_scores:
+            return 0
+        if policy.score_rule == "step" and not self.holds_back and self._plan() is None:
+            return 0
+        if policy.observe is None:
+            return self.new
+        to_come = max(0, self.hold_until - self.cumulative_length)
+        return min(max(0, policy.observe - to_come), self.new)
+
+    @property
     def wants_scores(self) -> bool:
         """Whether what this step's entries receive is ever read."""
-        if not self.policy.needs_scores:
-            return False
-        return self.policy.score_rule != "step" or self._plan() is not None
+        return self.observed > 0
 
     def after_attention(self, received: Tensor | None) -> None:
         """Take in what each entry received, then evict what the policy gives up.
 
         Args:
             received: float32 [batch, kv_heads, held], the attention probability that each entry
-                got in this step, summed over queries and over the query heads of its group; None
-                when no scores are wanted.
+                got in this step, summed over the :attr:`observed` queries and over the query heads
+                of its group; None when no scores are wanted.
         """
         store = self.store
         assert store is not None
         self.awaits_attention = False
         scores = received
-        if received is not None and self.policy.score_rule != "step":
+        lasting = self.policy.score_rule != "step" or self.holds_back
+        if received is not None and (lasting or store.scores is not None):
             if store.scores is None:
                 store.scores = torch.zeros(store.positions.shape, device=self.device)
-            scores = self.view(store.scores).add_(received)
+            scores = self.view(store.scores).add_(received.detach())
+        if not lasting:
+            store.scores = None  # of a prompt that was held back, and is judged now
         plan = self._plan()
         if plan is None:
             return
@@ -264,7 +292,7 @@ class EvictionLayer(CacheLayerMixin):
 
     def _plan(self) -> list[tuple[int, int]] | None:
         """What the length recurrence says of each group; None when nothing happens to any."""
-        if self.cumulative_length < self.hold_until:
+        if self.holds_back:
             return None
         now = [(group.held, group.sampled) for group in self.groups]
         after = [self.policy.survivors(*lengths) for lengths in now]
@@ -272,7 +300,7 @@ class EvictionLayer(CacheLayerMixin):
 
     def _fresh_store(self, store: Store, entries: int) -> Store:
         if self.idle is not None and self.idle.fits(store, entries):
-            fresh, self.idle = self.idle, None
+            fresh, self.idle = self.idle.cleared(), None
         else:
             fresh = Store.like(store, with_spare(entries))
         fresh.end = entries
@@ -291,7 +319,7 @@ class EvictionLayer(CacheLayerMixin):
         assert store is not None
         rows: slice | Tensor = slice(None)
         if len(self.groups) > 1:
-            rows = torch.tensor(group.rows, device=self.device)
+            rows = on(self.device, group.rows)
         first = store.end - group.held  # slot of the group's first entry
         tail = min(self.policy.protected, kept)
         if kept < group.held:
@@ -354,10 +382,11 @@ class EvictionLayer(CacheLayerMixin):
         if not residents or self.rope.module is None:
             return None
         index = index[..., :residents]
-        batch = torch.tensor(group.rows, device=self.device)[:, None, None]
+        batch = on(self.device, group.rows)[:, None, None]
         where = batch, torch.arange(index.shape[1], device=self.device)[:, None], first + index
         keys, arrival = store.keys[where], store.positions[where] + group.padding
-        old = group.seen - group.held + index
+        newest = group.first_position + group.seen
+        old = newest - group.held + index
         if group.source is not None and group.source_positions is not None:
             known = group.source.shape[2]
             place = index.clamp(max=known - 1)
@@ -366,7 +395,7 @@ class EvictionLayer(CacheLayerMixin):
             keys = torch.where(has_source[..., None], source, keys)
             old = torch.where(has_source, group.source_positions.gather(2, place), old)
         group.source, group.source_positions = keys, old
-        new = group.seen - kept + torch.arange(residents, device=self.device)
+        new = newest - kept + torch.arange(residents, device=self.device)
         return self.rope.rotate(keys, self.rope.turn(new, old, arrival))
 
     def _positions(self, new: int) -> Tensor:
@@ -379,5 +408,4 @@ class EvictionLayer(CacheLayerMixin):
         ).view(1, 1, new)
         if len(self.groups) == 1 and not self.groups[0].padding:
             return slots
-        padding = torch.tensor(self._per_row("padding"), dtype=torch.int32, device=self.device)
-        return slots - padding[:, None, None]
+        return slots - on(self.device, self.per_row("padding")).to(torch.int32)[:, None, None]

@@ -1,12 +1,14 @@
 """Moving kept keys to new positions.
 
-An entry is attended as if it stood at its index in the thinned cache. RoPE is relative, so queries
-and recent keys stay at their true positions, and only entries that moved relative to the newest
-token are rotated, at the moment of eviction, by the difference.
+At cache positions an entry is attended as if it stood at its index in the thinned cache. RoPE is
+relative, so queries and recent keys stay at their true positions, and only entries that moved
+relative to the newest token are rotated, at the moment of eviction, by the difference. At true
+positions nothing moves: a cache then treats every layer as one without RoPE.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 
@@ -62,6 +64,12 @@ class Rope:
     def forget(self) -> None:
         """Start over, with a new prompt."""
         self._history.clear()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Rope:
+        """A copy that reads the same module, since it is in that one that frequencies change."""
+        other = memo[id(self)] = copy.copy(self)
+        other._history = list(self._history)
+        return other
 
     def turn(self, new: Tensor, old: Tensor, slots: Tensor) -> Rotation | None:
         """cos and sin that take keys from positions `old` to positions `new`, however far.

@@ -66,6 +66,13 @@ class Store:
         """Bytes of all buffers, spare capacity included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
+    def cleared(self) -> Store:
+        """This store, empty and zeroed as a new one is: no number of an earlier prompt is left."""
+        for tensor in self.tensors():
+            tensor.zero_()
+        self.end = 0
+        return self
+
     def fits(self, other: Store, entries: int) -> bool:
         """Whether it can take over `entries` of `other` and is not needlessly large for them."""
         rows_and_heads = self.keys.shape[:2] == other.keys.shape[:2]
@@ -86,7 +93,7 @@ class Store:
         if self.owned and start > held // 8 and held + new <= self.capacity:
             target = self
         elif idle is not None and idle.fits(self, held + new):
-            target = idle
+            target = idle.cleared()
         else:
             target = Store.like(self, with_spare(held + new))
         for source, destination in zip(self.tensors(), target.tensors(), strict=True):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from evals.metrics import INVERSES, bootstrap_difference, mean, score_of
-from evals.records import Record
+from evals.records import sha256
+from evals.schema import Record
 
 REFERENCE = "full"  # the method that the others are compared with
 
@@ -67,10 +68,15 @@ def compare(
     ids = [
         name
         for name, record in records.items()
-        if record["status"] == "ok"
-        and (other := full.get(name, {})).get("status") == "ok"
-        and other["prompt_sha256"] == record["prompt_sha256"]
+        if record["status"] == "ok" and name in full and same_sample(record, full[name])
     ]
+    # A comparison with an answer that the full cache no longer gives says nothing.
+    paired = set(ids)
+    known = {
+        name: one
+        for name, one in fidelity.items()
+        if name in paired and one.get("answer_sha256") in (None, sha256(full[name].get("tokens")))
+    }
     parts = []
     for name in ids:
         both = (units(run[name], summary["headline"]) for run in (records, full))
@@ -85,25 +91,63 @@ def compare(
         )
         for run in (records, full)
     )
-    known = own is not None and theirs is not None
+    both_known = own is not None and theirs is not None
     answers = [(records[name].get("tokens"), full[name].get("tokens")) for name in ids]
     answers = [pair for pair in answers if all(pair)]
     return {
         "n": len(ids),
-        "difference": own - theirs if known else None,
+        "difference": own - theirs if both_known else None,
         "difference_ci95": bootstrap_difference(pairs, summary["statistic"]),
-        "relative": own / theirs if known and theirs else None,
+        "relative": own / theirs if both_known and theirs else None,
         "wins": sum(gain > 0 for gain in gains),
         "ties": sum(gain == 0 for gain in gains),
         "losses": sum(gain < 0 for gain in gains),
         "agreement": mean(_agreement(*pair) for pair in answers),
         "prefix": mean(_prefix(*pair) / len(pair[1]) for pair in answers),
         **{
-            key: mean(record[key] for name, record in fidelity.items() if name in ids)
+            key: mean(record.get(key) for record in known.values())
             for key in ("kl_to_full", "top1_to_full")
         },
-        "kl_n": sum(fidelity.get(name, {}).get("kl_to_full") is not None for name in ids),
+        "kl_n": sum(record["kl_to_full"] is not None for record in known.values()),
     }
+
+
+def paired(
+    records: Mapping[str, Record],
+    others: Mapping[str, Record],
+    summary: Mapping[str, Any],
+    fidelity: Iterable[Record],
+    other_fidelity: Iterable[Record],
+) -> dict[str, Any]:
+    """What a run has more than another, of the samples that both finished.
+
+    Returns:
+        n and difference of scores, as :func:`compare`; kl: the mean difference of `kl_to_full`, in
+        nats, over the kl_n samples for which both were compared with the same answer of the full
+        cache. Intervals are 95% bootstrap intervals of the paired differences.
+    """
+    found = compare(records, others, summary, {})
+    theirs = {one["id"]: one for one in other_fidelity}
+    kls = [
+        (one["kl_to_full"], theirs[one["id"]]["kl_to_full"])
+        for one in fidelity
+        if one["id"] in theirs
+        and one.get("answer_sha256") == theirs[one["id"]].get("answer_sha256")
+        and None not in (one["kl_to_full"], theirs[one["id"]]["kl_to_full"])
+    ]
+    return {
+        **{key: found[key] for key in ("n", "difference", "difference_ci95")},
+        "kl": mean(own - other for own, other in kls),
+        "kl_ci95": bootstrap_difference([kls], "mean"),
+        "kl_n": len(kls),
+    }
+
+
+def same_sample(record: Record, other: Record) -> bool:
+    """Whether both answered the same prompt and were scored against the same references."""
+    return record["status"] == other["status"] == "ok" and all(
+        record.get(key) == other.get(key) for key in ("prompt_sha256", "sample_sha256")
+    )
 
 
 def _agreement(own: list[int], full: list[int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Sequence
@@ -20,14 +21,15 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
         required: keys that every object must have.
 
     Raises:
-        ConfigError: naming file and line: the file is missing, empty, not UTF-8, or a line is not
-            a JSON object, lacks a key, or holds half a surrogate pair (which no tokenizer takes).
+        ConfigError: naming file and line: the file is missing, empty, not UTF-8 (or UTF-16 with its
+            mark), or a line is not a JSON object, lacks a key, or holds half a surrogate pair
+            (which no tokenizer takes).
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(field, str(path), "no such file; give the path of a JSON-lines file")
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(_utf8(path, field).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -50,16 +52,16 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
 
 
 def read_text(path: str | Path, field: str) -> str:
-    """A UTF-8 text file.
+    """A text file in UTF-8, or in UTF-16 with its mark.
 
     Raises:
-        ConfigError: the file is missing, empty or not UTF-8.
+        ConfigError: the file is missing, empty or in another encoding.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(field, str(path), "no such file; give the path of a text file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _utf8(path, field).decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(field, str(path), f"not UTF-8 ({error.reason})") from error
     if not text.strip():
@@ -67,8 +69,16 @@ def read_text(path: str | Path, field: str) -> str:
     return text
 
 
-def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict[str, Any]]:
+def load_hub(
+    name: str, config: str | None, split: str, field: str, revision: str | None = None
+) -> list[dict[str, Any]]:
     """A split of a data set of the Hugging Face hub, from its local cache if it is there.
+
+    Args:
+        name, config, split: what `datasets` calls it.
+        field: the setting that names a local file instead, for error messages.
+        revision: a commit, tag or branch; None: the main branch. `datasets` runs no scripts since
+            version 4, so it must be one with data files.
 
     Raises:
         ConfigError: it can neither be fetched nor found.
@@ -77,11 +87,14 @@ def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict
 
     logging.disable(logging.WARNING)  # the client reports every retry
     try:
-        return list(datasets.load_dataset(name, config, split=split))
+        return list(datasets.load_dataset(name, config, split=split, revision=revision))
     except Exception as error:  # the hub's client raises many kinds, down to bare OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            field, None, f"{name} could not be loaded ({reason}); give a local file instead"
+            field,
+            None,
+            f"{name} (revision {revision or 'main'}) could not be loaded ({reason});"
+            " give a local file instead",
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -90,6 +103,17 @@ def load_hub(name: str, config: str | None, split: str, field: str) -> list[dict
 def are_texts(value: object) -> bool:
     """Whether `value` is a list of texts, of one at least."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def _utf8(path: Path, field: str) -> bytes:
+    """A file's bytes without the mark that some editors put before a text; UTF-16 as UTF-8."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return content.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(field, str(path), f"not UTF-16 ({error.reason})") from error
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _bad_line(field: str, path: Path, number: int, problem: str) -> ConfigError:

@@ -46,15 +46,19 @@ def read(
     policy: Policy,
     chunk: int,
     cache_options: dict[str, Any],
+    starts: Sequence[int] = (0,),
 ) -> tuple[Generation, list[float]]:
-    """Reads a text in steps of `chunk` tokens with one cache.
+    """Reads a text, or several one after another, in steps of `chunk` tokens with one cache.
 
     A token is scored by the step before the one that feeds it, so before it can influence which
     entries predict it; tokens of one step attend each other and whatever the cache held before.
 
+    Args:
+        starts: places in `ids` where a text begins, see :func:`fed_and_scored`.
+
     Returns:
         Measurements (`ttft_s` is the first step's time, a latency is a step's, tokens per second
-        are those read), and the negative log-likelihood in nats of each token but the first.
+        are those read), and the negative log-likelihood in nats of each token but a text's first.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
@@ -62,8 +66,8 @@ def read(
     """
     device = model.device
     cache = EvictionCache(model, policy, **cache_options)
-    text = torch.tensor([list(ids)], device=device)
-    steps = reading_steps(len(ids), chunk)
+    fed, scored = (torch.tensor(tokens, device=device) for tokens in fed_and_scored(ids, starts))
+    steps = reading_steps(len(fed) + 1, chunk)
     losses: list[Tensor] = []
     lengths: list[int] = []
     reset_memory_peak(device)
@@ -71,9 +75,9 @@ def read(
     times = [time.perf_counter()]
     position = 0
     for new in steps:
-        logits = _forward(model, cache, text[:, position : position + new], None, new)[0]
+        logits = _forward(model, cache, fed[None, position : position + new], None, new)[0]
         position += new
-        targets = text[0, position - new + 1 : position + 1]
+        targets = scored[position - new : position]
         losses.append(cross_entropy(logits.float(), targets, reduction="none"))
         lengths.append(cache.evicting[0].lengths[0])
         synchronize(device)
@@ -101,6 +105,17 @@ def read(
         memory_peak_nbytes=memory_peak(device),
     )
     return generation, values
+
+
+def fed_and_scored(ids: Sequence[int], starts: Sequence[int] = (0,)) -> tuple[list[int], list[int]]:
+    """The tokens that are fed, and the token that each of them predicts.
+
+    Of every text, which ends where the next one starts, all but the last are fed and all but the
+    first are predicted: nothing of one text predicts the next one's first token.
+    """
+    ends = [*starts[1:], len(ids)]
+    texts = [ids[start:end] for start, end in zip(starts, ends, strict=True)]
+    return [i for text in texts for i in text[:-1]], [i for text in texts for i in text[1:]]
 
 
 def reading_steps(tokens: int, chunk: int) -> list[int]:

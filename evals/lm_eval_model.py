@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
+from buzz.cache import positions_of
 from buzz.policy import BudgetBy
 from evals.models import NAMED, load_model, named_config
 
@@ -54,7 +55,7 @@ class EvictionLM(HFLM):
         budget_by: as in :class:`buzz.Budget`.
         chunk: scored tokens fed per step. More than 1 is faster; evictions then happen after each
             chunk, whose tokens all see what its first one saw.
-        logn_base, logn_clamp: as in :class:`buzz.EvictionCache`.
+        positions, logn_base, logn_clamp: as in :class:`buzz.EvictionCache`.
         batch_size: a number; `auto` is refused.
         kwargs: the method's parameters, and HFLM's own arguments.
 
@@ -69,6 +70,7 @@ class EvictionLM(HFLM):
         budget: float | int | None = None,
         budget_by: BudgetBy = "peak",
         chunk: int = 1,
+        positions: Any = "cache",
         logn_base: float | None = None,
         logn_clamp: bool = False,
         batch_size: int | str = 1,
@@ -76,7 +78,11 @@ class EvictionLM(HFLM):
     ) -> None:
         self.policy, self.fixed = _make_policy(method, kwargs)
         self.budget, self.chunk = None if budget is None else Budget(budget, budget_by), chunk
-        self.cache_options = {"logn_base": logn_base, "logn_clamp": logn_clamp}
+        self.cache_options = {
+            "positions": positions_of(positions),
+            "logn_base": logn_base,
+            "logn_clamp": logn_clamp,
+        }
         if not isinstance(chunk, int) or chunk < 1:
             raise ConfigError("chunk", chunk, "give a whole number of at least 1")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -155,10 +161,10 @@ class EvictionLM(HFLM):
         """What is scored with one cache: the text, behind the prefix token.
 
         Only if the method would attend more entries than the model has positions (as a full cache
-        does), a text longer than that is cut into HFLM's windows.
+        does), or at true positions, a text longer than that is cut into HFLM's windows.
         """
         limit = self.max_length
-        if len(tokens) > limit:
+        if len(tokens) > limit and self.cache_options["positions"] == "cache":
             steps = [self.chunk] * -(-len(tokens) // self.chunk)
             most = max(self.fitted(len(tokens)).lengths(steps))
             if most + self.chunk <= limit:

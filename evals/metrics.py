@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from numpy.typing import NDArray
 from rouge import Rouge
 from rouge_score.rouge_scorer import RougeScorer
@@ -52,6 +53,36 @@ def package_rouge(reference: str, prediction: str) -> dict[str, float]:
     finally:
         sys.setrecursionlimit(limit)
     return {ours: 100 * scores[theirs]["f"] for ours, theirs in names.items()}
+
+
+def as_buzz_writes(text: str) -> str:
+    """An answer as the code of the BUZZ paper writes it before it is scored.
+
+    Its decoding takes out blanks before punctuation and contracted verbs, in this order, white
+    space around the answer goes, and its writer leaves a blank at the end, which the package
+    `rouge` takes for a further, empty sentence. An empty answer stays empty.
+    """
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip())
+    return f"{text.strip()} " if text.strip() else ""
+
+
+def self_bleu(text: str) -> float:
+    """How far the sentences of a text repeat each other, 0..1: their mean BLEU against the others.
+
+    As the code of the BUZZ paper has it: BLEU of 1- to 3-grams with equal weights, smoothed by
+    method 1 of Chen and Cherry (2014); sentences end at full stops, so after a last one follows an
+    empty sentence, which scores 0. So does a text without a full stop, which has no others.
+    """
+    counts = Counter(tuple(sentence.split()) for sentence in text.split("."))
+    weights, smooth = (1 / 3, 1 / 3, 1 / 3), SmoothingFunction().method1
+    total = 0.0
+    for sentence, times in counts.items():
+        # To BLEU it is the same how often a reference is there.
+        others = [other for other in counts if other != sentence or times > 1]
+        if others:
+            total += times * sentence_bleu(others, sentence, weights, smooth)
+    return total / counts.total()
 
 
 def normalized(text: str) -> str:
@@ -97,10 +128,14 @@ def bootstrap_interval(
     Each group is resampled by itself. The seed is fixed: the same data give the same interval.
 
     Returns:
-        None when nothing can be resampled: no group, or one of a single value.
+        None when nothing can be resampled: no group, or one of a single value; or if the statistic
+        overflows.
     """
     means = resampled(groups)
-    return None if means is None else _interval(STATISTICS[statistic](means))
+    if means is None:
+        return None
+    with np.errstate(over="ignore"):
+        return _interval(STATISTICS[statistic](means))
 
 
 def bootstrap_difference(
@@ -114,7 +149,8 @@ def bootstrap_difference(
     means = resampled(pairs)
     if means is None:
         return None
-    both = STATISTICS[statistic](means)
+    with np.errstate(over="ignore", invalid="ignore"):
+        both = STATISTICS[statistic](means)
     return _interval(both[:, 0] - both[:, 1])
 
 
@@ -132,6 +168,9 @@ def resampled(groups: Sequence[Sequence[Any]], resamples: int = 2000) -> Floats 
     return sum(pick.mean(axis=1) for pick in picks) / len(values)
 
 
-def _interval(values: Floats) -> tuple[float, float]:
+def _interval(values: Floats) -> tuple[float, float] | None:
+    """The middle 95%; None where some are not finite, as exp of large losses is not."""
+    if not np.isfinite(values).all():
+        return None
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -10,6 +10,7 @@ Code from a hub is never executed (`trust_remote_code` stays off).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,11 +37,13 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, logging
 
 from buzz.errors import ConfigError
+from evals.weights import file_digest, folder_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
+SOURCE = "converted_from"  # of a converted GGUF file: what it was made from and what it was then
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 SHAPE = (
     "hidden_size",
@@ -154,6 +158,26 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
+def model_digest(cfg: Mapping[str, Any]) -> str | None:
+    """Names the weights that a checked model config stands for, without loading them.
+
+    Returns:
+        Of a folder or a GGUF file the digest of its content (:mod:`evals.weights`), of random
+        weights that of shape and seed, of a hub model the commit of its snapshot in the local
+        cache, None if the cache does not tell.
+    """
+    if "hidden_size" in cfg:
+        shape = [cfg[name] for name in (*SHAPE, "max_length", "seed")]
+        return hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
+    source = _source(cfg)
+    if cfg.get("gguf_file"):
+        return file_digest(_gguf(cfg))
+    if Path(source).is_dir():
+        return folder_digest(Path(source))
+    cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
 def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
     for name in SHAPE:
         _at_least(1, name, cfg.get(name))
@@ -177,19 +201,17 @@ def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
 
 def _source(cfg: Mapping[str, Any]) -> str:
     """A hub name, a checkpoint folder, or a GGUF file (ends in .gguf, if not converted yet)."""
-    given, gguf = cfg.get("name_or_path"), cfg.get("gguf_file")
+    given = cfg.get("name_or_path")
     if not given:
         raise ConfigError("model.name_or_path", given, "name a hub model or a folder")
-    folder = Path(given).expanduser()
-    # The embedded model lies in the checkout, wherever the harness is started.
-    folder = next((p for p in (folder, ROOT / folder) if p.exists()), folder)
-    if gguf:
-        file = folder / gguf
+    if cfg.get("gguf_file"):
+        file = _gguf(cfg)
         if not file.is_file():
             remedy = "there is no such file; `make model` fetches the embedded model"
             raise ConfigError("model.gguf_file", str(file), remedy)
         ready = _converted(file)
         return str(ready if _fresh(ready, file) else file)
+    folder = _folder(given)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError("model.name_or_path", given, "the folder holds no config.json")
@@ -205,13 +227,28 @@ def _checkpoint(cfg: Mapping[str, Any]) -> str:
     return str(_convert(cfg, Path(source))) if source.endswith(".gguf") else source
 
 
+def _folder(given: str) -> Path:
+    folder = Path(given).expanduser()
+    # The embedded model lies in the checkout, wherever the harness is started.
+    return next((p for p in (folder, ROOT / folder) if p.exists()), folder)
+
+
+def _gguf(cfg: Mapping[str, Any]) -> Path:
+    return _folder(cfg["name_or_path"]) / cfg["gguf_file"]
+
+
 def _converted(gguf: Path) -> Path:
     return gguf.with_suffix("")
 
 
 def _fresh(ready: Path, gguf: Path) -> bool:
-    config = ready / "config.json"
-    return config.is_file() and config.stat().st_mtime >= gguf.stat().st_mtime
+    """Whether a folder holds what was converted from this very file, and as it was then."""
+    source = ready / SOURCE
+    return source.is_file() and source.read_text() == _stamp(ready, gguf)
+
+
+def _stamp(ready: Path, gguf: Path) -> str:
+    return f"{gguf.name} {file_digest(gguf)} to {folder_digest(ready)}\n"
 
 
 def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
@@ -233,6 +270,7 @@ def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
         with _quiet():
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+        (part / SOURCE).write_text(_stamp(part, gguf))
         if not _fresh(target, gguf):  # or another process was faster
             shutil.rmtree(target, ignore_errors=True)
             os.replace(part, target)

@@ -18,14 +18,11 @@ from buzz.errors import ConfigError
 from evals.compare import REFERENCE
 from evals.forced import reading_steps
 from evals.loggers import Logger
-from evals.models import check_model
-from evals.records import RunFolder, digest
+from evals.models import check_model, model_digest
+from evals.records import digest
+from evals.results import Run, comparable, find_references, nearest_reference, put_together
 from evals.settings import check_fields, check_settings
-from evals.table import find_reference
 from evals.task import StreamTask, Task
-
-# What runs must share to be comparable.
-SETTING = ("task", "task_version", "model", "seed", "device")
 
 
 @dataclass(frozen=True)
@@ -54,19 +51,23 @@ class Plan:
         config = _plain(cfg)
         method = {key: value for key, value in config["method"].items() if key != "name"}
         plan = cls(
-            policy=_build("method", method, Policy),
-            task=_build("task", config["task"], Task),
-            logger=_build("logger", config["logger"], Logger),
+            policy=build("method", method, Policy),
+            task=build("task", config["task"], Task),
+            logger=build("logger", config["logger"], Logger),
             budget=_budget(config),
             fixed=frozenset(fixed),
             config=config,
         )
         config["task_version"] = plan.task.version
+        # Without a budget all parameters are as set, by whomever.
+        own = {field.name for field in dataclasses.fields(plan.policy)} if plan.fits else set()
+        config["fixed"] = sorted(own & plan.fixed)
+        check_model(config["model"])
+        config["model_digest"] = model_digest(config["model"])
         plan._check()
         return plan
 
     def _check(self) -> None:
-        check_model(self.config["model"])
         self.task.check()
         self.logger.check()
         context, task = self.config["model"]["max_length"], self.task
@@ -88,13 +89,17 @@ class Plan:
                 raise ConfigError(
                     f"method.{field.name}", value, f"larger than the model's {context} tokens"
                 )
-        if self.compares and self.reference() is None:
-            raise ConfigError(
-                "kl",
-                True,
-                f"needs the {REFERENCE} run of the same task, model and seed in"
-                f" {self.folder.parent}; run method={REFERENCE} first",
-            )
+        if self.compares:
+            full, unreadable = self.reference()
+            if full is None:
+                beside = unreadable or nearest_reference(self.config, self._others())
+                raise ConfigError(
+                    "kl",
+                    True,
+                    f"needs the {REFERENCE} run of the same task, model and seed in"
+                    f" {self.folder.parent}; run method={REFERENCE} first"
+                    + "".join(f" ({one})" for one in beside[:1]),
+                )
         self._check_budget(longest)
         if isinstance(task, StreamTask) and task.tokens is not None:
             self.check_reading(task.tokens)
@@ -116,12 +121,19 @@ class Plan:
         assert isinstance(self.task, StreamTask)
         policy, _ = self.fit(tokens)
         most = max(policy.lengths(reading_steps(tokens, self.task.chunk)))
-        if most > self.config["model"]["max_length"]:
+        context = self.config["model"]["max_length"]
+        if self.config["cache"]["positions"] == "true" and tokens > context:
+            raise ConfigError(
+                "task.tokens",
+                tokens,
+                f"at cache.positions=true a text ends at the model's {context} tokens; read less",
+            )
+        if most > context:
             raise ConfigError(
                 "task.tokens",
                 tokens,
                 f"{policy.name} would hold {most} entries, more than the model's"
-                f" {self.config['model']['max_length']} tokens; read less, or give it a budget",
+                f" {context} tokens; read less, or give it a budget",
             )
 
     @property
@@ -130,11 +142,28 @@ class Plan:
         of_full = self.config["method"]["name"] == REFERENCE
         return self.config["kl"] and not of_full and not isinstance(self.task, StreamTask)
 
-    def reference(self) -> RunFolder | None:
-        """The finished full-cache run of the same setting."""
-        others = (path for path in self.folder.parent.glob("*/") if path != self.folder)
-        folder = find_reference(self.setting, others)
-        return None if folder is None else RunFolder(folder)
+    def reference(self) -> tuple[Run | None, list[str]]:
+        """The finished full-cache run of the same setting, and what beside it cannot be read.
+
+        Of several that of the same shard, then that of the same device.
+        """
+        found, unreadable = find_references(self.setting, self._others())
+        if self.config["method"]["name"] == REFERENCE and not self.config["cache"]["logn_base"]:
+            return None, unreadable
+        shard, device = self.config["task"].get("shard"), self.config["device"]
+        candidates = [run for run in found if run.shard == shard]
+        candidates += [run for run in put_together(found) if not run.shard]
+        candidates = [run for run in candidates if run.scored]
+        candidates.sort(key=lambda run: (run.shard != shard, run.config.get("device") != device))
+        return candidates[0] if candidates else None, unreadable
+
+    def _others(self) -> list[Path]:
+        return [path for path in self.folder.parent.glob("*/") if path != self.folder]
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a budget, for a method that evicts."""
+        return self.budget is not None and self.policy.evicts != "never"
 
     def fit(self, prompt_tokens: int) -> tuple[Policy, int | None]:
         """The policy for a prompt of this length, and the entries that it may hold.
@@ -148,8 +177,8 @@ class Plan:
 
     @property
     def setting(self) -> str:
-        """What runs must share to be comparable, as a hash."""
-        return digest({key: self.config[key] for key in SETTING})
+        """What runs must share for their scores to be compared, as a hash."""
+        return comparable(self.config)
 
     @property
     def folder(self) -> Path:
@@ -157,10 +186,12 @@ class Plan:
         method, task, model = (self.config[key] for key in ("method", "task", "model"))
         result = {
             "setting": self.setting,
+            "shard": task.get("shard"),
+            "device": self.config["device"],
             "method": method,
             "cache": self.config["cache"],
-            "budget": [self.config["budget"], self.config["budget_by"], sorted(self.fixed)]
-            if self.budget is not None and self.policy.evicts != "never"
+            "budget": [self.config["budget"], self.config["budget_by"], self.config["fixed"]]
+            if self.fits
             else None,
         }
         name = f"{task['name']}-{method['name']}-{model['name']}-{digest(result)}"
@@ -205,7 +236,7 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
-def _build(section: str, config: dict[str, Any], kind: type) -> Any:
+def build(section: str, config: dict[str, Any], kind: type) -> Any:
     """An object of the class that a section names; whatever goes wrong names the section.
 
     Nothing is called that is not a class of this `kind`.

@@ -2,55 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
+from evals import schema
 from evals.plan import Plan
+from evals.records import Record, sha256
 from evals.task import Sample, StreamTask
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as the model sees it."""
+    """A sample as the model sees it.
+
+    Attributes:
+        scoring: names the version of what scores the answer.
+    """
 
     sample: Sample
     ids: list[int]
     truncated: int
     chat: bool
     max_new_tokens: int
+    scoring: str = ""
 
     @property
+    def question(self) -> Record:
+        """What decides the answer. A record in which it differs is of another prompt."""
+        return {
+            "prompt_sha256": self.sha256,
+            "max_new_tokens": self.max_new_tokens,
+            "stop": list(self.sample.stop),
+        }
+
+    @cached_property
     def sha256(self) -> str:
         """Names the token ids."""
         return sha256(self.ids)
 
+    @cached_property
+    def sample_sha256(self) -> str:
+        """Names all that decides the record: the question, the references, how it is scored."""
+        own = self.sample
+        references = [list(own.references), own.group, own.unit, own.meta]
+        return sha256([*self.question.values(), *references, self.scoring])
 
-def sha256(ids: list[int] | None) -> str:
-    """First 16 digits of the hash of token ids."""
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run is of.
+
+    Attributes:
+        prompts: in the task's order; of a shard, its own.
+        of: samples of the whole task.
+        data: names them all.
+    """
+
+    prompts: list[Prompt]
+    of: int
+    data: str
+
+    def stored(self) -> schema.Asked:
+        """For prompts.json."""
+        known = {prompt.sample.id: prompt.sample_sha256 for prompt in self.prompts}
+        return {"samples": known, "of": self.of, "data": self.data}
 
 
-def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
     """All prompts of a run, in the task's order.
 
     Raises:
         ConfigError: there is none, or one that the model cannot take.
     """
     prompts = []
-    for sample in plan.task.of_shard(plan.task.load(tokenizer)):
+    scoring = plan.task.scoring
+    samples = plan.task.load(tokenizer)
+    for sample in plan.task.of_shard(samples):
         if isinstance(plan.task, StreamTask):
             assert sample.ids is not None
-            plan.check_reading(len(sample.ids))
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, 0))
+            plan.check_reading(len(sample.ids) - len(sample.starts) + 1)
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, 0, scoring))
             continue
         answer = plan.task.max_new_tokens or sample.max_new_tokens
         if sample.ids is not None:
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer))
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer, scoring))
             continue
         limit = plan.config["model"]["max_length"] - answer
         chat = plan.task.chat_template and sample.chat_template is not False
@@ -60,10 +102,17 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
             raise ConfigError(
                 "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
             )
-        prompts.append(Prompt(sample, ids, truncated, chat, answer))
+        prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring))
     if not prompts:
         raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
-    return prompts
+    return Asked(prompts, len(samples), _digest(samples))
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update(json.dumps(dataclasses.asdict(sample)).encode())
+    return found.hexdigest()[:16]
 
 
 def encode(

@@ -1,10 +1,13 @@
 """The folder of a run: what was asked for, under what conditions, and what came out.
 
 config.yaml        the resolved configuration
-environment.json   versions, git revision, device
+environment.json   every environment that samples were run in: versions, git revision, device
+prompts.json       which samples the run is of, see :class:`evals.schema.Asked`
 samples.jsonl      one JSON object per sample, appended and flushed as samples finish
 fidelity.jsonl     with `kl=true`: per sample, how near its distributions are to the full cache's
 summary.json       means over the samples
+
+Fields and their types are in :mod:`evals.schema`.
 """
 
 from __future__ import annotations
@@ -13,20 +16,17 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from buzz.errors import ConfigError
+from evals.schema import Environment, Record, problem_of
 
-Record = dict[str, Any]
+SAMPLES, FIDELITY = "samples.jsonl", "fidelity.jsonl"
 
 
 class InUse(ConfigError):
@@ -42,7 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.samples = path / "samples.jsonl"
+        self.samples = path / SAMPLES
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -71,33 +71,38 @@ class RunFolder:
             file.write(str(os.getpid()))
             file.flush()
             for path in self.path.glob("*.jsonl"):
-                written = path.read_bytes()
-                if not written.endswith(b"\n"):
-                    os.truncate(path, written.rfind(b"\n") + 1)
+                whole, last = _lines(path)
+                if last and _is_whole(last):  # an editor, or a kill between two bytes
+                    with open(path, "ab") as unfinished:
+                        unfinished.write(b"\n")
+                elif last:
+                    os.truncate(path, path.stat().st_size - len(last))
             yield
 
-    def read(self, name: str = "samples.jsonl") -> dict[str, Record]:
+    def read(self, name: str = SAMPLES) -> dict[str, Record]:
         """A file's records by sample id, without a last line that is torn, or being written.
 
         Raises:
-            ConfigError: any other line is malformed.
+            ConfigError: naming file and line: any other line is no record.
         """
         path = self.path / name
-        if not path.exists():
-            return {}
         records: dict[str, Record] = {}
-        *lines, _ = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
+        whole, last = _lines(path) if path.exists() else ([], b"")
+        for number, line in enumerate([*whole, last if _is_whole(last) else b""], start=1):
+            if not line.strip():
+                continue
             try:
-                record = json.loads(line)
-                records[record["id"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    "output", f"{path}:{number}", "malformed record; remove the folder"
-                ) from error
+                record = parse(line)
+                problem = problem_of(record, name)
+            except ValueError as error:
+                problem = f"not JSON ({error})"
+            if problem:
+                remedy = f"{problem}; remove that line, and the same command makes it anew"
+                raise ConfigError("output", f"{path}:{number}", remedy)
+            records[record["id"]] = record
         return records
 
-    def append(self, record: Record, name: str = "samples.jsonl") -> None:
+    def append(self, record: Record, name: str = SAMPLES) -> None:
         """Adds one record to a file, by a single write: all of it or nothing.
 
         Raises:
@@ -121,11 +126,48 @@ class RunFolder:
         Raises:
             RunFailed: it cannot be written.
         """
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        text = content
+        if not isinstance(content, str):
+            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         temporary = self.path / f".{name}"
         with writing(self.path / name):
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.path / name)
+
+    def load(self, name: str) -> Any:
+        """What a JSON file holds; None if there is no such file.
+
+        Raises:
+            ConfigError: it holds something else.
+        """
+        path = self.path / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            loaded = parse(content)
+            problem = problem_of(loaded, name)
+        except ValueError as error:
+            problem = f"not JSON ({error})"
+        if problem:
+            raise ConfigError("output", str(path), f"{problem}; remove that file and run again")
+        return loaded
+
+    def environments(self) -> dict[str, Environment]:
+        """The environments that samples were run in, in their order, by :func:`digest`.
+
+        Raises:
+            ConfigError: environment.json is broken.
+        """
+        found = self.load("environment.json") or []
+        return {digest(one): one for one in (found if isinstance(found, list) else [found])}
+
+    def note(self, environment: Environment) -> str:
+        """Adds an environment to those of the folder; the digest that names it in records."""
+        known = self.environments() | {digest(environment): environment}
+        self.write("environment.json", list(known.values()))
+        return digest(environment)
 
 
 @contextmanager
@@ -140,23 +182,51 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def parse(text: bytes | str) -> Any:
+    """JSON, of which NaN, infinities and numbers beyond a float's range are no part.
+
+    A byte-order mark before it is passed over.
+
+    Raises:
+        ValueError: it is something else.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else refuse(number)  # type: ignore[return-value]
+
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _lines(path: Path) -> tuple[list[bytes], bytes]:
+    """A file's lines, and what follows the last line's end."""
+    *whole, last = path.read_bytes().split(b"\n")
+    return whole, last
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line without an end is an object all the same, so lacks nothing but its end."""
+    with suppress(ValueError):
+        return isinstance(parse(line), dict)
+    return False
+
+
 def digest(content: Any) -> str:
     """Eight hexadecimal digits that name a JSON-like value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def environment(device: str, seed: int) -> dict[str, Any]:
-    """What a result may depend on besides the configuration."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "seed": seed,
-        "git_revision": _git_revision(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "tokenizers")},
-    }
+def sha256(content: Any) -> str:
+    """First 16 digits of the hash of a JSON-like value, such as a list of token ids."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def arithmetic_runs(values: list[int]) -> list[tuple[int, int, int]]:
@@ -174,32 +244,3 @@ def arithmetic_runs(values: list[int]) -> list[tuple[int, int, int]]:
                 continue
         runs.append((value, 1, 0))
     return runs
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    """The processor, as the system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git_revision() -> str | None:
-    """The checkout's commit, with ``-dirty`` if files differ from it; None outside git."""
-    root = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()

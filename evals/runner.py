@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from buzz import Policy
 from buzz.errors import ConfigError
 from evals.compare import compare
+from evals.environment import Neighbours, busy, environment, process
 from evals.faults import attempt
 from evals.forced import Fidelity, compare_with_full, read
 from evals.generate import Generation, LengthMismatch, generate
@@ -34,20 +35,20 @@ from evals.interrupt import deferred_signals
 from evals.metrics import mean
 from evals.models import load_model, load_tokenizer
 from evals.plan import Plan, expand
-from evals.prompts import Prompt, batches, load_prompts, sha256
+from evals.prompts import Prompt, batches, load_prompts
 from evals.records import (
-    Record,
+    FIDELITY,
     RunFailed,
     RunFolder,
     arithmetic_runs,
     digest,
-    environment,
+    sha256,
     writing,
 )
+from evals.results import Run
+from evals.schema import FORMAT, Record
 from evals.summary import summarize
 from evals.task import StreamTask
-
-FIDELITY = "fidelity.jsonl"
 
 console = Console(stderr=True)
 
@@ -81,24 +82,28 @@ def _execute(plan: Plan) -> Path:
     folder = RunFolder(plan.folder)
     with folder.lock():
         records = folder.read()
+        folder.read(FIDELITY), folder.environments()  # refuse now what could not be added to
         torch.manual_seed(plan.config["seed"])
-        prompts = load_prompts(plan, _tokenizer(plan.config["model"], plan.config["device"]))
+        asked = load_prompts(plan, _tokenizer(plan))
+        prompts = asked.prompts
         lengths = [len(prompt.ids) for prompt in prompts]
         for tokens in (min(lengths), max(lengths)):
             plan.fit(tokens)  # refuse a budget that cannot be met now, not later
-        model, tokenizer = _load(plan.config["model"], plan.config["device"])
+        model, tokenizer = _load(plan)
         done = _finished(folder, records, prompts)
         if done:
-            line = f"{folder.path}: {len(done)} of {len(prompts)} samples are there already"
-            console.print(line, soft_wrap=True, highlight=False)
-        else:
-            folder.write("environment.json", environment(str(model.device), plan.config["seed"]))
+            _say(f"{folder.path}: {len(done)} of {len(prompts)} samples are there already")
         folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
+        folder.write("prompts.json", asked.stored())
+        rescored = _rescore(plan, folder, records, prompts, done)
+        stale = len(records.keys() - asked.stored()["samples"].keys())
+        if stale:
+            _say(f"{folder.path}: {stale} more records are of other data and do not count")
         try:
             with deferred_signals() as stop_here:
                 _generate(plan, folder, records, prompts, done, model, tokenizer, stop_here)
-                full = plan.reference()
-                theirs = full.read() if full else {}
+                full = _reference(plan)
+                theirs = full.by_id if full else {}
                 if full and plan.compares:
                     _compare(plan, folder, records, theirs, prompts, model, tokenizer, stop_here)
         except LengthMismatch as error:
@@ -108,19 +113,21 @@ def _execute(plan: Plan) -> Path:
             so_far = [records[p.sample.id] for p in prompts if p.sample.id in records]
             error = f"interrupted after {len(so_far)} of {len(prompts)} samples; run it again"
             unfinished = {"status": "interrupted", "error": error}
-            folder.write("summary.json", summarize(plan, so_far) | unfinished)
+            summary = summarize(plan.config, plan.task, so_far, stale)
+            folder.write("summary.json", summary | unfinished)
             raise
         ordered = [records[prompt.sample.id] for prompt in prompts]
         _report_failed(folder, ordered)
-        summary = summarize(plan, ordered)
+        summary = summarize(plan.config, plan.task, ordered, stale)
         if full:
-            by_id, fidelity = {record["id"]: record for record in ordered}, folder.read(FIDELITY)
+            by_id = {record["id"]: record for record in ordered}
+            fidelity = {id: one for id, one in folder.read(FIDELITY).items() if id in by_id}
             summary["against_full"] = compare(by_id, theirs, summary, fidelity)
             summary["failed"] += _name_failed("comparison of", fidelity.values())
         folder.write("summary.json", summary)
         with writing(folder.path):
             plan.task.draw([record for record in ordered if record["status"] == "ok"], folder.path)
-        if len(done) < len(prompts):
+        if rescored or len(done) < len(prompts):
             plan.logger.log(folder.path, plan.config, ordered, summary)
     return folder.path
 
@@ -141,27 +148,41 @@ def _name_failed(what: str, records: Iterable[Record]) -> int:
     """Prints a line for each record of a failure; how many there are."""
     failed = [record for record in records if record.get("status") == "failed"]
     for record in failed:
-        line = f"{what} {record['id']} failed: {record['error']}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _say(f"{what} {record['id']} failed: {record['error']}")
     return len(failed)
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _reference(plan: Plan) -> Run | None:
+    """The full-cache run to compare with; names what lies beside it and cannot be read."""
+    full, unreadable = plan.reference()
+    for folder in unreadable:
+        _say(f"left out: {folder}")
+    return full
 
 
 _loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
 
 
-def _load(config: dict[str, Any], device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, kept for the next run of this process as long as that wants the same."""
-    key = digest([config, device])
-    if key not in _loaded:
+    if _key(plan) not in _loaded:
         _loaded.clear()
-        _loaded[key] = load_model(config, device)
-    return _loaded[key]
+        _loaded[_key(plan)] = load_model(plan.config["model"], plan.config["device"])
+    return _loaded[_key(plan)]
 
 
-def _tokenizer(config: dict[str, Any], device: str) -> PreTrainedTokenizerBase:
+def _tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     """The tokenizer alone: what is wrong with prompts shows before a model is loaded."""
-    known = _loaded.get(digest([config, device]))
-    return known[1] if known else load_tokenizer(config)
+    known = _loaded.get(_key(plan))
+    return known[1] if known else load_tokenizer(plan.config["model"])
+
+
+def _key(plan: Plan) -> str:
+    return digest([plan.config[name] for name in ("model", "model_digest", "device")])
 
 
 def _finished(folder: RunFolder, records: dict[str, Record], prompts: list[Prompt]) -> set[str]:
@@ -171,14 +192,52 @@ def _finished(folder: RunFolder, records: dict[str, Record], prompts: list[Promp
         record = records.get(prompt.sample.id)
         if record is None or record["status"] == "failed":
             continue
-        if record["prompt_sha256"] != prompt.sha256:
+        if any(record.get(key) != value for key, value in prompt.question.items()):
             raise ConfigError(
                 "output",
                 str(folder.path),
-                f"sample {prompt.sample.id} had another prompt then; remove the folder",
+                f"sample {prompt.sample.id} had another prompt then; give another output, or"
+                " remove the folder",
             )
         done.add(prompt.sample.id)
     return done
+
+
+def _rescore(
+    plan: Plan,
+    folder: RunFolder,
+    records: dict[str, Record],
+    prompts: list[Prompt],
+    done: set[str],
+) -> int:
+    """Scores answers again whose references, or the version of what scores them, were changed.
+
+    Losses of a text that was read are not on file: it is read again.
+
+    Returns:
+        How many it scored.
+    """
+    count = 0
+    for prompt in prompts:
+        record = records.get(prompt.sample.id, {})
+        if prompt.sample.id not in done or record.get("sample_sha256") == prompt.sample_sha256:
+            continue
+        if isinstance(plan.task, StreamTask):
+            done.remove(prompt.sample.id)
+            continue
+        record = record | _identity(prompt)
+        if record["status"] == "ok":
+            try:
+                record["scores"] = _finite(plan.task.score_record(prompt.sample, record))
+            except Exception:  # it is run again, and recorded as what it then is
+                done.remove(prompt.sample.id)
+                continue
+        folder.append(record)
+        records[record["id"]] = record
+        count += 1
+    if count:
+        _say(f"{folder.path}: {count} answers scored again, their references or metrics are others")
+    return count
 
 
 def _generate(
@@ -197,6 +256,10 @@ def _generate(
     # Should it fail, the first sample will and is recorded.
     with suppress(Exception):
         generate(model, tokenizer, [prompts[0].ids[:32]], plan.policy, 2, (), plan.config["cache"])
+    parameters = sum(weights.numel() for weights in model.parameters())
+    now = environment(str(model.device), plan.config["seed"], parameters)
+    made = {"environment": folder.note(now), "process": process()}
+    neighbours = Neighbours()
     headline = plan.task.headline
     columns = (
         TextColumn(f"{plan.config['method']['name']:>14}"),
@@ -210,17 +273,28 @@ def _generate(
         for batch in batches(prompts, plan.task.batch_size):
             if all(prompt.sample.id in done for prompt in batch):
                 continue
-            for record in _run_batch(plan, folder, batch, model, tokenizer):
+            found = _run_batch(plan, folder, batch, model, tokenizer)
+            conditions = made | _load_of(neighbours, model.device)
+            for record in found:
                 if record["id"] not in done:
-                    folder.append(record)
-                    records[record["id"]] = record
+                    folder.append(record | conditions)
+                    records[record["id"]] = record | conditions
                     progress.advance(bar)
             stop_here()
-            ran = [record for record in records.values() if record["status"] == "ok"]
+            ran = [records[p.sample.id] for p in prompts if p.sample.id in records]
+            ran = [record for record in ran if record["status"] == "ok"]
             if ran:
                 score = statistics.fmean(record["scores"][headline] for record in ran)
                 speed = mean(record["decode_tokens_per_s"] for record in ran) or 0
                 progress.update(bar, status=f"{headline} {score:.3g}  {speed:.1f} tok/s")
+
+
+def _load_of(neighbours: Neighbours, device: torch.device) -> Record:
+    """How busy the machine was with other things while a batch ran."""
+    threads, load = torch.get_num_threads(), neighbours.load()
+    needed = threads if device.type == "cpu" else 1
+    loaded = busy(load, needed, psutil.cpu_count() or 1)
+    return {"threads": threads, "load": load, "loaded": loaded}
 
 
 def _run_batch(
@@ -282,7 +356,8 @@ def _answer(
 def _read(
     task: StreamTask, plan: Plan, prompt: Prompt, policy: Policy, model: PreTrainedModel
 ) -> Record:
-    measured, losses = read(model, prompt.ids, policy, task.chunk, plan.config["cache"])
+    options, starts = plan.config["cache"], prompt.sample.starts
+    measured, losses = read(model, prompt.ids, policy, task.chunk, options, starts)
     blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
     scores = _finite(task.score_losses(prompt.sample, losses))
     return {"scores": scores, "blocks": blocks} | _measurements(measured)
@@ -343,16 +418,17 @@ def _compare(
 def _identity(prompt: Prompt) -> Record:
     sample = prompt.sample
     return {
+        "format": FORMAT,
         "id": sample.id,
         "group": sample.group,
         "unit": sample.unit,
         "meta": sample.meta,
         "references": list(sample.references),
-        "prompt_sha256": prompt.sha256,
+        **prompt.question,
+        "sample_sha256": prompt.sample_sha256,
         "prompt_tokens": len(prompt.ids),
         "truncated_tokens": prompt.truncated,
         "chat_template": prompt.chat,
-        "max_new_tokens": prompt.max_new_tokens,
     }
 
 

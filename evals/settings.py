@@ -15,6 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
+from buzz.cache import positions_of
 from buzz.errors import ConfigError
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -43,6 +44,7 @@ class Protocol(Group):
 
 class Cache(BaseModel):
     model_config = STRICT
+    positions: Literal["cache", "true", True]  # what YAML reads `true` as
     logn_base: Annotated[float, Field(gt=1)] | None
     logn_clamp: bool
 
@@ -68,12 +70,16 @@ class Settings(BaseModel):
 
 
 def check_settings(config: dict[str, Any]) -> None:
-    """Raises ConfigError unless a configuration has all of :class:`Settings`."""
+    """Raises ConfigError unless a configuration has all of :class:`Settings`.
+
+    `cache.positions` is written as the name that it stands for, so that equal settings are equal.
+    """
     try:
         Settings.model_validate(config)
     except ValidationError as error:
         name = ".".join(map(str, error.errors()[0]["loc"]))
         raise _refusal(name, error) from error
+    config["cache"]["positions"] = positions_of(config["cache"]["positions"])
 
 
 def check_fields(section: str, built: Any) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from evals.compare import strata, units, values_of
 from evals.equal_memory import held_over_budget
 from evals.metrics import bootstrap_interval, mean, score_of
-from evals.plan import Plan
-from evals.records import Record, digest
+from evals.records import digest
+from evals.results import comparable
+from evals.schema import FORMAT, Record
+from evals.task import Task
 
 MEASURED = (
     "prompt_tokens",
@@ -26,15 +29,21 @@ MEASURED = (
 PEAKS = ("kv_entries_peak", "kv_nbytes_peak", "allocated_nbytes", "memory_peak_nbytes")
 
 
-def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
+def summarize(
+    config: dict[str, Any], task: Task, records: list[Record], stale: int = 0
+) -> dict[str, Any]:
     """Means over the samples that ran; with groups, a score is the mean of the groups' means.
 
-    Samples that were out of memory or failed are counted, with the most bytes that one asked for.
-    Intervals are 95% bootstrap intervals, None where a group has a single sample. KV entries and
-    bytes are per sample, from the prompt's eviction on: mean, and highest over all samples.
-    `budget_held` is what was held over the budget, see :func:`evals.equal_memory.held_over_budget`.
+    Samples that were out of memory or failed are counted, with the most bytes that one asked for;
+    so are those whose timings other processes disturbed. Intervals are 95% bootstrap intervals,
+    None where a group has a single sample. KV entries and bytes are per sample, from the prompt's
+    eviction on: mean, and highest over all samples. `budget_held` is what was held over the budget,
+    see :func:`evals.equal_memory.held_over_budget`.
+
+    Args:
+        records: those that belong to the run, in its order.
+        stale: how many more lie beside them, of other data.
     """
-    config, task = plan.config, plan.task
     ran, oom = ([r for r in records if r["status"] == status] for status in ("ok", "oom"))
     groups: dict[str, list[Record]] = {}
     for record in ran:
@@ -46,16 +55,19 @@ def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
     intervals = {name: bootstrap_interval(found, task.statistic) for name, found in drawn.items()}
     return {
         "status": "complete",
+        "format": FORMAT,
         "task": config["task"]["name"],
         "method": config["method"]["name"],
         "model": config["model"]["name"],
-        "protocol": config["protocol"]["name"],
+        "protocol": config.get("protocol", {}).get("name"),
         "seed": config["seed"],
         "budget": config["budget"],
         "budget_by": config["budget_by"] if config["budget"] is not None else None,
+        "fixed": config.get("fixed", []),
         "parameters": {k: v for k, v in config["method"].items() if k not in ("name", "_target_")},
         "cache": config["cache"],
-        "setting": plan.setting,
+        "setting": comparable(config),
+        "model_digest": config.get("model_digest"),
         "headline": task.headline,
         "statistic": task.statistic,
         "higher_is_better": task.higher_is_better,
@@ -78,11 +90,18 @@ def summarize(plan: Plan, records: list[Record]) -> dict[str, Any]:
         "oom_asked_nbytes": max(filter(None, (r.get("asked_nbytes") for r in oom)), default=None),
         "failed": len(records) - len(ran) - len(oom),
         "budget_held": held_over_budget(records),
-        "truncated": sum(record["truncated_tokens"] > 0 for record in ran),
+        "stale": stale,
+        "loaded": sum(bool(record.get("loaded")) for record in ran),
+        "environments": sorted({r["environment"] for r in records if "environment" in r}),
+        "truncated": sum(record.get("truncated_tokens", 0) > 0 for record in ran),
         "conditions": _conditions(ran),
-        **{name: mean(record[name] for record in ran) for name in MEASURED},
-        **{name: max((record[name] for record in ran), default=None) for name in PEAKS},
+        **{name: mean(record.get(name) for record in ran) for name in MEASURED},
+        **{name: _peak(record.get(name) for record in ran) for name in PEAKS},
     }
+
+
+def _peak(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _drawn(records: list[Record], headline: str) -> list[list[float]]:
@@ -94,9 +113,11 @@ def _conditions(records: list[Record]) -> dict[str, Any]:
     """What runs should have in common before their scores are compared."""
     return {
         "samples": len(records),
-        "prompts": digest(sorted(record["prompt_sha256"] for record in records)),
+        "prompts or references": digest(
+            sorted(record.get("sample_sha256", record["prompt_sha256"]) for record in records)
+        ),
         "prompt tokens": sum(record["prompt_tokens"] for record in records),
-        "truncated prompts": sum(record["truncated_tokens"] > 0 for record in records),
-        "chat templates": sum(record["chat_template"] for record in records),
-        "stop reasons": dict(sorted(Counter(r["stop_reason"] for r in records).items())),
+        "truncated prompts": sum(record.get("truncated_tokens", 0) > 0 for record in records),
+        "chat templates": sum(record.get("chat_template", False) for record in records),
+        "stop reasons": dict(sorted(Counter(r.get("stop_reason") for r in records).items())),
     }

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from buzz.errors import ConfigError
 from evals.plan import Plan, expand
-from evals.records import InUse, RunFailed, RunFolder
+from evals.records import InUse, RunFailed, RunFolder, parse
+from evals.results import read_summary
 from evals.runner import run
-from evals.table import print_tables, read_summary
+from evals.table import print_tables
 
 JOBS = "jobs.jsonl"
 # A setting of these that cannot be served is a combination to leave out of the grid.
@@ -49,7 +50,7 @@ def run_job(cfg: DictConfig, overrides: list[str], fixed: list[str], folder: Pat
         outcomes = [{"status": "failed", "reason": str(error)}]
     with open(folder / JOBS, "a", encoding="utf-8") as file:
         for outcome in outcomes:
-            file.write(json.dumps({"overrides": overrides, **outcome}) + "\n")
+            file.write(json.dumps({"overrides": overrides, **outcome}, allow_nan=False) + "\n")
     if not cfg.objectives or any(outcome["status"] != "complete" for outcome in outcomes):
         return None
     summaries = [read_summary(Path(outcome["folder"])) for outcome in outcomes]
@@ -137,5 +138,12 @@ class SweepCallback(Callback):
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
     """What became of a sweep's jobs so far."""
     path = folder / JOBS
+    jobs = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    for number, line in enumerate(lines, start=1):
+        try:
+            jobs.append(parse(line))
+        except ValueError:  # its process was killed as it wrote
+            torn = {"overrides": [], "status": "failed", "reason": f"{path}:{number} is torn"}
+            jobs.append(torn)
+    return jobs

@@ -1,8 +1,11 @@
-"""The terminal table of finished runs: `python -m evals.table RUN_DIR...`."""
+"""The terminal table of finished runs: `python -m evals.table RUN_DIR...`.
+
+With `--paired METHOD`, how that method differs from the others of its budget, sample by sample.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,85 +18,104 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from buzz.errors import ConfigError
-from evals.compare import REFERENCE, compare, differing
+from evals.compare import REFERENCE, compare, differing, paired
 from evals.equal_memory import MARK, TOLERANCE, is_over
-from evals.records import RunFolder
+from evals.plan import build
+from evals.results import (
+    Run,
+    differing_settings,
+    find_references,
+    left_out,
+    put_together,
+    read_run,
+    read_summary,
+    reference_of,
+)
+from evals.summary import summarize
+from evals.task import Task
+
+__all__ = ["Setting", "TableCallback", "print_tables", "read_summary", "tables"]
+
+DISTURBED = "~"  # behind timings of samples during which the machine was busy with other things
 
 Summary = dict[str, Any]
 
 
-def read_summary(folder: Path) -> Summary:
-    """A finished run's summary.
+def summary_of(run: Run) -> Summary:
+    """What a run comes to, as in its summary.json, made anew from the records that count.
 
     Raises:
-        ConfigError: the folder holds none, an early version wrote it, or the run failed.
+        ConfigError: its task is not there any more, or reads what the records do not have.
     """
-    path = folder / "summary.json"
-    if not path.is_file():
-        raise ConfigError("run", str(folder), "no summary.json: not a finished run's folder")
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if summary["status"] != "complete":
-        raise ConfigError("run", str(folder), f"the run failed: {summary['error']}")
-    if "parameters" not in summary:
-        raise ConfigError("run", str(folder), "an early version's summary; run it again")
-    return summary
-
-
-def find_reference(setting: str, folders: Iterable[Path]) -> Path | None:
-    """The folder, among `folders`, of the finished full-cache run of a setting.
-
-    Of several the one with plain attention: full cache with log n scaling is a method of its own.
-    """
-    found = []
-    for path in sorted(folders):
-        if (path / "summary.json").is_file():
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-            if summary["status"] != "complete" or "parameters" not in summary:  # early
-                continue
-            if summary["method"] == REFERENCE and summary["setting"] == setting:
-                found.append((summary["cache"]["logn_base"] is not None, path))
-    return min(found)[1] if found else None
+    task: Task = build("task", run.config["task"], Task)
+    try:
+        return summarize(run.config, task, run.records, run.stale)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        problem = f"records lack what task={run.task} makes of them ({error!r}); run it again"
+        raise ConfigError("run", str(run.folders[0]), problem) from error
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs of one task, model and seed, and the full-cache run that they are compared with."""
+    """Runs whose scores may be compared, and the full-cache runs that they are compared with.
 
-    folders: list[Path]
+    Attributes:
+        rows: what the runs come to.
+        full: the full-cache runs, of these or else of those in the same folder, with their rows.
+    """
+
+    runs: list[Run]
     rows: list[Summary]
-    reference: Path | None
+    full: list[tuple[Run, Summary]]
 
     @classmethod
     def of(cls, folders: Sequence[Path]) -> list[Setting]:
-        """The runs by setting, both in the order given."""
-        settings: dict[str, list[tuple[Path, Summary]]] = {}
-        for folder in dict.fromkeys(folders):
-            summary = read_summary(folder)
-            settings.setdefault(summary["setting"], []).append((folder, summary))
-        return [
-            cls(
-                folders=[folder for folder, _ in runs],
-                rows=[summary for _, summary in runs],
-                reference=find_reference(name, runs[0][0].resolve().parent.iterdir()),
-            )
-            for name, runs in settings.items()
-        ]
+        """The finished runs by setting, both in the order given."""
+        return cls.and_others(folders)[0]
+
+    @classmethod
+    def and_others(cls, folders: Sequence[Path]) -> tuple[list[Setting], list[Run]]:
+        """The finished runs by setting, and the runs that cannot be shown."""
+        settings: dict[str, list[tuple[Run, Summary]]] = {}
+        runs = put_together([read_run(folder) for folder in dict.fromkeys(folders)])
+        shown, others = _summarized([run for run in runs if run.finished])
+        for run, row in shown:
+            settings.setdefault(run.setting, []).append((run, row))
+        found = []
+        for pairs in settings.values():
+            own = [(run, row) for run, row in pairs if run.is_reference and run.scored]
+            full = own or _summarized(_earlier(pairs[0][0]))[0]
+            found.append(cls([run for run, _ in pairs], [row for _, row in pairs], full))
+        return found, [run for run in runs if not run.finished] + others
+
+    @property
+    def reference(self) -> Run | None:
+        return self.full[0][0] if self.full else None
+
+    def beside(self, run: Run) -> tuple[Summary | None, Summary | None]:
+        """The full cache's row; and the same if it ran on the run's machine, for its timings."""
+        full = reference_of(run, [one for one, _ in self.full])
+        row = next((row for one, row in self.full if one is full), None)
+        return row, row if full and full.machine == run.machine else None
 
     @property
     def names(self) -> list[str]:
         """The rows' methods, with the settings that tell those of one method apart."""
         known = [
-            {"budget": r["budget"], "budget_by": r.get("budget_by")} | r["parameters"] | r["cache"]
-            for r in self.rows
+            {"budget": row["budget"], "budget_by": row.get("budget_by")}
+            | run.parameters
+            | {"fixed": "+".join(run.fixed) or "none", "machine": run.machine}
+            for row, run in zip(self.rows, self.runs, strict=True)
         ]
         names = []
         for row, own in zip(self.rows, known, strict=True):
             pairs = zip(self.rows, known, strict=True)
             alike = [other for r, other in pairs if r["method"] == row["method"]]
-            varying = [key for key in own if any(other[key] != own[key] for other in alike)]
+            varying = [key for key in own if any(other.get(key) != own[key] for other in alike)]
             names.append(" ".join([row["method"], *(f"{key}={own[key]}" for key in varying)]))
         return names
 
@@ -101,21 +123,19 @@ class Setting:
         """Per run, its comparison with the full cache; None for the full cache itself."""
         if self.reference is None:
             return [None] * len(self.rows)
-        full = RunFolder(self.reference).read()
-        compared: list[dict[str, Any] | None] = []
-        for folder, row in zip(self.folders, self.rows, strict=True):
-            run = RunFolder(folder)
-            own = row["method"] == REFERENCE and folder.resolve() == self.reference
-            compared.append(
-                None if own else compare(run.read(), full, row, run.read("fidelity.jsonl"))
-            )
-        return compared
+        full = self.reference.by_id
+        return [
+            None
+            if run.is_reference
+            else compare(run.by_id, full, row, {one["id"]: one for one in run.fidelity})
+            for run, row in zip(self.runs, self.rows, strict=True)
+        ]
 
     def notes(self) -> list[str]:
         """What a reader should know before comparing the rows."""
         rows = dict(zip(self.names, self.rows, strict=True))
-        if self.reference and self.reference not in [f.resolve() for f in self.folders]:
-            rows[f"earlier {REFERENCE}"] = read_summary(self.reference)
+        if self.reference and not any(run is self.reference for run in self.runs):
+            rows[f"earlier {REFERENCE}"] = self.full[0][1]
         task = self.rows[0]["task"]
         notes = [
             f"{task}: rows differ in {condition}: {'; '.join(values)}"
@@ -140,12 +160,51 @@ class Setting:
                 given = "no budget" if budget is None else f"budget={budget} ({by})"
                 ratio = max(known) / min(known)
                 notes.append(f"{task}: rows of {given} hold up to {ratio:.2f}x as much as others")
+        return notes + self._of_runs()
+
+    def _of_runs(self) -> list[str]:
+        """What a reader should know of single rows."""
+        notes = []
+        for name, run, row in zip(self.names, self.runs, self.rows, strict=True):
+            notes += [f"{run.task}, {name}: {note}" for note in run.notes]
+            if row["loaded"]:
+                most = max(record["load"] for record in run.ran if record.get("loaded"))
+                notes.append(
+                    f"{run.task}, {name}: {DISTURBED} other processes kept up to {most:.1f} cores"
+                    f" busy during {row['loaded']} of {row['n']} samples"
+                )
         return notes
 
 
+def _summarized(runs: Iterable[Run]) -> tuple[list[tuple[Run, Summary]], list[Run]]:
+    """Runs with what they come to; and those that come to nothing."""
+    found, others = [], []
+    for run in runs:
+        try:
+            found.append((run, summary_of(run)))
+        except ConfigError as error:
+            others.append(left_out(run, str(error)))
+    return found, others
+
+
+def _earlier(run: Run) -> list[Run]:
+    """The full-cache runs of a run's setting that lie in the same folder."""
+    found, _ = find_references(run.setting, run.folders[0].resolve().parent.iterdir())
+    return [full for full in put_together(found) if full.scored]
+
+
 def tables(folders: Sequence[Path]) -> list[Table | str]:
-    """All runs' scores and costs; what sets them off from full cache; breakdowns; notes."""
-    settings = Setting.of(folders)
+    """All runs' scores and costs; what sets them off from full cache; breakdowns; notes.
+
+    Raises:
+        ConfigError: there is no finished run among them.
+    """
+    return _tables(*Setting.and_others(folders))
+
+
+def _tables(settings: list[Setting], others: list[Run]) -> list[Table | str]:
+    if not settings:
+        raise ConfigError("run", others[0].places, others[0].status)
     parts: list[Table | str] = [_title(settings), _costs(settings, _labels(settings))]
     compared = [setting.against_full() for setting in settings]
     if any(row is not None for rows in compared for row in rows):
@@ -154,14 +213,58 @@ def tables(folders: Sequence[Path]) -> list[Table | str]:
             _against_full(settings, _labels(settings), compared),
         ]
     parts += [part for setting in settings for part in _breakdowns(setting)]
-    return parts + [note for setting in settings for note in setting.notes()]
+    notes = [note for setting in settings for note in setting.notes()]
+    notes += [f"not shown: {run.places}: {run.status}" for run in others]
+    return parts + [escape(note) for note in notes]
+
+
+def paired_table(folders: Sequence[Path], method: str) -> Table:
+    """A method less each other one of the same budget, over the samples that both have.
+
+    Raises:
+        ConfigError: the folders hold no two runs to compare.
+    """
+    settings = Setting.of(folders)
+    table = _table("less", "score", "95% CI", "n", "KL, nats", "95% CI", "n")
+    for setting, label in zip(settings, _labels(settings), strict=True):
+        _section(table, label, setting.rows[0]["headline"])
+        rows = list(zip(setting.names, setting.runs, setting.rows, strict=True))
+        for name, run, row in rows:
+            for theirs, other, _ in rows:
+                if run.method != method or other.method == method:
+                    continue
+                if other.method != REFERENCE and other.budget != run.budget:
+                    continue
+                both = paired(run.by_id, other.by_id, row, run.fidelity, other.fidelity)
+                form = "+" + _form(row["score"])
+                table.add_row(
+                    name,
+                    theirs,
+                    _number(both["difference"], form),
+                    _range(both["difference_ci95"], form),
+                    str(both["n"]),
+                    _number(both["kl"], "+.3f"),
+                    _range(both["kl_ci95"], "+.3f"),
+                    str(both["kl_n"]),
+                )
+    if table.row_count == len(settings):  # nothing but headings
+        raise ConfigError("--paired", method, "name a method that others were run beside")
+    return table
 
 
 def _labels(settings: list[Setting]) -> list[str]:
     """The settings' names: the task, and whatever else tells them apart."""
     rows = [setting.rows[0] for setting in settings]
     varying = [key for key in ("model", "seed") if len({row[key] for row in rows}) > 1]
-    return [" ".join(str(row[key]) for key in ("task", *varying)) for row in rows]
+    labels = [" ".join(str(row[key]) for key in ("task", *varying)) for row in rows]
+    apart: dict[int, list[str]] = {}
+    for label in set(labels):
+        alike = [i for i, other in enumerate(labels) if other == label]
+        differing_in = differing_settings([settings[i].runs[0].config for i in alike])
+        for name, values in differing_in.items():
+            for i, value in zip(alike, values, strict=True):
+                apart.setdefault(i, []).append(f"{name.removeprefix('task.')}={value}")
+    return [" ".join([label, *apart.get(i, [])]) for i, label in enumerate(labels)]
 
 
 def _heading(text: str) -> str:
@@ -188,9 +291,9 @@ def _costs(settings: list[Setting], labels: list[str]) -> Table:
         "n",
     )
     for setting, label in zip(settings, labels, strict=True):
-        full = None if setting.reference is None else read_summary(setting.reference)
         _section(table, label, setting.rows[0]["headline"])
-        for name, row in zip(setting.names, setting.rows, strict=True):
+        for name, run, row in zip(setting.names, setting.runs, setting.rows, strict=True):
+            full, near = setting.beside(run)
             entries = _number(row["kv_entries_mean"], ".0f")
             kinds = ("kv_nbytes_mean", "kv_nbytes_peak", "allocated_nbytes")
             sizes = [_number(row[kind], ".1f", 1e-6) for kind in kinds]
@@ -203,9 +306,9 @@ def _costs(settings: list[Setting], labels: list[str]) -> Table:
                 f"{entries}/{_number(row['kv_entries_peak'], 'd')}",
                 "/".join(sizes),
                 _ratio(row, full, "kv_nbytes_mean"),
-                _number(row["ttft_s"], ".2f"),
-                _number(row["decode_tokens_per_s"], ".1f"),
-                _ratio(row, full, "decode_tokens_per_s"),
+                _timing(_number(row["ttft_s"], ".2f"), row),
+                _timing(_number(row["decode_tokens_per_s"], ".1f"), row),
+                _timing(_ratio(row, near, "decode_tokens_per_s"), row, near),
                 f"{row['n']}{_missing(row)}",
             )
     return table
@@ -216,8 +319,13 @@ def _missing(row: Summary) -> str:
     asked = row.get("oom_asked_nbytes")
     size = f" of {_number(asked, '.1f', 1e-9)} GB" if asked else ""
     oom = f" (+{row['oom']} oom{size})" if row["oom"] else ""
-    failed = row.get("failed", 0)  # not in early summaries
-    return oom + (f" (+{failed} FAILED)" if failed else "")
+    return oom + (f" (+{row['failed']} FAILED)" if row["failed"] else "")
+
+
+def _timing(cell: str, *rows: Summary | None) -> str:
+    """A timing, marked if the machine was busy with other things meanwhile."""
+    disturbed = cell != "-" and any(row and row["loaded"] for row in rows)
+    return cell + DISTURBED * disturbed
 
 
 def _against_full(
@@ -256,8 +364,7 @@ def _against_full(
 
 def _of_fewer(other: dict[str, Any]) -> str:
     """Of how many samples the distance is known, if not of all."""
-    known = other.get("kl_n", other["n"])  # not in early summaries
-    return f" (n={known})" if 0 < known < other["n"] else ""
+    return f" (n={other['kl_n']})" if 0 < other["kl_n"] < other["n"] else ""
 
 
 def _breakdowns(setting: Setting) -> list[Table | str]:
@@ -291,7 +398,7 @@ def _table(*headings: str) -> Table:
 def _section(table: Table, label: str, headline: str) -> None:
     """A line before the section's rows: the task, and what its score is."""
     table.add_section()
-    table.add_row(f"[bold]{label}[/]", f"[bold]{headline}[/]")
+    table.add_row(f"[bold]{escape(label)}[/]", f"[bold]{escape(headline)}[/]")
 
 
 def _form(score: float | None) -> str:
@@ -333,25 +440,35 @@ class TableCallback(Callback):
         print_tables(self.folders)
 
 
-def print_tables(folders: Sequence[Path]) -> None:
-    """Prints all tables of finished runs."""
-    console = Console()
-    # A narrow terminal wraps what a narrow table would cut off; a file takes lines of any length.
-    console = Console(width=max(console.width, 120) if console.is_terminal else 200)
-    for part in tables(folders):
+def print_tables(folders: Sequence[Path]) -> list[Run]:
+    """Prints all tables of finished runs, and which others there are; these."""
+    console = _console()
+    settings, others = Setting.and_others(folders)
+    for part in _tables(settings, others):
         console.print(part, highlight=False)
+    return others
+
+
+def _console() -> Console:
+    """A narrow terminal wraps what a narrow table would cut off; a file takes any length."""
+    console = Console()
+    return Console(width=max(console.width, 120) if console.is_terminal else 200)
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments:
-        print("usage: python -m evals.table RUN_DIR...", file=sys.stderr)
-        return 2
+    """Exit status: 1 if folders were left out, 2 if there is nothing to show."""
+    parser = argparse.ArgumentParser("python -m evals.table", description=__doc__.splitlines()[0])
+    parser.add_argument("folders", metavar="RUN_DIR", type=Path, nargs="+")
+    parser.add_argument("--paired", metavar="METHOD", help="less the others, sample by sample")
+    given = parser.parse_args(arguments)
     try:
-        print_tables([Path(argument) for argument in arguments])
+        if given.paired:
+            _console().print(paired_table(given.folders, given.paired), highlight=False)
+            return 0
+        return 1 if print_tables(given.folders) else 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

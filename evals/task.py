@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
+from evals.environment import package_version
 from evals.records import Record
 
 
@@ -34,6 +36,8 @@ class Sample:
         max_new_tokens, chat_template: override the task's, where data sets differ.
         stop: strings whose last token ends the generation (never as its first token).
         ids: the prompt's token ids, where the task tokenized it; they are used as they are.
+        starts: places in `ids` where a text of its own begins, of a :class:`StreamTask`: nothing
+            predicts its first token, and its last is not fed.
     """
 
     id: str
@@ -48,6 +52,7 @@ class Sample:
     chat_template: bool | None = None
     stop: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
+    starts: tuple[int, ...] = (0,)
 
 
 @dataclass(kw_only=True)
@@ -69,6 +74,8 @@ class Task(ABC):
         grouped_by: what a sample's group is.
         version: of prompts and scores; raise it with any change to them, and runs of before, whose
             records would no longer be comparable, count no more.
+        scorers: packages that compute scores. Under another version of theirs, answers that are
+            there are scored again.
     """
 
     headline: ClassVar[str]  # or a field, where there is a choice
@@ -77,6 +84,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     grouped_by: ClassVar[str] = "group"
     version: ClassVar[int] = 1
+    scorers: ClassVar[tuple[str, ...]] = ()
 
     name: str
     samples: int | None = None
@@ -110,6 +118,12 @@ class Task(ABC):
         if not match or int(match[1]) >= int(match[2]):
             raise ConfigError("task.shard", self.shard, "give e.g. 0/8, up to 7/8")
         return samples[int(match[1]) :: int(match[2])]
+
+    @property
+    def scoring(self) -> str:
+        """Names the version of all that turns an answer into scores."""
+        known = [self.version, *(package_version(package) for package in self.scorers)]
+        return " ".join(map(str, known))
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt where it is known beforehand and must not be cut, else 0."""
@@ -194,3 +208,20 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         raise ConfigError(name, value, f"choose one of {', '.join(known)}")
+
+
+def template(name: str, value: str, must: Sequence[str], may: Sequence[str] = ()) -> None:
+    """Raises ConfigError unless `value` has all of `must` in braces, and nothing else but `may`.
+
+    Other braces are written twice, as in :meth:`str.format`.
+    """
+    try:
+        parts = list(string.Formatter().parse(value))
+    except ValueError as error:
+        raise ConfigError(name, value, f"{error}; write {{{{ or }}}} for a brace") from error
+    found = {field for _, field, _, _ in parts if field is not None}
+    plain = not any(spec or conversion for _, _, spec, conversion in parts)
+    if not plain or not set(must) <= found <= {*must, *may}:
+        needed, optional = (", ".join(f"{{{one}}}" for one in names) for names in (must, may))
+        remedy = f"must have {needed}, may have {optional} and nothing else in braces"
+        raise ConfigError(name, value, remedy)

@@ -304,7 +304,7 @@ def main(given: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from evals.records import cpu_name
+    from evals.environment import cpu_name
 
     cpu = f"{cpu_name()} {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

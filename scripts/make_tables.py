@@ -28,6 +28,9 @@ def make(runs_folder: Path, out: Path, paper: Path) -> Path:
         ConfigError: there are no runs.
     """
     runs = read_runs(runs_folder)
+    for run in runs:
+        if run.problem:
+            print(f"left out: {run.places}: {run.problem}", file=sys.stderr)
     judged = judge(runs)
     claims = tables.claims(judged)
     shown = [table(runs) for table in tables.OWN]

@@ -82,14 +82,21 @@ class Kept:
 
 
 @torch.inference_mode()
-def keep(model: PreTrainedModel, ids: list[int], policy: Policy, new_tokens: int) -> Kept:
+def keep(
+    model: PreTrainedModel,
+    ids: list[int],
+    policy: Policy,
+    new_tokens: int,
+    positions: str = "cache",
+) -> Kept:
     """Continue a prompt by `new_tokens`, greedily, and look into the cache.
 
     Args:
         ids: the prompt's token ids.
         new_tokens: never fewer, so that methods are compared at the same length.
+        positions: of kept entries, as in :class:`buzz.EvictionCache`.
     """
-    cache = EvictionCache(model, policy)
+    cache = EvictionCache(model, policy, positions=positions)
     output = model.generate(
         torch.tensor([ids], device=model.device),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
@@ -298,7 +305,7 @@ def show(args: argparse.Namespace) -> None:
     policies = [budget.policy(POLICIES[name](), len(ids))[0] for name in names]
     kept = []
     for policy in policies:
-        kept.append(keep(model, ids, policy, args.new_tokens))
+        kept.append(keep(model, ids, policy, args.new_tokens, args.positions))
         print(f"{policy.name:>14}  {kept[-1].figures}")
     picture, document = Path(f"{args.out}.png"), Path(f"{args.out}.html")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -319,6 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--budget-by", choices=get_args(BudgetBy), default="peak")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
+    parser.add_argument(
+        "--positions", default="cache", help="of kept entries: in the cache, or true ones"
+    )
     parser.add_argument("--out", default="results/figures/kept", help="files without .png, .html")
     try:
         show(parser.parse_args(arguments))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import evals.runner
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
@@ -19,6 +23,7 @@ MODEL = [
 ]
 NEEDLE = ["task.lengths=[400]", "task.depths=[0,50,100]", "task.repeats=1", "task.max_new_tokens=8"]
 TIMES = {"ttft_s", "decode_tokens_per_s", "itl_p50_ms", "itl_p95_ms", "memory_peak_nbytes"}
+MADE = {"process", "load", "loaded"}
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -28,4 +33,34 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """Them without what differs from one run to the next."""
-    return [{key: r[key] for key in r.keys() - TIMES} for r in read(folder)]
+    return [{key: r[key] for key in r.keys() - TIMES - MADE} for r in read(folder)]
+
+
+def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
+    """Answers prompts by a function of their text; measurements are those of one real answer.
+
+    Returns:
+        The prompts that were answered since, warm-ups among them.
+    """
+    real, asked = evals.runner.generate, []
+    measured = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], *rest: Any) -> list[Any]:
+        if not measured:
+            measured.extend(real(model, tokenizer, prompts[:1], *rest))
+        found = []
+        for ids in prompts:
+            asked.append(tokenizer.decode(ids))
+            text = answer(asked[-1])
+            tokens = tokenizer(text)["input_ids"] or [1]
+            changes = {"tokens": tokens, "generated_tokens": len(tokens), "text": text}
+            found.append(dataclasses.replace(measured[0], prompt_tokens=len(ids), **changes))
+        return found
+
+    monkeypatch.setattr(evals.runner, "generate", generate)
+    return asked
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A JSON-lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

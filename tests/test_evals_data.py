@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import math
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from evals.metrics import (
     word_f1,
 )
 from evals.records import RunFolder, arithmetic_runs, digest
+from evals.schema import FORMAT
 
 
 @pytest.mark.parametrize(
@@ -59,32 +62,110 @@ def test_arithmetic_runs_are_short_for_a_growing_cache() -> None:
     assert arithmetic_runs([*range(90, 140), *range(60, 140)]) == [(90, 50, 1), (60, 80, 1)]
 
 
-def test_malformed_record_inside_the_file_is_refused(tmp_path: Path) -> None:
+def missed(name: str, **fields: object) -> dict:
+    """A record without measurements."""
+    own = {"format": FORMAT, "id": name, "status": "failed", "prompt_sha256": "x"}
+    return own | fields
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{torn", "not JSON"),
+        ('{"id": "0"}', r"written by another version \(format 1, not 2\)"),
+        ("null", "Input should be a valid dictionary"),
+        ("[]", "Input should be a valid dictionary"),
+        ('{"format": 2}', "Unable to extract tag|status"),
+        ('{"format": 2, "id": "0", "status": "ok", "prompt_sha256": "x"}', "group: Field required"),
+        (json.dumps(missed("0") | {"id": 0}), "id: Input should be a valid string"),
+        (json.dumps(missed("0", load=math.nan)), "not JSON .NaN is no number"),
+        (json.dumps(missed("0", extra=[{"deep": -math.inf}])), "-Infinity is no number"),
+        (json.dumps(missed("0", load=7)).replace("7", "1e999"), "1e999 is no number"),
+        ("[" * 100_000, "not JSON"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_line_that_is_no_record_is_named_with_its_remedy(tmp_path, line: str, problem: str):
     folder = RunFolder(tmp_path)
-    folder.append({"id": "a"})
+    folder.append(missed("a"))
     with open(folder.samples, "a") as file:
-        file.write("{torn\n")
-    folder.append({"id": "b"})
-    with pytest.raises(ConfigError, match="samples.jsonl:2"):
+        file.write(f"{line}\n")
+    folder.append(missed("b"))
+    with pytest.raises(ConfigError, match=f"samples.jsonl:2.*({problem})") as caught:
         folder.read()
+    assert caught.value.remedy.endswith("remove that line, and the same command makes it anew")
+    assert "\n" not in str(caught.value)
 
 
 def test_only_a_locked_run_cuts_a_torn_line_off(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.append({"id": "a"})
+    folder.append(missed("a"))
+    whole = folder.samples.read_bytes()
     with open(folder.samples, "ab") as file:
         file.write(b'{"id": "b", "sc')  # another process may be about to write the rest
-    assert folder.read() == {"a": {"id": "a"}}
+    assert folder.read() == {"a": missed("a")}
     assert folder.samples.read_bytes().endswith(b'"sc')
     with folder.lock():
-        assert folder.samples.read_bytes() == b'{"id": "a"}\n'
+        assert folder.samples.read_bytes() == whole
+
+
+def test_a_last_line_that_lacks_its_end_alone_is_kept(tmp_path: Path) -> None:
+    """As some editors leave it, and a kill between two bytes."""
+    folder = RunFolder(tmp_path)
+    folder.append(missed("a"))
+    folder.append(missed("b"))
+    whole = folder.samples.read_bytes()
+    folder.samples.write_bytes(whole[:-1])
+    assert list(folder.read()) == ["a", "b"]
+    with folder.lock():
+        assert folder.samples.read_bytes() == whole
 
 
 def test_last_record_of_an_id_counts(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    for status in ("failed", "ok"):
-        folder.append({"id": "a", "status": status})
-    assert folder.read() == {"a": {"id": "a", "status": "ok"}}
+    for status in ("failed", "oom"):
+        folder.append(missed("a", status=status))
+    assert folder.read() == {"a": missed("a", status="oom")}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_invalid_json_is_ever_written(tmp_path: Path, value: float) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.append(missed("a", load=value))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.write("summary.json", {"score": value})
+    assert list(tmp_path.glob("*.json")) == [] and folder.read() == {}
+
+
+@pytest.mark.parametrize(
+    ("encoded", "problem"),
+    [
+        (lambda text: codecs.BOM_UTF8 + text.encode(), None),
+        (lambda text: text.encode("utf-16"), None),
+        (lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"), None),
+        (lambda text: codecs.BOM_UTF16_LE + b"x", "not UTF-16"),
+    ],
+    ids=["utf-8", "utf-16", "utf-16-be", "half a character"],
+)
+def test_files_with_a_byte_order_mark_are_read(tmp_path: Path, encoded, problem) -> None:
+    (tmp_path / "rows").write_bytes(encoded('{"a": "蜜蜂"}\r\n{"a": 2}\n'))
+    (tmp_path / "text").write_bytes(encoded("蜜蜂\r\n"))
+    if problem:
+        for read in (read_jsonl, read_text):
+            with pytest.raises(ConfigError, match=problem):
+                read(tmp_path / "rows", "f")
+        return
+    assert read_jsonl(tmp_path / "rows", "f", ("a",)) == [{"a": "蜜蜂"}, {"a": 2}]
+    assert read_text(tmp_path / "text", "f") == "蜜蜂\n"
+
+
+def test_a_record_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append(missed("a"))
+    folder.samples.write_bytes(codecs.BOM_UTF8 + folder.samples.read_bytes())
+    (tmp_path / "summary.json").write_bytes(codecs.BOM_UTF8 + b'{"status": "failed", "error": ""}')
+    assert list(folder.read()) == ["a"] and folder.load("summary.json")["status"] == "failed"
 
 
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:

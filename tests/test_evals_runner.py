@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, read
 
 import evals.generate
@@ -19,8 +18,9 @@ import evals.runner
 from baselines import FullPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.prompts import Prompt, batches, encode
-from evals.records import RunFailed, RunFolder
-from evals.table import Setting, find_reference, read_summary
+from evals.records import RunFailed, RunFolder, digest
+from evals.results import find_references, read_summary
+from evals.table import Setting
 from evals.tasks.needle import FILLER
 
 
@@ -40,8 +40,9 @@ def test_records_and_summary(go) -> None:
         assert not record["chat_template"] and record["truncated_tokens"] == 0
     assert summary["n"] == 3 and summary["kv_entries_peak"] == 64
     assert summary["groups"].keys() == {"0%", "50%", "100%"}
-    environment = json.loads((folder / "environment.json").read_text())
+    (environment,) = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["transformers"] and environment["threads"] > 0
+    assert {record["environment"] for record in records} == {digest(environment)}
 
 
 def test_fractional_budget_is_of_each_prompt(go) -> None:
@@ -297,15 +298,16 @@ def test_multirun_prints_one_table_and_loads_the_model_once(main, monkeypatch, c
 def test_single_run_is_compared_with_an_earlier_full_run(go, main, capsys) -> None:
     folder = go("method=buzz")
 
-    def reference() -> Path | None:
-        return find_reference(read_summary(folder)["setting"], folder.parent.iterdir())
+    def references() -> list[Path]:
+        found, _ = find_references(read_summary(folder)["setting"], folder.parent.iterdir())
+        return [path for run in found for path in run.folders]
 
-    assert reference() is None
+    assert references() == []
     go("method=full", "seed=1")
-    assert reference() is None
+    assert references() == []
     full = go("method=full")
     go("method=full", "cache.logn_base=16")  # a method of its own
-    assert reference() == full
+    assert references() == [full]
     assert main(*MODEL, *NEEDLE, "method=buzz") == 0
     row, _ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("buzz")]
     assert row.split()[6] != "-"
@@ -364,36 +366,39 @@ def test_scores_do_not_depend_on_the_batch_size(go, tmp_path: Path, method: str)
 
 def test_rows_under_other_conditions_are_pointed_out(go, capsys) -> None:
     folders = [go("method=full"), go("method=local", "budget=0.5")]
-    summary = read_summary(folders[1])
+    records = read(folders[1])
     assert not [note for note in notes(folders) if "differ" in note]
-    summary["conditions"] |= {"prompt tokens": 5, "stop reasons": {"eos": 1, "length": 2}}
-    (folders[1] / "summary.json").write_text(json.dumps(summary))
-    tokens, stops = notes(folders)
-    assert "rows differ in prompt tokens: full 1" in tokens and tokens.endswith("local 5")
+    records[0] |= {"prompt_tokens": 5, "stop_reason": "eos"}
+    (folders[1] / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    tokens, stops = [note for note in notes(folders) if "differ" in note]
+    assert "rows differ in prompt tokens: full 1" in tokens
     assert stops.endswith("rows differ in stop reasons: full length 3; local eos 1 length 2")
     assert evals.table.main([str(folder) for folder in folders]) == 0
     assert "rows differ in stop reasons" in capsys.readouterr().out
 
 
-def test_summaries_of_an_early_version_are_refused(go, capsys) -> None:
-    folder = go("method=full")
-    summary = read_summary(folder)
-    del summary["parameters"]
-    (folder / "summary.json").write_text(json.dumps(summary))
+def test_records_of_another_version_are_named_with_the_command_that_makes_them(go, capsys) -> None:
+    folder = go("method=h2o", "budget=60")
+    records = [{k: v for k, v in record.items() if k != "format"} for record in read(folder)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert evals.table.main([str(folder)]) == 2
-    assert "an early version's summary; run it again" in capsys.readouterr().err
-    assert find_reference(summary["setting"], [folder]) is None
-    assert read_summary(go("method=full"))["n"] == 3  # nothing is generated for that
+    error = capsys.readouterr().err
+    assert "written by another version (format 1, not 2); run it again: python run.py" in error
+    assert "run.py task=needle method=h2o model=llama_random budget=60," in error
+    summary = read_summary(folder)
+    (folder / "summary.json").write_text(json.dumps(summary | {"format": 1}))
+    with pytest.raises(ConfigError, match="an early version's summary; run it again"):
+        read_summary(folder)
 
 
 def test_unequal_memory_is_pointed_out(go) -> None:
     folders = [go("method=local", f"method.window={size}") for size in (60, 120)]
-    (note,) = notes(folders)
+    (note,) = (note for note in notes(folders) if "hold" in note)
     assert note == "needle: rows of no budget hold up to 2.00x as much as others"
     (setting,) = Setting.of(folders)
     assert setting.names == ["local window=60", "local window=120"]
     folders = [go("method=local", f"budget={size}") for size in (60, 120)]
-    assert notes(folders) == []
+    assert not [note for note in notes(folders) if "hold" in note]
 
 
 def test_a_row_that_outgrows_its_budget_is_marked(go, capsys) -> None:
@@ -402,7 +407,7 @@ def test_a_row_that_outgrows_its_budget_is_marked(go, capsys) -> None:
     folders = [go(f"method={name}", *long) for name in ("snapkv", "h2o")]
     held = [read_summary(folder)["budget_held"] for folder in folders]
     assert held == pytest.approx([1.39, 1.0])
-    marked, unequal = notes(folders)
+    marked, unequal = (note for note in notes(folders) if "hold" in note)
     assert marked == "† needle: snapkv holds 1.39x its budget (peak): not at equal memory"
     assert unequal == "needle: rows of budget=100 (peak) hold up to 1.39x as much as others"
     capsys.readouterr()
@@ -503,37 +508,6 @@ def test_summaries_come_from_the_owners_test_splits() -> None:
         "xsum": ("EdinburghNLP/xsum", None, "test", "rougeL"),
         "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "test", "rougeL"),
     }
-
-
-ORIGINAL = {
-    "streaming_llm": {"sink": 4, "window": 160},
-    "local": {"window": 164},
-    "buzz": {"sink": 4, "window": 160, "stride": 5, "threshold": 400},
-    "h2o": {"heavy": 280, "recent": 280},
-}
-
-
-@pytest.mark.parametrize("method", ORIGINAL)
-def test_the_original_protocol(method: str) -> None:
-    def composed(task: str) -> dict:
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            overrides = ["protocol=original", f"method={method}", f"task={task}"]
-            return OmegaConf.to_container(compose("config", overrides))
-
-    common = {"samples": 40, "max_new_tokens": 1000, "chat_template": False}
-    summaries = common | {"words": 50, "headline": "pkg_rougeL", "split": "validation"}
-    tasks = {
-        "xsum": summaries,
-        "cnn_dailymail": summaries | {"hub_config": "2.0.0"},
-        "nq10": common | {"gold_at": [4], "headline": "strict_match"},
-    }
-    for task, expected in tasks.items():
-        config = composed(task)
-        assert expected.items() <= config["task"].items()
-        assert ORIGINAL[method].items() <= config["method"].items()
-        assert config["budget"] is None
-    suite = composed("suite")["task"]["settings"]
-    assert all(expected.items() <= suite[task].items() for task, expected in tasks.items())
 
 
 def test_failing_wandb_is_a_warning(go, monkeypatch) -> None:

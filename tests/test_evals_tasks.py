@@ -152,9 +152,20 @@ def test_summaries_are_scored_by_both_packages(tmp_path: Path) -> None:
     assert scores["rouge2"] == pytest.approx(40) and scores["pkg_rouge2"] == pytest.approx(40)
     assert scores["rougeL"] == pytest.approx(600 / 7)
     assert scores["pkg_rougeL"] == pytest.approx(400 / 7)
-    assert set(task.score(sample, "").values()) == {0.0}
-    assert set(task.score(sample, "zebras juggle").values()) == {0.0}
-    assert set(task.score(sample, "蜜蜂跳舞").values()) == {0.0}
+    for nothing in ("", " .\n", "zebras juggle", "蜜蜂跳舞"):
+        assert set(task.score(sample, nothing).values()) == {0.0}
+
+
+def test_a_summary_that_repeats_itself_is_the_worse_one(tmp_path: Path) -> None:
+    task = summaries(tmp_path, {"article": "x", "highlights": "y"}, headline="self_bleu")
+    (sample,) = task.load(TOKENIZER)
+    varied, same = (
+        task.score(sample, text)["self_bleu"]
+        for text in ("Bees dance in the dark. Honey is gold.", "Bees dance. Bees dance.")
+    )
+    assert varied == 0 and same == pytest.approx(2 / 3 * 0.1 ** (1 / 3))
+    assert not task.higher_is_better
+    assert summaries(tmp_path, {"article": "x", "highlights": "y"}).higher_is_better
 
 
 def questions(tmp_path: Path, *changes: dict, **fields) -> NQ10:
@@ -221,6 +232,7 @@ def test_answers_by_place_of_the_gold_document(tmp_path: Path) -> None:
         ("The Queen Bee", (1, 1, 1, 1)),
         (" The Queen Bee\n", (1, 1, 1, 1)),
         ("\n\nThe Queen Bee", (1, 1, 1, 1)),  # the owners strip what Llama-2 answers
+        ("the queen bee", (1, 1, 1, 1)),
         ("the queen bee.", (1, 1, 1, 0)),
         ("A drone", (1, 1, 1, 0)),
         ("It was the queen bee of the hive", (1, 0, 0.5, 0)),
@@ -285,12 +297,12 @@ def test_text_is_cut_into_pieces(tmp_path: Path) -> None:
 
 
 def test_text_of_the_hub_is_joined_as_it_is(monkeypatch) -> None:
-    def load(*source: str) -> list[dict[str, str]]:
-        assert source == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "task.data_file")
+    def load(*source: str | None) -> list[dict[str, str]]:
+        assert source == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "task.data_file", "r")
         return [{"text": " = Bees = \n"}, {"text": ""}, {"text": " They dance in the dark .\n"}]
 
     monkeypatch.setattr("evals.tasks.wikitext.load_hub", load)
-    task = Wikitext(name="w")
+    task = Wikitext(name="w", hub_revision="r")
     task.check()
     (sample,) = task.load(TOKENIZER)
     assert TOKENIZER.decode(sample.ids) == " = Bees = \n They dance in the dark .\n"
@@ -309,7 +321,7 @@ def test_a_text_without_spaces_has_no_word_perplexity(tmp_path: Path) -> None:
     (sample,) = task.load(TOKENIZER)
     scores = task.score_losses(sample, [3.0] * 479)
     assert scores == {"token_perplexity": pytest.approx(math.exp(3))}
-    record = {"prompt_tokens": 480, "blocks": [3.0] * task.blocks, "scores": scores}
+    record = {"prompt_tokens": 480, "meta": {}, "blocks": [3.0] * task.blocks, "scores": scores}
     assert task.breakdown([record])["metric"] == scores
 
 
@@ -456,12 +468,13 @@ def test_longbench_e_reports_by_length(longbench, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("extended", "config"), [(False, "qasper"), (True, "qasper_e")])
 def test_longbench_by_hub_name(longbench, monkeypatch, extended: bool, config: str) -> None:
-    def load(path: str, name: str, split: str, field: str) -> list[dict]:
-        assert (path, name, split) == ("Xnhyacinth/LongBench", config, "test")
+    def load(path: str, name: str, split: str, field: str, revision: str) -> list[dict]:
+        assert (path, name, split, revision) == ("Xnhyacinth/LongBench", config, "test", "r")
         return [{"question": "q", "context": "c", "answers": ["a"], "length": 5}]
 
     monkeypatch.setattr(longbench, "load_hub", load)
-    task = longbench.LongBench(name="longbench", subsets=["qasper"], extended=extended)
+    options = {"subsets": ["qasper"], "extended": extended, "hub_revision": "r"}
+    task = longbench.LongBench(name="longbench", **options)
     task.check()
     (sample,) = task.load(TOKENIZER)
     assert "Question: q" in sample.prompt and sample.group == "qasper"

@@ -29,7 +29,8 @@ from evals.interrupt import Interrupted, deferred_signals
 from evals.models import byte_tokenizer, load_model
 from evals.records import RunFailed, RunFolder
 from evals.report.runs import read_runs
-from evals.table import find_reference, read_summary, tables
+from evals.results import find_references, read_summary
+from evals.table import tables
 from evals.tasks.needle import Needle
 
 Act = Callable[["Pass"], None]
@@ -273,9 +274,9 @@ def test_a_signal_stops_after_the_sample_in_flight_and_a_second_at_once(
     assert (summary["status"], summary["n"]) == ("interrupted", kept)
     with pytest.raises(ConfigError, match=f"interrupted after {kept} of 3 samples"):
         read_summary(folder)
-    assert find_reference(summary["setting"], [folder]) is None
+    assert find_references(summary["setting"], [folder]) == ([], [])
     (run,) = read_runs(folder.parent)
-    assert run.status == f"unfinished: {kept} samples" and not run.scored
+    assert run.status == f"unfinished: {kept} of 3 samples" and not run.scored
     assert main(*MODEL, *NEEDLE, "method=full") == 0
     assert len({record["id"] for record in read(folder)}) == len(read(folder)) == 3
 

@@ -40,6 +40,7 @@ METHODS: dict[str, Policy] = {
 }
 METHODS |= {name: POLICIES[name]().fit(24) for name in POLICIES if name not in METHODS}
 every_method = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
+both_positions = pytest.mark.parametrize("positions", ["cache", "true"])
 
 
 HYBRID = {
@@ -115,8 +116,9 @@ def test_another_cache_on_the_same_model_runs_the_stock_path() -> None:
 
 
 @every_method
+@both_positions
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3-partial"])
-def test_padded_rows_give_what_they_give_alone(family, policy) -> None:
+def test_padded_rows_give_what_they_give_alone(family, positions, policy) -> None:
     model = tiny(family)
     lengths = [70, 33, 5, 70]
     ids = prompt(70, batch=4)
@@ -124,10 +126,10 @@ def test_padded_rows_give_what_they_give_alone(family, policy) -> None:
     for row, length in enumerate(lengths):
         mask[row, : 70 - length] = 0
     ids = ids.where(mask.bool(), 0)
-    cache = EvictionCache(model, policy)
+    cache = EvictionCache(model, policy, positions=positions)
     tokens, logits = generate(model, ids, cache, tokens=25, mask=mask)
     for row, length in enumerate(lengths):
-        alone = EvictionCache(model, policy)
+        alone = EvictionCache(model, policy, positions=positions)
         own_tokens, own_logits = generate(model, ids[row : row + 1, 70 - length :], alone, 25)
         assert torch.equal(tokens[row], own_tokens[0])
         torch.testing.assert_close(logits[row], own_logits[0], atol=1e-4, rtol=1e-4)
@@ -141,43 +143,47 @@ def test_padded_rows_give_what_they_give_alone(family, policy) -> None:
 
 
 @every_method
-def test_a_batch_of_equal_prompts_gives_what_each_gives_alone(llama, policy) -> None:
+@both_positions
+def test_a_batch_of_equal_prompts_gives_what_each_gives_alone(llama, positions, policy) -> None:
     ids = prompt(40, batch=3)
-    tokens, logits = generate(llama, ids, EvictionCache(llama, policy))
+    tokens, logits = generate(llama, ids, EvictionCache(llama, policy, positions=positions))
     for row in range(3):
-        alone, own = generate(llama, ids[row : row + 1], EvictionCache(llama, policy))
+        cache = EvictionCache(llama, policy, positions=positions)
+        alone, own = generate(llama, ids[row : row + 1], cache)
         assert torch.equal(tokens[row], alone[0])
         torch.testing.assert_close(logits[row], own[0], atol=1e-4, rtol=1e-4)
 
 
 @every_method
+@both_positions
 @pytest.mark.parametrize("backend", ["eager"])
-def test_backends_agree(policy, backend) -> None:
+def test_backends_agree(policy, positions, backend) -> None:
     ids = prompt(60)
     caches, results = [], []
     for attention in ("sdpa", backend):
         model = tiny("llama", attention)
-        caches.append(EvictionCache(model, policy))
+        caches.append(EvictionCache(model, policy, positions=positions))
         results.append(generate(model, ids, caches[-1]))
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
     assert torch.equal(caches[0].kept_positions(0), caches[1].kept_positions(0))
 
 
 @every_method
-def test_beam_search_follows_its_beams(llama, policy) -> None:
+@both_positions
+def test_beam_search_follows_its_beams(llama, positions, policy) -> None:
     """Beams re-order rows; a row's logits must be those of its own text run alone."""
     ids = prompt(40)
     out = llama.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=EvictionCache(llama, policy),
+        past_key_values=EvictionCache(llama, policy, positions=positions),
         max_new_tokens=20,
         num_beams=3,
         do_sample=False,
         return_dict_in_generate=True,
         output_scores=True,
     )
-    cache, total = EvictionCache(llama, policy), 0.0
+    cache, total = EvictionCache(llama, policy, positions=positions), 0.0
     step = ids
     with torch.no_grad():
         for token in out.sequences[0, 40:]:
@@ -188,34 +194,35 @@ def test_beam_search_follows_its_beams(llama, policy) -> None:
 
 
 @every_method
-def test_beam_search_over_a_padded_batch(llama, policy) -> None:
+@both_positions
+def test_beam_search_over_a_padded_batch(llama, positions, policy) -> None:
     ids = prompt(40, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :15] = 0
     kwargs = {"max_new_tokens": 15, "num_beams": 2, "do_sample": False}
-    both = llama.generate(
-        ids, attention_mask=mask, past_key_values=EvictionCache(llama, policy), **kwargs
-    )
+    cache = EvictionCache(llama, policy, positions=positions)
+    both = llama.generate(ids, attention_mask=mask, past_key_values=cache, **kwargs)
     short = ids[1:, 15:]
     alone = llama.generate(
         short,
         attention_mask=torch.ones_like(short),
-        past_key_values=EvictionCache(llama, policy),
+        past_key_values=EvictionCache(llama, policy, positions=positions),
         **kwargs,
     )
     assert torch.equal(both[1, 40:], alone[0, 25:])
 
 
 @every_method
-def test_sampling_and_several_sequences(llama, policy) -> None:
+@both_positions
+def test_sampling_and_several_sequences(llama, positions, policy) -> None:
     ids = prompt(40)
     torch.manual_seed(5)
-    cache = EvictionCache(llama, policy)
+    cache = EvictionCache(llama, policy, positions=positions)
     tokens, logits = generate(
         llama, ids, cache, tokens=20, do_sample=True, num_return_sequences=3, top_k=5
     )
     assert tokens.shape == (3, 20) and len({tuple(row.tolist()) for row in tokens}) == 3
-    step, own = ids, EvictionCache(llama, policy)
+    step, own = ids, EvictionCache(llama, policy, positions=positions)
     with torch.no_grad():
         for position in range(20):
             expected = llama(step, past_key_values=own).logits[0, -1]
@@ -234,31 +241,40 @@ def test_past_the_context_of_the_model(policy) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("hold", [False, True])
-def test_chunked_prefill(llama, policy, hold) -> None:
-    """Held back, a chunked prompt gives what the whole one gives; else it evicts chunk by chunk."""
+@both_positions
+@pytest.mark.parametrize("chunk", [40, 29, 7])
+def test_a_prompt_that_is_held_back_may_come_in_any_chunks(llama, positions, policy, chunk) -> None:
     ids = prompt(90)
-    cache = EvictionCache(llama, policy, hold_until=90 if hold else 0)
-    tokens, logits = generate(llama, ids, cache, tokens=10, prefill_chunk_size=40)
-    if hold and policy.score_rule != "step":
-        whole, expected = generate(llama, ids, EvictionCache(llama, policy), tokens=10)
-        assert torch.equal(tokens, whole)
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-        assert cache.lengths[0] == policy.lengths([90] + [1] * 9)[-1]
-    if not hold:
-        assert cache.lengths[0] == policy.lengths([40, 40, 10] + [1] * 9)[-1]
+    whole = EvictionCache(llama, policy, positions=positions)
+    tokens, logits = generate(llama, ids, whole, tokens=10)
+    cache = EvictionCache(llama, policy, positions=positions, hold_until=90)
+    own_tokens, own = generate(llama, ids, cache, tokens=10, prefill_chunk_size=chunk)
+    assert torch.equal(own_tokens, tokens)
+    torch.testing.assert_close(own, logits, atol=1e-4, rtol=1e-4)
+    assert cache.lengths == whole.lengths
+    for layer in range(3):
+        assert torch.equal(cache.kept_positions(layer), whole.kept_positions(layer))
 
 
 @every_method
-def test_a_conversation_goes_on_with_the_kept_cache(llama, policy) -> None:
+@both_positions
+def test_a_chunked_prompt_is_thinned_chunk_by_chunk(llama, positions, policy) -> None:
+    cache = EvictionCache(llama, policy, positions=positions)
+    generate(llama, prompt(90), cache, tokens=10, prefill_chunk_size=40)
+    assert cache.lengths[0] == policy.lengths([40, 40, 10] + [1] * 9)[-1]
+
+
+@every_method
+@both_positions
+def test_a_conversation_goes_on_with_the_kept_cache(llama, positions, policy) -> None:
     """Second turn on the kept cache: equal to feeding the same tokens step by step."""
     first, second = prompt(40), prompt(12, seed=7)
-    cache = EvictionCache(llama, policy)
+    cache = EvictionCache(llama, policy, positions=positions)
     reply, _ = generate(llama, first, cache, tokens=8)
     history = torch.cat([first, reply, second], dim=1)
     tokens, _ = generate(llama, history, cache, tokens=6)
 
-    own, outputs = EvictionCache(llama, policy), []
+    own, outputs = EvictionCache(llama, policy, positions=positions), []
     with torch.no_grad():
         llama(first, past_key_values=own)
         for token in reply[0, :-1]:
@@ -272,8 +288,9 @@ def test_a_conversation_goes_on_with_the_kept_cache(llama, policy) -> None:
 
 
 @every_method
-def test_reset_and_reuse_without_new_buffers(llama, policy) -> None:
-    cache = EvictionCache(llama, policy)
+@both_positions
+def test_reset_and_reuse_without_new_buffers(llama, positions, policy) -> None:
+    cache = EvictionCache(llama, policy, positions=positions)
     ids = prompt(60)
     first, _ = generate(llama, ids, cache)
     assert cache.layers[0].store is not None
@@ -287,16 +304,17 @@ def test_reset_and_reuse_without_new_buffers(llama, policy) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_method
-def test_half_precision_keeps_scores_in_float32(policy, dtype) -> None:
+@both_positions
+def test_half_precision_keeps_scores_in_float32(positions, policy, dtype) -> None:
     model = tiny("llama", dtype=dtype)
-    cache = EvictionCache(model, policy)
+    cache = EvictionCache(model, policy, positions=positions)
     _, logits = generate(model, prompt(60), cache)
     store = cache.layers[0].store
     assert store.keys.dtype == dtype and logits.isfinite().all()
     if policy.needs_scores and policy.score_rule != "step":
         assert store.scores.dtype == torch.float32
     wide = tiny("llama")
-    reference, expected = EvictionCache(wide, policy), None
+    reference = EvictionCache(wide, policy, positions=positions)
     _, expected = generate(wide, prompt(60), reference, tokens=1)
     error = (logits[:, :1].float() - expected).abs().max() / expected.abs().max()
     assert error < 0.05
@@ -424,11 +442,20 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
     assert cache.trace() == []
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "local", "buzz", "h2o"])
-def test_compiled_decoding_gives_the_same_and_does_not_recompile(name) -> None:
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("streaming_llm", "cache"),
+        ("local", "cache"),
+        ("buzz", "cache"),
+        ("h2o", "cache"),
+        ("h2o", "true"),
+    ],
+)
+def test_compiled_decoding_gives_the_same_and_does_not_recompile(name, positions) -> None:
     model, policy = tiny("llama"), METHODS[name]
     ids = prompt(50)
-    eager, compiled = EvictionCache(model, policy), EvictionCache(model, policy)
+    eager, compiled = (EvictionCache(model, policy, positions=positions) for _ in range(2))
     torch.compiler.reset()
     step = torch.compile(model, backend="aot_eager")
     counter = torch._dynamo.utils.counters["stats"]

@@ -247,3 +247,14 @@ def test_command_prints_one_line_for_a_mistake(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["lm_eval_model", *arguments.split()])
     assert main() == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: method='nosuchmethod'")
+
+
+def test_true_positions_end_with_the_context(folder):
+    arguments = {"method": "streaming_llm", "sink": 2, "window": 6}
+    lms = {value: model(folder, positions=value, **arguments) for value in ("cache", "true", True)}
+    assert [lm.new_cache(lm.policy).positions for lm in lms.values()] == ["cache", "true", "true"]
+    tokens = list(range(3, 50)) * 3
+    assert len(lms["cache"]._windows(tokens)) == 1 < len(lms["true"]._windows(tokens))
+    assert rolling(lms["true"]) == rolling(lms[True]) != pytest.approx(rolling(lms["cache"]))
+    with pytest.raises(ConfigError, match="^cache.positions='rope': choose cache or true"):
+        model(folder, positions="rope", **arguments)

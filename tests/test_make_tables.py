@@ -12,225 +12,20 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
+from matplotlib.figure import Figure
 
+from baselines import SnapKVPolicy
 from evals.report import published, tables
-from evals.report.claims import (
-    CLAIMS,
-    FAILS,
-    HOLDS,
-    NOT_RUN,
-    UNDECIDED,
-    Judged,
-    Measurement,
-    judge,
-    verdict,
-)
-from evals.report.figures import front
+from evals.report.claims import CLAIMS
+from evals.report.figures import draw_all, front
+from evals.report.forms import Table
 from evals.report.page import page
 from evals.report.runs import Run, bootstrap, read_runs
+from evals.report.verdicts import UNDECIDED, Judged, Measurement
 from scripts import make_tables
+from tests.report_runs import BUZZ, B, write_run
 
 PAPER = Path(__file__).resolve().parents[1] / "results/paper"
-BUZZ = {
-    "sink": 4,
-    "window": 160,
-    "stride": 5,
-    "threshold": 400,
-    "history": "strided",
-    "compact": "once",
-}
-HEADLINES = {"xsum": "rougeL", "nq10": "best_subspan", "needle": "accuracy", "longbench": "score"}
-
-
-def write_run(
-    root: Path,
-    name: str,
-    method: str,
-    scores: list[float],
-    *,
-    task: str = "xsum",
-    kv: float = 1e6,
-    budget: float | int | None = None,
-    parameters: dict[str, Any] | None = None,
-    prompt: int = 1000,
-    speed: float = 10.0,
-    group: str = "",
-    prediction: str = "an answer",
-    model: dict[str, Any] | None = None,
-    summary: dict[str, Any] | None = None,
-    **task_settings: Any,
-) -> None:
-    folder = root / name
-    folder.mkdir(parents=True)
-    default = BUZZ if method.startswith("buzz") else {}
-    config = {
-        "method": {"name": method, "_target_": "x", **(parameters or default)},
-        "task": {"name": task, "shard": None, **task_settings},
-        "model": model or {"name": "m", "name_or_path": "meta-llama/Llama-2-7b-chat-hf"},
-        "cache": {"logn_base": None, "logn_clamp": False},
-        "budget": budget,
-        "seed": 0,
-        "output": str(root),
-    }
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    environment = {"device": "cpu", "cpu": "a CPU", "threads": 2, "git_revision": "abc"}
-    (folder / "environment.json").write_text(json.dumps(environment))
-    headline = HEADLINES[task]
-    with open(folder / "samples.jsonl", "w") as file:
-        for i, score in enumerate(scores):
-            record = {
-                "id": str(i),
-                "group": group,
-                "meta": {"length": 512, "depth": 50},
-                "references": ["expected"],
-                "prompt_sha256": f"hash {i}",
-                "prompt_tokens": prompt,
-                "batch_size": 1,
-                "status": "ok",
-                "scores": {headline: score, "rouge2": score / 2},
-                "prediction": prediction,
-                "generated_tokens": 8,
-                "ttft_s": 1.0,
-                "decode_tokens_per_s": speed + i % 3,
-                "itl_p50_ms": 1000 / speed + i % 3,
-                "kv_nbytes_mean": kv,
-                "kv_nbytes_peak": kv,
-                "memory_peak_nbytes": 5e8,
-            }
-            file.write(json.dumps(record) + "\n")
-    facts = {
-        "status": "complete",
-        "headline": headline,
-        "statistic": "mean",
-        "higher_is_better": True,
-    }
-    (folder / "summary.json").write_text(json.dumps(facts if summary is None else summary))
-
-
-def by_statement(judged: list[Judged], start: str) -> list[Judged]:
-    return [one for one in judged if one.claim.statement.startswith(start)]
-
-
-@pytest.mark.parametrize(
-    "interval, at_least, expected",
-    [
-        ((1.0, 1.2), True, HOLDS),  # the bar belongs to the right side
-        ((1.1, 1.2), True, HOLDS),
-        ((0.9, 1.2), True, UNDECIDED),
-        ((0.8, 0.999), True, FAILS),
-        ((0.8, 1.0), True, UNDECIDED),
-        ((0.8, 1.0), False, HOLDS),
-        ((0.8, 1.1), False, UNDECIDED),
-        ((1.001, 1.1), False, FAILS),
-        (None, True, UNDECIDED),
-    ],
-)
-def test_a_verdict_needs_the_whole_interval_on_one_side(
-    interval: tuple[float, float] | None, at_least: bool, expected: str
-) -> None:
-    assert verdict(interval, 1.0, at_least, 50, 30) == expected
-
-
-def test_a_verdict_needs_enough_samples_and_its_condition() -> None:
-    assert verdict((1.1, 1.2), 1.0, True, 29, 30) == UNDECIDED
-    assert verdict((1.1, 1.2), 1.0, True, 30, 30, condition=UNDECIDED) == UNDECIDED
-    assert verdict((1.1, 1.2), 1.0, True, 30, 30, condition=FAILS) == FAILS
-    assert verdict((0.8, 0.9), 1.0, True, 30, 30, condition=UNDECIDED) == FAILS
-
-
-def test_claims_that_no_run_bears_on_are_not_run() -> None:
-    assert [one.verdict for one in judge([])] == [NOT_RUN] * len(CLAIMS)
-
-
-@pytest.mark.parametrize("loss, expected", [(0.0, HOLDS), (0.1, FAILS)])
-def test_quality_and_memory_are_judged_together(tmp_path: Path, loss: float, expected: str) -> None:
-    full = [20 + i % 5 for i in range(40)]
-    write_run(tmp_path, "full", "full", full, kv=4e6)
-    write_run(tmp_path, "buzz", "buzz", [s * (1 - loss) for s in full], kv=1e6, budget=0.25)
-    judged = judge(read_runs(tmp_path))
-    (quality,) = by_statement(judged, "At 2.5x")
-    (memory,) = by_statement(judged, "KV memory")
-    assert quality.verdict == memory.verdict == expected
-    assert quality.measured and memory.measured
-    assert quality.measured.value == pytest.approx(1 - loss)
-    assert memory.measured.value == pytest.approx(4)
-    assert quality.measured.n == 40
-
-
-def test_a_run_that_holds_more_memory_says_nothing_about_quality_at_less(tmp_path: Path) -> None:
-    write_run(tmp_path, "full", "full", [20.0] * 40, kv=4e6)
-    write_run(tmp_path, "buzz", "buzz", [20.0] * 40, kv=2e6, budget=0.5)
-    judged = judge(read_runs(tmp_path))
-    assert by_statement(judged, "At 2.5x")[0].verdict == NOT_RUN
-    assert by_statement(judged, "KV memory")[0].verdict == FAILS
-
-
-def test_swept_parameters_are_no_test_of_the_paper(tmp_path: Path) -> None:
-    write_run(tmp_path, "full", "full", [20.0] * 40, kv=4e6)
-    write_run(tmp_path, "buzz", "buzz", [20.0] * 40, parameters={**BUZZ, "stride": 3})
-    assert by_statement(judge(read_runs(tmp_path)), "At 2.5x")[0].verdict == NOT_RUN
-
-
-def test_only_samples_of_the_same_prompt_are_paired(tmp_path: Path) -> None:
-    write_run(tmp_path, "full", "full", [20.0] * 40, kv=4e6)
-    write_run(tmp_path, "buzz", "buzz", [20.0] * 40, budget=0.25)
-    samples = tmp_path / "buzz/samples.jsonl"
-    samples.write_text(samples.read_text().replace('"hash 3"', '"another"'))
-    (quality,) = by_statement(judge(read_runs(tmp_path)), "At 2.5x")
-    assert quality.measured and quality.measured.n == 39
-
-
-def test_10_qa_is_compared_with_the_best_other_of_the_same_budget(tmp_path: Path) -> None:
-    right = [1.0] * 30 + [0.0] * 10
-    write_run(tmp_path, "buzz", "buzz", right, task="nq10", budget=0.25)
-    write_run(tmp_path, "h2o", "h2o", [1.0] * 20 + [0.0] * 20, task="nq10", budget=0.25)
-    write_run(tmp_path, "local", "local", [0.0] * 40, task="nq10", budget=0.25)
-    write_run(tmp_path, "h2o more", "h2o", [1.0] * 40, task="nq10", budget=0.5)
-    write_run(tmp_path, "strided", "buzz_strided", [1.0] * 40, task="nq10", budget=0.25)
-    (qa,) = by_statement(judge(read_runs(tmp_path)), "10-QA")
-    assert qa.measured and qa.measured.value == pytest.approx(25)
-    assert "against h2o" in qa.measured.of and qa.verdict == HOLDS
-
-
-def test_speed_counts_at_32k_on_one_machine_and_latency_below_4k(tmp_path: Path) -> None:
-    for prompt, setting in ((31_000, "long"), (2_000, "short")):
-        for method, speed in (("full", 10.0), ("buzz", 20.0)):
-            name = f"{method} {setting}"
-            write_run(
-                tmp_path, name, method, [1.0] * 9, prompt=prompt, speed=speed, setting=setting
-            )
-    judged = judge(read_runs(tmp_path))
-    (fast,) = by_statement(judged, "Decoding")
-    assert fast.verdict == HOLDS and fast.measured and fast.measured.value == pytest.approx(21 / 11)
-    (latency,) = by_statement(judged, "Work")
-    assert latency.verdict == HOLDS and latency.measured.n == 9
-
-    environment = tmp_path / "buzz long/environment.json"
-    environment.write_text(environment.read_text().replace("a CPU", "another CPU"))
-    assert by_statement(judge(read_runs(tmp_path)), "Decoding")[0].verdict == NOT_RUN
-
-
-@pytest.mark.parametrize("speed, expected", [(10.0, HOLDS), (2.0, FAILS)])
-def test_growth_is_measured_against_log_n(tmp_path: Path, speed: float, expected: str) -> None:
-    write_run(tmp_path, "short", "buzz", [1.0] * 9, prompt=1024, setting="short")
-    write_run(tmp_path, "long", "buzz", [1.0] * 9, prompt=8192, speed=speed, setting="long")
-    (growth,) = by_statement(judge(read_runs(tmp_path)), "Time per token")
-    ratio = (1000 / speed + 1) / (100 + 1) / (13 / 10)
-    assert growth.measured and growth.measured.value == pytest.approx(ratio)
-    assert growth.verdict == expected
-
-
-def test_sensitivity_is_the_range_over_one_parameter_alone(tmp_path: Path) -> None:
-    write_run(tmp_path, "full", "full", [20.0, 22.0] * 20)
-    for window, score in ((40, 15.0), (80, 18.0), (160, 16.0)):
-        parameters = {**BUZZ, "window": window}
-        write_run(tmp_path, f"{window}", "buzz", [score] * 40, parameters=parameters)
-    write_run(tmp_path, "other", "buzz", [1.0] * 40, parameters={**BUZZ, "window": 1, "sink": 0})
-    (window,) = by_statement(judge(read_runs(tmp_path)), "The score depends little on the window")
-    assert window.measured and window.measured.value == pytest.approx(3 / 21)
-    assert "window 40, 80, 160" in window.measured.of
-    assert window.verdict == FAILS
 
 
 def test_the_interval_covers_the_mean_and_needs_more_than_one_value() -> None:
@@ -280,7 +75,7 @@ def test_a_tables_forms_hold_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_cells_are_escaped_in_every_form() -> None:
-    table = tables.Table("t", "A & B", pd.DataFrame({"a_b": ["x|y <script>&%"]}))
+    table = Table("t", "A & B", pd.DataFrame({"a_b": ["x|y <script>&%"]}))
     assert r"x\|y <script>" in table.markdown()
     assert r"a\_b" in table.latex() and r"\textless{}script\textgreater{}\&\%" in table.latex()
     assert "&lt;script&gt;&amp;%" in table.html()
@@ -302,6 +97,154 @@ def test_ablations_pair_the_score_rules_and_single_parameters(tmp_path: Path) ->
     stride = frame[frame["factor"] == "Stride"]
     assert list(stride["value"]) == ["3", "5"] and list(stride["score"]) == [3.5, 1.5]
     assert set(frame["factor"]) == {"local maxima", "Stride"}
+
+
+# Memory beyond a budget
+
+
+def over_budget(root: Path) -> None:
+    """SnapKV grows to 1.38 of its budget, H2O keeps to it; on three tasks."""
+    for task, group in (("xsum", ""), ("longbench", "qasper"), ("needle", "")):
+        write_run(root, f"{task} full", "full", [20.0, 30.0], task=task, group=group, kv=4e6)
+        for method, held in (("snapkv", 1.38), ("h2o", 1.0)):
+            where: dict[str, Any] = {"task": task, "group": group, "budget": 0.25}
+            write_run(
+                root, f"{task} {method}", method, [20.0, 25.0], held=held, allocated=2e6, **where
+            )
+
+
+def test_tables_mark_what_holds_more_than_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SnapKVPolicy, "evicts", "prompt", raising=False)
+    over_budget(tmp_path / "runs")
+    make_tables.main([f"runs={tmp_path / 'runs'}", f"out={tmp_path}"])
+    for name in ("summarization", "longbench", "other_tasks", "costs", "runs"):
+        for ending, dagger in (("md", "†"), ("tex", r"\textdagger{}")):
+            text = (tmp_path / f"tables/{name}.{ending}").read_text()
+            marked = [line for line in text.splitlines() if f"0.25{dagger}" in line]
+            assert any("snapkv" in line for line in marked), (name, ending)
+            assert f"{dagger} holds over 5" in text, (name, ending)
+            assert re.search(r"snapkv @0.25\S* 1.38x", text), (name, ending)
+            assert not re.search(rf"h2o[ |&@-]*0.25{re.escape(dagger)}", text), (name, ending)
+        assert "0.25†" in (tmp_path / f"tables/{name}.csv").read_text()
+    assert (tmp_path / "report.html").read_text().count("0.25†") > 5
+
+    table = pd.read_csv(tmp_path / "tables/summarization.csv").set_index("method")
+    assert table.loc["snapkv", "budget"] == "0.25†" and table.loc["h2o", "budget"] == "0.25"
+    assert table.loc["snapkv", "held / budget"] == pytest.approx(1.38)
+    assert table.loc["snapkv", "growth"] == pytest.approx(95)
+    assert table.loc["h2o", "held / budget"] == 1 and math.isnan(table.loc["h2o", "growth"])
+    assert math.isnan(table.loc["full", "held / budget"])
+    assert table.loc["h2o", "KV MB"] == 1 and table.loc["h2o", "KV allocated MB"] == 2
+    sets = pd.read_csv(tmp_path / "tables/longbench.csv").set_index("data set")
+    assert float(sets.loc["memory: held / budget", "snapkv @0.25†"]) == pytest.approx(1.38)
+    assert float(sets.loc["memory: KV allocated MB", "h2o @0.25"]) == 2
+
+
+def test_without_methods_that_grow_there_is_no_growth(tmp_path: Path) -> None:
+    write_run(tmp_path, "h2o", "h2o", [1.0, 2.0], budget=0.25)
+    table = tables.summarization(read_runs(tmp_path))
+    assert "growth" not in table.frame and "†" not in table.markdown()
+
+
+def test_costs_mark_the_lengths_at_which_more_is_held(tmp_path: Path) -> None:
+    write_run(tmp_path, "h2o", "h2o", [1.0] * 20, task="throughput", budget=B, held=1.06)
+    samples = tmp_path / "h2o/samples.jsonl"
+    first, *others = samples.read_text().splitlines(keepends=True)
+    long = first.replace('"prompt_tokens": 1000', '"prompt_tokens": 4000')
+    met = [other.replace("265.0", "250.0") for other in others]
+    samples.write_text("".join([long.replace("265.0", "500.0"), *met]))
+    frame = tables.costs(read_runs(tmp_path)).frame.set_index("prompt tokens")
+    assert frame.loc[4096, "budget"] == f"{B}†" and frame.loc[1024, "budget"] == str(B)
+
+
+def test_the_mean_is_named_where_it_is_the_measure(tmp_path: Path) -> None:
+    write_run(tmp_path, "h2o", "h2o", [1.0, 2.0], budget=0.25, by="mean", held=1.38)
+    frame = tables.summarization(read_runs(tmp_path)).frame
+    assert frame["budget"].item() == "0.25 mean†"
+    assert frame["held / budget"].item() == pytest.approx(0.8 * 1.38)
+
+
+def test_settings_are_those_that_no_budget_chose(tmp_path: Path) -> None:
+    for window, fixed in ((40, ["window"]), (160, [])):
+        parameters = {**BUZZ, "window": window}
+        write_run(
+            tmp_path, f"{window}", "buzz", [1.0, 2.0], parameters=parameters, budget=B, fixed=fixed
+        )
+    frame = tables.summarization(read_runs(tmp_path)).frame
+    assert list(frame["settings"]) == ["window=40", ""]
+
+
+def test_early_records_are_not_marked(tmp_path: Path) -> None:
+    write_run(tmp_path, "h2o", "h2o", [1.0, 2.0], budget=0.25, by=None, held=9.0)
+    table = tables.summarization(read_runs(tmp_path))
+    assert "†" not in table.markdown() and table.frame["held / budget"].isna().all()
+
+
+def test_figures_mark_what_holds_more_than_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over_budget(tmp_path / "runs")
+    for method in ("snapkv", "h2o"):
+        with open(tmp_path / f"runs/needle {method}/fidelity.jsonl", "w") as file:
+            file.write(json.dumps({"id": "0", "kl_to_full": 0.5}) + "\n")
+    facts = {"status": "complete", "headline": "token_perplexity", "statistic": "exp"}
+    for held in (1.0, 1.38):
+        write_run(
+            tmp_path / "runs",
+            f"read {held}",
+            "h2o" if held == 1 else "snapkv",
+            [2.0, 3.0],
+            task="wikitext",
+            blocks=True,
+            budget=0.25,
+            held=held,
+            summary=facts | {"higher_is_better": False},
+        )
+        for window in (40, 80):
+            method = "h2o" if held == 1 else "snapkv"  # (no such parameters, but the figure's)
+            sizes = {"window": window, "sink": window // 10}
+            name = f"{method} {window}"
+            where = {"budget": 0.5, "held": held, "parameters": sizes, "task": "nq10"}
+            write_run(tmp_path / "runs", name, method, [1.0, 0.0], **where)
+    texts: dict[str, list[str]] = {}
+    hollow: dict[str, list[str]] = {}
+
+    def keep(figure: Figure, path: Path, **_: Any) -> None:
+        legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        texts[path.stem] = legends + [axis.get_title() for axis in figure.axes]
+        texts[path.stem] += [text.get_text() for axis in figure.axes for text in axis.texts]
+        lines = [line for axis in figure.axes for line in axis.get_lines()]
+        unfilled = (line for line in lines if line.get_markerfacecolor() == "none")
+        hollow[path.stem] = [str(line.get_label()) for line in unfilled]
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    notes = {one.path.stem: one.note for one in draw_all(read_runs(tmp_path / "runs"), tmp_path)}
+    plain, marked = texts.pop("sensitivity_0"), texts.pop("sensitivity_1")
+    assert not any("†" in text for text in plain) and any("†" in text for text in marked)
+    assert "snapkv @0.5† 1.38x" in notes["sensitivity_1"] and "†" not in notes["sensitivity_0"]
+    assert set(texts) == {"pareto", "fidelity", "needle_0", "decode_time", "loss_by_position"}
+    for name, shown in texts.items():
+        assert any("snapkv" in text and "†" in text for text in shown), name
+        assert not any("h2o" in text and "†" in text for text in shown), name
+        assert "snapkv @0.25† 1.38x" in notes[name], name
+    assert set(hollow["pareto"]) == set(hollow["fidelity"]) == {"snapkv†"}
+    assert "Hollow" in notes["pareto"]
+
+
+def test_a_sweep_over_another_methods_window_makes_a_report(tmp_path: Path) -> None:
+    """It used to end in KeyError 'stride'."""
+    write_run(tmp_path / "runs", "full", "full", [20.0] * 4)
+    for window in (40, 80):
+        parameters = {"sink": 4, "window": window}
+        name = f"streaming {window}"
+        write_run(tmp_path / "runs", name, "streaming_llm", [20.0] * 4, parameters=parameters)
+    assert make_tables.main([f"runs={tmp_path / 'runs'}", f"out={tmp_path}"]) == 0
+    ablations = pd.read_csv(tmp_path / "tables/ablations.csv")
+    assert list(ablations["factor"]) == ["Window"] * 2
+    assert list(ablations["value"]) == [40, 80]
 
 
 def test_the_front_is_what_nothing_smaller_beats() -> None:

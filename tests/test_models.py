@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from buzz.errors import ConfigError
 from evals import models
 from evals.models import byte_tokenizer, check_model, load_model
+from evals.weights import file_digest, folder_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs/model").glob("*.yaml"))
@@ -177,17 +180,92 @@ def test_converted_checkpoint_equals_its_gguf(smollm2: tuple):
     assert torch.equal(a, b)
 
 
-def test_interrupted_or_outdated_conversion_is_not_used(tmp_path: Path):
+def test_a_conversion_is_used_for_the_very_file_that_it_was_made_from(tmp_path: Path):
     gguf, ready = tmp_path / "m.gguf", tmp_path / "m"
-    gguf.write_bytes(b"new")
     cfg = config("hf", name_or_path=str(tmp_path), gguf_file="m.gguf", max_length=128)
+    weights = b"\1" * 2**20
+    gguf.write_bytes(weights)
     ready.mkdir()
-    assert models._source(cfg) == str(gguf)  # no config.json: nothing was finished
     (ready / "config.json").write_text("{}")
+    (ready / "model.safetensors").write_bytes(b"converted")
+    assert models._source(cfg) == str(gguf)  # interrupted, or by an earlier version
+    (ready / models.SOURCE).write_text(models._stamp(ready, gguf))
     assert models._source(cfg) == str(ready)
-    newer = (ready / "config.json").stat().st_mtime + 10
-    os.utime(gguf, (newer, newer))
+
+    later = gguf.stat().st_mtime + 10
+    os.utime(gguf, (later, later))
+    assert models._source(cfg) == str(ready)  # touched, or copied to another place
+    gguf.write_bytes(weights[:-1] + b"\2")
+    os.utime(gguf, (1, 1))
+    assert models._source(cfg) == str(gguf)  # replaced by an older file
+    gguf.write_bytes(weights)
+    assert models._source(cfg) == str(ready)
+    (ready / "model.safetensors").write_bytes(b"tampered with")
     assert models._source(cfg) == str(gguf)
+
+
+def test_a_digest_names_what_lies_under_a_path(tmp_path: Path, checkpoint: Path):
+    cfg = config("hf", name_or_path=str(checkpoint), max_length=128)
+    before = models.model_digest(cfg)
+    (checkpoint / "README.md").write_text("what does not matter")
+    os.utime(checkpoint / "model.safetensors", (1, 1))
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    assert models.model_digest(cfg) == before
+    assert models.model_digest(cfg | {"name_or_path": str(tmp_path / "copy")}) == before
+
+    model, _ = load_model(tiny(seed=1))
+    model.save_pretrained(checkpoint)  # the same names and sizes
+    replaced = models.model_digest(cfg)
+    template = checkpoint / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    assert len({before, replaced, models.model_digest(cfg)}) == 3
+
+    random = [models.model_digest(tiny(seed=seed)) for seed in (0, 0, 1)]
+    assert random[0] == random[1] != random[2]
+    assert models.model_digest(tiny(hidden_size=64)) not in random
+
+
+def test_a_hub_models_digest_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cfg, commit = config("llama2_7b"), "0123456789" * 4
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert models.model_digest(cfg) is None
+    cached = tmp_path / "models--meta-llama--Llama-2-7b-hf"
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "snapshots" / commit / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert models.model_digest(cfg) == commit
+
+
+def sparse(path: Path, tensors: int, nbytes: int) -> int:
+    """A safetensors file of zeros that takes no room on disk; where its data start."""
+    places = {f"w{i}": [i * nbytes, (i + 1) * nbytes] for i in range(tensors)}
+    header = json.dumps({"__metadata__": {}} | {k: {"data_offsets": v} for k, v in places.items()})
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + tensors * nbytes)
+    return 8 + len(header)
+
+
+def test_a_digest_of_large_weights_takes_less_than_a_second(tmp_path: Path):
+    for shard in "abc":
+        sparse(tmp_path / f"{shard}.safetensors", 140, 2**25)  # 14 GB in all, as of 7B parameters
+    start = time.process_time()
+    folder_digest(tmp_path)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.gguf"])
+def test_a_digest_sees_every_tensor_of_a_large_file(tmp_path: Path, name: str):
+    path = tmp_path / name
+    data = sparse(path, 8, 2**23)  # 64 MB, beyond what is read whole
+    found = {file_digest(path)}
+    for tensor in range(8):
+        with open(path, "r+b") as file:
+            file.seek(data + tensor * 2**23)
+            file.write(b"\1" * 2**23)  # all of its numbers, as by training
+        found.add(file_digest(path))
+    assert len(found) == 9
 
 
 def test_broken_gguf_is_a_config_error_and_leaves_nothing(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -116,7 +118,8 @@ def from_config(
     seed: int = 0,
 ) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    own = copy.deepcopy(config)  # a model writes its attention into its config, and keeps that
+    model = AutoModelForCausalLM.from_config(own, attn_implementation=attention, dtype=dtype)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

@@ -8,42 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from evals.records import Record
+from evals.report.chosen import families, left_to_budget
+from evals.report.drawing import OTHER, RC, STYLES, heat, legend, panels, place, plt
+from evals.report.marks import budget_text, held, label, mark, over_note, settings
+from evals.report.quality import SPEED_TASK
+from evals.report.runs import REFERENCE, Run, bootstrap, length_bin
+from evals.report.speed import alone
+from evals.report.tables import METHODS, ordered
+from evals.tasks.needle import grid
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from evals.report.claims import families  # noqa: E402
-from evals.report.runs import Run, bootstrap, length_bin  # noqa: E402
-from evals.report.tables import METHODS, label, ordered  # noqa: E402
-from evals.tasks.needle import grid  # noqa: E402
-
-# Colours that colour-blind readers tell apart (Okabe and Ito), markers for those who print in grey.
-STYLES = {
-    "full": ("#000000", "s"),
-    "local": ("#999999", "v"),
-    "streaming_llm": ("#0072B2", "^"),
-    "h2o": ("#009E73", "D"),
-    "buzz": ("#D55E00", "o"),
-    "buzz_strided": ("#E69F00", "P"),
-    "buzz_fast": ("#CC79A7", "X"),
-    "tova": ("#56B4E9", "<"),
-    "snapkv": ("#332288", ">"),
-}
-OTHER = ("#882255", "*")
-RC = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-}
-COLUMNS = 3
 APART = 0.006  # of the axis, between methods of equal memory
 SWEPT = ("window", "sink", "threshold", "stride")
-DASHES = ("-", "--", ":", "-.")
+MANY = 12  # runs of which a figure shows one per method and budget
 
 
 @dataclass(frozen=True)
@@ -63,15 +40,17 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     figures = []
     with plt.rc_context(RC):
         for draw in (pareto, fidelity, needles, positions, sensitivity, decode_time):
-            for name, title, note, figure in draw(chosen):
+            for name, title, note, figure, shown in draw(chosen):
                 path = folder / f"{name}.png"
                 figure.savefig(path, dpi=150)
                 plt.close(figure)
+                note = " ".join(filter(None, [note, over_note((run, held(run)) for run in shown)]))
                 figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
 
 
-Drawn = Iterator[tuple[str, str, str, Any]]
+# Of each figure: the file's stem, its title, what a reader must know, the figure, the runs in it.
+Drawn = Iterator[tuple[str, str, str, Any, Sequence[Run]]]
 
 
 def _by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -79,52 +58,6 @@ def _by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
     for run in runs:
         found.setdefault(key(run), []).append(run)
     return found
-
-
-def _panels(count: int, width: float = 3.4, height: float = 2.9) -> tuple[Any, list[Any]]:
-    """A figure of `count` axes, at most COLUMNS in a row."""
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    size = (width * columns + 0.6, height * rows + 0.5)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    flat = list(axes.flat)
-    for axis in flat[count:]:
-        axis.remove()
-    return figure, flat[:count]
-
-
-def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for all panels, above them."""
-    entries = {}
-    for axis in axes:
-        handles, names = axis.get_legend_handles_labels()
-        entries |= dict(zip(names, handles, strict=True))
-    names = sorted(entries, key=lambda name: _place(name.split()[0]))
-    widest = 0.45 + 0.075 * max(map(len, names))  # inches of an entry, at this font size
-    columns = max(1, min(int(figure.get_figwidth() / widest), len(names)))
-    where = {"loc": "outside upper center", "ncols": columns}
-    figure.legend([entries[name] for name in names], names, **where)
-
-
-def _place(method: str) -> int:
-    return METHODS.index(method) if method in METHODS else len(METHODS)
-
-
-def _heat(
-    axis: Any, image: list[list[float]], xs: Sequence[str], ys: Sequence[str], ends: Sequence[float]
-) -> Any:
-    """A heat map with its values written in; `ends` are those of the colours."""
-    low, high = ends
-    drawn = axis.imshow(image, cmap="cividis", aspect="auto", vmin=low, vmax=high)
-    for row, values in enumerate(image):
-        for column, value in enumerate(values):
-            color = "white" if value < low + 0.6 * (high - low) else "black"
-            style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
-            axis.text(column, row, f"{value:.3g}", **style)
-    axis.set_xticks(range(len(xs)), xs)
-    axis.set_yticks(range(len(ys)), ys)
-    axis.grid(False)
-    return drawn
 
 
 def _title(run: Run) -> str:
@@ -135,11 +68,12 @@ def _title(run: Run) -> str:
 
 def pareto(runs: Sequence[Run]) -> Drawn:
     """Score against KV memory, a panel per setting; the line joins runs that no other beats."""
-    settings = [g for g in _by(runs, lambda run: run.setting).values() if len(g) > 1]
-    if not settings:
+    answered = [run for run in runs if run.task != SPEED_TASK]
+    groups = [g for g in _by(answered, lambda run: run.setting).values() if len(g) > 1]
+    if not groups:
         return
-    figure, axes = _panels(len(settings))
-    for axis, group in zip(axes, settings, strict=True):
+    figure, axes = panels(len(groups))
+    for axis, group in zip(axes, groups, strict=True):
         memory = [_memory(run) for run in group]
         scores = [run.score() or 0.0 for run in group]
         _against_memory(axis, group, [(run.score(), run.score_interval()) for run in group])
@@ -149,12 +83,13 @@ def pareto(runs: Sequence[Run]) -> Drawn:
         axis.set_ylabel(group[0].summary["headline"])
         if not any(scores):
             axis.set_ylim(-0.02, 1)
-    _legend(figure, axes)
+    legend(figure, axes)
     note = (
         "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey: the front of"
         " runs that none of less memory beats. Methods of one budget are drawn a little apart."
     )
-    yield "pareto", "Score against KV memory", note, figure
+    shown = [run for group in groups for run in group]
+    yield "pareto", "Score against KV memory", note + _hollow(shown), figure, shown
 
 
 def fidelity(runs: Sequence[Run]) -> Drawn:
@@ -162,17 +97,23 @@ def fidelity(runs: Sequence[Run]) -> Drawn:
     groups = _by([run for run in runs if run.kl()[0] is not None], lambda run: run.setting)
     if not groups:
         return
-    figure, axes = _panels(len(groups))
+    figure, axes = panels(len(groups))
     for axis, group in zip(axes, groups.values(), strict=True):
         _against_memory(axis, group, [run.kl() for run in group])
         axis.set_ylabel("KL to full cache (nats a token)")
         axis.set_ylim(bottom=0)
-    _legend(figure, axes)
+    legend(figure, axes)
     note = (
         "Divergence of the next-token distribution from the full cache's, while both read the full"
         " cache's answers: 0 is no difference. Bars: 95% bootstrap intervals over samples."
     )
-    yield "fidelity", "Distance to the full cache against KV memory", note, figure
+    shown = [run for group in groups.values() for run in group]
+    title = "Distance to the full cache against KV memory"
+    yield "fidelity", title, note + _hollow(shown), figure, shown
+
+
+def _hollow(runs: Sequence[Run]) -> str:
+    return " Hollow: more is held than the budget." if any(map(mark, runs)) else ""
 
 
 def _memory(run: Run) -> float:
@@ -185,11 +126,13 @@ def _against_memory(axis: Any, group: Sequence[Run], values: Sequence[tuple[Any,
     widest = max(map(_memory, group))
     for run, (value, interval) in zip(group, values, strict=True):
         color, marker = STYLES.get(run.method, OTHER)
-        apart = 0 if run.budget is None else _place(run.method) - len(METHODS) / 2
-        place = _memory(run) + apart * APART * widest
+        apart = 0 if run.budget is None else place(run.method) - len(METHODS) / 2
+        at = _memory(run) + apart * APART * widest
         if interval:
-            axis.vlines(place, *interval, color=color, lw=1, alpha=0.5)
-        axis.plot(place, value or 0.0, marker, color=color, ms=6, ls="", label=run.method)
+            axis.vlines(at, *interval, color=color, lw=1, alpha=0.5)
+        style = {"ms": 6, "ls": "", "label": f"{run.method}{mark(run)}"}
+        fill = "none" if mark(run) else color
+        axis.plot(at, value or 0.0, marker, color=color, markerfacecolor=fill, **style)
     axis.set_title(f"{_title(group[0])}, n = {len(group[0].ran)}", fontsize=9)
     axis.set_xlabel("KV cache, mean (MB)")
     axis.set_xlim(left=0)
@@ -211,62 +154,94 @@ def needles(runs: Sequence[Run]) -> Drawn:
     """Accuracy by prompt length and depth, a panel per run (one per method of a swept setting)."""
     chosen = [run for run in runs if run.task == "needle"]
     for number, group in enumerate(_by(chosen, lambda run: run.setting).values()):
-        shown = group if len(group) <= 12 else _one_each(group)
-        figure, axes = _panels(len(shown), 2.6, 2.3)
+        shown = group if len(group) <= MANY else _one_each(group)
+        most = 3 if len(shown) <= 6 else 5
+        figure, axes = panels(len(shown), 2.4, 2.3, most)
         for axis, run in zip(axes, shown, strict=True):
             cells = grid(run.ran)
             lengths, depths = (sorted(set(values)) for values in zip(*cells, strict=True))
             image = [[cells.get((n, d), float("nan")) for n in lengths] for d in depths]
             names = [f"{n:,}" for n in lengths], [f"{d:g}%" for d in depths]
-            drawn = _heat(axis, image, *names, (0, 1))
+            drawn = heat(axis, image, *names, (0, 1))
             axis.set_title(label(run, shown).replace(" ", "\n", 1), fontsize=8)
         figure.supxlabel("prompt (tokens)", fontsize=9)
         figure.supylabel("depth of the passkey", fontsize=9)
-        figure.colorbar(drawn, ax=axes, label="accuracy", shrink=0.8)
+        rows = -(-len(shown) // most)
+        figure.colorbar(drawn, ax=axes, label="accuracy", shrink=0.8 / rows, aspect=12)
         note = f"{len(shown[0].ran)} samples a panel."
         if len(shown) < len(group):
             note += f" Of {len(group)} runs one per method and budget, the best, is shown."
-        yield f"needle_{number}", f"Passkeys: {_title(group[0])}", note, figure
+        yield f"needle_{number}", f"Passkeys: {_title(group[0])}", note, figure, shown
 
 
 def _one_each(runs: Sequence[Run]) -> list[Run]:
     """The best run of each method and budget."""
-    groups = _by(runs, lambda run: (run.method, run.budget)).values()
-    return [max(group, key=lambda run: run.score() or 0) for group in groups]
+
+    def gain(run: Run) -> float:
+        return (run.score() or 0) * (1 if run.summary["higher_is_better"] else -1)
+
+    return [max(group, key=gain) for group in _by(runs, lambda r: (r.method, _budget(r))).values()]
+
+
+def _budget(run: Run) -> tuple[Any, ...]:
+    return run.budget, run.config.get("budget_by") if run.budget is not None else None
+
+
+def _per_budget(runs: Sequence[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
+    """Runs by `key` and budget, with the full cache's in each."""
+    found = []
+    for group in _by(runs, key).values():
+        full = [run for run in group if run.method == REFERENCE]
+        others = _by([run for run in group if run.method != REFERENCE], _budget).values()
+        found += [[*full, *same] for same in others] or [full]
+    return found
+
+
+def _budget_title(group: Sequence[Run]) -> str:
+    """Of runs of one budget, and the full cache's."""
+    given = [run for run in group if run.method != REFERENCE]
+    if not given:
+        return ""
+    text = budget_text(given[0], None)
+    return "its own sizes" if text == "own" else f"budget {text}"
 
 
 def positions(runs: Sequence[Run]) -> Drawn:
     """Loss over position in a text."""
     chosen = [run for run in runs if run.ran and run.ran[0].get("blocks")]
-    settings = list(_by(chosen, lambda run: run.setting).values())
-    if not settings:
+    groups = _per_budget(chosen, lambda run: run.setting)
+    if not groups:
         return
-    figure, axes = _panels(len(settings), 4.4, 3.0)
-    for axis, group in zip(axes, settings, strict=True):
-        for run in group:
+    figure, axes = panels(len(groups), 4.0, 3.0)
+    for axis, group in zip(axes, groups, strict=True):
+        shown = group if len(group) <= MANY else _one_each(group)
+        for run in shown:
             blocks = [record["blocks"] for record in run.ran]
             curve = [statistics.fmean(losses) for losses in zip(*blocks, strict=True)]
             tokens = statistics.fmean(record["prompt_tokens"] for record in run.ran)
             places = [tokens * (i + 0.5) / len(curve) for i in range(len(curve))]
             color, marker = STYLES.get(run.method, OTHER)
-            axis.plot(
-                places, curve, color=color, marker=marker, ms=4, lw=1.2, label=label(run, group)
-            )
-        axis.set(title=_title(group[0]), xlabel="position (tokens)", ylabel="loss (nats per token)")
-        axis.title.set_fontsize(9)
-    _legend(figure, axes)
-    yield "loss_by_position", "Loss by position", "Means over blocks of the text.", figure
+            name = f"{run.method}{mark(run)} {settings(run, shown)}".strip()
+            axis.plot(places, curve, color=color, marker=marker, ms=4, lw=1.2, label=name)
+        axis.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
+        axis.set_title(f"{_title(group[0])}\n{_budget_title(group)}", fontsize=9)
+    legend(figure, axes)
+    note = f"Means over blocks of the text. Of more than {MANY} runs the best of each method."
+    yield "loss_by_position", "Loss by position", note, figure, chosen
 
 
 def sensitivity(runs: Sequence[Run]) -> Drawn:
     """Score by pairs of BUZZ's parameters, all else equal or averaged over."""
     number = 0
-    for group in _by(runs, lambda r: (r.setting, r.method, r.budget)).values():
-        varied = [p for p in SWEPT if len({run.parameters.get(p) for run in group}) > 1]
+    for whole in _by(
+        runs, lambda r: (r.setting, r.method, r.budget, r.config.get("budget_by"))
+    ).values():
+        group = [r for r in whole if not any(left_to_budget(r, p) for p in _varied(whole))]
+        varied = _varied(group)
         couples = [(a, b) for i, a in enumerate(varied) for b in varied[i + 1 :]]
         if not couples:
             continue
-        figure, axes = _panels(len(couples), 3.0, 2.6)
+        figure, axes = panels(len(couples), 3.0, 2.6)
         values = [run.score() or 0 for run in group]
         low, high = min(values), max(values)
         margin = 0 if high > low else abs(low) / 10 or 0.1
@@ -275,15 +250,20 @@ def sensitivity(runs: Sequence[Run]) -> Drawn:
             cells = _by(group, lambda run, x=x, y=y: (run.parameters[x], run.parameters[y]))
             xs, ys = (sorted({cell[i] for cell in cells}) for i in (0, 1))
             image = [[_mean_score(cells.get((a, b), [])) for a in xs] for b in ys]
-            drawn = _heat(axis, image, [str(v) for v in xs], [str(v) for v in ys], ends)
+            marks = [[max(map(mark, cells.get((a, b), [])), default="") for a in xs] for b in ys]
+            drawn = heat(axis, image, [str(v) for v in xs], [str(v) for v in ys], ends, marks)
             axis.set(xlabel=x, ylabel=y)
         run = group[0]
         figure.colorbar(drawn, ax=axes, label=run.summary["headline"], shrink=0.8)
         budget = "own sizes" if run.budget is None else f"budget {run.budget}"
         title = f"Sensitivity of {run.method}: {_title(run)}, {budget}"
         note = f"{len(run.ran)} samples a run; a cell is the mean over the parameters not shown."
-        yield f"sensitivity_{number}", title, note, figure
+        yield f"sensitivity_{number}", title, note, figure, group
         number += 1
+
+
+def _varied(runs: Sequence[Run]) -> list[str]:
+    return [p for p in SWEPT if len({run.parameters.get(p) for run in runs}) > 1]
 
 
 def _mean_score(runs: Sequence[Run]) -> float:
@@ -292,47 +272,40 @@ def _mean_score(runs: Sequence[Run]) -> float:
 
 
 def decode_time(runs: Sequence[Run]) -> Drawn:
-    """Time per token by prompt length, a panel per model and machine."""
-    answered = [
-        run
-        for run in runs
-        if run.mean("itl_p50_ms") is not None
-        and run.ran[0]["generated_tokens"]
-        and not _swept(run, runs)
-    ]
-    panels = list(_by(answered, lambda run: (run.model, run.machine)).values())
-    if not panels:
+    """Time per token by prompt length, a panel per model, machine and budget."""
+    swept = {id(r) for parameter in SWEPT for family in families(runs, parameter) for r in family}
+    answered = [run for run in runs if id(run) not in swept and any(map(_timed_alone, run.ran))]
+    groups = _per_budget(answered, lambda run: (run.model, run.machine))
+    if not groups:
         return
-    figure, axes = _panels(len(panels), 4.4, 3.0)
-    for axis, group in zip(axes, panels, strict=True):
-        budgets = sorted({run.budget for run in group if run.budget is not None})
-        for (method, budget), same in _by(group, lambda run: (run.method, run.budget)).items():
+    figure, axes = panels(len(groups), 3.6, 2.9)
+    for axis, group in zip(axes, groups, strict=True):
+        for method, same in _by(group, lambda run: run.method).items():
             bins: dict[int, list[float]] = {}
-            for record in (record for run in same for record in run.ran):
-                if record["itl_p50_ms"] is not None and record["batch_size"] == 1:
-                    at = length_bin(record["prompt_tokens"])
-                    bins.setdefault(at, []).append(record["itl_p50_ms"])
+            for record in (record for run in same for record in run.ran if _timed_alone(record)):
+                at = length_bin(record["prompt_tokens"])
+                bins.setdefault(at, []).append(record["itl_p50_ms"])
             color, marker = STYLES.get(method, OTHER)
-            dash = DASHES[0 if budget is None else budgets.index(budget) % len(DASHES)]
             lengths = sorted(bins)
             means = [statistics.fmean(bins[n]) for n in lengths]
-            style = {"color": color, "marker": marker, "ms": 5, "lw": 1.2, "ls": dash}
-            name = method if budget is None else f"{method} @{budget}"
-            axis.plot(lengths, means, label=name, **style)
+            style = {"color": color, "marker": marker, "ms": 5, "lw": 1.2}
+            axis.plot(lengths, means, label=f"{method}{max(map(mark, same))}", **style)
             for n in lengths:
                 if interval := bootstrap([bins[n]]):
                     axis.vlines(n, *interval, color=color, lw=1, alpha=0.5)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axis.set_title(f"{group[0].model}\n{group[0].machine}", fontsize=9)
+        run = group[-1]
+        axis.set_title(f"{run.model}, {_budget_title(group)}\n{run.machine}", fontsize=9)
         axis.set(xlabel="prompt (tokens)", ylabel="time per token, median (ms)")
-    _legend(figure, axes)
-    note = "Batch of 1; means over samples of their median, with 95% bootstrap intervals."
-    yield "decode_time", "Decoding time by prompt length", note, figure
+    legend(figure, axes)
+    note = (
+        "Batch of 1, without samples timed under load; means over samples of their median, with"
+        " 95% bootstrap intervals over samples, which know nothing of how processes differ."
+    )
+    yield "decode_time", "Decoding time by prompt length", note, figure, answered
 
 
-def _swept(run: Run, runs: Sequence[Run]) -> bool:
-    """Whether a run is one of several of a parameter sweep; they would only overplot."""
-    swept = (family for p in SWEPT for family in families(runs, p))
-    return any(run is other for family in swept for other in family)
+def _timed_alone(record: Record) -> bool:
+    return alone(record) and bool(record["itl_p50_ms"]) and not record.get("loaded")

@@ -6,10 +6,12 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
-from evals.report.claims import Judged
 from evals.report.figures import Figure
+from evals.report.forms import Table
+from evals.report.marks import label
 from evals.report.runs import Run
-from evals.report.tables import Table, label, ordered
+from evals.report.tables import ordered
+from evals.report.verdicts import FAILS, HOLDS, Judged
 
 ANSWERS = 2  # samples shown per setting
 LONGEST = 700  # characters of an answer
@@ -40,7 +42,7 @@ details { margin: 0.4rem 0; } summary { cursor: pointer; }
 .holds { border-left-color: #0072B2; } .fails { border-left-color: #D55E00; }
 .open { border-left-color: #b0b0b0; }
 """
-KINDS = {"holds": "holds", "does not hold": "fails"}
+KINDS = {HOLDS: "holds", FAILS: "fails"}
 
 
 def page(
@@ -80,8 +82,8 @@ def _lead(runs: Sequence[Run]) -> str:
     finished = sum(run.status == "complete" for run in runs)
     return (
         f"{len(runs)} runs, {finished} of them complete. Models: {listed(r.model for r in runs)}."
-        f" Machines: {listed(r.machine for r in runs)}. Numbers in brackets are 95% bootstrap"
-        " intervals over samples."
+        f" Machines: {listed(r.machine for r in runs)}. Numbers in brackets are 95%"
+        " intervals, by bootstrap over samples where nothing else is said."
     )
 
 
@@ -90,11 +92,10 @@ def _claims(judged: Sequence[Judged]) -> str:
     cards = []
     for claim in dict.fromkeys(one.claim for one in judged):
         own = [one for one in judged if one.claim is claim]
-        verdicts = {one.verdict for one in own}
-        kind = KINDS.get(verdicts.pop(), "open") if len(verdicts) == 1 else "open"
-        sign = "≥" if claim.at_least else "≤"
+        kinds = {None if one.measured and one.measured.limits else one.kind for one in own}
+        kind = KINDS.get(kinds.pop(), "open") if len(kinds) == 1 else "open"
         lines = "".join(f"<p>{_measured(one)}</p>" for one in own)
-        source = f"{claim.unit} {sign} {claim.bar:g}. Source: {claim.source}"
+        source = f"{claim.unit}: {claim.bar_text}. Source: {claim.source}"
         cards.append(
             f'<div class="claim {kind}"><p><b>{html.escape(claim.statement)}</b></p>{lines}'
             f'<p class="small">{html.escape(source)}</p></div>'
@@ -109,7 +110,9 @@ def _measured(one: Judged) -> str:
     value = "no number" if m.value is None else f"{m.value:.3g}"
     if m.interval:
         value += f" [{m.interval[0]:.3g}, {m.interval[1]:.3g}]"
-    where = html.escape(f"n = {m.n}; {m.of}; {m.model} on {m.machine}")
+    processes = "process" if m.processes == 1 else "processes"
+    count = f"n = {m.n}" + (f" in {m.processes} {processes}" if m.processes is not None else "")
+    where = html.escape(f"{count}; {m.of}; {m.model} on {m.machine}")
     return f'<b>{html.escape(one.verdict)}</b>: {value} <span class="small">{where}</span>'
 
 

@@ -1,28 +1,36 @@
-"""Tables of runs, and what they look like as Markdown, LaTeX, CSV and HTML."""
+"""Tables of runs: scores, memory and speed, ablations, claims."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from evals.report.claims import Judged, families
+from evals.equal_memory import MARK, TOLERANCE, held_over_budget
+from evals.records import Record
+from evals.report.chosen import families, together
+from evals.report.forms import NOT_RUN, Table
+from evals.report.marks import (
+    budget_text,
+    growth,
+    held,
+    label,
+    over_note,
+    settings,
+    thins_only_the_prompt,
+)
+from evals.report.quality import mean_allocated
 from evals.report.runs import (
     REFERENCE,
     Run,
     bootstrap,
     length_bin,
-    pairs,
     reference_of,
-    settings_text,
 )
+from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
 from evals.tasks.longbench import averages
 
-NOT_RUN, NOT_PUBLISHED = "not run", "not published here"
 # The order of methods; any other comes last.
 METHODS = (
     "full",
@@ -35,7 +43,7 @@ METHODS = (
     "buzz_strided",
     "buzz_fast",
 )
-LONG = 45  # characters of a cell that may wrap
+GROWTH = "growth"
 FACTORS = {
     "history": "How old history is thinned",
     "compact": "One eviction per step, or until it fits",
@@ -43,140 +51,10 @@ FACTORS = {
     "window": "Window",
     "sink": "Sink",
     "threshold": "Threshold",
+    "positions": "Positions of kept entries",
     "logn_base": "log n scaling",
     "logn_clamp": "log n scaling, never below 1",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of raw values; `X low` and `X high` are the ends of the 95% interval of column X.
-
-    Attributes:
-        name: the files' stem.
-        note: what a reader must know.
-    """
-
-    name: str
-    title: str
-    frame: pd.DataFrame
-    note: str = ""
-
-    def shown(self) -> pd.DataFrame:
-        """The frame as text, with intervals behind their values."""
-        if self.frame.empty:
-            return pd.DataFrame({"": [NOT_RUN]})
-        columns = {}
-        for name in self.frame.columns:
-            if name.endswith((" low", " high")):
-                continue
-            values = [text(value) for value in self.frame[name]]
-            if f"{name} low" in self.frame:
-                ends = zip(self.frame[f"{name} low"], self.frame[f"{name} high"], strict=True)
-                values = [
-                    value if pd.isna(low) else f"{value} [{text(low)}, {text(high)}]"
-                    for value, (low, high) in zip(values, ends, strict=True)
-                ]
-            columns[name] = values
-        shown = {name: cells for name, cells in columns.items() if any(cells)}
-        if len(self.sources) == 1:
-            del shown["source"]
-        return pd.DataFrame(shown)
-
-    @property
-    def sources(self) -> list[str]:
-        """What the column `source` says, if there is one."""
-        return list(dict.fromkeys(self.frame["source"])) if "source" in self.frame else []
-
-    @property
-    def notes(self) -> str:
-        """The note, and the source where there is a single one."""
-        single = self.sources if len(self.sources) == 1 else []
-        return " ".join([self.note, *(f"Source: {source}." for source in single)]).strip()
-
-    def markdown(self) -> str:
-        shown = self.shown()
-
-        def line(cells: Iterable[str]) -> str:
-            return "| " + " | ".join(c.replace("|", r"\|").replace("\n", " ") for c in cells) + " |"
-
-        rows = [line(shown.columns), "|" + " --- |" * len(shown.columns)]
-        rows += [line(row) for row in shown.itertuples(index=False)]
-        return (
-            f"## {self.title}\n\n"
-            + "\n".join(rows)
-            + (f"\n\n{self.notes}\n" if self.notes else "\n")
-        )
-
-    def latex(self) -> str:
-        """A booktabs table."""
-        shown = self.shown()
-        body = [" & ".join(map(_latex, row)) + r" \\" for row in shown.itertuples(index=False)]
-        return "\n".join(
-            [
-                r"\begin{table}",
-                rf"\caption{{{_latex(self.title)}. {_latex(self.notes)}}}",
-                rf"\begin{{tabular}}{{{'l' * len(shown.columns)}}}",
-                r"\toprule",
-                " & ".join(map(_latex, shown.columns)) + r" \\",
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
-
-    def html(self) -> str:
-        shown = self.shown()
-
-        def row(cells: Iterable[str], tag: str) -> str:
-            kinds = (f"{tag} class=long" if len(c) > LONG else tag for c in cells)
-            filled = zip(kinds, cells, strict=True)
-            return "<tr>" + "".join(f"<{k}>{html.escape(c)}</{tag}>" for k, c in filled) + "</tr>"
-
-        body = "".join(row(cells, "td") for cells in shown.itertuples(index=False))
-        return f"<table><thead>{row(shown.columns, 'th')}</thead><tbody>{body}</tbody></table>"
-
-    def write(self, folder: Path) -> None:
-        """NAME.md, NAME.tex and NAME.csv (raw values)."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
-        (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
-        self.frame.to_csv(folder / f"{self.name}.csv", index=False)
-
-
-def text(value: Any) -> str:
-    """A cell: numbers to about three digits, nothing as a dash."""
-    if value is None or (isinstance(value, float) and pd.isna(value)):
-        return "-"
-    if isinstance(value, float):
-        size = abs(value)
-        form = (
-            ".3f"
-            if size < 10
-            else ".2f"
-            if size < 100
-            else ".1f"
-            if size < 1000
-            else ",.0f"
-            if size < 1e6
-            else ".3g"
-        )
-        return format(value, form)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _latex(value: str) -> str:
-    escapes = {c: f"\\{c}" for c in "&%$#_{}"} | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-    }
-    return "".join(escapes.get(c, c) for c in value)
 
 
 def ordered(runs: Iterable[Run]) -> list[Run]:
@@ -195,27 +73,23 @@ def _with_interval(name: str, value: Any, interval: Any) -> dict[str, Any]:
     return {name: value, f"{name} low": low, f"{name} high": high}
 
 
-def budget_text(run: Run) -> str | float:
-    """A run's budget; a method without one has sizes of its own, the full cache has none."""
-    return "-" if run.method == REFERENCE else "own" if run.budget is None else run.budget
-
-
-def _head(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
+def _head(run: Run, runs: Sequence[Run], share: float | None) -> dict[str, Any]:
     alike = [other for other in runs if other.setting == run.setting]
     return {
         "task": run.task,
         "model": run.model,
         "method": run.method,
-        "settings": settings_text(run, alike),
-        "budget": budget_text(run),
+        "settings": settings(run, alike),
+        "budget": budget_text(run, share),
     }
 
 
-def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], note: str) -> Table:
+def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], text: str) -> Table:
     """One row per run: metrics with intervals, KV memory, difference to the full cache."""
     rows = []
+    grows = any(map(thins_only_the_prompt, runs))
     for run in ordered(runs):
-        row = _head(run, runs)
+        row = _head(run, runs, held(run))
         if run.scored:
             full = reference_of(run, runs)
             row |= _with_interval("score", run.score(), run.score_interval())
@@ -224,16 +98,19 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], n
             row |= _difference(run, full)
             if any(other.fidelity for other in runs):
                 row |= _with_interval("KL to full", *run.kl()) | {"KL n": run.kl_n}
-            row |= _memory(run, full)
+            theirs = full.ran if full else []
+            row |= _memory(run, run.ran)
+            row |= {"KV / full": _quotient(run, "kv_nbytes_mean", run.ran, theirs)}
+            row |= _budget(run, run.ran, grows)
         rows.append(row | {"n": len(run.ran), "status": run.status})
-    return Table(name, title, pd.DataFrame(rows), note)
+    return Table(name, title, pd.DataFrame(rows), _notes(text, _shares(runs), grows))
 
 
 def _difference(run: Run, full: Run | None) -> dict[str, Any]:
     if full is None or run.method == REFERENCE or run.summary["statistic"] != "mean":
         return _with_interval("score - full", None, None)
     headline = run.summary["headline"]
-    groups = list(pairs(run, full, lambda r: [r["scores"][headline]]).values())
+    groups = list(together([run, full], lambda r: [r["scores"][headline]]).values())
     if not groups:
         return _with_interval("score - full", None, None)
     means = [[sum(c) / len(c) for c in zip(*group, strict=True)] for group in groups]
@@ -241,14 +118,35 @@ def _difference(run: Run, full: Run | None) -> dict[str, Any]:
     return _with_interval("score - full", value, bootstrap(groups, lambda m: m[:, 0] - m[:, 1]))
 
 
-def _memory(run: Run, full: Run | None) -> dict[str, Any]:
-    own = run.mean("kv_nbytes_mean")
-    theirs = full.mean("kv_nbytes_mean") if full else None
+def _memory(run: Run, own: Sequence[Record]) -> dict[str, Any]:
+    """KV bytes of samples: held, on average and at most, and allocated."""
     return {
-        "KV MB": own / 1e6 if own is not None else None,
-        "KV peak MB": max(record["kv_nbytes_peak"] for record in run.ran) / 1e6,
-        "KV / full": own / theirs if own is not None and theirs else None,
+        "KV MB": _scaled(run.mean("kv_nbytes_mean", own), 1e-6),
+        "KV peak MB": max(record["kv_nbytes_peak"] for record in own) / 1e6,
+        "KV allocated MB": _scaled(mean_allocated(own), 1e-6),
     }
+
+
+def _budget(run: Run, own: Sequence[Record], grows: bool) -> dict[str, Any]:
+    """What samples held over their budget; of methods whose cache grows, by how many entries."""
+    return {"held / budget": held_over_budget(own)} | ({GROWTH: growth(run, own)} if grows else {})
+
+
+Shares = Sequence[tuple[Run, float | None]]
+
+
+def _shares(runs: Iterable[Run]) -> Shares:
+    return [(run, held(run)) for run in runs]
+
+
+def _notes(text: str, rows: Shares, grows: bool = False) -> str:
+    """A table's note, with what its marks and columns of memory mean."""
+    parts = [text]
+    if any(share is not None for _, share in rows):
+        parts.append("held / budget: the most entries, under budget_by=mean the mean.")
+    if grows:
+        parts.append(f"{GROWTH}: entries held at an answer's end beyond the budget.")
+    return " ".join(filter(None, [*parts, over_note(rows)]))
 
 
 def summarization(runs: Sequence[Run]) -> Table:
@@ -298,14 +196,17 @@ KNOWN = ("cnn_dailymail", "xsum", "nq10", "wikitext", "longbench")
 
 
 def longbench(runs: Sequence[Run]) -> Table:
-    """Data sets in rows, runs in columns; then the benchmark's own averages."""
+    """Data sets in rows, runs in columns; then the benchmark's own averages, and memory."""
     chosen = [run for run in ordered(runs) if run.task == "longbench" and run.scored]
+    grows = any(map(thins_only_the_prompt, chosen))
     columns: dict[str, dict[str, float | None]] = {}
     for run in chosen:
         groups = dict.fromkeys(record["group"] for record in run.ran)
         means = {group: run.score([group]) for group in groups}
         for kind, found in averages({k: v for k, v in means.items() if v is not None}).items():
             means |= {f"{kind}: {name}": value for name, value in found.items()}
+        cost = _memory(run, run.ran) | _budget(run, run.ran, grows)
+        means |= {f"memory: {name}": value for name, value in cost.items()}
         name = label(run, chosen)  # runs of other samples or seeds may share it
         columns[name if name not in columns else f"{name} {run.name[-8:]}"] = means
     names = sorted(
@@ -315,43 +216,34 @@ def longbench(runs: Sequence[Run]) -> Table:
     frame = pd.DataFrame(
         [{"data set": n} | {key: c.get(n, NOT_RUN) for key, c in columns.items()} for n in names]
     )
-    note = "Scores 0 to 100 by the benchmark's own metrics; averages as in its own tables."
-    return Table("longbench", "LongBench", frame, note)
-
-
-def label(run: Run, runs: Sequence[Run]) -> str:
-    """A run's method, budget and what else tells it from `runs`."""
-    parts = [run.method]
-    if run.budget is not None:
-        parts.append(f"@{run.budget}")
-    parts.append(settings_text(run, [other for other in runs if other.setting == run.setting]))
-    if len({other.model for other in runs}) > 1:
-        parts.append(f"({run.model})")
-    return " ".join(filter(None, parts))
+    text = "Scores 0 to 100 by the benchmark's own metrics; averages as in its own tables."
+    return Table("longbench", "LongBench", frame, _notes(text, _shares(chosen), grows))
 
 
 def costs(runs: Sequence[Run]) -> Table:
     """Memory and speed by prompt length: one row per method, budget and power of two of tokens."""
-    rows = []
-    for run in (
-        run for run in ordered(runs) if run.scored and run.config["task"].get("tokens") is None
-    ):
+    rows, shown = [], []
+    chosen = [r for r in ordered(runs) if r.scored and r.config["task"].get("tokens") is None]
+    grows = any(map(thins_only_the_prompt, chosen))
+    for run in chosen:
         full = reference_of(run, runs)
         full = full if full and full.machine == run.machine else None
-        bins: dict[int, list[dict[str, Any]]] = {}
+        bins: dict[int, list[Record]] = {}
         for record in run.ran:
             bins.setdefault(length_bin(record["prompt_tokens"]), []).append(record)
         for tokens, records in bins.items():
             ids = {record["id"] for record in records}
             theirs = [record for record in full.ran if record["id"] in ids] if full else []
+            share = held_over_budget(records)
+            shown.append((run, share))
             row = {
                 "model": run.model,
                 "prompt tokens": tokens,
-                **{k: v for k, v in _head(run, runs).items() if k not in ("model",)},
+                **{k: v for k, v in _head(run, runs, share).items() if k not in ("model",)},
                 "batch": records[0]["batch_size"],
-                "KV MB": _scaled(run.mean("kv_nbytes_mean", records), 1e-6),
-                "KV peak MB": max(record["kv_nbytes_peak"] for record in records) / 1e6,
+                **_memory(run, records),
                 "KV / full": _quotient(run, "kv_nbytes_mean", records, theirs),
+                **_budget(run, records, grows),
                 "memory peak MB": max(record["memory_peak_nbytes"] for record in records) / 1e6,
                 "TTFT s": run.mean("ttft_s", records),
                 "decode tok/s": run.mean("decode_tokens_per_s", records),
@@ -362,7 +254,8 @@ def costs(runs: Sequence[Run]) -> Table:
             }
             rows.append(row)
     rows.sort(key=lambda r: (r["model"], r["machine"], r["prompt tokens"], r["task"]))
-    note = "Prompt lengths to the nearest power of two. Memory peak includes the model."
+    text = "Prompt lengths to the nearest power of two. Memory peak includes the model."
+    note = _notes(text, shown, grows)
     return Table("costs", "Memory and speed by prompt length", pd.DataFrame(rows), note)
 
 
@@ -370,9 +263,7 @@ def _scaled(value: float | None, scale: float) -> float | None:
     return None if value is None else value * scale
 
 
-def _quotient(
-    run: Run, name: str, own: list[dict[str, Any]], full: list[dict[str, Any]]
-) -> float | None:
+def _quotient(run: Run, name: str, own: Sequence[Record], full: Sequence[Record]) -> float | None:
     mine, theirs = run.mean(name, own), run.mean(name, full)
     return mine / theirs if mine is not None and theirs else None
 
@@ -385,12 +276,12 @@ def ablations(runs: Sequence[Run]) -> Table:
     for factor, title in FACTORS.items():
         for family in families(runs, factor):
             rows += [_ablation(title, run.parameters[factor], run, family) for run in family]
-    note = (
+    text = (
         "Groups of runs that differ in nothing else. Local maxima: buzz by accumulated attention,"
         " buzz_fast by one step's, buzz_strided none. Without a budget, other sizes also hold other"
         " memory: read KV MB beside the score."
     )
-    return Table("ablations", "Ablations", pd.DataFrame(rows), note)
+    return Table("ablations", "Ablations", pd.DataFrame(rows), _notes(text, _shares(runs)))
 
 
 def _rules(runs: Sequence[Run]) -> list[list[Run]]:
@@ -399,7 +290,8 @@ def _rules(runs: Sequence[Run]) -> list[list[Run]]:
         if run.scored and run.method.startswith("buzz"):
             shape = {k: v for k, v in run.parameters.items() if k != "history"}
             history = run.parameters.get("history", "strided")
-            key = f"{run.setting} {run.budget} {sorted(shape.items(), key=str)} {history}"
+            budget = (run.budget, run.config.get("budget_by"))
+            key = f"{run.setting} {budget} {sorted(shape.items(), key=str)} {history}"
             found.setdefault(key, []).append(run)
     return [group for group in found.values() if len({run.method for run in group}) > 1]
 
@@ -412,12 +304,13 @@ def _ablation(factor: str, value: Any, run: Run, family: Sequence[Run]) -> dict[
         "task": run.task,
         "model": run.model,
         "method": run.method,
-        "budget": budget_text(run),
+        "budget": budget_text(run, held(run)),
         "others": " ".join(f"{key}={parameters[key]}" for key in fixed if key in parameters),
         "value": str(value),
         "metric": run.summary["headline"],
         **_with_interval("score", run.score(), run.score_interval()),
-        "KV MB": _scaled(run.mean("kv_nbytes_mean"), 1e-6),
+        **_memory(run, run.ran),
+        **_budget(run, run.ran, any(map(thins_only_the_prompt, family))),
         "n": len(run.ran),
     }
 
@@ -426,14 +319,14 @@ def claims(judged: Sequence[Judged]) -> Table:
     rows = []
     for one in judged:
         m = one.measured
-        sign = "≥" if one.claim.at_least else "≤"
         rows.append(
             {
                 "claim": one.claim.statement,
                 "number": one.claim.unit,
-                "bar": f"{sign} {one.claim.bar:g}",
+                "bar": one.claim.bar_text,
                 **_with_interval("measured", m.value if m else NOT_RUN, m.interval if m else None),
                 "n": m.n if m else 0,
+                "processes": m.processes if m and m.processes is not None else "",
                 "of": m.of if m else "",
                 "model": m.model if m else "",
                 "machine": m.machine if m else "",
@@ -444,27 +337,34 @@ def claims(judged: Sequence[Judged]) -> Table:
     note = (
         "holds: the whole 95% interval is on the right side of the bar (and quality is kept, where"
         " the claim says so); does not hold: it is wholly on the other side; undecided: anything"
-        " else, or too few samples. Only BUZZ with the paper's parameters counts, except for"
-        " sensitivity."
+        " else, or too few samples. Intervals of scores count one more sample on either side, as"
+        " far out as any seen; those of timings are over processes, of which a verdict needs"
+        f" {PROCESSES}. {UNEQUAL}: bytes held, as measured, differ by more than {TOLERANCE:.0%};"
+        " behind it the ratio. Memory is judged by the bytes that are allocated. Models below 1B"
+        " parameters or of random weights speak for themselves alone. Only BUZZ with the paper's"
+        " parameters counts, except for sensitivity."
     )
+    if any(one.measured and MARK in one.measured.of for one in judged):
+        note += f" {MARK} holds over {TOLERANCE:.0%} more than its budget."
     return Table("claims", "Claim by claim", pd.DataFrame(rows), note)
 
 
 def overview(runs: Sequence[Run]) -> Table:
     """Every run, failed ones too."""
     rows = [
-        _head(run, runs)
+        _head(run, runs, held(run))
         | {
             "seed": run.config["seed"],
             "n": len(run.ran),
             "status": run.status,
+            "notes": "; ".join(run.notes),
             "machine": run.machine,
             "revision": str(run.environment.get("git_revision") or "-")[:12],
             "folder": run.name,
         }
         for run in ordered(runs)
     ]
-    return Table("runs", "Runs", pd.DataFrame(rows))
+    return Table("runs", "Runs", pd.DataFrame(rows), over_note(_shares(runs)))
 
 
 OWN: tuple[Callable[[Sequence[Run]], Table], ...] = (

@@ -78,6 +78,7 @@ class LongBench(Task):
             `<subset>_e.jsonl`; None: lm-eval's hub mirror.
         extended: run LongBench-E, whose 13 data sets spread evenly over lengths.
         subsets: data sets to run; None for all, or for all that `data_dir` has.
+        hub_revision: of the mirror; None: its main branch.
         samples: at most so many of each data set.
         max_new_tokens: None for the benchmark's own.
     """
@@ -89,6 +90,7 @@ class LongBench(Task):
     data_dir: str | None = None
     extended: bool = False
     subsets: Sequence[str] | None = None
+    hub_revision: str | None = None
     max_new_tokens: int | None = None
     _rows: dict[str, list[dict[str, Any]]] = field(init=False, repr=False, default_factory=dict)
 
@@ -114,7 +116,8 @@ class LongBench(Task):
     def _read(self, name: str) -> list[dict[str, Any]]:
         if self.data_dir is None:
             path, config, split = load_dataset(name).hub
-            rows = load_hub(path, config + "_e" * self.extended, split, "task.data_dir")
+            source = (path, config + "_e" * self.extended, split)
+            rows = load_hub(*source, "task.data_dir", self.hub_revision)
         else:
             rows = read_jsonl(self._file(name), "task.data_dir", ("context", "answers"))
         for number, row in enumerate(rows, start=1):

@@ -2,7 +2,7 @@
 
 Data, layout and metric are those of Liu et al. (arXiv 2307.03172,
 https://github.com/nelson-liu/lost-in-the-middle), the instruction is in other words: give theirs as
-`task.instruction` to compare with their numbers.
+`task.instruction` to compare with their numbers. `protocol=original` has the BUZZ paper's layout.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.data import are_texts, load_hub, read_jsonl
-from evals.metrics import normalized, word_f1
+from evals.metrics import as_buzz_writes, normalized, word_f1
 from evals.records import Record
-from evals.task import Sample, Task, distinct, one_of
+from evals.task import Sample, Task, distinct, one_of, template
 
 INSTRUCTION = (
     "Answer the question at the end from the documents below. Some of them have nothing to do with"
@@ -32,40 +32,53 @@ class NQ10(Task):
 
     `best_subspan`: any reference stands in the answer (the owners' metric); `exact_match`: the
     answer is a reference; `f1`: of their words, for the best reference; all three in SQuAD's normal
-    form. `strict_match`: the whole answer, white space around it removed, is the first reference
-    letter by letter (BUZZ's metric). A question asked for several places counts once in intervals.
+    form. `strict_match` (of the BUZZ paper's code): the whole answer, as that code writes it
+    (:func:`evals.metrics.as_buzz_writes`), is the first reference but for case and white space
+    around them. A question asked for several places counts once in intervals.
 
     Attributes:
         headline: which of them summaries and tables show.
-        instruction: what stands before the documents; None: :data:`INSTRUCTION`.
+        prompt: the prompt, with {documents}, {question} and {instruction} where they stand in it.
+        document: one of the documents, which follow each other without anything between, with its
+            {title}, its {text} and its {number}, from 1.
+        instruction: what the prompt says for {instruction}; None: :data:`INSTRUCTION`.
         gold_at: places, from 0, that the gold document is moved to: each question is asked once for
             each. None: it stays where the data have it.
         samples: at most so many questions.
         data_file: JSON lines of question, answers, ctxs (title, text) and gold_index; instead of
             that, one of ctxs may be marked by isgold, as in the owners' files. None: `hub`.
-        hub, hub_config, split: a data set of that schema on the hub.
+        hub, hub_config, hub_revision, split: a data set of that schema on the hub.
     """
 
     grouped_by: ClassVar[str] = "place of the gold document"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     headline: str = "best_subspan"
+    prompt: str = "{instruction}\n\n{documents}\nQuestion: {question}\nAnswer:"
+    document: str = "Document [{number}](Title: {title}) {text}\n"
     instruction: str | None = None
     gold_at: Sequence[int] | None = None
     data_file: str | None = None
     hub: str | None = None
     hub_config: str | None = None
+    hub_revision: str | None = None
     split: str = "test"
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
 
     def check(self) -> None:
         super().check()
         one_of("task.headline", self.headline, score("", "", ("",)))
+        template("task.prompt", self.prompt, ["documents", "question"], ["instruction"])
+        template("task.document", self.document, ["text"], ["title", "number"])
+        if self.instruction is not None and "{instruction}" not in self.prompt:
+            remedy = "task.prompt has no {instruction} in which to put it; leave it out"
+            raise ConfigError("task.instruction", self.instruction, remedy)
         needed = ("question", "answers", "ctxs")
         if self.data_file is not None:
             rows = read_jsonl(self.data_file, "task.data_file", needed)
         elif self.hub is not None:
-            rows = load_hub(self.hub, self.hub_config, self.split, "task.data_file")
+            source = (self.hub, self.hub_config, self.split)
+            rows = load_hub(*source, "task.data_file", self.hub_revision)
         else:
             raise ConfigError(
                 "task.data_file", None, "give a JSON-lines file, or a hub name as task.hub"
@@ -90,14 +103,17 @@ class NQ10(Task):
     def _sample(self, number: int, row: dict[str, Any], place: int) -> Sample:
         documents = list(row["ctxs"])
         documents.insert(place, documents.pop(row["gold_index"]))
-        lines = [
-            f"Document [{i}](Title: {document['title']}) {document['text']}"
-            for i, document in enumerate(documents, start=1)
+        texts = [
+            self.document.format(number=number, title=document["title"], text=document["text"])
+            for number, document in enumerate(documents, start=1)
         ]
-        question = f"Question: {row['question']}\nAnswer:"
         return Sample(
             id=f"{number}-{place}",
-            prompt="\n\n".join([self.instruction or INSTRUCTION, "\n".join(lines), question]),
+            prompt=self.prompt.format(
+                instruction=self.instruction or INSTRUCTION,
+                documents="".join(texts),
+                question=row["question"],
+            ),
             references=tuple(row["answers"]),
             group=str(place) if self.gold_at else "",
             unit=str(number),
@@ -127,7 +143,7 @@ def score(prediction: str, first: str, references: Sequence[str]) -> dict[str, f
         "best_subspan": float(any(reference in plain for reference in expected)),
         "exact_match": float(plain in expected),
         "f1": max(word_f1(reference, line) for reference in references),
-        "strict_match": float(prediction.strip() == first),
+        "strict_match": float(as_buzz_writes(prediction).strip().lower() == first.strip().lower()),
     }
 
 

@@ -34,6 +34,7 @@ class Pydoc(Task):
     """
 
     headline: ClassVar[str] = "rouge2"
+    scorers: ClassVar[tuple[str, ...]] = ("rouge-score",)
 
     shortest: int = 400
     longest: int = 1100

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.data import load_hub, read_jsonl
-from evals.metrics import package_rouge, rouge
-from evals.task import Sample, Task, at_least, one_of
+from evals.metrics import as_buzz_writes, package_rouge, rouge, self_bleu
+from evals.task import Sample, Task, at_least, one_of, template
 
 ARTICLE_FIELDS = ("document", "article")
 SUMMARY_FIELDS = ("summary", "highlights", "summary_gt")
@@ -25,30 +25,44 @@ READY_PROMPT = re.compile(f"{READY}(.*)\n\nSummarize the above article in [^\n]*
 class Summarization(Task):
     """Scores: ROUGE-1, -2 and -L F-measure, 0..100, by two packages that differ by some points.
 
-    `rouge1`, `rouge2`, `rougeL` are by rouge-score with stemming; `pkg_rouge1`, ... by the package
-    `rouge`, see :func:`evals.metrics.package_rouge`.
+    `rouge1`, `rouge2`, `rougeL` are by rouge-score with stemming; `pkg_rouge1`, ... are those of
+    the BUZZ paper's code: by the package `rouge` (:func:`evals.metrics.package_rouge`), of the
+    answer as that code writes it (:func:`evals.metrics.as_buzz_writes`). `self_bleu`, 0..1: how far
+    the summary repeats itself (:func:`evals.metrics.self_bleu`); lower is better.
 
     Attributes:
         headline: which of them summaries and tables show.
-        words: how many words the instruction asks for.
+        prompt: the prompt, with {article} and {words} where they stand in it.
+        words: how many words the prompt asks for.
         data_file: JSON lines with one of ARTICLE_FIELDS and one of SUMMARY_FIELDS; None: the hub.
-        hub, hub_config, split: the data set on the hub.
+        hub, hub_config, hub_revision, split: the data set on the hub.
     """
 
+    version: ClassVar[int] = 2
+    scorers: ClassVar[tuple[str, ...]] = ("rouge", "rouge-score", "nltk")
+
     headline: str = "rougeL"
+    prompt: str = "{article}\n\nSummarize the above article in {words} words."
     words: int = 50
     data_file: str | None = None
     hub: str
     hub_config: str | None = None
+    hub_revision: str | None = None
     split: str = "test"
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.headline != "self_bleu"
 
     def check(self) -> None:
         super().check()
         at_least(1, "task.words", self.words)
+        template("task.prompt", self.prompt, ["article"], ["words"])
         one_of("task.headline", self.headline, self.score_texts("x", "x"))
         if self.data_file is None:
-            self._rows = load_hub(self.hub, self.hub_config, self.split, "task.data_file")
+            source = (self.hub, self.hub_config, self.split)
+            self._rows = load_hub(*source, "task.data_file", self.hub_revision)
         else:
             self._rows = read_jsonl(self.data_file, "task.data_file")
         for number, row in enumerate(self._rows):
@@ -62,7 +76,7 @@ class Summarization(Task):
         article = _article(number, row)
         return Sample(
             id=str(number),
-            prompt=f"{article}\n\nSummarize the above article in {self.words} words.",
+            prompt=self.prompt.format(article=article, words=self.words),
             references=(_first(row, SUMMARY_FIELDS),),
             meta={"id": row.get("id")},
         )
@@ -72,8 +86,10 @@ class Summarization(Task):
 
     @staticmethod
     def score_texts(reference: str, prediction: str) -> dict[str, float]:
-        """Both packages' scores of a summary."""
-        return rouge(reference, prediction) | package_rouge(reference, prediction)
+        """All scores of a summary."""
+        written = as_buzz_writes(prediction)
+        scores = rouge(reference, prediction) | package_rouge(reference, written)
+        return scores | {"self_bleu": self_bleu(written)}
 
 
 def _article(number: int, row: dict[str, Any]) -> str:

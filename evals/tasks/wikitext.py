@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from buzz.errors import ConfigError
 from evals.data import load_hub, read_text
 from evals.records import Record
-from evals.task import Sample, StreamTask
+from evals.task import Sample, StreamTask, at_least
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,12 @@ class Wikitext(StreamTask):
     Attributes:
         samples: the text is cut into consecutive pieces of `tokens`, each with a cache of its own;
             so many of them are read.
+        rows: the first so many lines, each tokenized by itself (with the token that begins a text,
+            if there is one), are read one after another with one cache: a line's first token is not
+            predicted, and its last is not fed. This is what the BUZZ paper's code reads. None: the
+            lines are one text.
         data_file: any text file; None: the hub's raw Wikitext, its lines as they are.
-        hub, hub_config, split: the data set on the hub.
+        hub, hub_config, hub_revision, split: the data set on the hub.
     """
 
     headline: ClassVar[str] = "token_perplexity"
@@ -38,23 +43,36 @@ class Wikitext(StreamTask):
     higher_is_better: ClassVar[bool] = False
 
     samples: int | None = 1
+    rows: int | None = None
     data_file: str | None = None
     hub: str = "Salesforce/wikitext"
     hub_config: str | None = "wikitext-2-raw-v1"
+    hub_revision: str | None = None
     split: str = "test"
-    _text: str = field(init=False, repr=False, default="")
+    _lines: list[str] = field(init=False, repr=False, default_factory=list)
 
     def check(self) -> None:
         super().check()
+        if self.rows is not None:
+            at_least(1, "task.rows", self.rows)
+            if self.tokens is not None:
+                remedy = "task.rows are read whole; write null for one of the two"
+                raise ConfigError("task.tokens", self.tokens, remedy)
+            if self.samples not in (None, 1):
+                raise ConfigError("task.samples", self.samples, "task.rows are one sample; write 1")
         if self.data_file is not None:
-            self._text = read_text(self.data_file, "task.data_file")
+            text = read_text(self.data_file, "task.data_file")
+            self._lines = list(io.StringIO(text))  # which end at newlines only
         else:
-            rows = load_hub(self.hub, self.hub_config, self.split, "task.data_file")
-            self._text = "".join(row["text"] for row in rows)
+            source = (self.hub, self.hub_config, self.split)
+            rows = load_hub(*source, "task.data_file", self.hub_revision)
+            self._lines = [row["text"] for row in rows]
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        if self.rows is not None:
+            return [self._sample_of_rows(tokenizer, self._lines[: self.rows])]
         start = tokenizer("")["input_ids"]  # the token that begins a text, if there is one
-        ids = tokenizer(self._text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer("".join(self._lines), add_special_tokens=False)["input_ids"]
         size = (self.tokens or len(start) + len(ids)) - len(start)
         pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
         if len(start) + len(pieces[0]) <= self.blocks:
@@ -78,6 +96,24 @@ class Wikitext(StreamTask):
             ids=(*start, *piece),
         )
 
+    def _sample_of_rows(self, tokenizer: PreTrainedTokenizerBase, lines: list[str]) -> Sample:
+        # The hub has blank lines as empty rows.
+        rows = [tokenizer(line if line.strip() else "")["input_ids"] for line in lines]
+        rows = [row for row in rows if row]
+        if sum(map(len, rows)) - len(rows) < self.blocks:
+            raise ConfigError("task.rows", self.rows, "they hold too little text; read more")
+        return Sample(
+            id="0",
+            prompt="",
+            references=(),
+            meta={
+                "words": sum(len(tokenizer.decode(row[1:]).split()) for row in rows),
+                "rows": len(rows),
+            },
+            ids=tuple(chain.from_iterable(rows)),
+            starts=tuple(accumulate(map(len, rows[:-1]), initial=0)),
+        )
+
     def score_losses(self, sample: Sample, losses: Sequence[float]) -> dict[str, float]:
         scores = {"token_perplexity": math.exp(statistics.fmean(losses))}
         # A text of a few "words", as in Chinese, has none that a float could hold.
@@ -88,7 +124,7 @@ class Wikitext(StreamTask):
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Loss in nats per token over position, and the perplexities."""
-        shortest = min(record["prompt_tokens"] for record in records) - 1
+        shortest = min(r["prompt_tokens"] - r["meta"].get("rows", 1) for r in records)
         whole, rest = divmod(shortest, self.blocks)
         ends = list(accumulate([whole + 1] * rest + [whole] * (self.blocks - rest)))
         blocks = (record["blocks"] for record in records)

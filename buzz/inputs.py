@@ -1,0 +1,102 @@
+"""What may come with a step's tokens: a mask that shows padding, positions that count up by one.
+
+An evicting cache cuts padding off instead of masking it, and turns keys by how far they move. So a
+mask that hides anything but padding, or positions with a jump, would give other numbers than they
+ask for. The checks here answer on the device where their input lies: whoever reads the answer waits
+for that device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buzz.errors import ConfigError
+
+REMEDIES = {
+    "attention_mask": "it must hide the padding before each row's first token, as it did with the"
+    " prompt, and nothing else: an evicting cache serves no other mask",
+    "position_ids": "a row's positions must count up by one, also from step to step; give them with"
+    " every step or with none, or set cache.positions=true, which moves no key",
+}
+
+
+def check_mask(mask: Any, batch: int, tokens: int) -> None:
+    """Refuses what is not a 2-D mask over all tokens.
+
+    Args:
+        batch: rows.
+        tokens: those seen before and those of the step.
+
+    Raises:
+        ConfigError: another kind or another shape of mask.
+    """
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if shape != (batch, tokens):
+        raise ConfigError(
+            "attention_mask",
+            shape,
+            f"give the 2-D mask of all tokens so far, with their padding: {(batch, tokens)}",
+        )
+
+
+def padding_of(mask: Tensor) -> list[int]:
+    """Padding tokens before each row's first token, from a prompt's mask [batch, tokens].
+
+    Raises:
+        ConfigError: padding anywhere else, or nothing else in a row.
+    """
+    padding = mask.bool().long().argmax(-1).tolist()
+    if hides_more(mask, padding):
+        hidden = (mask == 0).sum(-1).tolist()
+        raise ConfigError(
+            "attention_mask",
+            hidden,
+            "padding must come before a row's first token, and no row (nor its first chunk) may be"
+            " all padding: set tokenizer.padding_side='left'",
+        )
+    return padding
+
+
+def hides_more(mask: Tensor, padding: Sequence[int]) -> Tensor:
+    """Whether a mask [batch, tokens] is anything but each row's padding: a bool on its device."""
+    if not any(padding):
+        return ~mask.all()
+    slots = torch.arange(mask.shape[1], device=mask.device)
+    return (mask.bool() != (slots >= on(mask.device, padding)[:, None])).any()
+
+
+def first_positions(position_ids: Tensor | None, padding: Sequence[int]) -> list[int]:
+    """The position of each row's first token, the one behind its padding.
+
+    Args:
+        position_ids: int64 [..., batch or 1, new]; None: the model counts padding too.
+    """
+    if position_ids is None:
+        return list(padding)
+    rows = position_ids.flatten(0, -3)[0] if position_ids.ndim > 2 else position_ids
+    rows = rows.expand(len(padding), -1)
+    return rows.gather(-1, on(rows.device, padding)[:, None])[:, 0].tolist()
+
+
+def jumps(position_ids: Tensor, seen: int, padding: Sequence[int], first: Sequence[int]) -> Tensor:
+    """Whether positions [..., batch or 1, new] go on otherwise than by one: a bool on their device.
+
+    Args:
+        seen: tokens before this step, padding included.
+        padding, first: of each row, its padding and the position of its first token.
+    """
+    slots = torch.arange(seen, seen + position_ids.shape[-1], device=position_ids.device)
+    shifts = [position - slot for position, slot in zip(first, padding, strict=True)]
+    if not any(padding) and len(set(shifts)) == 1:
+        return (position_ids != slots + shifts[0]).any()
+    wrong = position_ids != slots + on(slots.device, shifts)[:, None]
+    return (wrong & (slots >= on(slots.device, padding)[:, None])).any()
+
+
+def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Whole numbers as int64 on a device, without waiting for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)

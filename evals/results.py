@@ -1,0 +1,540 @@
+"""What lies in run folders, read and checked: each sample counted once, runs put together.
+
+Everything that compares runs takes them from here: the runner looks for its full-cache run, the
+terminal table and the report read all there are. A folder that cannot be read, or that contradicts
+another, is left out by name and stops nobody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from buzz.errors import ConfigError
+from evals.compare import REFERENCE, strata, units, values_of
+from evals.environment import machine
+from evals.metrics import STATISTICS, mean, resampled, score_of
+from evals.records import FIDELITY, RunFolder, digest
+from evals.schema import FORMAT, Asked, Environment, Record, problem_of
+
+Interval = tuple[float, float] | None
+Floats = NDArray[np.float64]
+# What runs must share for their scores to be compared. Not the device: the same model answers the
+# same on all, but for rounding. Speed is compared between runs of one machine only.
+COMPARABLE = ("task", "task_version", "model", "model_digest", "seed")
+# Settings that say where and how a run was made, not what of.
+INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
+UNREADABLE = {
+    **{key: {"name": "unreadable"} for key in ("method", "task", "model")},
+    "cache": {"logn_base": None},
+    "budget": None,
+    "seed": 0,
+}
+
+
+def comparable(config: Mapping[str, Any]) -> str:
+    """Equal for runs whose scores may be compared, whatever part of the samples they are of."""
+    known = {key: config.get(key) for key in COMPARABLE}
+    return digest([FORMAT, known | {"task": known["task"] | {"shard": None}}])
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Equal for runs that are parts or copies of one."""
+    known = {key: value for key, value in config.items() if key not in INCIDENTAL}
+    if known["method"]["name"] == REFERENCE:  # no budget changes it
+        known = {key: value for key, value in known.items() if not key.startswith("budget")}
+    return digest(known | {"task": known["task"] | {"shard": None}})
+
+
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """In which settings, of those that must be shared, configurations differ: their values."""
+
+    def flat(value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {name: value}
+        return {k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
+
+    all_flat = [
+        {k: v for key in COMPARABLE for k, v in flat(config.get(key), key).items()}
+        for config in configs
+    ]
+    names = dict.fromkeys(name for one in all_flat for name in one if name != "task.shard")
+    columns = {name: [one.get(name) for one in all_flat] for name in names}
+    return {name: values for name, values in columns.items() if any(v != values[0] for v in values)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration's records.
+
+    Attributes:
+        name: the folder's name; of several the first's.
+        config: the resolved configuration; `task.shard` removed where shards were put together.
+        environment: versions, machine, git revision; where there are several, that of most samples.
+        summary: the run's own; of a failed run status and error, of an unfinished one empty.
+        records: samples that ran, were out of memory or failed; each sample once.
+        missing: shards that are not there, as written in `task.shard`.
+        fidelity: with `kl=true`, the samples' distance to the full cache.
+        folders: where it was read from.
+        environments: those that samples were run in, by the digest that records name them by.
+        asked: what it is of, see :class:`evals.schema.Asked`; None: of all that is there.
+        stale: records beside them, of data that were changed since.
+        problem: why nothing of it counts; empty if all is well.
+    """
+
+    name: str
+    config: dict[str, Any]
+    environment: Environment
+    summary: dict[str, Any]
+    records: list[Record]
+    missing: tuple[str, ...] = ()
+    fidelity: Sequence[Record] = ()
+    folders: tuple[Path, ...] = ()
+    environments: Mapping[str, Environment] = field(default_factory=dict)
+    asked: Asked | None = None
+    stale: int = 0
+    problem: str = ""
+
+    @property
+    def task(self) -> str:
+        return self.config["task"]["name"]
+
+    @property
+    def method(self) -> str:
+        return self.config["method"]["name"]
+
+    @property
+    def model(self) -> str:
+        return self.config["model"]["name"]
+
+    @property
+    def shard(self) -> str | None:
+        return self.config["task"].get("shard")
+
+    @property
+    def budget(self) -> float | int | None:
+        return None if self.method == REFERENCE else self.config["budget"]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the method was configured with; a budget changes those that were not set by hand."""
+        own = {k: v for k, v in self.config["method"].items() if k not in ("name", "_target_")}
+        return own | {"positions": "cache"} | self.config["cache"]
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """The method's parameters that the user set and a budget left alone."""
+        return tuple(self.config.get("fixed") or ())
+
+    @property
+    def setting(self) -> str:
+        """Equal for runs whose scores may be compared, see :func:`comparable`."""
+        return comparable(self.config)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether others are compared with it: the full cache, with plain attention."""
+        return self.method == REFERENCE and self.config["cache"]["logn_base"] is None
+
+    @property
+    def machine(self) -> str:
+        return machine(self.environment)
+
+    @property
+    def ran(self) -> list[Record]:
+        return [record for record in self.records if record["status"] == "ok"]
+
+    @property
+    def places(self) -> str:
+        """Its folders, for messages."""
+        return " and ".join(map(str, self.folders))
+
+    @property
+    def by_id(self) -> dict[str, Record]:
+        return {record["id"]: record for record in self.records}
+
+    @property
+    def lacking(self) -> int:
+        """Samples without a record."""
+        return len(self.asked["samples"]) - len(self.records) if self.asked else 0
+
+    @property
+    def status(self) -> str:
+        """complete, or what went wrong, with its reason."""
+        if self.problem:
+            return f"LEFT OUT: {self.problem}"
+        if self.summary.get("status") == "failed":
+            return f"FAILED: {self.summary.get('error')}"
+        if self.missing:
+            return f"unfinished: without shards {', '.join(self.missing)}"
+        if self.lacking or not self.summary:
+            of = f" of {len(self.asked['samples'])}" if self.asked else ""
+            return f"unfinished: {len(self.records)}{of} samples"
+        for status in ("failed", "oom"):
+            found = [record for record in self.records if record["status"] == status]
+            if found:
+                reason = found[0].get("error", "out of memory")
+                return f"{status.upper()} in {len(found)} of {len(self.records)} samples: {reason}"
+        return "complete"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to run."""
+        whole = self.summary.get("status") == "complete" and not self.lacking and not self.missing
+        return whole and not self.problem
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a score that stands for the whole run."""
+        return bool(self.ran) and self.finished
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know of it."""
+        notes = []
+        if self.stale:
+            notes.append(f"{self.stale} more records are of other data and do not count")
+        used = Counter(r["environment"] for r in self.records if "environment" in r)
+        if len(used) > 1:
+            apart = _differing([self.environments.get(name, {}) for name in used])
+            notes.append(f"its samples ran in {len(used)} environments, which differ in {apart}")
+        return notes
+
+    def mean(self, name: str, records: Sequence[Record] | None = None) -> float | None:
+        """Mean of a measurement over the samples that have it."""
+        return mean(r.get(name) for r in (self.ran if records is None else records))
+
+    def score(self, groups: Iterable[str] | None = None) -> float | None:
+        """The headline's score, over all groups or some: the mean of the groups' means."""
+        statistic = self.summary["statistic"]
+        found = values_of(self._of(groups), self.summary["headline"], statistic)
+        return score_of(found, statistic)
+
+    def score_interval(self, groups: Iterable[str] | None = None) -> Interval:
+        """95% bootstrap interval of :meth:`score`."""
+        parts = strata((r, units(r, self.summary["headline"])) for r in self._of(groups))
+        return bootstrap(list(parts.values()), STATISTICS[self.summary["statistic"]])
+
+    def _of(self, groups: Iterable[str] | None) -> list[Record]:
+        chosen = None if groups is None else set(groups)
+        return [r for r in self.ran if chosen is None or r["group"] in chosen]
+
+    def metric(self, name: str) -> tuple[float | None, Interval]:
+        """One of the task's metrics over the samples, with its interval."""
+        statistic = self.summary["statistic"]
+        found = values_of(self.ran, name, statistic)
+        return score_of(found, statistic), bootstrap(found, STATISTICS[statistic])
+
+    def kl(self) -> tuple[float | None, Interval]:
+        """Mean divergence of the next-token distribution from the full cache's, in nats.
+
+        Of the samples for which it is known, see :class:`evals.forced.Fidelity`.
+        """
+        known = [r["kl_to_full"] for r in self.fidelity if r["kl_to_full"] is not None]
+        return score_of([known] if known else []), bootstrap([known])
+
+    @property
+    def kl_n(self) -> int | None:
+        """Samples for which it is known; None if it was not asked for."""
+        known = [r for r in self.fidelity if r["kl_to_full"] is not None]
+        return len(known) if self.fidelity else None
+
+
+def _differing(environments: Sequence[Environment]) -> str:
+    """The fields in which environments differ, with their values."""
+    flat = [one | one.get("versions", {}) for one in environments]
+    names = dict.fromkeys(key for one in flat for key in one if key != "versions")
+    parts = []
+    for name in names:
+        values = [str(one.get(name)) for one in flat]
+        if len(set(values)) > 1:
+            parts.append(f"{name} ({', '.join(dict.fromkeys(values))})")
+    return ", ".join(parts) or "nothing that is on file"
+
+
+def read_runs(root: Path) -> list[Run]:
+    """All runs of a folder of run folders, put together.
+
+    Raises:
+        ConfigError: there is no such folder, or no run in it.
+    """
+    if not root.is_dir():
+        raise ConfigError("runs", str(root), "there is no such folder")
+    folders = [path.parent for path in sorted(root.glob("*/config.yaml"))]
+    if not folders:
+        raise ConfigError("runs", str(root), "holds no run folder; run.py makes them")
+    return put_together([read_run(folder) for folder in folders])
+
+
+def read_run(folder: Path) -> Run:
+    """A folder's run. If something in it cannot be read, the run's `problem` says what."""
+    config: dict[str, Any] = UNREADABLE
+    try:
+        config = _config(folder)
+        return _read(folder, config)
+    except (ConfigError, OSError) as error:
+        problem = str(error) if isinstance(error, OSError) else f"{error.value}: {error.remedy}"
+        return left_out(Run(folder.name, config, {}, {}, [], folders=(folder,)), problem)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("run", str(folder), "no config.yaml: not a run's folder")
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
+        problem = problem_of(config, path.name)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        problem = f"not YAML ({str(error).splitlines()[0]})"
+    if problem:
+        raise ConfigError("run", str(path), f"{problem}; the run's own command writes it anew")
+    return config
+
+
+def _read(folder: Path, config: dict[str, Any]) -> Run:
+    files = RunFolder(folder)
+    summary = files.load("summary.json") or {}
+    environments = files.environments()
+    asked: Asked | None = files.load("prompts.json")
+    try:
+        records = files.read()
+    except ConfigError as error:
+        if "another version" in error.remedy:
+            raise ConfigError(error.field, error.value, _again(error.remedy, config)) from error
+        raise
+    wanted = asked["samples"] if asked else {}
+    own = records
+    if asked:
+        found = {name: records[name] for name in wanted if name in records}
+        own = {n: r for n, r in found.items() if r.get("sample_sha256") == wanted[n]}
+    if summary.get("status") == "complete":
+        for record in own.values():
+            if record["status"] == "ok" and summary["headline"] not in record["scores"]:
+                place, score = f"{files.samples}, sample {record['id']}", summary["headline"]
+                raise ConfigError("run", place, f"lacks the score {score}; remove that line")
+    used = Counter(r["environment"] for r in own.values() if r.get("environment") in environments)
+    name = used.most_common(1)[0][0] if used else next(reversed(environments), None)
+    return Run(
+        name=folder.name,
+        config=config,
+        environment=environments[name] if name else {},
+        summary={} if summary.get("status") == "interrupted" else summary,
+        records=list(own.values()),
+        fidelity=[one for id, one in files.read(FIDELITY).items() if id in own],
+        folders=(folder,),
+        environments=environments,
+        asked=asked,
+        stale=len(records) - len(own),
+    )
+
+
+def _again(problem: str, config: dict[str, Any]) -> str:
+    """Instead of the remedy for one line: the command that made the run."""
+    what = {key: config[key]["name"] for key in ("task", "method", "model")}
+    budget = "" if config["budget"] is None else f" budget={config['budget']}"
+    command = f"python run.py {' '.join(f'{key}={name}' for key, name in what.items())}{budget}"
+    return f"{problem.partition(';')[0]}; run it again: {command}, other settings in config.yaml"
+
+
+def left_out(run: Run, problem: str) -> Run:
+    """A run of which nothing counts, and why."""
+    return dataclasses.replace(run, records=[], fidelity=(), summary={}, problem=problem)
+
+
+def put_together(runs: Iterable[Run]) -> list[Run]:
+    """One run of all that are parts or copies of one, in the order of the first of each.
+
+    The same run on two machines is two: their timings differ. Shards may come from several.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    runs = list(runs)
+    whole = {(identity(run.config), run.machine) for run in runs if not run.shard}
+    for run in runs:
+        name, where = identity(run.config), run.machine
+        key = (name, where if not run.shard or (name, where) in whole else "shards")
+        if run.problem:
+            key = (run.name, str(run.folders))
+        groups.setdefault(key, []).append(run)
+    return [merge(group) for group in groups.values()]
+
+
+def merge(parts: Sequence[Run]) -> Run:
+    """One run from its parts and copies; left out if they contradict each other."""
+    first = parts[0]
+    if len(parts) == 1 and not first.shard:
+        return first
+    config = first.config | {"task": first.config["task"] | {"shard": None}}
+    failed = [run.summary for run in parts if run.summary.get("status") == "failed"]
+    summaries = [run.summary for run in parts if run.summary]
+    records: dict[str, tuple[Record, Run]] = {}
+    problem = _of_other_data(parts)
+    for run in parts:
+        for record in run.records:
+            earlier = records.setdefault(record["id"], (record, run))
+            if problem := problem or _contradiction(*earlier, record, run):
+                break
+            if record["status"] == "ok" != earlier[0]["status"]:
+                records[record["id"]] = (record, run)
+    fidelity = {one["id"]: one for run in reversed(parts) for one in run.fidelity}
+    asked = _asked(parts)
+    order = [name for name in asked["samples"] if name in records] if asked else list(records)
+    merged = Run(
+        name=first.name,
+        config=config,
+        environment=first.environment,
+        summary=failed[0] if failed else summaries[0] if summaries else {},
+        records=[records[name][0] for name in order],
+        missing=_missing(parts, len(records)),
+        fidelity=[fidelity[name] for name in order if name in fidelity],
+        folders=tuple(folder for run in parts for folder in run.folders),
+        environments={k: v for run in parts for k, v in run.environments.items()},
+        asked=asked,
+        stale=sum(run.stale for run in parts),
+    )
+    return left_out(merged, problem) if problem else merged
+
+
+def _of_other_data(parts: Sequence[Run]) -> str:
+    """Whether the parts are of different data, in words; empty if not, as far as is known."""
+    known = [run for run in parts if run.asked]
+    for run in known:
+        if run.asked["data"] != known[0].asked["data"]:
+            one, two = sorted([known[0].folders[0], run.folders[0]])
+            return f"{one} and {two} are of different data; run both again, or remove one"
+    return ""
+
+
+def _contradiction(record: Record, run: Run, other: Record, elsewhere: Run) -> str:
+    """Whether two records of one sample cannot both be right, in words; empty if they can."""
+    if record is other:
+        return ""
+    apart = [key for key in ("prompt_sha256", "sample_sha256") if record.get(key) != other.get(key)]
+    if record["status"] == other["status"] == "ok":
+        apart += [key for key in ("prediction", "tokens") if record.get(key) != other.get(key)]
+        ours, theirs = record["scores"], other["scores"]
+        if ours.keys() != theirs.keys() or not all(
+            math.isclose(ours[name], theirs[name], rel_tol=1e-6, abs_tol=1e-9) for name in ours
+        ):
+            apart.append("scores")
+    if not apart:
+        return ""
+    names = {"prompt_sha256": "prompt", "sample_sha256": "references"}
+    what = names.get(apart[0], apart[0])
+    one, two = sorted([run.folders[0], elsewhere.folders[0]])
+    return f"sample {record['id']} has another {what} in {one} than in {two}; remove one of them"
+
+
+def _missing(parts: Sequence[Run], found: int) -> tuple[str, ...]:
+    """The shards that are not there or not finished, unless others hold all their samples."""
+    if any(not run.shard and run.finished for run in parts):
+        return ()
+    totals = {run.asked["of"] for run in parts if run.asked}
+    if len(totals) == 1 and found == totals.pop():
+        return ()
+    given = {run.shard: run for run in sorted(parts, key=lambda run: run.finished) if run.shard}
+    if not given:
+        return ()
+    counts = Counter(int(name.partition("/")[2]) for name in given)
+    count = max(counts, key=lambda n: (counts[n], -n))
+    names = [f"{i}/{count}" for i in range(count)]
+    return tuple(n for n in names if n not in given or given[n].lacking or not given[n].summary)
+
+
+def _asked(parts: Sequence[Run]) -> Asked | None:
+    """What all parts are of, together, in the task's order; None if one does not say."""
+    places: dict[str, tuple[int, str]] = {}
+    for run in parts:
+        if run.asked is None:
+            return None
+        start, _, step = (run.shard or "0/1").partition("/")
+        for place, (name, value) in enumerate(run.asked["samples"].items()):
+            places[name] = (int(start) + place * int(step), value)
+    samples = {name: places[name][1] for name in sorted(places, key=places.__getitem__)}
+    return {"samples": samples, "of": parts[0].asked["of"], "data": parts[0].asked["data"]}
+
+
+def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The full-cache run of the same setting with plain attention, of the same machine if there."""
+    full = [other for other in runs if other.is_reference and other.scored]
+    found = [other for other in full if other.setting == run.setting]
+    near = [other for other in found if other.machine == run.machine]
+    return next(iter(near + found), None)
+
+
+def find_references(setting: str, folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """The finished full-cache runs of a setting among folders, and which of these cannot be read.
+
+    A run's summary tells whether it is looked at, so that a thousand others cost little.
+    """
+    found, broken = [], []
+    for path in sorted(folders):
+        try:
+            summary = read_summary(path) if (path / "summary.json").is_file() else {}
+        except ConfigError as error:
+            if error.field == "output":  # and not one that failed or is of an early version
+                broken.append(f"{error.value}: {error.remedy}")
+            continue
+        if summary.get("method") == REFERENCE and summary.get("setting") == setting:
+            run = read_run(path)
+            if run.problem:
+                broken.append(run.problem)
+            elif run.is_reference:
+                found.append(run)
+    return found, broken
+
+
+def nearest_reference(config: Mapping[str, Any], folders: Iterable[Path]) -> list[str]:
+    """Where another setting has a full-cache run, in what it differs: one line, of the nearest."""
+    lines = []
+    for folder in sorted(folders):
+        with suppress(ConfigError):
+            if read_summary(folder).get("method") == REFERENCE:
+                apart = differing_settings([config, _config(folder)])
+                values = (f"{name} {theirs}, here {own}" for name, (own, theirs) in apart.items())
+                lines.append((len(apart), f"{folder.name} has {'; '.join(values)}"))
+    return [line for _, line in sorted(lines)]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A finished run's summary.
+
+    Raises:
+        ConfigError: the folder holds none, or a broken one, an early version wrote it, or the run
+            failed.
+    """
+    summary = RunFolder(folder).load("summary.json")
+    if summary is None:
+        raise ConfigError("run", str(folder), "no summary.json: not a finished run's folder")
+    if summary["status"] != "complete":
+        raise ConfigError("run", str(folder), f"the run failed: {summary.get('error')}")
+    if summary.get("format") != FORMAT:
+        raise ConfigError("run", str(folder), "an early version's summary; run it again")
+    return summary
+
+
+def interval_of(values: Floats | None) -> Interval:
+    """The middle 95% of bootstrap values; None where some are not finite."""
+    if values is None or not np.isfinite(values).all():
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap(
+    groups: Sequence[Sequence[Any]], finish: Callable[[Floats], Floats] = lambda means: means
+) -> Interval:
+    """95% percentile interval of a function of the mean of the groups' means."""
+    means = resampled(groups)
+    return None if means is None else interval_of(finish(means))

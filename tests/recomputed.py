@@ -1,0 +1,241 @@
+"""The whole of an evicting cache once more, naively: one pass over a text, with no cache at all.
+
+The model runs all tokens at once, by an attention of its own here, in which a query attends exactly
+the entries that it should have attended, each at the position that it should have had. Entries are
+kept and dropped by the policy, on the attention weights of this pass. It holds n x n weights and n
+x n rotated keys of every head: for texts of a few hundred tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from tiny import tiny
+from torch import Tensor
+from transformers import AttentionInterface
+
+from buzz import Policy
+
+TOLERANCE = 2e-4
+
+
+@dataclass
+class Text:
+    """One row of a batch as a cache saw it.
+
+    Attributes:
+        tokens: all of them, without padding.
+        steps: how many each forward pass brought.
+        kept: after each step, by layer: int64 [kv_heads, held], the tokens whose entries stayed.
+        logits: of each step, [new, vocab].
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    kept: list[list[Tensor]] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    def copy(self) -> Text:
+        return Text(list(self.tokens), list(self.steps), list(self.kept), list(self.logits))
+
+    def visible(self, layer: int) -> Tensor:
+        """Whether a token was attended by another, bool [kv_heads, queries, keys]."""
+        heads, count = self.kept[0][layer].shape[0], len(self.tokens)
+        visible = torch.ones(count, count, dtype=torch.bool).tril().repeat(heads, 1, 1)
+        end = 0
+        for step, new in enumerate(self.steps):
+            if step:
+                held = torch.zeros(heads, end, dtype=torch.bool)
+                held.scatter_(1, self.kept[step - 1][layer], True)
+                visible[:, end : end + new, :end] = held[:, None]
+            end += new
+        return visible
+
+
+@dataclass
+class _Pass:
+    """What the attention of the pass that is going on needs, and what it leaves."""
+
+    text: Text
+    positions: str
+    logn_base: float | None
+    rotary: torch.nn.Module
+    weights: list[Tensor]  # by layer, [kv_heads, queries, keys], summed over a head's queries
+
+
+_now: _Pass
+
+
+def _attend(module, query, key, value, mask, scaling, **kwargs) -> tuple[Tensor, None]:
+    """Query and key come rotated to position 0: as they are before any rotation."""
+    kv_heads, count = key.shape[1:3]
+    visible = _now.text.visible(module.layer_idx)
+    if _now.positions == "cache":  # an entry's index among those that the query attends
+        key_at = visible.long().cumsum(-1) - 1
+        query_at = visible.long().sum(-1) - 1
+    else:
+        key_at = torch.arange(count).expand(kv_heads, count, count)
+        query_at = torch.arange(count).expand(kv_heads, count)
+    outputs, weights = [], []
+    for head in range(kv_heads):
+        q = query[:, head * module.num_key_value_groups :][:, : module.num_key_value_groups]
+        k = key[:, head].expand(count, count, -1).reshape(1, 1, count * count, -1)
+        if getattr(module, "use_rope", True):
+            q = _rotated(module, q, query_at[head])
+            k = _rotated(module, k, key_at[head].flatten())
+        logits = torch.einsum("bgqd,qkd->gqk", q, k.view(count, count, -1)) * scaling
+        if _now.logn_base is not None:
+            logits *= (visible[head].sum(-1).log() / math.log(_now.logn_base))[:, None]
+        own = logits.masked_fill(~visible[head], -torch.inf).softmax(-1)
+        outputs.append(own @ value[0, head])
+        weights.append(own.sum(0))
+    _now.weights.append(torch.stack(weights))
+    return torch.cat(outputs).transpose(0, 1)[None], None
+
+
+def _rotated(module: torch.nn.Module, states: Tensor, positions: Tensor) -> Tensor:
+    """States [1, heads, n, D] at positions [n], by the model's own code."""
+    apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    cos, sin = _now.rotary(states, positions[None])
+    # A factor on cos and sin is in the states already.
+    return apply(states, states, *(table / _now.rotary.attention_scaling for table in (cos, sin)))[
+        0
+    ]
+
+
+AttentionInterface.register("recomputed", _attend)
+_models: dict[str, torch.nn.Module] = {}
+
+
+@torch.no_grad()
+def recompute(
+    family: str, text: Text, positions: str, logn_base: float | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits [tokens, vocab] of `tiny(family)`, and by layer the weights [kv_heads, query, key]."""
+    global _now
+    model = _models.get(family) or _models.setdefault(family, tiny(family, "recomputed"))
+    _now = _Pass(text, positions, logn_base, model.get_decoder().rotary_emb, [])
+    ids = torch.tensor([text.tokens])
+    unread = torch.empty(1, 1, 1, 1)
+    logits = model(
+        ids, attention_mask=unread, position_ids=torch.zeros_like(ids), use_cache=False
+    ).logits
+    return logits[0], _now.weights
+
+
+def check(
+    family: str,
+    text: Text,
+    policy: Policy,
+    positions: str = "cache",
+    hold_until: int = 0,
+    logn_base: float | None = None,
+) -> None:
+    """Asserts that the cache gave the logits, and kept the entries, that it should have."""
+    logits, weights = recompute(family, text, positions, logn_base)
+    torch.testing.assert_close(torch.cat(text.logits), logits, atol=TOLERANCE, rtol=TOLERANCE)
+    for layer, received in enumerate(weights):
+        _check_kept(text, layer, received, policy, hold_until)
+
+
+def _check_kept(text: Text, layer: int, weights: Tensor, policy: Policy, hold_until: int) -> None:
+    heads = weights.shape[0]
+    entries = torch.empty(heads, 0, dtype=torch.int64)
+    total = torch.zeros(heads, len(text.tokens))  # received since arrival
+    judged_from = sampled = end = 0
+    for new, kept in zip(text.steps, text.kept, strict=True):
+        start, end = end, end + new
+        fresh = torch.arange(start, end).expand(heads, -1)
+        entries = torch.cat([entries, fresh], dim=1)
+        total += weights[:, start:end].sum(1)
+        held = entries.shape[1]
+        if end < hold_until:
+            assert torch.equal(kept[layer], entries)
+            continue
+        stay, sampled_after = policy.survivors(held, sampled)
+        assert kept[layer].shape[1] == stay
+        if stay < held:
+            scores = None
+            if policy.needs_scores:
+                first = max(judged_from, end - (policy.observe or end))
+                step = weights[:, first:end].sum(1)
+                scores = (step if policy.score_rule == "step" else total).gather(1, entries)
+                if policy.score_rule == "mean":
+                    scores = scores / (end - entries)
+            own = None if scores is None else scores[None]
+            index = policy.select(held, sampled, own)[0].expand(heads, -1)
+            tail = entries[:, held - min(policy.protected, stay) :]
+            expected = torch.cat([entries.gather(1, index), tail], dim=1)
+            _check_same(kept[layer], expected, entries, scores, policy)
+        else:
+            assert torch.equal(kept[layer], entries)
+        entries, sampled, judged_from = kept[layer], sampled_after, end
+
+
+def _check_same(
+    kept: Tensor, expected: Tensor, entries: Tensor, scores: Tensor | None, policy: Policy
+) -> None:
+    """Equal, but for entries whose scores are so close that rounding decides between them."""
+    for head, (own, due) in enumerate(zip(kept.tolist(), expected.tolist(), strict=True)):
+        assert own == sorted(set(own)) and set(own) <= set(entries[head].tolist())
+        if own != due and policy.name != "snapkv":  # neighbours share a pooled score
+            assert scores is not None
+            judged = scores.mean(0) if policy.name == "tova" else scores[head]
+            known = dict(zip(entries[head].tolist(), judged.tolist(), strict=True))
+            kept_more = sorted(known[token] for token in set(own) - set(due))
+            due_more = sorted(known[token] for token in set(due) - set(own))
+            torch.testing.assert_close(kept_more, due_more, atol=1e-4, rtol=1e-4)
+
+
+def kept_now(cache, row: int) -> list[Tensor]:
+    """What a cache holds of a row: by layer, int64 [kv_heads, held]."""
+    kept = []
+    for layer in range(len(cache.layers)):
+        positions = cache.kept_positions(layer)[row]
+        kept.append(positions[:, (positions[0] >= 0).nonzero()[:1, 0] :].clone())
+    return kept
+
+
+class Recorder:
+    """Runs steps of a batch through a model and its cache, and notes what each row saw."""
+
+    def __init__(self, model, cache, padding: list[int]) -> None:
+        self.model, self.cache, self.padding = model, cache, padding
+        self.texts = [Text() for _ in padding]
+        self.seen = 0
+
+    def mask(self, new: int) -> Tensor:
+        """The mask [rows, seen + new] of a further step."""
+        return (torch.arange(self.seen + new) >= torch.tensor(self.padding)[:, None]).long()
+
+    def step(self, ids: Tensor, gradients: bool = False, **inputs) -> None:
+        """One forward pass; `inputs` are its mask and positions."""
+        with torch.set_grad_enabled(gradients):
+            logits = self.model(ids, past_key_values=self.cache, **inputs).logits.detach()
+        new = ids.shape[1]
+        for row, (text, padding) in enumerate(zip(self.texts, self.padding, strict=True)):
+            skipped = min(new, max(0, padding - self.seen))
+            text.tokens += ids[row, skipped:].tolist()
+            text.steps.append(new - skipped)
+            text.logits.append(logits[row, skipped:])
+            text.kept.append(kept_now(self.cache, row))
+        self.seen += new
+
+    def select(self, rows: list[int]) -> None:
+        """The cache's rows were re-ordered: row i is now what row `rows[i]` was."""
+        self.texts = [self.texts[row].copy() for row in rows]
+        self.padding = [self.padding[row] for row in rows]
+
+    def check(self, family: str) -> None:
+        """Every row against the pass without a cache."""
+        cache = self.cache
+        seen = set()
+        for text, padding in zip(self.texts, self.padding, strict=True):
+            if (key := (*text.tokens, -1, *text.steps)) in seen:
+                continue
+            seen.add(key)
+            hold = max(0, cache.hold_until - padding)
+            check(family, text, cache.policy, cache.positions, hold, cache.logn_base)

@@ -1,0 +1,129 @@
+"""How busy other processes are, and whether that counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from evals import environment
+from evals.environment import Neighbours, busy, machine, process
+
+
+class System:
+    """A machine of some cores whose counters are set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cores: int = 4) -> None:
+        self.cores, self.clock, self.own, self.others = cores, 100.0, 0.0, 0.0
+        monkeypatch.setattr(environment.psutil, "cpu_count", lambda: cores)
+        monkeypatch.setattr(environment.psutil, "cpu_times", self.times)
+        monkeypatch.setattr(environment.time, "perf_counter", lambda: self.clock)
+        monkeypatch.setattr(environment.time, "process_time", lambda: self.own)
+
+    def times(self) -> SimpleNamespace:
+        used = self.own + self.others
+        known = {"user": 0.7 * used, "steal": 0.3 * used, "guest": 0.5 * used, "iowait": 1.0}
+        idle = self.cores * self.clock - used - 1.0
+        return SimpleNamespace(_asdict=lambda: known | {"idle": idle})
+
+    def go_on(self, seconds: float, own: float, others: float) -> None:
+        self.clock += seconds
+        self.own += own * seconds
+        self.others += others * seconds
+
+
+def test_load_is_what_others_use_since_the_sample_before(monkeypatch) -> None:
+    system = System(monkeypatch)
+    neighbours = Neighbours()
+    system.go_on(5, own=2, others=0)
+    assert neighbours.load() == pytest.approx(0)
+    system.go_on(3, own=1, others=1.5)
+    assert neighbours.load() == pytest.approx(1.5)
+    system.go_on(2, own=4, others=0)
+    assert neighbours.load() == pytest.approx(0)
+
+
+def test_short_samples_are_watched_for_a_second(monkeypatch) -> None:
+    system = System(monkeypatch)
+    neighbours = Neighbours()
+    system.go_on(0.1, own=1, others=3)
+    assert neighbours.load() is None  # ten ticks of the system's clock tell nothing
+    for _ in range(10):
+        system.go_on(0.3, own=1, others=0.5)
+        load = neighbours.load()
+    assert load == pytest.approx(0.5)
+    system.go_on(0.1, own=1, others=2.5)
+    assert 0.5 < neighbours.load() < 1  # over that second
+
+
+def test_counters_that_stand_still_say_nothing(monkeypatch) -> None:
+    system = System(monkeypatch)
+    neighbours = Neighbours()
+    fixed = system.times()
+    monkeypatch.setattr(environment.psutil, "cpu_times", lambda: fixed)
+    system.clock += 5
+    assert neighbours.load() is None and not busy(None, 4, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the real /proc/stat")
+def test_a_real_neighbour_is_seen_and_the_process_itself_is_not() -> None:
+    def spin(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    def quietest(other: bool) -> float:
+        """The least of three, as there may be more neighbours; none of which lasts, let us hope."""
+        loads = []
+        for _ in range(3):
+            code = "while True: pass" if other else "input()"
+            with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as beside:
+                time.sleep(0.2)  # until it has started
+                neighbours = Neighbours()
+                spin(1.0)
+                loads.append(neighbours.load())
+                beside.kill()
+        return min(loads)
+
+    alone, together = quietest(other=False), quietest(other=True)
+    if alone is None or alone > 0.5:
+        pytest.skip("the machine is busy, or mute")
+    assert together - alone > 0.3
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "cores", "disturbs"),
+    [
+        (0.15, 2, 2, False),
+        (0.25, 2, 2, True),
+        (0.25, 1, 2, True),  # caches and clock are shared
+        (0.25, 32, 32, True),  # threads wait for the slowest
+        (1.0, 16, 32, False),
+        (4.0, 16, 32, True),
+        (1.0, 31, 32, False),
+        (1.1, 31, 32, True),
+    ],
+)
+def test_what_disturbs(load: float, threads: int, cores: int, disturbs: bool) -> None:
+    assert busy(load, threads, cores) is disturbs
+
+
+def test_machines_are_told_apart_by_device_or_processor_and_threads() -> None:
+    cpu = {"device": "cpu", "cpu": "a CPU", "threads": 1}
+    assert machine(cpu) == "a CPU, 1 thread" and machine(cpu | {"threads": 2}) != machine(cpu)
+    assert machine(cpu | {"device": "NVIDIA H100"}) == "NVIDIA H100"
+    assert machine({}) == "unknown"
+
+
+def test_a_process_has_one_name_and_a_fork_another() -> None:
+    assert process() == process() and len(process()) == 8
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, process().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 8).decode() != process()

@@ -1,0 +1,132 @@
+"""Policies keep, through the real cache, the tokens that their originals keep.
+
+The originals leave entries at their true positions. Without a rotation the cache does so too, since
+only what moves is turned: everything else, the attention included, is what a run computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import H2OPolicy, SnapKVPolicy, TOVAPolicy
+from buzz import EvictionCache
+from buzz.policy import Policy
+from buzz.rope import Rope
+from scripts import make_golden_methods as golden
+
+GOLDEN = Path(__file__).parent / "golden"
+RECORDS = json.loads((GOLDEN / "methods.json").read_text())
+
+Case = dict[str, Any]
+
+
+def snapkv(case: Case) -> Policy:
+    return SnapKVPolicy(
+        capacity=case["budget"],
+        window=case["window_size"],
+        kernel=case["kernel_size"],
+        pooling={"avgpool": "avg", "maxpool": "max"}[case["pooling"]],
+    )
+
+
+def grouped_h2o(case: Case) -> Policy:
+    recent = case["window_size"]
+    return H2OPolicy(heavy=case["budget"] - recent, recent=recent)
+
+
+POLICIES: dict[str, Callable[[Case], Policy]] = {
+    "h2o": lambda case: H2OPolicy(heavy=case["heavy"], recent=case["recent"]),
+    "h2o_grouped": grouped_h2o,
+    "tova": lambda case: TOVAPolicy(size=case["budget"]),
+    "snapkv": snapkv,
+    "snapkv_max": snapkv,
+    "snapkv_grouped": snapkv,
+}
+
+model_of = functools.cache(golden.model_of)
+
+
+def held_by(policy: Policy, name: str, case: Case, true_positions: bool = True) -> Iterator[Any]:
+    """Which tokens the cache holds after the prompt and each token: bool [layers, heads, seen]."""
+    model = model_of(RECORDS[name]["model"])
+    cache = EvictionCache(model, policy)
+    if true_positions:
+        for layer in cache.evicting:
+            layer.rope = Rope(None)
+    length, steps = case["length"], RECORDS[name]["steps"]
+    tokens = golden.tokens_of(length, case["prompt_seed"])[: length + steps]
+    with torch.no_grad(), golden.watched_cuts([]):  # the earliest of equals
+        for part in tokens.split([length] + [1] * steps):
+            model(part[None], past_key_values=cache)
+            kept = torch.stack([cache.kept_positions(i)[0] for i in range(golden.LAYERS)])
+            seen = cache.layers[0].get_seq_length()
+            yield torch.zeros(*kept.shape[:2], seen, dtype=torch.bool).scatter_(2, kept, True)
+
+
+def steps_that_differ(name: str, case: Case, left: np.ndarray, **options: bool) -> list[int]:
+    held = held_by(POLICIES[name](case), name, case, **options)
+    wanted = (golden.held_after(left, case["length"], s) for s in range(RECORDS[name]["steps"] + 1))
+    both = zip(held, wanted, strict=True)
+    return [step for step, (ours, theirs) in enumerate(both) if not np.array_equal(ours, theirs)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_original_keeps_the_same_tokens(name) -> None:
+    for case, left in golden.recorded(name):
+        assert steps_that_differ(name, case, left) == [], case
+
+
+@pytest.mark.parametrize("name", ["h2o", "tova"])
+def test_positions_in_the_cache_are_what_differs(name) -> None:
+    # The prompt is attended before anything moves.
+    differing = [
+        steps_that_differ(name, case, left, true_positions=False)
+        for case, left in list(golden.recorded(name))[::6]
+    ]
+    assert all(0 not in steps for steps in differing)
+    assert any(differing)
+
+
+def test_a_mean_over_queries_ranks_as_the_press_does() -> None:
+    for case, left in golden.recorded("h2o_mean"):
+        policy = H2OPolicy(heavy=case["budget"], recent=1, scoring="mean")
+        (ours,) = held_by(policy, "h2o_mean", case)
+        theirs = torch.from_numpy(golden.held_after(left, case["length"], 0))
+        # The press does not protect the last token: where it keeps it, one of the others is out.
+        more = ours[..., :-1] & ~theirs[..., :-1]
+        assert not (theirs[..., :-1] & ~ours[..., :-1]).any()
+        assert torch.equal(more.sum(-1), theirs[..., -1].long())
+
+
+def test_a_wrong_recording_is_noticed() -> None:
+    case, left = next(golden.recorded("h2o"))
+    wrong = left.copy()
+    wrong[1, 2, :5] = 0
+    assert 0 in steps_that_differ("h2o", case, wrong)
+
+
+def test_every_recording_names_its_source() -> None:
+    size = sum((GOLDEN / f"methods.{kind}").stat().st_size for kind in ("json", "npz"))
+    assert size < 300_000
+    assert list(RECORDS) == list(golden.METHODS)
+    commits = {*golden.COMMITS.values(), golden.A2SF_OF_THE_PAPER}
+    for name, record in RECORDS.items():
+        assert {source["commit"] for source in record["sources"]} <= commits
+        assert all(re.fullmatch("[0-9a-f]{40}", s["commit"]) for s in record["sources"])
+        assert record["smallest_gap"] >= golden.SMALLEST_GAP
+        cases = list(golden.recorded(name))
+        assert len({case["length"] for case, _ in cases}) == 6 and len(cases) == 18
+        assert sum(left.size for _, left in cases) == np.load(GOLDEN / "methods.npz")[name].size
+
+
+def test_the_decoder_of_the_recordings_computes_what_the_model_does() -> None:
+    golden.check_decoder()

@@ -1,0 +1,362 @@
+"""`protocol=original` against the code of the BUZZ paper, by what that made of made-up samples.
+
+`golden/original_protocol.json` has the samples, which were written for it, and beside them what the
+functions and expressions at `source` of `repository` at `commit` made of them when they were run:
+SHA-256 of prompts and of token rows, scores, and answers as its decoding loop writes them (with the
+`clean_up_tokenization` of transformers 4.33.0, which it pins).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from runs import MODEL, ROOT, read
+from tiny import prompt, tiny
+from tokenizers.processors import TemplateProcessing
+from torch.nn.functional import cross_entropy
+
+import evals.runner
+from baselines import FullPolicy, LocalPolicy
+from buzz import ConfigError
+from evals.data import load_hub
+from evals.forced import fed_and_scored
+from evals.forced import read as read_text
+from evals.metrics import as_buzz_writes, package_rouge, self_bleu
+from evals.models import byte_tokenizer
+from evals.plan import Plan
+from evals.table import read_summary
+from evals.task import Sample, Task, template
+from evals.tasks.nq10 import NQ10
+from evals.tasks.summarization import Summarization
+from evals.tasks.wikitext import Wikitext
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/original_protocol.json").read_text())
+TOKENIZER = byte_tokenizer()
+ROOM = ["protocol=original", *MODEL, "model.max_length=4096"]  # for its 1,001 new tokens
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = compose("config", ["protocol=original", *overrides])
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def original(task: str, file: Path, *overrides: str) -> Task:
+    """The task as a command with `protocol=original` gets it, checked."""
+    setting = [*ROOM, f"task={task}", f"task.data_file={file}", *overrides]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return Plan.of(compose("config", setting)).task
+
+
+def sha256(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def bos_tokenizer() -> Any:
+    """One token a byte, and one that begins every text, as Llama's tokenizer has it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+# --- prompts, token rows and scores ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "made"),
+    [
+        ("xsum", "summaries"),
+        ("cnn_dailymail", "summaries"),
+        ("self_bleu", "self_bleu_prompts"),
+        ("nq10", "questions"),
+    ],
+)
+def test_prompts_are_the_originals(tmp_path: Path, task: str, made: str) -> None:
+    golden = GOLDEN[made]
+    rows = golden.get("rows") or [{"article": a, "summary": "s"} for a in golden["articles"]]
+    samples = original(task, lines(tmp_path / "data.jsonl", rows)).load(TOKENIZER)
+    assert [sha256(sample.prompt) for sample in samples] == golden["sha256"]
+    assert len(samples) == 3
+
+
+def test_lines_of_wikitext_are_read_as_the_original_reads_them(tmp_path: Path) -> None:
+    golden = GOLDEN["wikitext"]
+    file = tmp_path / "text"
+    file.write_text("".join(row or " \n" for row in golden["rows"]), encoding="utf-8")
+    task = original("wikitext", file, f"task.rows={golden['read']}")
+    (sample,) = task.load(bos_tokenizer())
+    fed, scored = fed_and_scored(sample.ids, sample.starts)
+    assert (sha256(fed), sha256(scored)) == (golden["fed_sha256"], golden["scored_sha256"])
+    assert len(fed) == len(scored) == golden["tokens"]
+    words = sum(len(row.split()) for row in golden["rows"][: golden["read"]])
+    assert sample.meta == {"words": words, "rows": golden["read"]}
+
+
+def test_lines_of_the_hub_are_read_as_those_of_a_file(tmp_path: Path, monkeypatch) -> None:
+    golden = GOLDEN["wikitext"]
+    rows = [{"text": row} for row in golden["rows"]]
+    monkeypatch.setattr("evals.tasks.wikitext.load_hub", lambda *source: rows)
+    task = Wikitext(name="w", rows=golden["read"])
+    task.check()
+    (sample,) = task.load(bos_tokenizer())
+    assert sha256(fed_and_scored(sample.ids, sample.starts)[0]) == golden["fed_sha256"]
+
+
+def test_answers_are_written_and_scored_as_in_the_original() -> None:
+    for case in GOLDEN["answers"]["cases"]:
+        assert as_buzz_writes(case["decoded"]) == case["written"]
+        expected = {name: 100 * case[name] for name in case if name.startswith("pkg_")}
+        found = Summarization.score_texts(case["reference"], case["decoded"])
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+    # The blank at the end is a sentence to the package: it costs precision.
+    reference = "The bees of the mill have moved."
+    scores = [
+        package_rouge(reference, text)["pkg_rouge1"]
+        for text in ("The bees have moved.", as_buzz_writes("The bees have moved."))
+    ]
+    assert scores == pytest.approx([800 / 11, 200 / 3])
+
+
+def test_self_bleu_is_the_originals() -> None:
+    for text, score in GOLDEN["self_bleu"]["cases"]:
+        assert self_bleu(text) == pytest.approx(score)
+
+
+def test_self_bleu_of_what_a_failing_model_writes() -> None:
+    assert self_bleu("") == self_bleu("no full stop at all") == 0
+    assert self_bleu("." * 1000) == 0
+    assert self_bleu("Bees dance in the dark." * 300) == pytest.approx(300 / 301)
+
+
+def test_strict_match_is_the_originals(tmp_path: Path) -> None:
+    for answer, first, match in GOLDEN["strict_match"]["cases"]:
+        sample = Sample("0", "", (first, "another"))
+        assert NQ10(name="n").score(sample, answer)["strict_match"] == match
+
+
+# --- the configuration ----------------------------------------------------------------------------
+
+BUZZ = {"sink": 4, "window": 160, "stride": 5, "threshold": 400, "compact": "once"}
+METHODS = {
+    "streaming_llm": {"sink": 4, "window": 160},
+    "local": {"window": 164},
+    "h2o": {"heavy": 400, "recent": 160, "scoring": "sum"},
+    "buzz": BUZZ | {"history": "strided"},
+    "buzz_strided": BUZZ,
+    "buzz_fast": BUZZ | {"history": "strided"},
+}
+ANSWERS = {
+    "samples": 40,
+    "max_new_tokens": GOLDEN["answers"]["most_tokens"],
+    "chat_template": False,
+    "batch_size": 1,
+}
+SUMMARIES = ANSWERS | {"headline": "pkg_rougeL", "words": 50, "split": "validation"}
+TASKS = {
+    "xsum": SUMMARIES | {"hub": "EdinburghNLP/xsum"},
+    "cnn_dailymail": SUMMARIES | {"hub": "abisee/cnn_dailymail", "hub_config": "2.0.0"},
+    "self_bleu": SUMMARIES | {"headline": "self_bleu", "words": 150, "hub_config": "2.0.0"},
+    "nq10": ANSWERS | {"headline": "strict_match", "gold_at": [4]},
+    "wikitext": {"rows": 40, "tokens": None, "chunk": 1, "samples": 1, "split": "validation"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sizes_of_the_original(method: str) -> None:
+    found = composed(f"method={method}")
+    assert found["method"].items() >= METHODS[method].items()
+    assert found["budget"] is None and found["protocol"] == {"name": "original", "budgets": False}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_settings_of_the_original(task: str) -> None:
+    assert composed(f"task={task}")["task"].items() >= TASKS[task].items()
+    assert composed("task=suite")["task"]["settings"][task] == composed(f"task={task}")["task"]
+
+
+def test_ones_own_settings_win_over_the_protocol() -> None:
+    found = composed(
+        *("method=h2o", "method.heavy=7", "task=xsum", "task.words=9"),
+        *("model=llama2_7b_chat", "model.dtype=bfloat16"),
+    )
+    assert found["method"]["heavy"] == 7 and found["method"]["recent"] == 160
+    assert found["task"]["words"] == 9 and found["task"]["headline"] == "pkg_rougeL"
+    assert found["model"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("model", ["llama2_7b_chat", "llama2_7b"])
+def test_the_originals_models_run_in_half_precision(model: str) -> None:
+    assert composed(f"model={model}")["model"]["dtype"] == "float16"
+
+
+def test_the_documented_commands_run_the_original() -> None:
+    page = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
+    section = page.split("## 1. As the original ran it")[1].split("```sh")[1].split("```")[0]
+    tasks = set()
+    for command in section.strip().splitlines():
+        start, *overrides = command.replace("method=$M", "method=h2o").split(" -m ")
+        assert start == "python run.py"
+        found = composed(*overrides[0].split())
+        assert found["protocol"]["name"] == "original" and found["method"]["heavy"] == 400
+        assert found["model"]["name_or_path"] == "meta-llama/Llama-2-7b-chat-hf"
+        name = found["task"]["name"]
+        assert found["task"].items() >= TASKS[name].items()
+        tasks.add(name)
+    assert tasks == TASKS.keys()
+
+
+@pytest.mark.parametrize(
+    "override", ["method=tova", "method=full", "task=needle", "model=smollm2", "model=hf"]
+)
+def test_what_has_no_counterpart_stays_as_it_is(override: str) -> None:
+    group, name = override.split("=")
+    assert composed(override)[group] == yaml.safe_load(
+        (ROOT / "configs" / group / f"{name}.yaml").read_text().replace("${seed}", "0")
+    )
+
+
+def test_the_default_protocol_has_its_own_sizes_and_prompts() -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = compose("config", ["method=h2o", "task=nq10"])
+    assert (config.method.heavy, config.method.recent) == (280, 280)
+    assert config.task.headline == "best_subspan" and "{instruction}" in config.task.prompt
+    assert config.task.prompt == NQ10.prompt and config.task.document == NQ10.document
+    for name in ("xsum", "cnn_dailymail", "self_bleu"):
+        task = yaml.safe_load((ROOT / f"configs/task/{name}.yaml").read_text())
+        assert task["prompt"] == Summarization.prompt
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+BAD = {
+    "task=xsum|task.prompt=TLDR": "task.prompt='TLDR': must have {article}, may have {words}",
+    "task=xsum|task.prompt='{article} {number}'": "and nothing else in braces",
+    "task=xsum|task.prompt='{article} {'": "write {{ or }} for a brace",
+    "task=xsum|task.prompt='{article!r}'": "nothing else in braces",
+    "task=self_bleu|task.words=0": "task.words=0",
+    "task=self_bleu|task.headline=bleu": "task.headline='bleu': choose one of rouge1",
+    "task=nq10|task.prompt='{documents}'": "must have {documents}, {question}, may have",
+    "task=nq10|task.document='{title}'": "task.document='{title}': must have {text}",
+    "task=nq10|task.instruction=Answer.": "task.prompt has no {instruction}",
+    "task=wikitext|task.rows=0": "task.rows=0",
+    "task=wikitext|task.tokens=512": "task.tokens=512: task.rows are read whole",
+    "task=wikitext|task.samples=2": "task.samples=2: task.rows are one sample",
+    "task=needle|budget=0.5": "budget=0.5: protocol=original",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_settings_are_one_line_before_a_model_is_loaded(
+    main, monkeypatch, capsys, overrides: str
+) -> None:
+    monkeypatch.setattr(evals.runner, "load_model", None)
+    file = [] if "needle" in overrides else ["task.data_file=none"]
+    assert main(*ROOM, *overrides.split("|"), *file) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and BAD[overrides] in line
+
+
+def test_a_template_is_filled_once() -> None:
+    template("t", "{{literal}} {a}", ["a"])
+    assert "{{literal}} {a}".format(a="{b}") == "{literal} {b}"
+    with pytest.raises(ConfigError, match="must have {a}"):
+        template("t", "{a.__class__}", ["a"])
+
+
+# --- reading lines with one cache -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_reading_lines_is_reading_what_is_fed(chunk: int) -> None:
+    """As in one text, a token's loss is that of the step that feeds the token before it."""
+    model, ids, starts = tiny(), prompt(40)[0].tolist(), (0, 1, 12, 13, 30)
+    fed, scored = fed_and_scored(ids, starts)
+    assert (len(fed), len(scored)) == (35, 35)
+    assert fed == ids[1:11] + ids[13:29] + ids[30:39]
+    assert scored == ids[2:12] + ids[14:30] + ids[31:40]
+    measured, losses = read_text(model, ids, FullPolicy(), chunk, {}, starts)
+    logits = model(torch.tensor([fed])).logits[0]
+    expected = cross_entropy(logits, torch.tensor(scored), reduction="none")
+    torch.testing.assert_close(torch.tensor(losses), expected, atol=1e-4, rtol=1e-4)
+    assert measured.lengths[-1] == 35 and measured.prompt_tokens == 40
+    evicting, _ = read_text(model, ids, LocalPolicy(window=9), 1, {}, starts)
+    assert evicting.lengths == [*range(1, 9), *[9] * 27]  # one cache throughout
+
+
+def test_a_run_over_lines(main, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("".join(f" Line {i} of bees . \n" for i in range(9)), encoding="utf-8")
+    setting = [*ROOM, "task=wikitext", "task.rows=6"]
+    assert main(*setting, "method=buzz", f"task.data_file={file}", "method.window=20") == 0
+    (folder,) = main.runs.glob("wikitext-*")
+    (record,), summary = read(folder), read_summary(folder)
+    size = len(" Line 0 of bees . \n")
+    assert record["prompt_tokens"] == 6 * size and record["meta"]["rows"] == 6
+    assert record["kv_entries_peak"] <= 4 + 20 + 400
+    assert list(summary["breakdown"]["position (nats)"])[-1].endswith(f"-{6 * (size - 1)}")
+    assert summary["protocol"] == "original" and summary["score"] > 1
+
+
+def test_too_few_lines_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a b\n\n\nc d")
+    with pytest.raises(ConfigError, match="task.rows=3: they hold too little text"):
+        original("wikitext", tmp_path / "text", "task.rows=3").load(TOKENIZER)
+
+
+def test_a_run_for_self_bleu_is_better_when_lower(main, tmp_path: Path) -> None:
+    file = lines(tmp_path / "data.jsonl", [{"article": "Bees.", "highlights": "Bees."}] * 2)
+    setting = [*ROOM, "task=self_bleu", f"task.data_file={file}"]
+    assert main(*setting, "task.max_new_tokens=5", "method=streaming_llm") == 0
+    (folder,) = main.runs.glob("self_bleu-*")
+    summary = read_summary(folder)
+    assert summary["headline"] == "self_bleu" and summary["higher_is_better"] is False
+    assert 0 <= summary["score"] <= 1 and "pkg_rougeL" in summary["scores"]
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def test_every_data_set_of_the_hub_is_pinned() -> None:
+    """Commits that hold Parquet files: `datasets` runs no scripts."""
+    for name in ("xsum", "cnn_dailymail", "self_bleu", "wikitext"):
+        for protocol in ("original", "equal_memory"):
+            task = composed(f"task={name}", f"protocol={protocol}")["task"]
+            assert len(task["hub_revision"]) == 40, name
+
+
+def test_the_revision_reaches_the_hub(monkeypatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, config: str | None, **options: str) -> list[dict]:
+        asked.append((name, config, options))
+        return [{"document": "d", "summary": "s"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    Summarization(name="x", hub="h", hub_config="c", hub_revision="r").check()
+    assert asked == [("h", "c", {"split": "test", "revision": "r"})]
+
+
+def test_a_revision_with_a_script_is_a_clear_error(monkeypatch) -> None:
+    def load_dataset(*name: str, **options: str) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=r"h \(revision main\) could not be loaded .*x.py"):
+        load_hub("h", None, "test", "task.data_file")

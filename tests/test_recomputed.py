@@ -1,0 +1,134 @@
+"""Every method, at both kinds of positions, against a pass over the same text without a cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recomputed import Recorder, check
+from test_generate import METHODS, both_positions, every_method
+from tiny import prompt, tiny
+from transformers import DynamicCache
+
+from buzz import EvictionCache
+from buzz.attention import of_layer
+from buzz.layer import EvictionLayer
+
+# Frequencies that change are below; Gemma's other layers have a window of their own.
+FAMILIES = ["llama-mqa", "llama3", "llama-yarn", "qwen3", "smollm3", "phi3-partial"]
+FAMILIES += ["cohere-interleaved"]
+
+
+def record(model, policy, padding: list[int], steps: list[int], **options) -> Recorder:
+    """A batch whose rows begin with padding, fed in steps."""
+    cache = EvictionCache(model, policy, **options)
+    recorder = Recorder(model, cache, padding)
+    for part in prompt(sum(steps), batch=len(padding)).split(steps, dim=1):
+        recorder.step(part, attention_mask=recorder.mask(part.shape[1]))
+    return recorder
+
+
+@every_method
+@both_positions
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_prompts_chunks_and_tokens(positions, policy, backend) -> None:
+    """Two rows, one of them padded: a prompt, tokens, a chunk as of a second turn, tokens."""
+    model, steps = tiny("llama", backend), [60, *[1] * 20, 13, *[1] * 5]
+    record(model, policy, [0, 7], steps, positions=positions).check("llama")
+
+
+@both_positions
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "buzz", "tova"])
+def test_families(family, positions, name) -> None:
+    steps = [50, *[1] * 15]
+    record(tiny(family), METHODS[name], [3], steps, positions=positions).check(family)
+
+
+@both_positions
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "buzz", "buzz_fast", "snapkv"])
+def test_a_prompt_held_back_in_chunks(positions, name) -> None:
+    steps = [21, 30, 1, 4, *[1] * 15]
+    options = {"positions": positions, "hold_until": 56, "logn_base": 16.0}
+    recorder = record(tiny("llama"), METHODS[name], [0, 9, 0], steps, **options)
+    recorder.check("llama")
+
+
+@both_positions
+@every_method
+def test_rows_that_change_places(positions, policy) -> None:
+    recorder = record(tiny("llama"), policy, [0, 5, 9], [40, *[1] * 10], positions=positions)
+    for rows in ([2, 0, 0, 1], [3, 3], [0, 1]):
+        recorder.cache.batch_select_indices(torch.tensor(rows))
+        recorder.select(rows)
+        for token in prompt(9, batch=len(rows), seed=len(rows)).split(1, dim=1):
+            recorder.step(token)
+    recorder.check("llama")
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_at_true_positions_no_key_changes(policy, dtype, monkeypatch) -> None:
+    """To the bit, however often its entry was moved to another slot."""
+    model, arrived = tiny("llama", dtype=dtype), []
+    update = EvictionLayer.update
+
+    def noting(self, keys, values, *args, **kwargs):
+        if self is cache.layers[1]:
+            arrived.append(keys.clone())
+        return update(self, keys, values, *args, **kwargs)
+
+    monkeypatch.setattr(EvictionLayer, "update", noting)
+    cache = EvictionCache(model, policy, positions="true")
+    with torch.no_grad():
+        for part in prompt(100).split([50, *[1] * 30, 20], dim=1):
+            model(part, past_key_values=cache)
+    layer, kept = cache.layers[1], cache.kept_positions(1)
+    expected = torch.cat(arrived, 2).gather(2, kept[..., None].expand(*kept.shape, 16))
+    assert torch.equal(layer.view(layer.store.keys), expected)
+
+
+@pytest.mark.parametrize("family", ["llama-dynamic", "phi3-longrope", "gemma3-mixed"])
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "buzz"])
+@pytest.mark.filterwarnings("ignore:the text grows past")
+def test_true_positions_are_a_stock_cache_with_the_evicted_hidden(family, name) -> None:
+    """Also where frequencies change: keys keep the rotation that they came with, as there."""
+    model, stock, policy = tiny(family), tiny(family), METHODS[name]
+    cache, whole = EvictionCache(model, policy, positions="true"), DynamicCache(config=model.config)
+    masks: dict[int, torch.Tensor] = {}
+
+    def masked(module, args, kwargs):
+        mask = masks.get(module.layer_idx)
+        return (args, kwargs) if mask is None else (args, {**kwargs, "attention_mask": mask})
+
+    evicting = [i for i, layer in enumerate(cache.layers) if isinstance(layer, EvictionLayer)]
+    for index in evicting:
+        attention = of_layer(stock.get_decoder(), index)
+        attention.register_forward_pre_hook(masked, with_kwargs=True)
+    end = 0
+    with torch.no_grad():
+        for part in prompt(110).split([50, *[1] * 40, 12, *[1] * 8], dim=1):
+            start, end = end, end + part.shape[1]
+            for index in evicting:
+                visible = torch.ones(4, end, dtype=torch.bool)
+                if start:
+                    visible[:, :start] = False
+                    kept = cache.kept_positions(index)[0].repeat_interleave(2, 0)
+                    visible.scatter_(1, kept, True)
+                causal = torch.ones(end, end, dtype=torch.bool).tril()[start:]
+                masks[index] = (visible[:, None] & causal)[None]
+            expected = stock(part, past_key_values=whole).logits
+            actual = model(part, past_key_values=cache).logits
+            torch.testing.assert_close(actual, expected, atol=2e-4, rtol=2e-4)
+    assert cache.evictions[0] > 1
+
+
+def test_a_wrong_number_would_be_noticed() -> None:
+    recorder = record(tiny("llama"), METHODS["h2o"], [0], [60, 1, 1])
+    (text,) = recorder.texts
+    with pytest.raises(AssertionError):
+        check("llama", text, METHODS["h2o"], "true")
+    with pytest.raises(AssertionError):
+        check("llama", text, METHODS["tova"])
+    text.logits[-1][0, 5] += 1e-2
+    with pytest.raises(AssertionError):
+        recorder.check("llama")
