@@ -124,18 +124,19 @@ def test_lines_and_lists_are_read(tmp_path: Path) -> None:
 def test_the_mirror_is_read_by_its_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_hub(name: str, config: str, split: str, field: str) -> list[dict]:
+    def load_hub(name: str, config: str, split: str, field: str, revision: str) -> list[dict]:
         asked.append((name, config, split))
+        assert revision == "r1"
         return [MIRROR]
 
     monkeypatch.setattr(longbench2, "load_hub", load_hub)
-    task = LongBench2(name="longbench2")
+    task = LongBench2(name="longbench2", hub_revision="r1")
     task.check()
     assert len(asked) == 20 and {one[::2] for one in asked} == {("recursal/longbench-v2", "train")}
     domains = {sample.meta["domain"] for sample in task.load(byte_tokenizer())}
     assert len(domains) == 6 and subsets()["legal_multi"] == "Multi-Document QA"
     asked.clear()
-    LongBench2(name="longbench2", samples=2).check()
+    LongBench2(name="longbench2", samples=2, hub_revision="r1").check()
     assert len(asked) == 2  # no more than are wanted
 
 

@@ -113,8 +113,8 @@ def test_by_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return [ROWS["aime25"]]
 
     monkeypatch.setattr(math, "load_hub", load_hub)
-    Math(name="math", benchmark="aime25").check()
-    assert asked == [("math-ai/aime25", None, "test", "task.data_file")]
+    Math(name="math", benchmark="aime25", hub_revision="r1").check()
+    assert asked == [("math-ai/aime25", None, "test", "task.data_file", "r1")]
     with pytest.raises(ConfigError, match="`Problem` and `Answer` must be texts"):
         Math(name="math", benchmark="aime24").check()
 

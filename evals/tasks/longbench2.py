@@ -44,6 +44,7 @@ class LongBench2(Task):
 
     Attributes:
         data_file: the benchmark's `data.json`, or JSON lines; None: lm-eval's mirror on the hub.
+        hub_revision: of the mirror; None: its main branch.
         answer: ``sentence`` asks for the sentence that the benchmark's own code asks for;
             ``letter`` is lm-eval's prompt, which ends in "Answer:".
     """
@@ -51,6 +52,7 @@ class LongBench2(Task):
     headline: ClassVar[str] = "accuracy"
 
     data_file: str | None = None
+    hub_revision: str | None = None
     answer: str = "sentence"
     max_new_tokens: int | None = 128
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
@@ -68,7 +70,7 @@ class LongBench2(Task):
         rows: list[dict[str, Any]] = []
         path, split = (_common()[key] for key in ("dataset_path", "test_split"))
         for subset, domain in subsets().items():
-            found = load_hub(path, subset, split, "task.data_file")
+            found = load_hub(path, subset, split, "task.data_file", self.hub_revision)
             rows += [{"domain": domain, "sub_domain": subset} | row for row in found]
             if self.samples is not None and len(rows) >= self.samples:
                 break

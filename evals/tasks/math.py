@@ -46,13 +46,16 @@ class Math(Task):
         fewshot: worked examples before the problem, 0 to 4; None for lm-eval's own, which are 4 of
             `minerva_math500` and else none.
         data_file: JSON lines in the schema of lm-eval's data set; None: the hub.
+        hub_revision: of that data set; None: its main branch.
     """
 
     headline: ClassVar[str] = "pass@1"
+    scorers: ClassVar[tuple[str, ...]] = ("lm-eval", "math-verify", "sympy")
 
     benchmark: str = MINERVA
     fewshot: int | None = None
     data_file: str | None = None
+    hub_revision: str | None = None
     max_new_tokens: int | None = 1024
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
 
@@ -67,7 +70,7 @@ class Math(Task):
         if self.data_file is None:
             data = [definition(self.benchmark).get(f"dataset_{key}") for key in ("path", "name")]
             split = definition(self.benchmark)["test_split"]
-            rows = load_hub(*data, split, "task.data_file")
+            rows = load_hub(*data, split, "task.data_file", self.hub_revision)
         else:
             rows = read_jsonl(self.data_file, "task.data_file", keys)
         self._rows = rows[: self.samples]

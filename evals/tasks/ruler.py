@@ -49,6 +49,7 @@ class Ruler(Task):
     headline: ClassVar[str] = "score"
     grouped_by: ClassVar[str] = "subtask"
     own_lengths: ClassVar[bool] = True
+    scorers: ClassVar[tuple[str, ...]] = ("lm-eval",)
 
     subtasks: Sequence[str] | None = SYNTHETIC
     lengths: Sequence[int] = (4096,)

@@ -9,6 +9,7 @@ that is too short ends in an error, where the owners' loops never end.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import os
@@ -113,7 +114,8 @@ def generate(
             drawn = {"vt": _vt, "cwe": _cwe, "fwe": _fwe}[subtask](count, length, room, samples)
         found = list(drawn)
     if not found:
-        raise ConfigError("task.lengths", length, f"too short for {subtask} with this tokenizer")
+        remedy = f"too short for {subtask} with this tokenizer; give a longer one"
+        raise ConfigError("task.lengths", length, remedy)
     return found
 
 
@@ -239,8 +241,8 @@ def _largest(
     tokens = characters = 0
     while True:
         text = draw(size)
-        growth = len(text) / characters - 1 if characters else math.inf
-        if spread * tokens * (1 + 2 * growth) >= room or not characters:
+        # tokens + 2 * (tokens / characters) * (characters that came to it), without rounding
+        if spread * tokens * (2 * len(text) - characters) >= room * characters:
             tokens, characters = count(text), len(text)
             if tokens >= room:
                 return size - step if tokens > room else size + step
@@ -458,5 +460,5 @@ def _require_punkt(subtask: str) -> None:
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError as error:
-        if not nltk.download("punkt_tab", quiet=True):
+        if not nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO()):
             raise ConfigError("task.subtasks", subtask, PUNKT) from error
