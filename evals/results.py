@@ -24,7 +24,7 @@ from buzz.errors import ConfigError
 from evals.compare import REFERENCE, strata, units, values_of
 from evals.environment import machine
 from evals.metrics import STATISTICS, mean, resampled, score_of
-from evals.records import FIDELITY, RunFolder, digest
+from evals.records import FIDELITY, RunFolder, digest, sha256
 from evals.schema import FORMAT, Asked, Environment, Record, problem_of
 
 Interval = tuple[float, float] | None
@@ -34,6 +34,7 @@ Floats = NDArray[np.float64]
 COMPARABLE = ("task", "task_version", "model", "model_digest", "seed")
 # Settings that say where and how a run was made, not what of.
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
+DISTURBED = "~"  # behind timings of samples during which other processes kept the machine busy
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # OmegaConf's takes ten times as long
 UNREADABLE = {
     **{key: {"name": "unreadable"} for key in ("method", "task", "model")},
@@ -209,6 +210,12 @@ class Run:
         if len(used) > 1:
             apart = _differing([self.environments.get(name, {}) for name in used])
             notes.append(f"its samples ran in {len(used)} environments, which differ in {apart}")
+        loaded = [record.get("load") or 0 for record in self.ran if record.get("loaded")]
+        if loaded:
+            notes.append(
+                f"other processes kept up to {max(loaded):.1f} cores busy during {len(loaded)} of"
+                f" {len(self.ran)} samples: its timings ({DISTURBED}) are not to be relied on"
+            )
         return notes
 
     def mean(self, name: str, records: Sequence[Record] | None = None) -> float | None:
@@ -274,7 +281,18 @@ def read_runs(root: Path) -> list[Run]:
     folders = [path.parent for path in sorted(root.glob("*/config.yaml"))]
     if not folders:
         raise ConfigError("runs", str(root), "holds no run folder; run.py makes them")
-    return put_together([read_run(folder) for folder in folders])
+    runs = put_together([read_run(folder) for folder in folders])
+    return [_compared(run, runs) if run.fidelity else run for run in runs]
+
+
+def _compared(run: Run, runs: Sequence[Run]) -> Run:
+    """A run without comparisons with answers that no full-cache run here gives any more."""
+    full = [one for one in runs if one.is_reference and one.scored and one.setting == run.setting]
+    given = {(r["id"], sha256(r["tokens"])) for one in full for r in one.ran if "tokens" in r}
+    if not given:
+        return run
+    known = [one for one in run.fidelity if (one["id"], one.get("answer_sha256")) in given]
+    return dataclasses.replace(run, fidelity=known)
 
 
 def read_run(folder: Path) -> Run:

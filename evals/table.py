@@ -25,6 +25,7 @@ from buzz.errors import ConfigError
 from evals.compare import REFERENCE, compare, differing, paired
 from evals.plan import build
 from evals.results import (
+    DISTURBED,
     Run,
     differing_settings,
     find_references,
@@ -40,8 +41,6 @@ from evals.task import Task
 __all__ = ["Setting", "TableCallback", "print_tables", "read_summary", "tables"]
 
 UNEQUAL = 1.1  # ratio of mean entries from which on rows hold different memory
-
-DISTURBED = "~"  # behind timings of samples during which the machine was busy with other things
 
 Summary = dict[str, Any]
 
@@ -153,19 +152,8 @@ class Setting:
                 given = "no budget" if budget is None else f"budget={budget}"
                 ratio = max(held) / min(held)
                 notes.append(f"{task}: rows of {given} hold up to {ratio:.1f}x as much as others")
-        return notes + self._of_runs()
-
-    def _of_runs(self) -> list[str]:
-        """What a reader should know of single rows."""
-        notes = []
-        for name, run, row in zip(self.names, self.runs, self.rows, strict=True):
-            notes += [f"{run.task}, {name}: {note}" for note in run.notes]
-            if row["loaded"]:
-                most = max(record["load"] for record in run.ran if record.get("loaded"))
-                notes.append(
-                    f"{run.task}, {name}: {DISTURBED} other processes kept up to {most:.1f} cores"
-                    f" busy during {row['loaded']} of {row['n']} samples"
-                )
+        for name, run in zip(self.names, self.runs, strict=True):
+            notes += [f"{task}, {name}: {note}" for note in run.notes]
         return notes
 
 

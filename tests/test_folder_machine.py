@@ -107,13 +107,13 @@ class Folders(RuleBasedStateMachine):
 
     # --- the data ---------------------------------------------------------------------------------
 
-    @initialize(references=st.lists(REFERENCES, min_size=3, max_size=4))
+    @initialize(references=st.lists(REFERENCES, min_size=4, max_size=5))
     def write(self, references: list[str]) -> None:
         self.data = [(0, reference) for reference in references]
         self._save()
 
     @rule(
-        how=st.sampled_from(["reference", "reference", "text", "shorten", "lengthen"]),
+        how=st.sampled_from(["reference", "reference", "shorten", "lengthen", "text"]),
         number=st.integers(0, 5),
         reference=REFERENCES,
     )
