@@ -270,7 +270,7 @@ def _section(kept: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("text", path, f"give a UTF-8 text file ({error})") from error
 

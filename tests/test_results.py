@@ -423,7 +423,9 @@ def test_timings_of_a_busy_machine_are_marked(news, monkeypatch) -> None:
     text = shown(folder)
     cells = row_of(text, "local")
     assert cells[-4].endswith("~") and cells[-3].endswith("~")
-    note = "xsum, local: ~ other processes kept up to 1.5 cores busy during 2 of 4 samples"
+    note = (
+        "xsum, local: other processes kept up to 1.5 cores busy during 2 of 4 samples: its timings"
+    )
     assert note in text
     monkeypatch.setattr("evals.run.runner.Neighbours.load", lambda self: None)  # nobody knows
     quiet = news("method=h2o")
@@ -533,6 +535,19 @@ def test_a_torn_line_of_a_sweeps_jobs_is_one_failed_job(tmp_path: Path) -> None:
 
     (tmp_path / JOBS).write_text('{"overrides": [], "status": "complete", "folder": "x"}\n{"over')
     assert [job["status"] for job in read_jobs(tmp_path)] == ["complete", "failed"]
+
+
+def test_a_distance_to_answers_that_are_no_more_is_none(news) -> None:
+    full, folder = news("method=full"), news("method=h2o", "budget=60")
+    news("method=h2o", "budget=60", "kl=true")
+    assert read_summary(folder)["against_full"]["kl_n"] == 4
+    edit(full, 0, tokens=[5, 6, 7])
+    (setting,) = Setting.of([full, folder])
+    assert setting.against_full()[1]["kl_n"] == 3
+    assert next(run for run in read_runs(news.runs) if run.method == "h2o").kl_n == 3
+    news("method=h2o", "budget=60", "kl=true")  # compared with the answer that is there now
+    assert read_summary(folder)["against_full"]["kl_n"] == 4
+    assert next(run for run in read_runs(news.runs) if run.method == "h2o").kl_n == 4
 
 
 # --- paired differences ---------------------------------------------------------------------------

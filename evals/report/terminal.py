@@ -21,12 +21,10 @@ from buzz.errors import ConfigError
 from evals.results.compare import REFERENCE, compare, differing, paired
 from evals.results.equal_memory import MARK, TOLERANCE, is_over
 from evals.results.reading import find_references, left_out, put_together, read_run
-from evals.results.runs import Run, differing_settings, reference_of
+from evals.results.runs import DISTURBED, Run, differing_settings, reference_of
 from evals.results.summary import summarize
 from evals.tasks.base import Task
 from evals.tasks.build import build
-
-DISTURBED = "~"  # behind timings of samples during which the machine was busy with other things
 
 Summary = dict[str, Any]
 
@@ -146,19 +144,8 @@ class Setting:
                 given = "no budget" if budget is None else f"budget={budget} ({by})"
                 ratio = max(known) / min(known)
                 notes.append(f"{task}: rows of {given} hold up to {ratio:.2f}x as much as others")
-        return notes + self._of_runs()
-
-    def _of_runs(self) -> list[str]:
-        """What a reader should know of single rows."""
-        notes = []
-        for name, run, row in zip(self.names, self.runs, self.rows, strict=True):
-            notes += [f"{run.task}, {name}: {note}" for note in run.notes]
-            if row["loaded"]:
-                most = max(record["load"] for record in run.ran if record.get("loaded"))
-                notes.append(
-                    f"{run.task}, {name}: {DISTURBED} other processes kept up to {most:.1f} cores"
-                    f" busy during {row['loaded']} of {row['n']} samples"
-                )
+        for name, run in zip(self.names, self.runs, strict=True):
+            notes += [f"{task}, {name}: {note}" for note in run.notes]
         return notes
 
 

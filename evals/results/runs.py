@@ -18,6 +18,7 @@ from evals.results.statistics import STATISTICS, Interval, bootstrap, mean, scor
 # same on all, but for rounding. Speed is compared between runs of one machine only.
 COMPARABLE = ("task", "task_version", "model", "model_digest", "seed")
 # Settings that say where and how a run was made, not what of.
+DISTURBED = "~"  # behind timings of samples during which other processes kept the machine busy
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
 
 
@@ -187,6 +188,12 @@ class Run:
         if len(used) > 1:
             apart = _differing([self.environments.get(name, {}) for name in used])
             notes.append(f"its samples ran in {len(used)} environments, which differ in {apart}")
+        loaded = [record.get("load") or 0 for record in self.ran if record.get("loaded")]
+        if loaded:
+            notes.append(
+                f"other processes kept up to {max(loaded):.1f} cores busy during {len(loaded)} of"
+                f" {len(self.ran)} samples: its timings ({DISTURBED}) are not to be relied on"
+            )
         return notes
 
     def mean(self, name: str, records: Sequence[Record] | None = None) -> float | None:
