@@ -46,3 +46,16 @@ def test_the_picture_and_the_page_are_of_this_code(monkeypatch: pytest.MonkeyPat
     assert edges.keys() == set(re.findall(r"^\| `([\w/]+)`", page, re.MULTILINE))
     for path in re.findall(r"`((?:evals|buzz|scripts)/[\w/]+\.py)`", page):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_report_names_no_task_and_no_method_but_where_it_says_so() -> None:
+    tasks = {path.stem for path in (ROOT / "configs/task").glob("*.yaml")}
+    methods = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")} - {"buzz", "full"}
+    assert len(tasks) > 5 and len(methods) > 5
+    named: dict[str, set[str]] = {}
+    for path in (ROOT / "evals/report").glob("*.py"):
+        words = set(re.findall(r'"(\w+)"', path.read_text()))
+        if found := words & (tasks | methods):
+            named[path.name] = found & tasks
+    # Published numbers are of some task's, and styles of methods.
+    assert named == {"published.py": {"longbench", "xsum"}, "methods.py": set()}
