@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class Figure:
     path: Path
     note: str
     width: int  # pixels on a page
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
