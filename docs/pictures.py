@@ -1,9 +1,14 @@
-"""Draws the pictures of docs/img from the policies themselves: python docs/pictures.py"""
+"""Draws the pictures of docs/img from the code itself: python docs/pictures.py [NAME...]
+
+Methods from the policies, the layers from the import statements.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import grimp
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
@@ -108,14 +113,68 @@ def positions() -> None:
     save(figure, "positions")
 
 
-def save(figure: plt.Figure, name: str) -> None:
-    figure.savefig(IMAGES / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+def imports() -> dict[str, set[str]]:
+    """Which folders each folder of the code imports, from its import statements."""
+    graph = grimp.build_graph("buzz", "baselines", "evals", cache_dir=None)
+    found: dict[str, set[str]] = {}
+    for module in sorted(graph.modules - {"evals"}):
+        own = folder(module)
+        others = {folder(one) for one in graph.find_modules_directly_imported_by(module)}
+        found.setdefault(own, set()).update(others - {own})
+    return found
+
+
+def folder(module: str) -> str:
+    """evals.run.plan -> evals/run; the other packages are one folder each."""
+    parts = module.split(".")
+    return "/".join(parts[:2]) if parts[0] == "evals" else parts[0]
+
+
+def as_text(edges: dict[str, set[str]]) -> str:
+    return "; ".join(f"{one} -> {', '.join(sorted(edges[one])) or 'nothing'}" for one in edges)
+
+
+def layers() -> None:
+    """The folders, each above all that it imports; what follows from other arrows has none."""
+    edges = imports()
+
+    def height(name: str) -> int:
+        return 1 + max(map(height, edges[name]), default=-1)
+
+    def reached(name: str) -> set[str]:
+        return edges[name].union(*map(reached, edges[name]))
+
+    rows: dict[int, list[str]] = {}
+    for name in edges:
+        rows.setdefault(height(name), []).append(name)
+    places = {
+        name: (3 * (i - (len(row) - 1) / 2), 1.3 * y)
+        for y, row in rows.items()
+        for i, name in enumerate(row)
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 1.0 * len(rows)))
+    for name, (x, y) in places.items():
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "#F4F4F4", "edgecolor": "#444444"}
+        axes.text(x, y, name, ha="center", va="center", bbox=box, zorder=2)
+        for other in edges[name] - set().union(*map(reached, edges[name])):
+            # One that passes a row goes around it.
+            bent = 0 if height(name) - height(other) == 1 else 0.5 if x < 0 else -0.5
+            arrow = {"arrowstyle": "-|>", "color": "#7FA8C9", "shrinkA": 14, "shrinkB": 16}
+            arrow["connectionstyle"] = f"arc3,rad={bent}"
+            axes.annotate("", places[other], (x, y), arrowprops=arrow, zorder=1)
+    axes.set(xlim=(-5, 5), ylim=(-0.7, 1.3 * (len(rows) - 1) + 0.7))
+    axes.axis("off")
+    save(figure, "layers", as_text(edges))
+
+
+def save(figure: plt.Figure, name: str, description: str | None = None) -> None:
+    metadata = {"Date": None, "Description": description}
+    figure.savefig(IMAGES / f"{name}.svg", bbox_inches="tight", metadata=metadata)
     plt.close(figure)
 
 
 if __name__ == "__main__":
     matplotlib.rcParams.update({"svg.hashsalt": "buzz", "font.size": 10})
     IMAGES.mkdir(exist_ok=True)
-    beehive()
-    lengths()
-    positions()
+    for picture in sys.argv[1:] or ("beehive", "lengths", "positions", "layers"):
+        globals()[picture]()

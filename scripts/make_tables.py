@@ -33,7 +33,7 @@ def make(runs_folder: Path, out: Path, paper: Path) -> Path:
             print(f"left out: {run.places}: {run.problem}", file=sys.stderr)
     judged = judge(runs)
     claims = tables.claims(judged)
-    shown = [table(runs) for table in tables.OWN]
+    shown = tables.own(runs)
     shown += [*published.tables(runs, paper), tables.overview(runs)]
     for table in (claims, *shown):
         table.write(out / "tables")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from evals.report.claims import judge
@@ -28,6 +29,8 @@ HEADLINES = {
     "throughput": "answer_tokens",
     "wikitext": "token_perplexity",
 }
+CONFIGS = Path(__file__).resolve().parents[1] / "configs/task"
+TARGETS = {p.stem: yaml.safe_load(p.read_text()).get("_target_") for p in CONFIGS.glob("*.yaml")}
 LLAMA = {"name": "llama2_7b_chat", "name_or_path": "meta-llama/Llama-2-7b-chat-hf"}
 B = 250  # entries of every budget
 
@@ -80,7 +83,7 @@ def write_run(
             "_target_": "x",
             **parameters,
         },
-        "task": {"name": task, "shard": None, **task_settings},
+        "task": {"_target_": TARGETS.get(task, "x"), "name": task, "shard": None, **task_settings},
         "model": model or LLAMA,
         "cache": cache or {"logn_base": None, "logn_clamp": False},
         "budget": budget,

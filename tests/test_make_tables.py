@@ -24,6 +24,9 @@ from evals.report.verdicts import UNDECIDED, Judged, Measurement
 from evals.results.reading import read_runs
 from evals.results.runs import Run
 from evals.results.statistics import bootstrap
+from evals.tasks.longbench import LongBench
+from evals.tasks.summarization import Summarization
+from evals.tasks.wikitext import Wikitext
 from scripts import make_tables
 from tests.report_runs import BUZZ, B, write_run
 
@@ -66,7 +69,7 @@ def test_every_published_number_names_its_source() -> None:
 
 def test_a_tables_forms_hold_the_same_numbers(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "full", "full", [10.0, 20.0, 30.0])
-    table = tables.summarization(read_runs(tmp_path / "runs"))
+    table = tables.section(Summarization.section, read_runs(tmp_path / "runs"))
     table.write(tmp_path)
     raw = pd.read_csv(tmp_path / "summarization.csv")
     assert raw["score"].item() == 20 and raw["score low"].item() < 20 < raw["score high"].item()
@@ -84,8 +87,8 @@ def test_cells_are_escaped_in_every_form() -> None:
 
 
 def test_a_table_without_runs_says_so() -> None:
-    assert "not run" in tables.perplexity([]).markdown()
-    assert "not run" in tables.longbench([]).html()
+    assert "not run" in tables.section(Wikitext.section, []).markdown()
+    assert "not run" in tables.section(LongBench.section, []).html()
 
 
 def test_ablations_pair_the_score_rules_and_single_parameters(tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ def test_tables_mark_what_holds_more_than_its_budget(
 
 def test_without_methods_that_grow_there_is_no_growth(tmp_path: Path) -> None:
     write_run(tmp_path, "h2o", "h2o", [1.0, 2.0], budget=0.25)
-    table = tables.summarization(read_runs(tmp_path))
+    table = tables.section(Summarization.section, read_runs(tmp_path))
     assert "growth" not in table.frame and "†" not in table.markdown()
 
 
@@ -163,7 +166,7 @@ def test_costs_mark_the_lengths_at_which_more_is_held(tmp_path: Path) -> None:
 
 def test_the_mean_is_named_where_it_is_the_measure(tmp_path: Path) -> None:
     write_run(tmp_path, "h2o", "h2o", [1.0, 2.0], budget=0.25, by="mean", held=1.38)
-    frame = tables.summarization(read_runs(tmp_path)).frame
+    frame = tables.section(Summarization.section, read_runs(tmp_path)).frame
     assert frame["budget"].item() == "0.25 mean†"
     assert frame["held / budget"].item() == pytest.approx(0.8 * 1.38)
 
@@ -174,13 +177,13 @@ def test_settings_are_those_that_no_budget_chose(tmp_path: Path) -> None:
         write_run(
             tmp_path, f"{window}", "buzz", [1.0, 2.0], parameters=parameters, budget=B, fixed=fixed
         )
-    frame = tables.summarization(read_runs(tmp_path)).frame
+    frame = tables.section(Summarization.section, read_runs(tmp_path)).frame
     assert list(frame["settings"]) == ["window=40", ""]
 
 
 def test_early_records_are_not_marked(tmp_path: Path) -> None:
     write_run(tmp_path, "h2o", "h2o", [1.0, 2.0], budget=0.25, by=None, held=9.0)
-    table = tables.summarization(read_runs(tmp_path))
+    table = tables.section(Summarization.section, read_runs(tmp_path))
     assert "†" not in table.markdown() and table.frame["held / budget"].isna().all()
 
 

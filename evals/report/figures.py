@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from typing import Any
 
 from evals.report.chosen import families, left_to_budget
 from evals.report.drawing import RC, heat, legend, panels, plt
+from evals.report.kinds import kind
 from evals.report.marks import budget_text, held, label, mark, over_note, settings
 from evals.report.methods import order, place, style_of
-from evals.report.quality import SPEED_TASK
 from evals.report.runs import length_bin
 from evals.report.speed import alone
 from evals.report.tables import ordered
@@ -20,7 +21,6 @@ from evals.results.compare import REFERENCE
 from evals.results.runs import Run
 from evals.results.schema import Record
 from evals.results.statistics import bootstrap
-from evals.tasks.needle import grid
 
 APART = 0.006  # of the axis, between methods of equal memory
 SWEPT = ("window", "sink", "threshold", "stride")
@@ -36,6 +36,10 @@ class Figure:
     note: str
     width: int  # pixels on a page
 
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
+
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     """Every figure for which there are runs, as PNG files in `folder`."""
@@ -43,7 +47,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     chosen = [run for run in ordered(runs) if run.scored]
     figures = []
     with plt.rc_context(RC):
-        for draw in (pareto, fidelity, needles, positions, sensitivity, decode_time):
+        for draw in (pareto, fidelity, pictures, positions, sensitivity, decode_time):
             for name, title, note, figure, shown in draw(chosen):
                 path = folder / f"{name}.png"
                 figure.savefig(path, dpi=150)
@@ -72,7 +76,7 @@ def _title(run: Run) -> str:
 
 def pareto(runs: Sequence[Run]) -> Drawn:
     """Score against KV memory, a panel per setting; the line joins runs that no other beats."""
-    answered = [run for run in runs if run.task != SPEED_TASK]
+    answered = [run for run in runs if not kind(run).timed]
     groups = [g for g in _by(answered, lambda run: run.setting).values() if len(g) > 1]
     if not groups:
         return
@@ -154,28 +158,31 @@ def front(
     return best
 
 
-def needles(runs: Sequence[Run]) -> Drawn:
-    """Accuracy by prompt length and depth, a panel per run (one per method of a swept setting)."""
-    chosen = [run for run in runs if run.task == "needle"]
+def pictures(runs: Sequence[Run]) -> Drawn:
+    """What a task shows by two of its settings, a panel per run (per method of a swept setting)."""
+    chosen = [run for run in runs if kind(run).picture]
     for number, group in enumerate(_by(chosen, lambda run: run.setting).values()):
+        picture = kind(group[0]).picture
+        assert picture is not None
         shown = group if len(group) <= MANY else _one_each(group)
         most = 3 if len(shown) <= 6 else 5
         figure, axes = panels(len(shown), 2.4, 2.3, most)
         for axis, run in zip(axes, shown, strict=True):
-            cells = grid(run.ran)
-            lengths, depths = (sorted(set(values)) for values in zip(*cells, strict=True))
-            image = [[cells.get((n, d), float("nan")) for n in lengths] for d in depths]
-            names = [f"{n:,}" for n in lengths], [f"{d:g}%" for d in depths]
-            drawn = heat(axis, image, *names, (0, 1))
+            cells = picture.cells(run.ran)
+            xs, ys = (sorted(set(values)) for values in zip(*cells, strict=True))
+            image = [[cells.get((x, y), float("nan")) for x in xs] for y in ys]
+            names = map(picture.column.format, xs), map(picture.row.format, ys)
+            drawn = heat(axis, image, *map(list, names), (0, 1))
             axis.set_title(label(run, shown).replace(" ", "\n", 1), fontsize=8)
-        figure.supxlabel("prompt (tokens)", fontsize=9)
-        figure.supylabel("depth of the passkey", fontsize=9)
+        figure.supxlabel(picture.x, fontsize=9)
+        figure.supylabel(picture.y, fontsize=9)
         rows = -(-len(shown) // most)
-        figure.colorbar(drawn, ax=axes, label="accuracy", shrink=0.8 / rows, aspect=12)
+        figure.colorbar(drawn, ax=axes, label=picture.value, shrink=0.8 / rows, aspect=12)
         note = f"{len(shown[0].ran)} samples a panel."
         if len(shown) < len(group):
             note += f" Of {len(group)} runs one per method and budget, the best, is shown."
-        yield f"needle_{number}", f"Passkeys: {_title(group[0])}", note, figure, shown
+        title = f"{picture.title}: {_title(group[0])}"
+        yield f"{group[0].task}_{number}", title, note, figure, shown
 
 
 def _one_each(runs: Sequence[Run]) -> list[Run]:

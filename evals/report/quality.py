@@ -12,6 +12,7 @@ import numpy as np
 
 from evals.report.chosen import families, is_papers, together, with_full
 from evals.report.intervals import Means, least_lead, widest_gap
+from evals.report.kinds import about, kind
 from evals.report.marks import budget_text, held, is_papers_model, limits, mark
 from evals.report.verdicts import Measurement, verdict
 from evals.results.compare import REFERENCE, units
@@ -19,12 +20,9 @@ from evals.results.equal_memory import at_equal_memory, is_equal
 from evals.results.runs import Run, reference_of
 from evals.results.schema import Record
 from evals.results.statistics import Floats, Interval, bootstrap, mean
-from evals.tasks.longbench import CATEGORIES
 
 QUALITY, MEMORY = 0.99, 2.5
-SUMMARIES = ("cnn_dailymail", "xsum")
 BEYOND = 32_768  # tokens of a prompt
-SPEED_TASK = "throughput"  # whose score is no quality
 LEAST_N = 30
 
 
@@ -111,24 +109,17 @@ def mean_allocated(records: Iterable[Record]) -> float | None:
     return mean(map(allocated, records))
 
 
-def _summaries(runs: Sequence[Run]) -> Iterator[tuple[Run, Run, set[str] | None]]:
+def _about(runs: Sequence[Run], topic: str) -> Iterator[tuple[Run, Run, set[str] | None]]:
+    """Runs that have samples about a topic, the full cache's, and the groups that these are."""
     for run, full in with_full(runs):
-        if run.task in SUMMARIES:
-            yield run, full, None
-        elif groups := _category(run, "summarization"):
+        groups = about(run, topic)
+        if groups is None or groups:
             yield run, full, groups
-
-
-def _category(run: Run, name: str) -> set[str]:
-    """The data sets of one of LongBench's categories that a run has."""
-    if run.task != "longbench":
-        return set()
-    return {record["group"] for record in run.ran}.intersection(CATEGORIES[name])
 
 
 def quality_kept(runs: Sequence[Run]) -> Iterator[Measurement]:
     """Of runs that allocate no more than the full cache's bytes over MEMORY."""
-    for run, full, groups in _summaries(runs):
+    for run, full, groups in _about(runs, "summaries"):
         saved = reduction(run, full).value
         if saved is not None and saved >= MEMORY:
             found = quality(run, full, groups)
@@ -137,34 +128,33 @@ def quality_kept(runs: Sequence[Run]) -> Iterator[Measurement]:
 
 def memory_saved(runs: Sequence[Run]) -> Iterator[Measurement]:
     """On condition that quality is kept."""
-    for run, full, groups in _summaries(runs):
+    for run, full, groups in _about(runs, "summaries"):
         kept = quality(run, full, groups)
         condition = verdict(kept.interval, QUALITY, True, kept.n, LEAST_N)
         yield dataclasses.replace(reduction(run, full), condition=condition)
 
 
 def documents(runs: Sequence[Run]) -> Iterator[Measurement]:
-    """Questions over several documents: 10-QA and LongBench's category."""
-    for run, full in with_full(runs):
-        groups = _category(run, "multi_doc_qa")
-        if run.task == "nq10" or groups:
-            found = quality(run, full, groups or None)
-            yield dataclasses.replace(found, of=found.of.replace("longbench", "multi_doc_qa"))
+    """Questions over several documents."""
+    for run, full, groups in _about(runs, "documents"):
+        found = quality(run, full, groups)
+        if groups:
+            found = dataclasses.replace(found, of=found.of.replace(run.task, "multi_doc_qa", 1))
+        yield found
 
 
 def beyond_32k(runs: Sequence[Run]) -> Iterator[Measurement]:
     for run, full in with_full(runs):
-        if run.task != SPEED_TASK:
+        if not kind(run).timed:
             found = quality(run, full, keep=lambda record: record["prompt_tokens"] > BEYOND)
             if found.n:
                 yield found
 
 
 def spread_facts(runs: Sequence[Run]) -> Iterator[Measurement]:
-    for run, full in with_full(runs):
-        if run.task == "needle" and run.config["task"].get("variant", "single") != "single":
-            found = quality(run, full)
-            yield dataclasses.replace(found, of=f"{found.of}, {run.config['task']['variant']}")
+    for run, full, groups in _about(runs, "spread facts"):
+        found = quality(run, full, groups)
+        yield dataclasses.replace(found, of=f"{found.of}, {run.config['task']['variant']}")
 
 
 def better_than_others(relative: bool) -> Callable[[Sequence[Run]], Iterator[Measurement]]:
@@ -179,7 +169,7 @@ def better_than_others(relative: bool) -> Callable[[Sequence[Run]], Iterator[Mea
 
     def measure(runs: Sequence[Run]) -> Iterator[Measurement]:
         for run in runs:
-            if run.task != "nq10" or not is_papers(run):
+            if about(run, "10-QA") == set() or not is_papers(run):
                 continue
             rivals = [(other, at_equal_memory(run.ran, other.ran)) for other in _rivals(run, runs)]
             equal = [other for other, ratio in rivals if is_equal(ratio)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from evals.report.chosen import families, together
 from evals.report.forms import NOT_RUN, Table
+from evals.report.kinds import kind, sections
 from evals.report.marks import (
     budget_text,
     growth,
@@ -27,7 +28,7 @@ from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget
 from evals.results.runs import Run, reference_of
 from evals.results.schema import Record
 from evals.results.statistics import bootstrap
-from evals.tasks.longbench import averages
+from evals.tasks.base import Section
 
 GROWTH = "growth"
 FACTORS = {
@@ -135,62 +136,25 @@ def _notes(text: str, rows: Shares, grows: bool = False) -> str:
     return " ".join(filter(None, [*parts, over_note(rows)]))
 
 
-def summarization(runs: Sequence[Run]) -> Table:
-    return scores(
-        "summarization",
-        "Summaries of news: CNN/DailyMail and XSUM",
-        [run for run in runs if run.task in ("cnn_dailymail", "xsum")],
-        ("rouge1", "rouge2", "rougeL", "pkg_rougeL"),
-        "ROUGE F-measure, 0 to 100; rouge1, rouge2, rougeL by rouge-score with stemming, pkg_rougeL"
-        " by the package rouge. Intervals: 95% bootstrap over samples.",
-    )
+def section(of: Section, runs: Sequence[Run]) -> Table:
+    """The table of all tasks that name a section."""
+    own = [run for run in runs if kind(run).section.name == of.name]
+    if of.averages:
+        return data_sets(of, own)
+    return scores(of.name, of.title, own, of.columns, of.note)
 
 
-def qa(runs: Sequence[Run]) -> Table:
-    return scores(
-        "nq10",
-        "Questions over ten documents (10-QA)",
-        [run for run in runs if run.task == "nq10"],
-        ("best_subspan", "exact_match", "f1", "strict_match"),
-        "Shares from 0 to 1. best_subspan is the data's owners' metric, strict_match BUZZ's.",
-    )
-
-
-def perplexity(runs: Sequence[Run]) -> Table:
-    return scores(
-        "wikitext",
-        "Wikitext perplexity",
-        [run for run in runs if run.task == "wikitext"],
-        ("token_perplexity", "word_perplexity"),
-        "Lower is better. Intervals of the score: bootstrap over the text's blocks.",
-    )
-
-
-def retrieval(runs: Sequence[Run]) -> Table:
-    return scores(
-        "other_tasks",
-        "Passkeys and other tasks",
-        [run for run in runs if run.task not in KNOWN],
-        (),
-        "An interval of no width means that every sample scored the same, not certainty. KL to"
-        " full: divergence, in nats a token, of the next-token distribution from the full cache's,"
-        " on the full cache's own answers.",
-    )
-
-
-KNOWN = ("cnn_dailymail", "xsum", "nq10", "wikitext", "longbench")
-
-
-def longbench(runs: Sequence[Run]) -> Table:
+def data_sets(of: Section, runs: Sequence[Run]) -> Table:
     """Data sets in rows, runs in columns; then the benchmark's own averages, and memory."""
-    chosen = [run for run in ordered(runs) if run.task == "longbench" and run.scored]
+    assert of.averages is not None
+    chosen = [run for run in ordered(runs) if run.scored]
     grows = any(map(thins_only_the_prompt, chosen))
     columns: dict[str, dict[str, float | None]] = {}
     for run in chosen:
         groups = dict.fromkeys(record["group"] for record in run.ran)
         means = {group: run.score([group]) for group in groups}
-        for kind, found in averages({k: v for k, v in means.items() if v is not None}).items():
-            means |= {f"{kind}: {name}": value for name, value in found.items()}
+        for kinds, found in of.averages({k: v for k, v in means.items() if v is not None}).items():
+            means |= {f"{kinds}: {name}": value for name, value in found.items()}
         cost = _memory(run, run.ran) | _budget(run, run.ran, grows)
         means |= {f"memory: {name}": value for name, value in cost.items()}
         name = label(run, chosen)  # runs of other samples or seeds may share it
@@ -202,8 +166,7 @@ def longbench(runs: Sequence[Run]) -> Table:
     frame = pd.DataFrame(
         [{"data set": n} | {key: c.get(n, NOT_RUN) for key, c in columns.items()} for n in names]
     )
-    text = "Scores 0 to 100 by the benchmark's own metrics; averages as in its own tables."
-    return Table("longbench", "LongBench", frame, _notes(text, _shares(chosen), grows))
+    return Table(of.name, of.title, frame, _notes(of.note, _shares(chosen), grows))
 
 
 def costs(runs: Sequence[Run]) -> Table:
@@ -353,12 +316,6 @@ def overview(runs: Sequence[Run]) -> Table:
     return Table("runs", "Runs", pd.DataFrame(rows), over_note(_shares(runs)))
 
 
-OWN: tuple[Callable[[Sequence[Run]], Table], ...] = (
-    summarization,
-    qa,
-    perplexity,
-    longbench,
-    retrieval,
-    costs,
-    ablations,
-)
+def own(runs: Sequence[Run]) -> list[Table]:
+    """Every table of runs: scores by task, costs, ablations."""
+    return [*(section(one, runs) for one in sections()), costs(runs), ablations(runs)]

@@ -6,7 +6,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +55,56 @@ class Sample:
     starts: tuple[int, ...] = (0,)
 
 
+Averages = Callable[[dict[str, float]], dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of reports: one for all tasks that name it.
+
+    Attributes:
+        name: the files' stem.
+        columns: metrics that are shown beside the headline.
+        note: what a reader must know.
+        averages: of a benchmark whose groups are data sets, which are shown in rows: its own
+            averages, {kind: {name: value}}, of their scores.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...] = ()
+    note: str = ""
+    averages: Averages | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A heat map of reports, a panel a run.
+
+    Attributes:
+        cells: value by (column, row), from records.
+        x, y, value: what columns, rows and values are.
+        column, row: formats of their names.
+    """
+
+    title: str
+    cells: Callable[[Sequence[Record]], dict[tuple[float, float], float]]
+    x: str
+    y: str
+    value: str
+    column: str = "{:,}"
+    row: str = "{:g}"
+
+
+OTHERS = Section(
+    "other_tasks",
+    "Passkeys and other tasks",
+    note="An interval of no width means that every sample scored the same, not certainty. KL to"
+    " full: divergence, in nats a token, of the next-token distribution from the full cache's,"
+    " on the full cache's own answers.",
+)
+
+
 @dataclass(kw_only=True)
 class Task(ABC):
     """Data, prompts and scores. Subclasses are dataclasses whose fields are the YAML's keys.
@@ -74,6 +124,8 @@ class Task(ABC):
         grouped_by: what a sample's group is.
         version: of prompts and scores; raise it with any change to them, and runs of before, whose
             records would no longer be comparable, count no more.
+        section, picture: where and how reports show it.
+        timed: whether speed is what it is run for: its score is no quality.
         scorers: packages that compute scores. Under another version of theirs, answers that are
             there are scored again.
     """
@@ -83,6 +135,9 @@ class Task(ABC):
     statistic: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = True
     grouped_by: ClassVar[str] = "group"
+    section: ClassVar[Section] = OTHERS
+    picture: ClassVar[Picture | None] = None
+    timed: ClassVar[bool] = False
     version: ClassVar[int] = 1
     scorers: ClassVar[tuple[str, ...]] = ()
 
@@ -143,6 +198,15 @@ class Task(ABC):
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Means by anything but the group, as {title: {row: value}}, for summary and table."""
+        return {}
+
+    @classmethod
+    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+        """What claims about a topic may read of its runs: groups, None for all of them.
+
+        Args:
+            settings: those of the task in a run's configuration.
+        """
         return {}
 
     def draw(self, records: Sequence[Record], folder: Path) -> None:  # noqa: B027

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
             (which no tokenizer takes).
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib, of any name
         raise ConfigError(field, str(path), "no such file; give the path of a JSON-lines file")
     rows = []
     for number, line in enumerate(_utf8(path, field).splitlines(), start=1):
@@ -58,7 +59,7 @@ def read_text(path: str | Path, field: str) -> str:
         ConfigError: the file is missing, empty or in another encoding.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib, of any name
         raise ConfigError(field, str(path), "no such file; give the path of a text file")
     try:
         text = _utf8(path, field).decode().replace("\r\n", "\n").replace("\r", "\n")

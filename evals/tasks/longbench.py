@@ -12,7 +12,7 @@ import logging
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Task
+from evals.tasks.base import Sample, Section, Task
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
 
@@ -69,6 +69,32 @@ class Dataset:
     hub: tuple[str, str, str]
 
 
+def averages(means: dict[str, float]) -> dict[str, dict[str, float]]:
+    """By category and by language, from the scores of data sets.
+
+    As in the benchmark's own tables, English and Chinese are means of their categories' means, and
+    code counts as a category of both. `overall` is the plain mean over data sets.
+    """
+
+    def by_category(names: set[str]) -> dict[str, float]:
+        return {
+            category: statistics.fmean(means[name] for name in names.intersection(members))
+            for category, members in CATEGORIES.items()
+            if names.intersection(members)
+        }
+
+    names, code = set(means), set(means).intersection(CATEGORIES["code"])
+    english, chinese = names - CHINESE - code, names & CHINESE
+    languages = {
+        "English": by_category(english | code) if english else {},
+        "Chinese": by_category(chinese | code) if chinese else {},
+        "code": by_category(code),
+    }
+    average = {name: statistics.fmean(found.values()) for name, found in languages.items() if found}
+    average["overall"] = statistics.fmean(means.values())
+    return {"category": by_category(names), "average": average}
+
+
 @dataclass(kw_only=True)
 class LongBench(Task):
     """Score: the data set's own metric, 0..100. Groups: data sets.
@@ -86,6 +112,12 @@ class LongBench(Task):
     headline: ClassVar[str] = "score"
     grouped_by: ClassVar[str] = "data set"
     own_lengths: ClassVar[bool] = True
+    section: ClassVar[Section] = Section(
+        "longbench",
+        "LongBench",
+        note="Scores 0 to 100 by the benchmark's own metrics; averages as in its own tables.",
+        averages=averages,
+    )
 
     data_dir: str | None = None
     extended: bool = False
@@ -93,6 +125,11 @@ class LongBench(Task):
     hub_revision: str | None = None
     max_new_tokens: int | None = None
     _rows: dict[str, list[dict[str, Any]]] = field(init=False, repr=False, default_factory=dict)
+
+    @classmethod
+    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+        names = {"summaries": "summarization", "documents": "multi_doc_qa"}
+        return {topic: set(CATEGORIES[name]) for topic, name in names.items()}
 
     def check(self) -> None:
         super().check()
@@ -180,32 +217,6 @@ class LongBench(Task):
 def bucket_of(words: int) -> str:
     """LongBench-E's bucket of a sample of so many words."""
     return next(bucket for bucket, bound in BUCKETS.items() if words < bound)
-
-
-def averages(means: dict[str, float]) -> dict[str, dict[str, float]]:
-    """By category and by language, from the scores of data sets.
-
-    As in the benchmark's own tables, English and Chinese are means of their categories' means, and
-    code counts as a category of both. `overall` is the plain mean over data sets.
-    """
-
-    def by_category(names: set[str]) -> dict[str, float]:
-        return {
-            category: statistics.fmean(means[name] for name in names.intersection(members))
-            for category, members in CATEGORIES.items()
-            if names.intersection(members)
-        }
-
-    names, code = set(means), set(means).intersection(CATEGORIES["code"])
-    english, chinese = names - CHINESE - code, names & CHINESE
-    languages = {
-        "English": by_category(english | code) if english else {},
-        "Chinese": by_category(chinese | code) if chinese else {},
-        "code": by_category(code),
-    }
-    average = {name: statistics.fmean(found.values()) for name, found in languages.items() if found}
-    average["overall"] = statistics.fmean(means.values())
-    return {"category": by_category(names), "average": average}
 
 
 def _dataset_means(records: Iterable[Record]) -> dict[str, float]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Task, at_least, distinct, one_of
+from evals.tasks.base import Picture, Sample, Task, at_least, distinct, one_of
 
 INTRO = (
     "There is a pass key hidden in the following text. Find it and remember it."
@@ -70,6 +70,15 @@ FILLER = (
 )
 
 
+def grid(records: Sequence[Record]) -> dict[tuple[int, float], float]:
+    """Mean accuracy by (length, depth)."""
+    cells: dict[tuple[int, float], list[float]] = {}
+    for record in records:
+        cell = (record["meta"]["length"], record["meta"]["depth"])
+        cells.setdefault(cell, []).append(record["scores"]["accuracy"])
+    return {cell: statistics.fmean(values) for cell, values in sorted(cells.items())}
+
+
 @dataclass(kw_only=True)
 class Needle(Task):
     """Score: the share of the passkeys asked for that appear in the answer. Groups: depths.
@@ -87,6 +96,14 @@ class Needle(Task):
 
     headline: ClassVar[str] = "accuracy"
     grouped_by: ClassVar[str] = "depth"
+    picture: ClassVar[Picture] = Picture(
+        "Passkeys",
+        grid,
+        "prompt (tokens)",
+        "depth of the passkey",
+        "accuracy",
+        row="{:g}%",
+    )
 
     variant: str = "single"
     needles: int = 4
@@ -94,6 +111,10 @@ class Needle(Task):
     depths: Sequence[float] = (0, 25, 50, 75, 100)
     repeats: int = 4
     seed: int = 0
+
+    @classmethod
+    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+        return {"spread facts": None} if settings.get("variant", "single") != "single" else {}
 
     def check(self) -> None:
         super().check()
@@ -219,12 +240,3 @@ class Needle(Task):
         figure.colorbar(shown, label="accuracy")
         figure.savefig(folder / "heatmap.png", dpi=150)
         plt.close(figure)
-
-
-def grid(records: Sequence[Record]) -> dict[tuple[int, float], float]:
-    """Mean accuracy by (length, depth)."""
-    cells: dict[tuple[int, float], list[float]] = {}
-    for record in records:
-        cell = (record["meta"]["length"], record["meta"]["depth"])
-        cells.setdefault(cell, []).append(record["scores"]["accuracy"])
-    return {cell: statistics.fmean(values) for cell, values in sorted(cells.items())}

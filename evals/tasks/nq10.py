@@ -8,7 +8,7 @@ https://github.com/nelson-liu/lost-in-the-middle), the instruction is in other w
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Task, distinct, one_of, template
+from evals.tasks.base import Sample, Section, Task, distinct, one_of, template
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, normalized, word_f1
 
@@ -51,6 +51,12 @@ class NQ10(Task):
     """
 
     grouped_by: ClassVar[str] = "place of the gold document"
+    section: ClassVar[Section] = Section(
+        "nq10",
+        "Questions over ten documents (10-QA)",
+        ("best_subspan", "exact_match", "f1", "strict_match"),
+        "Shares from 0 to 1. best_subspan is the data's owners' metric, strict_match BUZZ's.",
+    )
     version: ClassVar[int] = 3
 
     headline: str = "best_subspan"
@@ -64,6 +70,10 @@ class NQ10(Task):
     hub_revision: str | None = None
     split: str = "test"
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
+
+    @classmethod
+    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+        return {"10-QA": None, "documents": None}
 
     def check(self) -> None:
         super().check()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.tasks.base import Sample, Task, at_least, one_of, template
+from evals.tasks.base import Sample, Section, Task, at_least, one_of, template
 from evals.tasks.data import load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, package_rouge, rouge, self_bleu
 
@@ -38,6 +39,13 @@ class Summarization(Task):
         hub, hub_config, hub_revision, split: the data set on the hub.
     """
 
+    section: ClassVar[Section] = Section(
+        "summarization",
+        "Summaries of news: CNN/DailyMail and XSUM",
+        ("rouge1", "rouge2", "rougeL", "pkg_rougeL"),
+        "ROUGE F-measure, 0 to 100; rouge1, rouge2, rougeL by rouge-score with stemming, pkg_rougeL"
+        " by the package rouge. Intervals: 95% bootstrap over samples.",
+    )
     version: ClassVar[int] = 2
     scorers: ClassVar[tuple[str, ...]] = ("rouge", "rouge-score", "nltk")
 
@@ -54,6 +62,10 @@ class Summarization(Task):
     @property
     def higher_is_better(self) -> bool:
         return self.headline != "self_bleu"
+
+    @classmethod
+    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+        return {} if settings.get("headline") == "self_bleu" else {"summaries": None}
 
     def check(self) -> None:
         super().check()

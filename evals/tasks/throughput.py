@@ -37,6 +37,7 @@ class Throughput(Task):
 
     headline: ClassVar[str] = "answer_tokens"
     grouped_by: ClassVar[str] = "prompt tokens"
+    timed: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     lengths: list[int] = field(default_factory=lambda: [1024])

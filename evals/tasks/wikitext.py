@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, StreamTask, at_least
+from evals.tasks.base import Sample, Section, StreamTask, at_least
 from evals.tasks.data import load_hub, read_text
 
 
@@ -41,6 +41,12 @@ class Wikitext(StreamTask):
     headline: ClassVar[str] = "token_perplexity"
     statistic: ClassVar[str] = "exp"
     higher_is_better: ClassVar[bool] = False
+    section: ClassVar[Section] = Section(
+        "wikitext",
+        "Wikitext perplexity",
+        ("token_perplexity", "word_perplexity"),
+        "Lower is better. Intervals of the score: bootstrap over the text's blocks.",
+    )
 
     samples: int | None = 1
     rows: int | None = None
