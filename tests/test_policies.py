@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from baselines import H2OPolicy, LocalPolicy, StreamingLLMPolicy
 from buzz import (
@@ -38,10 +40,15 @@ VALUES = {  # by parameter; a method with other parameters gets `small` for its 
     "pooling": st.sampled_from(["avg", "max"]),
     "history": st.sampled_from(["strided", "local_max"]),
     "compact": st.sampled_from(["once", "until_fits", "widen"]),
+    **dict.fromkeys(["decay", "trade", "similar", "first", "epsilon", "mass"], st.floats(0, 1)),
 }
 ONLY = {  # by method
     "buzz_strided": {"history": st.just("strided")},
     "h2o": {"heavy": st.integers(0, 12)},
+    "vatp": {"heavy": st.integers(6, 12)},
+    "random": {"size": st.integers(13, 24), "window": st.integers(1, 6)},
+    "snapkv_every": {"size": st.integers(13, 24)},
+    "r_kv": {"size": st.integers(13, 24)},
 }
 
 
@@ -58,12 +65,15 @@ chunks = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 def steps(
     policy: Policy, new: list[int], seed: int, batch: int = 1, heads: int = 2
 ) -> Iterator[tuple[EvictionLayer, torch.Tensor, torch.Tensor | None]]:
-    """Run `policy` on random scores: the layer, token indices before eviction, scores received."""
-    layer = EvictionLayer(policy, Rope(None))
+    """Run `policy` on random numbers: the layer, token indices before eviction, what it received.
+
+    In a second attribute of the layer, `took`, are the step's keys, values and queries.
+    """
+    layer = EvictionLayer(policy, Rope(None), module=projecting(heads))
     generator = torch.Generator().manual_seed(seed)
     for count in new:
-        nothing = torch.zeros(batch, heads, count, 1)
-        layer.update(nothing, nothing)
+        layer.took = torch.randn(3, batch, heads, count, 4, generator=generator)
+        feed(layer, *layer.took)
         assert layer.store is not None
         before = layer.view(layer.store.positions).clone()
         received = None
@@ -71,6 +81,20 @@ def steps(
             received = torch.rand(before.shape, generator=generator)
         layer.after_attention(received)
         yield layer, before, received
+
+
+def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
+    layer.update(keys, values)
+    if layer.policy.queries:
+        layer.keep_queries(queries, 0.5)
+
+
+@functools.cache  # the layer refers to it weakly
+def projecting(heads: int) -> torch.nn.Module:
+    """What stands for an attention module with an output projection."""
+    module = torch.nn.Module()
+    module.o_proj = torch.nn.Linear(4 * heads, 8, bias=False)
+    return module
 
 
 def held(layer: EvictionLayer) -> torch.Tensor:
@@ -185,13 +209,12 @@ def test_memory_is_bounded_once_decoding_goes_on(policy, prompt) -> None:
 @given(policies, chunks, st.integers(0, 9))
 def test_rows_of_a_batch_do_not_mix(policy, new, seed) -> None:
     together = [held(layer).clone() for layer, _, _ in steps(policy, new, seed, batch=3, heads=2)]
-    swapped = EvictionLayer(policy, Rope(None))
+    swapped = EvictionLayer(policy, Rope(None), module=projecting(2))
     order = torch.tensor([2, 0, 1])
-    for count, (_, _, received), expected in zip(
-        new, steps(policy, new, seed, batch=3, heads=2), together, strict=True
+    for (layer, _, received), expected in zip(
+        steps(policy, new, seed, batch=3, heads=2), together, strict=True
     ):
-        nothing = torch.zeros(3, 2, count, 1)
-        swapped.update(nothing, nothing)
+        feed(swapped, *layer.took[:, order])
         swapped.after_attention(None if received is None else received[order])
         assert torch.equal(held(swapped), expected[order])
 
