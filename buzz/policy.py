@@ -109,12 +109,12 @@ class Policy(ABC):
 
     @property
     def resident(self) -> int:
-        """How many leading entries can stay, and move, for ever.
+        """How many leading entries can stay, and move, for ever; all, unless a method knows better.
 
-        The cache keeps their keys as they came, so that rounding never builds up; the others leave
-        after a few moves.
+        In half precision the cache keeps their keys as they came, so that rounding never builds up:
+        a method whose other entries leave after a few moves saves that memory.
         """
-        return 0
+        return FOREVER
 
     @abstractmethod
     def survivors(self, held: int, sampled: int) -> tuple[int, int]:

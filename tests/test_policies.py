@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny
 from torch import Tensor
 
 from baselines import H2OPolicy, LocalPolicy, StreamingLLMPolicy
@@ -23,8 +25,9 @@ from buzz import (
     ConfigError,
     Policy,
 )
+from buzz.attention import of_layer
 from buzz.layer import EvictionLayer
-from buzz.rope import Rope
+from buzz.rope import Rope, find_rope
 
 small = st.integers(1, 12)
 buzz_parameters = {
@@ -273,3 +276,39 @@ def test_h2o_drops_the_lightest_also_one_at_a_time() -> None:
     policy = H2OPolicy(heavy=4, recent=2)
     scores = torch.tensor([[[5.0, 1.0, 4.0, 3.0, 2.0, 9.0, 9.0]]])
     assert policy.select(7, 0, scores).tolist() == [[[0, 2, 3, 4]]]
+
+
+def farthest_from_one_turn(policy: Policy, tokens: int) -> float:
+    """How far bfloat16 keys are, after so many steps, from what one exact turn makes of them.
+
+    As a share of the key's largest number; a single rounding is 2^-9 of its own.
+    """
+    model = tiny("llama")
+    rope = find_rope(model.get_decoder(), of_layer(model.get_decoder(), 0), "full_attention")
+    layer = EvictionLayer(policy, rope, module=projecting(2))
+    generator = torch.Generator().manual_seed(0)
+    arrived = torch.randn(3, 1, 2, tokens, 16, generator=generator).bfloat16()
+    for low, high in itertools.pairwise([0, *range(60, tokens + 1)]):
+        keys, values, queries = arrived[..., low:high, :]
+        feed(layer, keys, values[..., :4], queries)
+        received = None
+        if layer.wants_scores:  # the same tokens receive the most in every step
+            favour = layer.view(layer.store.positions) % 7 == 0
+            received = torch.rand(favour.shape, generator=generator) + favour
+        layer.after_attention(received)
+    index = held(layer).long()
+    old = arrived[0].float().gather(2, index[..., None].expand(*index.shape, 16))
+    new = torch.arange(tokens - index.shape[-1], tokens)
+    exact = rope.rotate(old, rope.turn(new, index, index))
+    error = (layer.view(layer.store.keys).float() - exact).abs().amax(-1)
+    return float((error / exact.abs().amax(-1)).max())
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_rounding_does_not_build_up_over_a_thousand_steps(name) -> None:
+    assert farthest_from_one_turn(POLICIES[name]().fit(24), 1060) < 2**-7
+
+
+def test_keys_turned_step_by_step_would_drift(monkeypatch) -> None:
+    monkeypatch.setattr(H2OPolicy, "resident", 0)
+    assert farthest_from_one_turn(H2OPolicy().fit(24), 1060) > 2**-5
