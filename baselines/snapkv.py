@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
+from buzz.entries import Entries
 from buzz.policy import BudgetBy, Evicts, Policy, ScoreRule, register
 
 
@@ -46,15 +48,28 @@ class SnapKVPolicy(Policy):
 
     observe = protected
 
+    @property
+    def resident(self) -> int:
+        return 0  # what stays moves once
+
     def survivors(self, held: int, sampled: int) -> tuple[int, int]:
         return (held, sampled) if sampled else (min(held, self.capacity),) * 2  # sampled once
 
+    def score(self, entries: Entries) -> Tensor:
+        """Attention of the window, pooled; the window's own entries are above all others."""
+        assert entries.received is not None
+        pooled = self._pool(entries.received[..., : entries.held - self.window])
+        return pad(pooled, (0, self.window), value=torch.inf)
+
+    def _pool(self, scores: Tensor) -> Tensor:
+        """Neighbours along the last of three dimensions."""
+        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
+        return pool(scores, self.kernel, 1, self.kernel // 2)[..., : scores.shape[-1]]
+
     def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        scores = scores[..., : held - self.window]
-        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
-        pooled = pool(scores, self.kernel, 1, self.kernel // 2)[..., : scores.shape[-1]]
-        return pooled.topk(self.capacity - self.window, dim=-1).indices.sort(dim=-1).values
+        history, stay = held - self.window, self.capacity - self.window
+        return scores[..., :history].topk(stay, dim=-1).indices.sort(dim=-1).values
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

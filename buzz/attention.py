@@ -125,6 +125,10 @@ def attend(
             return scorer.scored_decode(query, key, value, scale, starts)
         if observed:
             observe = min(observed, query.shape[2])
+            if (decay := layer.policy.decay) != 1:  # only the plain version weighs queries
+                return kernels.reference.scored_prefill(
+                    query, key, value, scale, observe=observe, decay=decay
+                )
             return scorer.scored_prefill(query, key, value, scale, observe=observe)
         mask = _mask(backend, query, key, starts)
         return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
@@ -133,6 +137,8 @@ def attend(
     if differentiable:
         query = query.detach()
     query = _scaled_by_log_n(eviction_cache, layer, query)
+    if layer.policy.queries:
+        layer.keep_queries(query, scale)
     if query.shape[2] == 1:
         output, received = attention(query, key, value, layer.starts)
     else:

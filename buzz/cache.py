@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_
 from transformers.generation import GenerationMixin
 
 from buzz import attention
+from buzz.entries import check_projection
 from buzz.errors import ConfigError
 from buzz.inputs import REMEDIES, check_mask, first_positions, hides_more, jumps, padding_of
 from buzz.layer import EvictionLayer, Group
@@ -375,8 +376,14 @@ def _make_layers(
         if key not in ropes:
             ropes[key] = find_rope(decoder, module, kind)
         # At true positions no key moves, as in a layer without RoPE.
-        layers.append(EvictionLayer(policy, ropes[key] if positions == "cache" else Rope(None)))
-    if not any(isinstance(layer, EvictionLayer) for layer in layers):
+        rope = ropes[key] if positions == "cache" else Rope(None)
+        if policy.needs_projection:
+            check_projection(module)
+        layers.append(EvictionLayer(policy, rope, module=module))
+    evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
+    for number, layer in enumerate(evicting):
+        layer.index, layer.policy = number, policy.for_layer(number, len(evicting))
+    if not evicting:
         raise ConfigError(
             "model",
             name,

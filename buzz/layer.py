@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from buzz import kernels
+from buzz.entries import Entries
 from buzz.inputs import on
 from buzz.policy import Policy
 from buzz.rope import Rope
@@ -28,6 +30,7 @@ class Group:
         held: entries that a row holds.
         sampled: how many of them are history that an eviction has sampled.
         evictions: evictions so far.
+        cut: tokens that had been seen at the last of them.
         source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
             before they first moved, where turning them again and again would add up errors.
         source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to.
@@ -40,6 +43,7 @@ class Group:
     held: int = 0
     sampled: int = 0
     evictions: int = 0
+    cut: int = 0
     source: Tensor | None = None
     source_positions: Tensor | None = None
 
@@ -50,14 +54,20 @@ class EvictionLayer(CacheLayerMixin):
     Args:
         policy: the eviction method.
         rope: how the layer rotates its keys.
+        index: the layer's, among those that evict.
+        module: its attention module, for methods that read the output projection.
     """
 
     is_sliding = False
 
-    def __init__(self, policy: Policy, rope: Rope) -> None:
+    def __init__(
+        self, policy: Policy, rope: Rope, index: int = 0, module: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.rope = rope
+        self.index = index
+        self.module = None if module is None else weakref.ref(module)
         self.hold_until = 0
         self.cumulative_length = 0  # tokens seen, padding included
         self.new = 0  # tokens of the current step
@@ -65,6 +75,7 @@ class EvictionLayer(CacheLayerMixin):
         self.groups: list[Group] = []
         self.store: Store | None = None
         self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
+        self.queries: Tensor | None = None  # the last ones, if the policy asks for them
         self.awaits_attention = False
 
     # --- what transformers asks ---------------------------------------------------------------
@@ -135,7 +146,7 @@ class EvictionLayer(CacheLayerMixin):
         """Forget every entry. Buffers stay allocated, for the next prompt."""
         if self.store is not None and self.store.owned:
             self.idle = self.store
-        self.store = None
+        self.store = self.queries = None
         self.groups = []
         self.cumulative_length = 0
         self.awaits_attention = False
@@ -158,6 +169,8 @@ class EvictionLayer(CacheLayerMixin):
         if self.store is None:
             return
         self.store = self.store.select_rows(indices.to(self.device))
+        if self.queries is not None:
+            self.queries = self.queries.index_select(0, indices.to(self.device))
         origin = indices.tolist()
         for group in self.groups:
             place = {row: number for number, row in enumerate(group.rows)}
@@ -227,6 +240,8 @@ class EvictionLayer(CacheLayerMixin):
             return self.entry_nbytes * sum(self.lengths)
         sources = [t for g in self.groups for t in (g.source, g.source_positions) if t is not None]
         stores = [store for store in (self.store, self.idle) if store is not None]
+        if self.queries is not None:
+            sources.append(self.queries)
         return sum(t.numel() * t.element_size() for t in sources) + sum(s.nbytes() for s in stores)
 
     # --- scores and eviction ------------------------------------------------------------------
@@ -254,6 +269,20 @@ class EvictionLayer(CacheLayerMixin):
         """Whether what this step's entries receive is ever read."""
         return self.observed > 0
 
+    def keep_queries(self, query: Tensor, scale: float) -> None:
+        """Note the step's last queries [batch, heads, new, head_dim], times the logits' scale.
+
+        A method that evicts after the prompt reads none later, and then none are kept.
+        """
+        if self.policy.evicts == "prompt" and all(group.sampled for group in self.groups):
+            self.queries = None
+            return
+        kept = self.policy.queries
+        latest = query[:, :, -kept:].detach().float() * scale
+        if self.queries is not None and latest.shape[2] < kept:
+            latest = torch.cat([self.queries, latest], dim=2)[:, :, -kept:]
+        self.queries = latest
+
     def after_attention(self, received: Tensor | None) -> None:
         """Take in what each entry received, then evict what the policy gives up.
 
@@ -270,6 +299,8 @@ class EvictionLayer(CacheLayerMixin):
         if received is not None and (lasting or store.scores is not None):
             if store.scores is None:
                 store.scores = torch.zeros(store.positions.shape, device=self.device)
+            elif self.policy.decay != 1:
+                self.view(store.scores).mul_(self.policy.decay**self.new)
             scores = self.view(store.scores).add_(received.detach())
         if not lasting:
             store.scores = None  # of a prompt that was held back, and is judged now
@@ -328,8 +359,10 @@ class EvictionLayer(CacheLayerMixin):
                 if self.policy.score_rule == "mean":
                     could_see = group.seen - store.positions[rows, :, first : store.end]
                     scores = scores / could_see
+            scores = self.policy.score(Entries(self, group, rows, scores))
             index = self.policy.select(group.held, group.sampled, scores).to(self.device)
             group.evictions += 1
+            group.cut = group.seen
         else:
             index = torch.arange(kept - tail, device=self.device)
         index = index.expand(len(group.rows), store.keys.shape[1], kept - tail)

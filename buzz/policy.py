@@ -1,9 +1,10 @@
 """What an eviction method is.
 
-A method is one frozen dataclass, registered by name. It never sees keys or values: it gets lengths
-and scores and answers with indices. How *many* entries stay depends on lengths alone
-(:meth:`Policy.survivors`), *which* ones on the scores (:meth:`Policy.select`), so that buffers stay
-rectangular and memory is known before a single token is computed (:meth:`Policy.lengths`).
+A method is one frozen dataclass, registered by name: it gets lengths and scores and answers with
+indices. How *many* entries stay depends on lengths alone (:meth:`Policy.survivors`), *which* ones
+on the scores (:meth:`Policy.select`), so that buffers stay rectangular and memory is known before a
+single token is computed (:meth:`Policy.lengths`). A score is the attention received, unless the
+method makes another one of what a layer holds (:meth:`Policy.score`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from buzz.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from buzz.entries import Entries
 
 ScoreRule = Literal["sum", "mean", "step"]
 BudgetBy = Literal["peak", "mean"]
@@ -63,13 +66,15 @@ class Policy(ABC):
 
     Attributes:
         name: the registered name.
-        needs_scores: whether :meth:`select` reads scores. If not, none are ever computed.
+        needs_scores: whether the attention received is read. If not, none is ever computed.
+        needs_projection: whether :meth:`score` reads the layers' output projections.
         evicts: ``always``, so that memory stays bounded; the ``prompt`` alone, so that an answer
             grows on top of what is left of it; or ``never``.
     """
 
     name: ClassVar[str]
     needs_scores: ClassVar[bool] = False
+    needs_projection: ClassVar[bool] = False
     evicts: ClassVar[Evicts] = "always"
 
     @property
@@ -93,13 +98,23 @@ class Policy(ABC):
         return None
 
     @property
-    def resident(self) -> int:
-        """How many leading entries can stay, and move, for ever.
+    def decay(self) -> float:
+        """What of a query's attention still counts one token later, for the rule ``sum``."""
+        return 1.0
 
-        The cache keeps their keys as they came, so that rounding never builds up; the others leave
-        after a few moves.
-        """
+    @property
+    def queries(self) -> int:
+        """How many of the last queries a layer keeps for :meth:`score`."""
         return 0
+
+    @property
+    def resident(self) -> int:
+        """How many leading entries can stay, and move, for ever; all, unless a method knows better.
+
+        In half precision the cache keeps their keys as they came, so that rounding never builds up:
+        a method whose other entries leave after a few moves saves that memory.
+        """
+        return FOREVER
 
     @abstractmethod
     def survivors(self, held: int, sampled: int) -> tuple[int, int]:
@@ -113,6 +128,19 @@ class Policy(ABC):
             Entries that stay (== `held` when nothing is evicted) and the new `sampled`.
         """
 
+    def for_layer(self, index: int, layers: int) -> Policy:
+        """The policy of one of the `layers` that evict."""
+        return self
+
+    def score(self, entries: Entries) -> Tensor | None:
+        """What :meth:`select` ranks by; called only when :meth:`survivors` evicts.
+
+        Returns:
+            float32 [rows, kv_heads, held], high for what should stay; by default the attention
+            received, None unless :attr:`needs_scores`.
+        """
+        return entries.received
+
     @abstractmethod
     def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
         """Which of the entries before the last :attr:`protected` stay.
@@ -121,7 +149,7 @@ class Policy(ABC):
 
         Args:
             held, sampled: as for :meth:`survivors`.
-            scores: float32 [rows, kv_heads, held]; None unless :attr:`needs_scores`.
+            scores: what :meth:`score` returned.
 
         Returns:
             Indices into the `held` entries, int64, ascending, of a shape that broadcasts to
@@ -167,6 +195,15 @@ class Policy(ABC):
                 raise ConfigError(
                     f"method.{field}", value, f"give a whole number of at least {minimum}"
                 )
+
+    def _within(self, low: float, high: float, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                remedy = f"give a number from {low:g} to {high:g}"
+                raise ConfigError(f"method.{field}", value, remedy)
+            object.__setattr__(self, field, float(value))  # of 1, which YAML reads as an integer
 
     def _one_of(self, field: str, *choices: str) -> None:
         if getattr(self, field) not in choices:

@@ -63,7 +63,37 @@ class _Pass:
     positions: str
     logn_base: float | None
     rotary: torch.nn.Module
-    weights: list[Tensor]  # by layer, [kv_heads, queries, keys], summed over a head's queries
+    layers: list[_Layer]
+
+
+@dataclass
+class _Layer:
+    """What one layer's attention saw and gave.
+
+    Attributes:
+        weights: [heads, queries, keys].
+        query, key, value: [heads or kv_heads, n, D], not rotated.
+        scale: of the logits, of each query: [n].
+        module: the attention module.
+    """
+
+    weights: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: Tensor
+    module: torch.nn.Module
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[0] // self.key.shape[0]
+
+    def rotated(self, states: Tensor, positions: Tensor) -> Tensor:
+        """States [heads, n, D] at positions [heads, n]."""
+        if not getattr(self.module, "use_rope", True):
+            return states
+        each = zip(states, positions, strict=True)
+        return torch.stack([_rotated(self.module, s[None, None], at)[0, 0] for s, at in each])
 
 
 _now: _Pass
@@ -91,8 +121,11 @@ def _attend(module, query, key, value, mask, scaling, **kwargs) -> tuple[Tensor,
             logits *= (visible[head].sum(-1).log() / math.log(_now.logn_base))[:, None]
         own = logits.masked_fill(~visible[head], -torch.inf).softmax(-1)
         outputs.append(own @ value[0, head])
-        weights.append(own.sum(0))
-    _now.weights.append(torch.stack(weights))
+        weights.append(own)
+    scale = torch.full((count,), scaling)
+    if _now.logn_base is not None:
+        scale *= visible[0].sum(-1).log() / math.log(_now.logn_base)
+    _now.layers.append(_Layer(torch.cat(weights), query[0], key[0], value[0], scale, module))
     return torch.cat(outputs).transpose(0, 1)[None], None
 
 
@@ -113,8 +146,8 @@ _models: dict[str, torch.nn.Module] = {}
 @torch.no_grad()
 def recompute(
     family: str, text: Text, positions: str, logn_base: float | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits [tokens, vocab] of `tiny(family)`, and by layer the weights [kv_heads, query, key]."""
+) -> tuple[Tensor, list[_Layer]]:
+    """Logits [tokens, vocab] of `tiny(family)`, and what its layers saw."""
     global _now
     model = _models.get(family) or _models.setdefault(family, tiny(family, "recomputed"))
     _now = _Pass(text, positions, logn_base, model.get_decoder().rotary_emb, [])
@@ -123,7 +156,7 @@ def recompute(
     logits = model(
         ids, attention_mask=unread, position_ids=torch.zeros_like(ids), use_cache=False
     ).logits
-    return logits[0], _now.weights
+    return logits[0], _now.layers
 
 
 def check(
@@ -135,44 +168,105 @@ def check(
     logn_base: float | None = None,
 ) -> None:
     """Asserts that the cache gave the logits, and kept the entries, that it should have."""
-    logits, weights = recompute(family, text, positions, logn_base)
+    logits, layers = recompute(family, text, positions, logn_base)
     torch.testing.assert_close(torch.cat(text.logits), logits, atol=TOLERANCE, rtol=TOLERANCE)
-    for layer, received in enumerate(weights):
-        _check_kept(text, layer, received, policy, hold_until)
+    for index, layer in enumerate(layers):
+        _check_kept(text, index, layer, policy.for_layer(index, len(layers)), positions, hold_until)
 
 
-def _check_kept(text: Text, layer: int, weights: Tensor, policy: Policy, hold_until: int) -> None:
-    heads = weights.shape[0]
+def _check_kept(
+    text: Text, index: int, layer: _Layer, policy: Policy, positions: str, hold_until: int
+) -> None:
+    heads = layer.key.shape[0]
+    weights = layer.weights.unflatten(0, (heads, -1)).sum(1)
     entries = torch.empty(heads, 0, dtype=torch.int64)
     total = torch.zeros(heads, len(text.tokens))  # received since arrival
-    judged_from = sampled = end = 0
+    judged_from = cut = sampled = end = 0
     for new, kept in zip(text.steps, text.kept, strict=True):
         start, end = end, end + new
         fresh = torch.arange(start, end).expand(heads, -1)
         entries = torch.cat([entries, fresh], dim=1)
-        total += weights[:, start:end].sum(1)
+        age = torch.arange(new - 1, -1, -1)
+        total *= policy.decay**new
+        total += (weights[:, start:end] * (policy.decay**age)[:, None]).sum(1)
         held = entries.shape[1]
         if end < hold_until:
-            assert torch.equal(kept[layer], entries)
+            assert torch.equal(kept[index], entries)
             continue
         stay, sampled_after = policy.survivors(held, sampled)
-        assert kept[layer].shape[1] == stay
+        assert kept[index].shape[1] == stay
         if stay < held:
-            scores = None
+            received = None
             if policy.needs_scores:
                 first = max(judged_from, end - (policy.observe or end))
                 step = weights[:, first:end].sum(1)
-                scores = (step if policy.score_rule == "step" else total).gather(1, entries)
+                received = (step if policy.score_rule == "step" else total).gather(1, entries)
                 if policy.score_rule == "mean":
-                    scores = scores / (end - entries)
-            own = None if scores is None else scores[None]
-            index = policy.select(held, sampled, own)[0].expand(heads, -1)
+                    received = received / (end - entries)
+                received = received[None]
+            recent = slice(max(cut, end - policy.queries), end)
+            view = _View(layer, entries, recent, positions == "cache", received, index)
+            scores = policy.score(view)
+            chosen = policy.select(held, sampled, scores)[0].expand(heads, -1)
             tail = entries[:, held - min(policy.protected, stay) :]
-            expected = torch.cat([entries.gather(1, index), tail], dim=1)
-            _check_same(kept[layer], expected, entries, scores, policy)
+            expected = torch.cat([entries.gather(1, chosen), tail], dim=1)
+            _check_same(kept[index], expected, entries, scores, policy)
+            cut = end
         else:
-            assert torch.equal(kept[layer], entries)
-        entries, sampled, judged_from = kept[layer], sampled_after, end
+            assert torch.equal(kept[index], entries)
+        entries, sampled, judged_from = kept[index], sampled_after, end
+
+
+@dataclass
+class _View:
+    """What a policy may look at, of one row, as :class:`buzz.entries.Entries`.
+
+    Attributes:
+        of: the layer.
+        tokens: int64 [kv_heads, held].
+        recent: the queries that count.
+        moved: whether entries stand at cache positions.
+    """
+
+    of: _Layer
+    tokens: Tensor
+    recent: slice
+    moved: bool
+    received: Tensor | None
+    layer: int
+
+    @property
+    def held(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def keys(self) -> Tensor:
+        at = torch.arange(self.held).expand_as(self.tokens) if self.moved else self.tokens
+        return self.of.rotated(self._of_entries(self.of.key), at)[None]
+
+    @property
+    def values(self) -> Tensor:
+        return self._of_entries(self.of.value)[None]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.tokens[None]
+
+    @property
+    def queries(self) -> Tensor:
+        shift = self.held - self.recent.stop if self.moved else 0
+        at = torch.arange(self.recent.start, self.recent.stop) + shift
+        queries = self.of.query[:, self.recent]
+        turned = self.of.rotated(queries, at.expand(queries.shape[:2]))
+        return (turned * self.of.scale[self.recent, None])[None]
+
+    @property
+    def output_projection(self) -> Tensor:
+        weight = self.of.module.o_proj.weight.detach()
+        return weight.T.unflatten(0, (-1, self.of.value.shape[-1]))
+
+    def _of_entries(self, states: Tensor) -> Tensor:
+        return states.gather(1, self.tokens[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _check_same(
@@ -181,9 +275,10 @@ def _check_same(
     """Equal, but for entries whose scores are so close that rounding decides between them."""
     for head, (own, due) in enumerate(zip(kept.tolist(), expected.tolist(), strict=True)):
         assert own == sorted(set(own)) and set(own) <= set(entries[head].tolist())
-        if own != due and policy.name != "snapkv":  # neighbours share a pooled score
+        if own != due:
             assert scores is not None
-            judged = scores.mean(0) if policy.name == "tova" else scores[head]
+            each = scores[0].expand(entries.shape[0], -1)
+            judged = each.mean(0) if policy.name == "tova" else each[head]
             known = dict(zip(entries[head].tolist(), judged.tolist(), strict=True))
             kept_more = sorted(known[token] for token in set(own) - set(due))
             due_more = sorted(known[token] for token in set(due) - set(own))

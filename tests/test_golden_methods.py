@@ -17,8 +17,23 @@ import numpy as np
 import pytest
 import torch
 
-from baselines import H2OPolicy, SnapKVPolicy, TOVAPolicy
+from baselines import (
+    A2SFPolicy,
+    ChunkKVPolicy,
+    CriticalKVPolicy,
+    DefensiveKVPolicy,
+    H2OPolicy,
+    KeyDiffPolicy,
+    KnormPolicy,
+    RandomPolicy,
+    RKVPolicy,
+    SnapKVEveryPolicy,
+    SnapKVPolicy,
+    TOVAPolicy,
+    VATPPolicy,
+)
 from buzz import EvictionCache
+from buzz.entries import Entries
 from buzz.policy import Policy
 from buzz.rope import Rope
 from scripts import make_golden_methods as golden
@@ -43,6 +58,51 @@ def grouped_h2o(case: Case) -> Policy:
     return H2OPolicy(heavy=case["budget"] - recent, recent=recent)
 
 
+def vatp(case: Case) -> Policy:
+    return VATPPolicy(heavy=case["heavy"], recent=case["recent"], sink=case["sink"])
+
+
+def a2sf(case: Case) -> Policy:
+    sizes = {"heavy": case["budget"] - case["recent"], "recent": case["recent"]}
+    return A2SFPolicy(**sizes, decay=case["forgetting"])
+
+
+def snapkv_every(case: Case) -> Policy:
+    sizes = {"window": case["window_size"], "kernel": case["kernel_size"]}
+    return SnapKVEveryPolicy(size=case["budget"], every=case["every"], **sizes)
+
+
+def r_kv(case: Case) -> Policy:
+    sizes = {"window": case["window_size"], "kernel": case["kernel_size"]}
+    return RKVPolicy(size=case["budget"], every=case["every"], trade=case["mix_lambda"], **sizes)
+
+
+def on_snapkv(case: Case) -> dict[str, int]:
+    scorer = case.get("scorer", case)
+    return {"window": scorer["window_size"], "kernel": scorer["kernel_size"]}
+
+
+def chunk_kv(case: Case) -> Policy:
+    """The original keeps a share of the chunks, whole: so many entries, the last chunk's among."""
+    length, chunk = case["length"], case["chunk_length"]
+    chunks = -(-length // chunk)
+    share = max(1, int(chunks * (case["budget"] + 0.5) / length))
+    kept = (share - 1) * chunk + length - (chunks - 1) * chunk
+    return ChunkKVPolicy(capacity=kept, chunk=chunk, **on_snapkv(case))
+
+
+class PressesNumbers(RandomPolicy):
+    """The press draws the same numbers in every layer, and protects nothing."""
+
+    def score(self, entries: Entries) -> torch.Tensor:
+        own = torch.Generator().manual_seed(self.seed)
+        return torch.rand(entries.positions.shape, generator=own)
+
+
+def random(case: Case) -> Policy:
+    return PressesNumbers(size=case["budget"], sink=0, window=0, seed=case["seed"])
+
+
 POLICIES: dict[str, Callable[[Case], Policy]] = {
     "h2o": lambda case: H2OPolicy(heavy=case["heavy"], recent=case["recent"]),
     "h2o_grouped": grouped_h2o,
@@ -50,6 +110,17 @@ POLICIES: dict[str, Callable[[Case], Policy]] = {
     "snapkv": snapkv,
     "snapkv_max": snapkv,
     "snapkv_grouped": snapkv,
+    "random": random,
+    "vatp": vatp,
+    "a2sf": a2sf,
+    "a2sf_grouped": a2sf,
+    "knorm": lambda case: KnormPolicy(size=case["budget"], every=case["every"]),
+    "keydiff": lambda case: KeyDiffPolicy(size=case["budget"], every=case["every"]),
+    "critical_kv": lambda case: CriticalKVPolicy(capacity=case["budget"], **on_snapkv(case)),
+    "snapkv_every": snapkv_every,
+    "r_kv": r_kv,
+    "chunk_kv": chunk_kv,
+    "defensive_kv": lambda case: DefensiveKVPolicy(capacity=case["budget"], **on_snapkv(case)),
 }
 
 model_of = functools.cache(golden.model_of)

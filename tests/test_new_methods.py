@@ -1,6 +1,8 @@
-"""TOVA and SnapKV against their papers' formulas, on a model's own attention weights."""
+"""Methods against their papers' formulas, on a model's own attention weights; and chance."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,17 @@ from tiny import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
-from baselines import SnapKVPolicy, TOVAPolicy
+from baselines import (
+    A2SFPolicy,
+    ChunkKVPolicy,
+    CriticalKVPolicy,
+    KnormPolicy,
+    RandomPolicy,
+    RKVPolicy,
+    SnapKVPolicy,
+    TOVAPolicy,
+    VATPPolicy,
+)
 from buzz import Budget, ConfigError, EvictionCache
 
 
@@ -107,9 +119,69 @@ def test_snapkv_narrows_its_window_for_a_tight_budget_unless_it_is_fixed() -> No
         (lambda: SnapKVPolicy(capacity=32), "method.capacity"),
         (lambda: SnapKVPolicy(pooling="sum"), "method.pooling"),
         (lambda: TOVAPolicy().fit(0), "budget"),
+        (lambda: KnormPolicy(every=0), "method.every"),
+        (lambda: RandomPolicy(size=20, sink=10, window=11), "method.size"),
+        (lambda: RandomPolicy().fit(0), "budget"),
+        (lambda: VATPPolicy(heavy=3, sink=4), "method.heavy"),
+        (lambda: A2SFPolicy(decay=1.5), "method.decay"),
+        (lambda: A2SFPolicy(decay=float("nan")), "method.decay"),
+        (lambda: CriticalKVPolicy(first=True), "method.first"),
+        (lambda: ChunkKVPolicy(chunk=0), "method.chunk"),
+        (lambda: RKVPolicy(size=8), "method.size"),
+        (lambda: RKVPolicy().fit(1), "budget"),
     ],
 )
 def test_bad_values_are_named(make, field) -> None:
     with pytest.raises(ConfigError) as caught:
         make()
     assert caught.value.field == field
+
+
+def drawn(seed: int, layer: int = 0, heads: int = 2, held: int = 200, first: int = 0) -> Tensor:
+    """Priorities of a text's tokens, [heads, held]."""
+    positions = torch.arange(first, first + held).expand(1, heads, -1)
+    entries = SimpleNamespace(positions=positions, layer=layer)
+    return RandomPolicy(size=40, sink=0, window=1, seed=seed).score(entries)[0]
+
+
+def test_random_keeps_every_token_of_the_middle_equally_often() -> None:
+    """Chi-square with 199 degrees of freedom: 266 is its 99.9th percentile."""
+    kept = torch.stack([drawn(seed).topk(50).indices for seed in range(400)])
+    for head in range(2):
+        counts = kept[:, head].flatten().bincount(minlength=200).double()
+        expected = 400 * 50 / 200
+        # Drawn without replacement: the variance is smaller by what is left over.
+        assert float(((counts - expected) ** 2 / expected).sum()) / (1 - 50 / 200) < 266
+    assert float(((counts - expected) ** 2 / expected).sum()) / (1 - 50 / 200) > 131
+
+
+def test_random_priorities_belong_to_a_token_a_head_a_layer_and_a_seed() -> None:
+    own = drawn(0)
+    assert torch.equal(own, drawn(0))
+    assert torch.equal(own[:, 50:], drawn(0, held=150, first=50))
+    assert own.unique().numel() == own.numel()
+    others = [own[0], own[1], drawn(1)[0], drawn(0, layer=1)[0]]
+    for number, one in enumerate(others):
+        for other in others[:number]:
+            assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.25
+
+
+def test_random_decodes_a_uniform_sample_of_all_history() -> None:
+    """One token at a time keeps what one cut of all of it would keep, and the ends."""
+    model, ids = tiny("llama"), prompt(120)
+    policy = RandomPolicy(size=30, sink=3, window=5)
+    whole = EvictionCache(model, policy)
+    stepwise = EvictionCache(model, policy)
+    with torch.no_grad():
+        model(ids, past_key_values=whole)
+        for token in ids.split(1, dim=1):
+            model(token, past_key_values=stepwise)
+    layers = [whole.kept_positions(layer)[0] for layer in range(3)]
+    assert not torch.equal(layers[0], layers[1])
+    for layer, held in enumerate(layers):
+        assert torch.equal(held[:, :3], torch.arange(3).expand(2, -1))
+        assert torch.equal(held[:, -5:], torch.arange(115, 120).expand(2, -1))
+        middle = drawn(0, layer, held=120)[:, 3:115].topk(22).indices.sort().values + 3
+        assert torch.equal(held[:, 3:-5], middle)
+        # Entries that entered a window and left it again had the same chance.
+        assert torch.equal(stepwise.kept_positions(layer)[0], held)

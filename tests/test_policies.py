@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny
+from torch import Tensor
 
 from baselines import H2OPolicy, LocalPolicy, StreamingLLMPolicy
 from buzz import (
@@ -21,8 +25,9 @@ from buzz import (
     ConfigError,
     Policy,
 )
+from buzz.attention import of_layer
 from buzz.layer import EvictionLayer
-from buzz.rope import Rope
+from buzz.rope import Rope, find_rope
 
 small = st.integers(1, 12)
 buzz_parameters = {
@@ -38,10 +43,15 @@ VALUES = {  # by parameter; a method with other parameters gets `small` for its 
     "pooling": st.sampled_from(["avg", "max"]),
     "history": st.sampled_from(["strided", "local_max"]),
     "compact": st.sampled_from(["once", "until_fits", "widen"]),
+    **dict.fromkeys(["decay", "trade", "similar", "first", "epsilon", "mass"], st.floats(0, 1)),
 }
 ONLY = {  # by method
     "buzz_strided": {"history": st.just("strided")},
     "h2o": {"heavy": st.integers(0, 12)},
+    "vatp": {"heavy": st.integers(6, 12)},
+    "random": {"size": st.integers(13, 24), "window": st.integers(1, 6)},
+    "snapkv_every": {"size": st.integers(13, 24)},
+    "r_kv": {"size": st.integers(13, 24)},
 }
 
 
@@ -58,12 +68,15 @@ chunks = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 def steps(
     policy: Policy, new: list[int], seed: int, batch: int = 1, heads: int = 2
 ) -> Iterator[tuple[EvictionLayer, torch.Tensor, torch.Tensor | None]]:
-    """Run `policy` on random scores: the layer, token indices before eviction, scores received."""
-    layer = EvictionLayer(policy, Rope(None))
+    """Run `policy` on random numbers: the layer, token indices before eviction, what it received.
+
+    In a second attribute of the layer, `took`, are the step's keys, values and queries.
+    """
+    layer = EvictionLayer(policy, Rope(None), module=projecting(heads))
     generator = torch.Generator().manual_seed(seed)
     for count in new:
-        nothing = torch.zeros(batch, heads, count, 1)
-        layer.update(nothing, nothing)
+        layer.took = torch.randn(3, batch, heads, count, 4, generator=generator)
+        feed(layer, *layer.took)
         assert layer.store is not None
         before = layer.view(layer.store.positions).clone()
         received = None
@@ -71,6 +84,20 @@ def steps(
             received = torch.rand(before.shape, generator=generator)
         layer.after_attention(received)
         yield layer, before, received
+
+
+def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
+    layer.update(keys, values)
+    if layer.policy.queries:
+        layer.keep_queries(queries, 0.5)
+
+
+@functools.cache  # the layer refers to it weakly
+def projecting(heads: int) -> torch.nn.Module:
+    """What stands for an attention module with an output projection."""
+    module = torch.nn.Module()
+    module.o_proj = torch.nn.Linear(4 * heads, 8, bias=False)
+    return module
 
 
 def held(layer: EvictionLayer) -> torch.Tensor:
@@ -185,13 +212,12 @@ def test_memory_is_bounded_once_decoding_goes_on(policy, prompt) -> None:
 @given(policies, chunks, st.integers(0, 9))
 def test_rows_of_a_batch_do_not_mix(policy, new, seed) -> None:
     together = [held(layer).clone() for layer, _, _ in steps(policy, new, seed, batch=3, heads=2)]
-    swapped = EvictionLayer(policy, Rope(None))
+    swapped = EvictionLayer(policy, Rope(None), module=projecting(2))
     order = torch.tensor([2, 0, 1])
-    for count, (_, _, received), expected in zip(
-        new, steps(policy, new, seed, batch=3, heads=2), together, strict=True
+    for (layer, _, received), expected in zip(
+        steps(policy, new, seed, batch=3, heads=2), together, strict=True
     ):
-        nothing = torch.zeros(3, 2, count, 1)
-        swapped.update(nothing, nothing)
+        feed(swapped, *layer.took[:, order])
         swapped.after_attention(None if received is None else received[order])
         assert torch.equal(held(swapped), expected[order])
 
@@ -250,3 +276,39 @@ def test_h2o_drops_the_lightest_also_one_at_a_time() -> None:
     policy = H2OPolicy(heavy=4, recent=2)
     scores = torch.tensor([[[5.0, 1.0, 4.0, 3.0, 2.0, 9.0, 9.0]]])
     assert policy.select(7, 0, scores).tolist() == [[[0, 2, 3, 4]]]
+
+
+def farthest_from_one_turn(policy: Policy, tokens: int) -> float:
+    """How far bfloat16 keys are, after so many steps, from what one exact turn makes of them.
+
+    As a share of the key's largest number; a single rounding is 2^-9 of its own.
+    """
+    model = tiny("llama")
+    rope = find_rope(model.get_decoder(), of_layer(model.get_decoder(), 0), "full_attention")
+    layer = EvictionLayer(policy, rope, module=projecting(2))
+    generator = torch.Generator().manual_seed(0)
+    arrived = torch.randn(3, 1, 2, tokens, 16, generator=generator).bfloat16()
+    for low, high in itertools.pairwise([0, *range(60, tokens + 1)]):
+        keys, values, queries = arrived[..., low:high, :]
+        feed(layer, keys, values[..., :4], queries)
+        received = None
+        if layer.wants_scores:  # the same tokens receive the most in every step
+            favour = layer.view(layer.store.positions) % 7 == 0
+            received = torch.rand(favour.shape, generator=generator) + favour
+        layer.after_attention(received)
+    index = held(layer).long()
+    old = arrived[0].float().gather(2, index[..., None].expand(*index.shape, 16))
+    new = torch.arange(tokens - index.shape[-1], tokens)
+    exact = rope.rotate(old, rope.turn(new, index, index))
+    error = (layer.view(layer.store.keys).float() - exact).abs().amax(-1)
+    return float((error / exact.abs().amax(-1)).max())
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_rounding_does_not_build_up_over_a_thousand_steps(name) -> None:
+    assert farthest_from_one_turn(POLICIES[name]().fit(24), 1060) < 2**-7
+
+
+def test_keys_turned_step_by_step_would_drift(monkeypatch) -> None:
+    monkeypatch.setattr(H2OPolicy, "resident", 0)
+    assert farthest_from_one_turn(H2OPolicy().fit(24), 1060) > 2**-5

@@ -1,0 +1,76 @@
+"""DefensiveKV (arXiv 2510.13334): what any of the last queries attends stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from baselines.snapkv import SnapKVPolicy
+from buzz.entries import Entries, projected_norms
+from buzz.policy import register
+
+
+@register("defensive_kv")
+@dataclass(frozen=True, kw_only=True)
+class DefensiveKVPolicy(SnapKVPolicy):
+    """SnapKV by the highest attention of any query and head, weighed by the projected value.
+
+    As FFY0/DefensiveKV (9251b95e) `efficient_defensivekv_press.py`, whose heads share a layer's
+    capacity: here each KV head has its own. Its slip is kept: the share of attention on "the
+    window" is that of the last `window` entries before it.
+
+    Args:
+        capacity, window, kernel, pooling: as of SnapKV.
+        mass: share of the attention whose entries stay by it alone.
+    """
+
+    needs_scores: ClassVar[bool] = False
+    needs_projection: ClassVar[bool] = True
+
+    kernel: int = 5
+    pooling: str = "avg"
+    mass: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._within(0, 1, "mass")
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def score(self, entries: Entries) -> Tensor:
+        history = entries.held - self.window
+        keys, queries = entries.keys, entries.queries.unflatten(1, (entries.keys.shape[1], -1))
+        future = torch.ones(self.window, self.window, dtype=torch.bool, device=keys.device).triu(1)
+        means, highest, bias = [], [], []
+        for head in range(keys.shape[1]):  # [rows, group, window, held] of one at a time
+            logits = queries[:, head] @ keys[:, head, None].float().mT
+            logits[..., history:].masked_fill_(future, -torch.inf)
+            attention = logits.softmax(-1)[..., :history]
+            pooled = self._pool(attention.flatten(0, 1)).view_as(attention)
+            pooled = pooled / pooled.sum(-1, keepdim=True) * attention.sum(-1, keepdim=True)
+            means.append(attention.mean((1, 2)))
+            highest.append(pooled.amax((1, 2)))
+            bias.append(attention[..., -self.window :].sum(-1).mean((1, 2)))
+        mean, risk = torch.stack(means, 1), torch.stack(highest, 1)
+        risk = risk.maximum(risk.mean(-1, keepdim=True))
+        norms = projected_norms(entries)[..., :history]
+        scores = risk * norms / norms.sum(1, keepdim=True)
+        # Those that make up the mass, short of the one that reaches it.
+        order = (mean / mean.sum(-1, keepdim=True)).sort(-1, descending=True)
+        wanted = self.mass - torch.stack(bias, 1).mean(1)[:, None, None]
+        count = (order.values.cumsum(-1) < wanted).sum(-1, keepdim=True)
+        # A kept share of the prompt from which the capacity comes out when it is rounded down.
+        most = int(history * (self.capacity + 0.5) / entries.held - self.window)
+        sure = torch.arange(history, device=keys.device).expand_as(risk) < count.clamp(
+            max=max(0, most)
+        )
+        scores = scores.masked_fill(
+            torch.zeros_like(sure).scatter(-1, order.indices, sure), torch.inf
+        )
+        return pad(scores, (0, self.window), value=torch.inf)

@@ -1,0 +1,31 @@
+"""KeyDiff (arXiv 2504.15364): keys unlike the others stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from baselines.ranking import RankingPolicy
+from buzz.entries import Entries
+from buzz.policy import register
+
+
+@register("keydiff")
+@dataclass(frozen=True, kw_only=True)
+class KeyDiffPolicy(RankingPolicy):
+    """Keeps the entries whose keys are the least similar to the mean direction of all.
+
+    Nothing is protected. As NVIDIA/kvpress (8bb29b9c) `keydiff_press`, with its `decoding_press`
+    for `every`; the authors published no code. Keys are compared as they are attended: at cache
+    positions, unlike there, that is rotated to their places in the cache.
+
+    Args:
+        size: entries kept by an eviction.
+        every: tokens that come between two evictions.
+    """
+
+    def score(self, entries: Entries) -> Tensor:
+        keys = entries.keys.float()
+        return -cosine_similarity(keys, normalize(keys, dim=-1).mean(2, keepdim=True), dim=-1)

@@ -1,0 +1,28 @@
+"""Knorm (arXiv 2406.11430): keys of small norm stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from baselines.ranking import RankingPolicy
+from buzz.entries import Entries
+from buzz.policy import register
+
+
+@register("knorm")
+@dataclass(frozen=True, kw_only=True)
+class KnormPolicy(RankingPolicy):
+    """Keeps the entries whose keys have the smallest L2 norm; nothing is protected.
+
+    As NVIDIA/kvpress (8bb29b9c) `knorm_press`, with its `decoding_press` for `every`. The authors'
+    code leaves out the first two layers; here all evict.
+
+    Args:
+        size: entries kept by an eviction.
+        every: tokens that come between two evictions.
+    """
+
+    def score(self, entries: Entries) -> Tensor:
+        return -entries.keys.float().norm(dim=-1)

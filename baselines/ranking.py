@@ -1,0 +1,60 @@
+"""What methods share that keep the best entries, once in so many tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from buzz.policy import BudgetBy, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingPolicy(Policy):
+    """Keeps the `size` entries of the highest score: of the prompt, then once in `every` tokens.
+
+    Args:
+        size: entries kept by an eviction.
+        every: tokens that come between two evictions; the cache then holds up to
+            `size + every - 1`.
+    """
+
+    size: int = 512
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "every")
+        self._at_least(1 + self.protected, "size")
+
+    @property
+    def protected(self) -> int:
+        return 0
+
+    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+        """`sampled` is 0 until the prompt is judged."""
+        if held >= self.size + (self.every if sampled else 1):
+            return self.size, self.size
+        return held, sampled or held
+
+    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+        assert scores is not None
+        candidates = scores[..., : held - self.protected]
+        return candidates.topk(self.size - self.protected, dim=-1).indices.sort(dim=-1).values
+
+    def fit(
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
+    ) -> Policy:
+        """By peak, what comes between two evictions is within the budget; by mean, half of it is.
+
+        `every` and `window` take half of the budget at most, unless they are fixed.
+        """
+        if "size" in fixed:
+            return self
+        half = max(1, budget // 2)
+        every = self.every if "every" in fixed else min(self.every, half)
+        size = budget - (every - 1) // (1 if by == "peak" else 2)
+        own = {"every": every}
+        if (window := getattr(self, "window", None)) is not None:
+            own["window"] = window if "window" in fixed else min(window, max(1, size // 2))
+        self._require(budget, 1 + own.get("window", 0), size=size)
+        return self._replace(budget, **own, size=size)
