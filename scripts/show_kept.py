@@ -12,7 +12,6 @@ the page on the `with` statement of Python's manual is taken.
 from __future__ import annotations
 
 import argparse
-import html
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from jinja2 import Environment, FileSystemLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
@@ -71,6 +71,10 @@ class Kept:
     def share(self) -> np.ndarray:
         """Share of heads that kept each token, float64 [tokens seen]."""
         return (self.kinds != EVICTED).mean(axis=0)
+
+    @property
+    def parameters(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in vars(self.policy).items())
 
     @property
     def figures(self) -> str:
@@ -196,76 +200,39 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple
         before, start = start, end
 
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1a1a1a; --dim: #6b6b6b; --back: #fff; --kept: 0 114 178 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #ededed; --dim: #9a9a9a; --back: #141414; --kept: 60 150 215 }
-}
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--back);
-  color: var(--text); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem }
-h3 { font-size: .85rem; margin: 1rem 0 .25rem; color: var(--dim) }
-p, ul { margin: .25rem 0 } ul { padding-left: 1.2rem } a { color: inherit }
-pre { margin: 0; padding: .5rem; white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace;
-  border: 1px solid color-mix(in srgb, var(--text) 20%, transparent); border-radius: 4px }
-"""
+Span = tuple[str, int, str]  # text, shade from 0 to 10, hint
 
 
 def page(kept: Sequence[Kept], tokenizer: PreTrainedTokenizerBase, model: str) -> str:
-    """The whole HTML page; it loads nothing."""
-    steps = range(11)
-    shades = "".join(
-        f".k{i} {{ background: rgb(var(--kept) / {0.1 + 0.05 * i:.2f}) }}\n" for i in steps[1:]
+    """The whole HTML page; it loads nothing, and what comes from the model is escaped."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
-    scale = "".join(f'<span class="k{i}">&nbsp;{10 * i}%&nbsp;</span>' for i in steps[::2])
-    first = kept[0]
-    answer = len(first.ids) - first.prompt_tokens
-    head = (
-        "<!doctype html>\n"
-        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Tokens kept by {html.escape(', '.join(k.policy.name for k in kept))}</title>\n"
-        f"<style>{STYLE}.k0 {{ color: var(--dim) }}\n{shades}</style>\n</head>\n<body>\n"
-        "<h1>Which tokens does the cache still hold?</h1>\n"
-        f"<p>{html.escape(model)}, a prompt of {first.prompt_tokens} tokens and"
-        f" {answer} generated {'one' if answer == 1 else 'ones'}. Each token is shaded by the"
-        f" share of the {len(first.kinds)} KV heads of all layers that hold it at the end:</p>\n"
-        f"<p>{scale}</p>\n"
+    return templates.get_template("show_kept.html").render(
+        kept=kept,
+        model=model,
+        answer=len(kept[0].ids) - kept[0].prompt_tokens,
+        spans=lambda method: _parts(method, tokenizer),
     )
-    names = [html.escape(method.policy.name) for method in kept]
-    links = [
-        f'<li><a href="#{name}">{name}</a>: {method.figures}</li>\n'
-        for name, method in zip(names, kept, strict=True)
-    ]
-    sections = [_section(method, tokenizer) for method in kept]
-    return f"{head}<ul>\n{''.join(links)}</ul>\n{''.join(sections)}</body>\n</html>\n"
 
 
-def _section(kept: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
+def _parts(kept: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[Span]]]:
+    """The prompt's and the answer's tokens."""
     heads, tokens = kept.kinds.shape
     share = np.append(kept.share, 0)  # the last token of the answer was never fed back
 
-    def spans(first: int, ids: list[int]) -> str:
+    def spans(first: int, ids: list[int]) -> list[Span]:
         marked = []
         for text, where in pieces(tokenizer, ids):
             part = share[first + where.start : first + where.stop].mean()
-            shade = int(np.ceil(10 * part))
             hint = f"token {first + where.start}: held by {part * heads:.0f} of {heads} heads"
             if first + where.start == tokens:
                 hint = f"token {tokens}: the last, not in the cache yet"
-            marked.append(f'<span class="k{shade}" title="{hint}">{html.escape(text)}</span>')
-        return "".join(marked)
+            marked.append((text, int(np.ceil(10 * part)), hint))
+        return marked
 
-    parameters = ", ".join(f"{name}={value}" for name, value in vars(kept.policy).items())
-    name = html.escape(kept.policy.name)
-    prompt = spans(0, kept.ids[: kept.prompt_tokens])
-    answer = spans(kept.prompt_tokens, kept.ids[kept.prompt_tokens :])
-    return (
-        f'<section>\n<h2 id="{name}">{name}</h2>\n<p>{kept.figures}</p>\n'
-        + (f"<p><small>{html.escape(parameters)}</small></p>\n" if parameters else "")
-        + f"<h3>Prompt</h3>\n<pre>{prompt}</pre>\n<h3>Generated</h3>\n<pre>{answer}</pre>\n"
-        "</section>\n"
-    )
+    size = kept.prompt_tokens
+    return [("Prompt", spans(0, kept.ids[:size])), ("Generated", spans(size, kept.ids[size:]))]
 
 
 def read_text(path: str) -> str:

@@ -17,7 +17,7 @@ import evals.run.generate
 import evals.run.runner
 from baselines import FullPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, ConfigError, EvictionCache
-from evals.report.terminal import Setting
+from evals.report.beside import Setting
 from evals.results.reading import find_references, read_summary
 from evals.results.records import RunFailed, RunFolder, digest
 from evals.run.prompts import Prompt, batches

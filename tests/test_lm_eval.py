@@ -19,8 +19,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from buzz import ConfigError, EvictionCache
+from evals.lm_eval import main
 from evals.lm_eval.model import EvictionLM
-from evals.report.terminal import main
 
 WORDS = [f"w{i}" for i in range(60)]
 CONTEXT = 64  # tokens, of the tiny model

@@ -12,8 +12,8 @@ import evals.run.forced
 import evals.run.generate
 import scripts.show_kept
 from buzz import ConfigError, EvictionCache
+from evals.report.beside import Setting
 from evals.report.chosen import is_papers
-from evals.report.terminal import Setting
 from evals.results.reading import read_runs
 from evals.run.settings import check_settings
 

@@ -17,8 +17,9 @@ from runs import read, stub_generate, write_lines
 import evals.report.terminal
 import evals.run.runner
 from buzz import ConfigError
+from evals.report.beside import Setting
 from evals.report.runs import settings_text
-from evals.report.terminal import Setting, tables
+from evals.report.terminal import tables
 from evals.results.reading import read_run, read_runs, read_summary
 from evals.results.records import RunFolder
 from evals.results.runs import differing_settings

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -47,7 +49,7 @@ from evals.run.generate import Generation, generate
 from evals.run.interrupt import deferred_signals
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
-from evals.run.prompts import Prompt, batches, load_prompts
+from evals.run.prompts import Asked, Prompt, batches, load_prompts
 from evals.tasks.base import StreamTask
 
 console = Console(stderr=True)
@@ -78,58 +80,108 @@ def run_all(cfg: DictConfig, fixed: Iterable[str] = ()) -> list[Path]:
     return [_execute(plan) for plan in [Plan.of(one, fixed) for one in expand(cfg)]]
 
 
+@dataclass
+class Work:
+    """A run under way: what its steps (prompts, answers, comparison, summary) hand on.
+
+    Attributes:
+        records: by sample id, those that are not of this run's data among them.
+        done: ids of the samples that need not run again.
+    """
+
+    plan: Plan
+    folder: RunFolder
+    asked: Asked
+    records: dict[str, Record]
+    done: set[str]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return self.asked.prompts
+
+    @property
+    def ordered(self) -> list[Record]:
+        """The records that are there, in the order of their prompts."""
+        names = (prompt.sample.id for prompt in self.prompts)
+        return [self.records[name] for name in names if name in self.records]
+
+    @property
+    def stale(self) -> int:
+        """Records of other data."""
+        return len(self.records.keys() - {prompt.sample.id for prompt in self.prompts})
+
+    def summary(self) -> dict[str, Any]:
+        return summarize(self.plan.config, self.plan.task, self.ordered, self.stale)
+
+
 def _execute(plan: Plan) -> Path:
     folder = RunFolder(plan.folder)
     with folder.lock():
-        records = folder.read()
-        folder.read(FIDELITY), folder.environments()  # refuse now what could not be added to
-        torch.manual_seed(plan.config["seed"])
-        asked = load_prompts(plan, _tokenizer(plan))
-        prompts = asked.prompts
-        lengths = [len(prompt.ids) for prompt in prompts]
-        for tokens in (min(lengths), max(lengths)):
-            plan.fit(tokens)  # refuse a budget that cannot be met now, not later
-        model, tokenizer = _load(plan)
-        done = _finished(folder, records, prompts)
-        if done:
-            _say(f"{folder.path}: {len(done)} of {len(prompts)} samples are there already")
-        folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
-        folder.write("prompts.json", asked.stored())
-        rescored = _rescore(plan, folder, records, prompts, done)
-        stale = len(records.keys() - asked.stored()["samples"].keys())
-        if stale:
-            _say(f"{folder.path}: {stale} more records are of other data and do not count")
-        try:
-            with deferred_signals() as stop_here:
-                _generate(plan, folder, records, prompts, done, model, tokenizer, stop_here)
-                full = _reference(plan)
-                theirs = full.by_id if full else {}
-                if full and plan.compares:
-                    _compare(plan, folder, records, theirs, prompts, model, tokenizer, stop_here)
-        except LengthMismatch as error:
-            folder.write("summary.json", {"status": "failed", "error": str(error)})
-            raise RunFailed(str(error)) from error
-        except KeyboardInterrupt:
-            so_far = [records[p.sample.id] for p in prompts if p.sample.id in records]
-            error = f"interrupted after {len(so_far)} of {len(prompts)} samples; run it again"
-            unfinished = {"status": "interrupted", "error": error}
-            summary = summarize(plan.config, plan.task, so_far, stale)
-            folder.write("summary.json", summary | unfinished)
-            raise
-        ordered = [records[prompt.sample.id] for prompt in prompts]
-        _report_failed(folder, ordered)
-        summary = summarize(plan.config, plan.task, ordered, stale)
-        if full:
-            by_id = {record["id"]: record for record in ordered}
-            fidelity = {id: one for id, one in folder.read(FIDELITY).items() if id in by_id}
-            summary["against_full"] = compare(by_id, theirs, summary, fidelity)
-            summary["failed"] += _name_failed("comparison of", fidelity.values())
-        folder.write("summary.json", summary)
-        with writing(folder.path):
-            plan.task.draw([record for record in ordered if record["status"] == "ok"], folder.path)
-        if rescored or len(done) < len(prompts):
-            plan.logger.log(folder.path, plan.config, ordered, summary)
+        work = _begin(plan, folder)
+        rescored = _rescore(work)
+        if work.stale:
+            _say(f"{folder.path}: {work.stale} more records are of other data and do not count")
+        before = len(work.done)
+        full = _make(work)
+        summary = _sum_up(work, full)
+        if rescored or before < len(work.prompts):
+            plan.logger.log(folder.path, plan.config, work.ordered, summary)
     return folder.path
+
+
+def _begin(plan: Plan, folder: RunFolder) -> Work:
+    """What is asked for and what of it is there, before anything is written."""
+    records = folder.read()
+    folder.read(FIDELITY), folder.environments()  # refuse now what could not be added to
+    torch.manual_seed(plan.config["seed"])
+    asked = load_prompts(plan, _tokenizer(plan))
+    lengths = [len(prompt.ids) for prompt in asked.prompts]
+    for tokens in (min(lengths), max(lengths)):
+        plan.fit(tokens)  # refuse a budget that cannot be met now, not later
+    model, tokenizer = _load(plan)
+    done = _finished(folder, records, asked.prompts)
+    if done:
+        _say(f"{folder.path}: {len(done)} of {len(asked.prompts)} samples are there already")
+    folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
+    folder.write("prompts.json", asked.stored())
+    return Work(plan, folder, asked, records, done, model, tokenizer)
+
+
+def _make(work: Work) -> Run | None:
+    """Answers, and their comparison with those of the full cache, whose run is returned."""
+    try:
+        with deferred_signals() as stop_here:
+            _generate(work, stop_here)
+            full = _reference(work.plan)
+            if full and work.plan.compares:
+                _compare(work, full.by_id, stop_here)
+            return full
+    except LengthMismatch as error:
+        work.folder.write("summary.json", {"status": "failed", "error": str(error)})
+        raise RunFailed(str(error)) from error
+    except KeyboardInterrupt:
+        there = f"{len(work.ordered)} of {len(work.prompts)} samples"
+        unfinished = {"status": "interrupted", "error": f"interrupted after {there}; run it again"}
+        work.folder.write("summary.json", work.summary() | unfinished)
+        raise
+
+
+def _sum_up(work: Work, full: Run | None) -> dict[str, Any]:
+    """Writes the summary, and the task's picture."""
+    folder, records = work.folder, work.ordered
+    _report_failed(folder, records)
+    summary = work.summary()
+    if full:
+        own = {record["id"]: record for record in records}
+        fidelity = {id: one for id, one in folder.read(FIDELITY).items() if id in own}
+        summary["against_full"] = compare(own, full.by_id, summary, fidelity)
+        summary["failed"] += _name_failed("comparison of", fidelity.values())
+    folder.write("summary.json", summary)
+    with writing(folder.path):
+        work.plan.task.draw([r for r in records if r["status"] == "ok"], folder.path)
+    return summary
 
 
 def _report_failed(folder: RunFolder, records: list[Record]) -> None:
@@ -203,13 +255,7 @@ def _finished(folder: RunFolder, records: dict[str, Record], prompts: list[Promp
     return done
 
 
-def _rescore(
-    plan: Plan,
-    folder: RunFolder,
-    records: dict[str, Record],
-    prompts: list[Prompt],
-    done: set[str],
-) -> int:
+def _rescore(work: Work) -> int:
     """Scores answers again whose references, or the version of what scores them, were changed.
 
     Losses of a text that was read are not on file: it is read again.
@@ -218,71 +264,65 @@ def _rescore(
         How many it scored.
     """
     count = 0
-    for prompt in prompts:
-        record = records.get(prompt.sample.id, {})
-        if prompt.sample.id not in done or record.get("sample_sha256") == prompt.sample_sha256:
+    for prompt in work.prompts:
+        record = work.records.get(prompt.sample.id, {})
+        if prompt.sample.id not in work.done or record.get("sample_sha256") == prompt.sample_sha256:
             continue
-        if isinstance(plan.task, StreamTask):
-            done.remove(prompt.sample.id)
+        if isinstance(work.plan.task, StreamTask):
+            work.done.remove(prompt.sample.id)
             continue
         record = record | _identity(prompt)
         if record["status"] == "ok":
             try:
-                record["scores"] = _finite(plan.task.score_record(prompt.sample, record))
+                record["scores"] = _finite(work.plan.task.score_record(prompt.sample, record))
             except Exception:  # it is run again, and recorded as what it then is
-                done.remove(prompt.sample.id)
+                work.done.remove(prompt.sample.id)
                 continue
-        folder.append(record)
-        records[record["id"]] = record
+        work.folder.append(record)
+        work.records[record["id"]] = record
         count += 1
     if count:
-        _say(f"{folder.path}: {count} answers scored again, their references or metrics are others")
+        _say(
+            f"{work.folder.path}: {count} answers scored again, their references or metrics are"
+            " others"
+        )
     return count
 
 
-def _generate(
-    plan: Plan,
-    folder: RunFolder,
-    records: dict[str, Record],
-    prompts: list[Prompt],
-    done: set[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_here: Callable[[], None],
-) -> None:
-    if len(done) == len(prompts):
+def _generate(work: Work, stop_here: Callable[[], None]) -> None:
+    if len(work.done) == len(work.prompts):
         return
     # What runs once per process (kernels, allocator pools) must not count in the first sample.
     # Should it fail, the first sample will and is recorded.
     with suppress(Exception):
-        generate(model, tokenizer, [prompts[0].ids[:32]], plan.policy, 2, (), plan.config["cache"])
-    parameters = sum(weights.numel() for weights in model.parameters())
-    now = environment(str(model.device), plan.config["seed"], parameters)
-    made = {"environment": folder.note(now), "process": process()}
+        first, options = [work.prompts[0].ids[:32]], work.plan.config["cache"]
+        generate(work.model, work.tokenizer, first, work.plan.policy, 2, (), options)
+    parameters = sum(weights.numel() for weights in work.model.parameters())
+    now = environment(str(work.model.device), work.plan.config["seed"], parameters)
+    made = {"environment": work.folder.note(now), "process": process()}
     neighbours = Neighbours()
-    headline = plan.task.headline
+    headline = work.plan.task.headline
     columns = (
-        TextColumn(f"{plan.config['method']['name']:>14}"),
+        TextColumn(f"{work.plan.config['method']['name']:>14}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=len(prompts), completed=len(done), status="")
-        for batch in batches(prompts, plan.task.batch_size):
-            if all(prompt.sample.id in done for prompt in batch):
+        bar = progress.add_task("", total=len(work.prompts), completed=len(work.done), status="")
+        for batch in batches(work.prompts, work.plan.task.batch_size):
+            if all(prompt.sample.id in work.done for prompt in batch):
                 continue
-            found = _run_batch(plan, folder, batch, model, tokenizer)
-            conditions = made | _load_of(neighbours, model.device)
+            found = _run_batch(work, batch)
+            conditions = made | _load_of(neighbours, work.model.device)
             for record in found:
-                if record["id"] not in done:
-                    folder.append(record | conditions)
-                    records[record["id"]] = record | conditions
+                if record["id"] not in work.done:
+                    work.folder.append(record | conditions)
+                    work.records[record["id"]] = record | conditions
                     progress.advance(bar)
             stop_here()
-            ran = [records[p.sample.id] for p in prompts if p.sample.id in records]
-            ran = [record for record in ran if record["status"] == "ok"]
+            ran = [record for record in work.ordered if record["status"] == "ok"]
             if ran:
                 score = statistics.fmean(record["scores"][headline] for record in ran)
                 speed = mean(record["decode_tokens_per_s"] for record in ran) or 0
@@ -297,67 +337,53 @@ def _load_of(neighbours: Neighbours, device: torch.device) -> Record:
     return {"threads": threads, "load": load, "loaded": loaded}
 
 
-def _run_batch(
-    plan: Plan,
-    folder: RunFolder,
-    batch: list[Prompt],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[Record]:
+def _run_batch(work: Work, batch: list[Prompt]) -> list[Record]:
     """The batch's records. Rows that are run again in a smaller one keep the batch's budget."""
-    policy, entries = plan.fit(min(len(prompt.ids) for prompt in batch))
+    policy, entries = work.plan.fit(min(len(prompt.ids) for prompt in batch))
     frame = {
         "policy": dataclasses.asdict(policy),
         "budget_entries": entries,
-        "budget_by": None if entries is None else plan.config["budget_by"],
+        "budget_by": None if entries is None else work.plan.config["budget_by"],
         "batch_size": 1,  # of a row that fails: see attempt()
     }
 
     def results(rows: list[Prompt]) -> list[Record]:
-        if isinstance(plan.task, StreamTask):
-            found = [_read(plan.task, plan, prompt, policy, model) for prompt in rows]
+        if isinstance(work.plan.task, StreamTask):
+            found = [_read(work, work.plan.task, prompt, policy) for prompt in rows]
         else:
-            found = _answer(plan, rows, policy, model, tokenizer)
+            found = _answer(work, rows, policy)
         return [{"batch_size": len(rows), "status": "ok"} | one for one in found]
 
     try:
-        found = attempt(batch, results, model.device)
+        found = attempt(batch, results, work.model.device)
     except LengthMismatch as error:
         failed = {"batch_size": len(batch), "status": "failed", "error": str(error)}
         for prompt in batch:
-            folder.append(_identity(prompt) | frame | failed)
+            work.folder.append(_identity(prompt) | frame | failed)
         raise
     return [_identity(p) | frame | result for p, result in zip(batch, found, strict=True)]
 
 
-def _answer(
-    plan: Plan,
-    batch: list[Prompt],
-    policy: Policy,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[Record]:
+def _answer(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
     generations = generate(
-        model,
-        tokenizer,
+        work.model,
+        work.tokenizer,
         [prompt.ids for prompt in batch],
         policy,
         batch[0].max_new_tokens,
         batch[0].sample.stop,
-        plan.config["cache"],
+        work.plan.config["cache"],
     )
     measured = [_measurements(generation) for generation in generations]
     return [
-        {"scores": _finite(plan.task.score_record(prompt.sample, record))} | record
+        {"scores": _finite(work.plan.task.score_record(prompt.sample, record))} | record
         for prompt, record in zip(batch, measured, strict=True)
     ]
 
 
-def _read(
-    task: StreamTask, plan: Plan, prompt: Prompt, policy: Policy, model: PreTrainedModel
-) -> Record:
-    options, starts = plan.config["cache"], prompt.sample.starts
-    measured, losses = read(model, prompt.ids, policy, task.chunk, options, starts)
+def _read(work: Work, task: StreamTask, prompt: Prompt, policy: Policy) -> Record:
+    options, starts = work.plan.config["cache"], prompt.sample.starts
+    measured, losses = read(work.model, prompt.ids, policy, task.chunk, options, starts)
     blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
     scores = _finite(task.score_losses(prompt.sample, losses))
     return {"scores": scores, "blocks": blocks} | _measurements(measured)
@@ -371,22 +397,13 @@ def _finite(scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
-def _compare(
-    plan: Plan,
-    folder: RunFolder,
-    records: dict[str, Record],
-    full: dict[str, Record],
-    prompts: list[Prompt],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_here: Callable[[], None],
-) -> None:
+def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], None]) -> None:
     """Teacher-forces the method over the full run's answers, as far as that was not done before."""
-    before = folder.read(FIDELITY)
+    before = work.folder.read(FIDELITY)
 
     def answer(prompt: Prompt) -> list[int] | None:
         """The full cache's answer, if there is something left to compare it for."""
-        own, theirs = records[prompt.sample.id], full.get(prompt.sample.id, {})
+        own, theirs = work.records[prompt.sample.id], full.get(prompt.sample.id, {})
         if own["status"] != "ok" or theirs.get("prompt_sha256") != own["prompt_sha256"]:
             return None
         tokens = theirs.get("tokens")
@@ -395,23 +412,23 @@ def _compare(
         return None if done else tokens
 
     def results(rows: list[Prompt]) -> list[Record]:
-        policy = dataclasses.replace(plan.policy, **records[rows[0].sample.id]["policy"])
+        policy = dataclasses.replace(work.plan.policy, **work.records[rows[0].sample.id]["policy"])
         ids, answers = [prompt.ids for prompt in rows], [answer(prompt) or [] for prompt in rows]
-        pad, options = tokenizer.pad_token_id, plan.config["cache"]
-        found = compare_with_full(model, ids, answers, policy, pad, options)
+        pad, options = work.tokenizer.pad_token_id, work.plan.config["cache"]
+        found = compare_with_full(work.model, ids, answers, policy, pad, options)
         return [dataclasses.asdict(one) for one in found]
 
     todo = [
         [prompt for prompt in batch if answer(prompt)]
-        for batch in batches(prompts, plan.task.batch_size)
+        for batch in batches(work.prompts, work.plan.task.batch_size)
     ]
     unknown = dataclasses.asdict(Fidelity(None, None))
     for batch in track(
         [batch for batch in todo if batch], "KL to full", console=console, transient=True
     ):
-        for prompt, result in zip(batch, attempt(batch, results, model.device), strict=True):
+        for prompt, result in zip(batch, attempt(batch, results, work.model.device), strict=True):
             identity = {"id": prompt.sample.id, "answer_sha256": sha256(answer(prompt))}
-            folder.append(identity | unknown | result, FIDELITY)
+            work.folder.append(identity | unknown | result, FIDELITY)
         stop_here()
 
 
