@@ -25,4 +25,9 @@ class KnormPolicy(RankingPolicy):
     """
 
     def score(self, entries: Entries) -> Tensor:
-        return -entries.keys.float().norm(dim=-1)
+        """In the first layer equal tokens have equal norms: of those the newest stay.
+
+        Norms are compared to 2^-14, so that rounding decides nothing between them.
+        """
+        norms = entries.keys.float().norm(dim=-1).double()
+        return entries.positions / 2**31 - (norms * 2**14).round()
