@@ -270,7 +270,7 @@ class EvictionLayer(CacheLayerMixin):
         if received is not None and (lasting or store.scores is not None):
             if store.scores is None:
                 store.scores = torch.zeros(store.positions.shape, device=self.device)
-            scores = self.view(store.scores).add_(received.detach())
+            scores = self.view(store.scores).add_(received)
         if not lasting:
             store.scores = None  # of a prompt that was held back, and is judged now
         plan = self._plan()
