@@ -89,10 +89,11 @@ def jumps(position_ids: Tensor, seen: int, padding: Sequence[int], first: Sequen
         seen: tokens before this step, padding included.
         padding, first: of each row, its padding and the position of its first token.
     """
-    slots = torch.arange(seen, seen + position_ids.shape[-1], device=position_ids.device)
+    new = position_ids.shape[-1]
     shifts = [position - slot for position, slot in zip(first, padding, strict=True)]
-    if not any(padding) and len(set(shifts)) == 1:
-        return (position_ids != slots + shifts[0]).any()
+    if new == 1 and len(set(shifts)) == 1:  # a token, which is never padding
+        return (position_ids != seen + shifts[0]).any()
+    slots = torch.arange(seen, seen + new, device=position_ids.device)
     wrong = position_ids != slots + on(slots.device, shifts)[:, None]
     return (wrong & (slots >= on(slots.device, padding)[:, None])).any()
 

@@ -301,7 +301,7 @@ class EvictionLayer(CacheLayerMixin):
                 store.scores = torch.zeros(store.positions.shape, device=self.device)
             elif self.policy.decay != 1:
                 self.view(store.scores).mul_(self.policy.decay**self.new)
-            scores = self.view(store.scores).add_(received.detach())
+            scores = self.view(store.scores).add_(received)
         if not lasting:
             store.scores = None  # of a prompt that was held back, and is judged now
         plan = self._plan()

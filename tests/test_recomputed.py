@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recomputed import Recorder, check
+from recomputed import Recorder, check, recompute
 from test_generate import METHODS, both_positions, every_method
 from tiny import prompt, tiny
 from transformers import DynamicCache
@@ -132,3 +132,22 @@ def test_a_wrong_number_would_be_noticed() -> None:
     text.logits[-1][0, 5] += 1e-2
     with pytest.raises(AssertionError):
         recorder.check("llama")
+
+
+@both_positions
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "buzz"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.1), (torch.float16, 0.015)])
+def test_half_precision(positions, name, dtype, error) -> None:
+    """With the entries that it kept, which rounding has a say in: also when rows change places."""
+    model = tiny("llama", dtype=dtype)
+    steps = [40, *[1] * 12]
+    recorder = record(model, METHODS[name], [0, 9, 9, 0], steps, positions=positions)
+    rows = [2, 1, 3, 0, 1]
+    recorder.cache.batch_select_indices(torch.tensor(rows))
+    recorder.select(rows)
+    for token in prompt(12, batch=len(rows), seed=9).split(1, dim=1):
+        recorder.step(token)
+    for text in recorder.texts:
+        expected, _ = recompute("llama", text, positions)
+        difference = (torch.cat(text.logits).float() - expected).abs().max()
+        assert difference < error * expected.abs().max()
