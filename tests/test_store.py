@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_generate import METHODS, every_method
+from test_policies import feed, projecting
 from tiny import prompt, tiny
 
 from buzz import EvictionCache
@@ -14,12 +15,12 @@ from buzz.store import Store, with_spare
 
 
 def layer_of(policy) -> EvictionLayer:
-    return EvictionLayer(policy, Rope(None))
+    return EvictionLayer(policy, Rope(None), module=projecting(2))
 
 
 def step(layer: EvictionLayer, new: int, heads: int = 2) -> None:
     keys = torch.randn(1, heads, new, 4)
-    layer.update(keys, keys)
+    feed(layer, keys, keys, keys)
     assert layer.store is not None
     entries = layer.view(layer.store.positions)
     layer.after_attention(torch.rand(entries.shape) if layer.wants_scores else None)
