@@ -48,10 +48,14 @@ WORDS = ("bees", "wax", "comb", "hive", "dance", "sing")
 GARBAGE = ("", "{", "[]", "{}", "null", '{"id": "0"}', '{"status": "complete"}')
 
 Variant = tuple[str, str | None, str]
+Edit = tuple[str, int, str]
 VARIANTS = st.tuples(st.sampled_from(METHODS), st.sampled_from(SHARDS), st.sampled_from(DEVICES))
 SEVERAL = st.lists(st.sampled_from(SHARDS), min_size=2, max_size=4, unique=True)
 REFERENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=2).map(" ".join)
 PART = st.floats(0, 1, exclude_max=True)
+DEATHS = st.tuples(st.integers(0, 7), PART)
+HOW = ("reference", "all references", "shorten", "lengthen", "text")
+EDITS = st.tuples(st.sampled_from(HOW), st.integers(0, 5), REFERENCES)
 
 
 class Killed(BaseException):
@@ -112,16 +116,15 @@ class Folders(RuleBasedStateMachine):
         self.data = [(0, reference) for reference in references]
         self._save()
 
-    @rule(
-        how=st.sampled_from(["reference", "reference", "shorten", "lengthen", "text"]),
-        number=st.integers(0, 5),
-        reference=REFERENCES,
-    )
-    def edit_data(self, how: str, number: int, reference: str) -> None:
+    @rule(edit=EDITS)
+    def edit_data(self, edit: Edit) -> None:
+        how, number, reference = edit
         number %= len(self.data)
         version, old = self.data[number]
         if how == "reference":
             self.data[number] = (version, reference)
+        elif how == "all references":
+            self.data = [(one, reference) for one, _ in self.data]
         elif how == "text":
             self.data[number] = (1 - version, old)
         elif how == "shorten" and len(self.data) > 3:  # so that no shard is empty
@@ -142,15 +145,42 @@ class Folders(RuleBasedStateMachine):
     def run(self, variant: Variant, kl: bool) -> None:
         self._run(variant, kl)
 
-    @rule(method=st.sampled_from(METHODS), shards=SEVERAL)
-    def run_several(self, method: str, shards: list[str | None]) -> None:
+    @rule(method=st.sampled_from(METHODS), shards=SEVERAL, edit=st.none() | EDITS)
+    def run_several(self, method: str, shards: list[str | None], edit: Edit | None) -> None:
         for shard in shards:
             self._run((method, shard, "auto"), kl=False)
+            if edit and shard == shards[0]:
+                self.edit_data(edit)
 
     @precondition(lambda self: self.variants)
-    @rule(number=st.integers(0, 9), kl=st.booleans())
-    def run_again(self, number: int, kl: bool) -> None:
-        self._run(self.variants[self._any(number).name], kl)
+    @rule(number=st.integers(0, 9), edit=st.none() | EDITS, dies=st.none() | DEATHS)
+    def run_again(self, number: int, edit: Edit | None, dies: tuple[int, float] | None) -> None:
+        if edit:
+            self.edit_data(edit)
+        variant = self.variants[self._any(number).name]
+        if dies:
+            self._kill(variant, *dies)
+        else:
+            self._run(variant, kl=number % 2 == 0)
+
+    @precondition(lambda self: self.variants)
+    @rule(edit=EDITS)
+    def run_everything_again(self, edit: Edit) -> None:
+        """After which no folder is in doubt: copies go, as what can no longer be gone on with."""
+        self.edit_data(edit)
+        for name, variant in list(self.variants.items()):
+            folder = self.runs / name
+            trouble = self._own_trouble(folder) or self._other_texts(folder, variant)
+            if name.startswith("copy") or trouble:
+                self._remove(folder)
+            else:
+                self._run(variant, kl=False)
+
+    def _remove(self, folder: Path) -> None:
+        shutil.rmtree(folder)
+        self.finished.discard(folder.name)
+        for known in (self.started, self.variants):
+            known.pop(folder.name, None)
 
     def _run(self, variant: Variant, kl: bool) -> None:
         folder = self._folder(variant)
@@ -182,8 +212,11 @@ class Folders(RuleBasedStateMachine):
         assert summary["stale"] == len(everything) - len(own)
         assert read_summary(folder)["status"] == "complete"
 
-    @rule(variant=VARIANTS, after=st.integers(0, 9), part=PART)
-    def kill(self, variant: Variant, after: int, part: float) -> None:
+    @rule(variant=VARIANTS, dies=DEATHS)
+    def kill(self, variant: Variant, dies: tuple[int, float]) -> None:
+        self._kill(variant, *dies)
+
+    def _kill(self, variant: Variant, after: int, part: float) -> None:
         """Ends a command at its n-th write to the disk, of which a part is done."""
         folder = self._folder(variant)
         left = [after]
@@ -278,9 +311,7 @@ class Folders(RuleBasedStateMachine):
         samples = folder / "samples.jsonl"
         self.finished.discard(folder.name)
         if how == "remove":
-            shutil.rmtree(folder)
-            for known in (self.started, self.variants):
-                known.pop(folder.name, None)
+            self._remove(folder)
         elif how == "garbage" and (folder / name).exists():
             (folder / name).write_text(content)
         elif how == "truncate" and samples.exists():
@@ -493,7 +524,7 @@ def composed(method: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(25, 14), pytest.param(300, 40, marks=pytest.mark.slow)]
+    ("examples", "steps"), [(40, 15), pytest.param(300, 40, marks=pytest.mark.slow)]
 )
 def test_run_folders_in_any_order(examples: int, steps: int) -> None:
     options = {"max_examples": examples, "stateful_step_count": steps, "deadline": None}

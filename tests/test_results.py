@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 from runs import read, stub_generate, write_lines
@@ -17,7 +20,9 @@ from runs import read, stub_generate, write_lines
 import evals.report.terminal
 import evals.run.runner
 from buzz import ConfigError
+from evals.report import tables as report
 from evals.report.beside import Setting
+from evals.report.claims import judge
 from evals.report.runs import settings_text
 from evals.report.terminal import tables
 from evals.results.reading import read_run, read_runs, read_summary
@@ -518,6 +523,77 @@ def test_what_is_written_is_json_even_where_numbers_overflow(news, monkeypatch) 
     text = (news() / "summary.json").read_text()
     assert "Infinity" not in text and "NaN" not in text
     assert json.loads(text)["n"] == 4 and math.isfinite(json.loads(text)["score"])
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+
+
+def changed(content: Any, draw: Any) -> Any:
+    """The content with something in it, or all of it, replaced or removed."""
+    keys = list(content) if isinstance(content, dict) else list(range(len(content)))
+    if not keys or draw(st.integers(0, 4)) == 0:
+        return draw(ANY)
+    key = draw(st.sampled_from(keys))
+    copy = content.copy()
+    if isinstance(copy[key], dict | list) and draw(st.booleans()):
+        copy[key] = changed(copy[key], draw)
+    elif draw(st.booleans()):
+        del copy[key]
+    else:
+        copy[key] = draw(ANY)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of runs, with groups, breakdowns and comparisons with the full cache."""
+    from hydra import compose, initialize_config_dir
+    from runs import MODEL, NEEDLE, ROOT
+
+    runs = tmp_path_factory.mktemp("finished")
+    setting = [*MODEL, *NEEDLE, "task.lengths=[300,400]", "task.depths=[0]", f"output={runs}"]
+    for method in (["method=full"], ["method=h2o", "budget=60", "kl=true"]):
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            evals.run.runner.run(compose("config", [*setting, *method]))
+    return runs
+
+
+FILES = ("samples.jsonl", "fidelity.jsonl", "summary.json", "prompts.json", "environment.json")
+
+
+@given(data=st.data(), name=st.sampled_from([*FILES, "config.yaml"]), method=st.booleans())
+def test_no_edit_of_any_file_ends_a_table(finished: Path, data, name: str, method: bool) -> None:
+    full, other = sorted(path for path in finished.glob("*/") if path.name[0] != ".")
+    folder = other if method or name == "fidelity.jsonl" else full
+    path, whole = folder / name, (folder / name).read_bytes()
+    try:
+        if name == "config.yaml":
+            path.write_text(yaml.dump(changed(yaml.safe_load(whole), data.draw)))
+        elif name.endswith("jsonl"):
+            rows = changed([json.loads(line) for line in whole.splitlines()], data.draw)
+            rows = rows if isinstance(rows, list) else [rows]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.write_text(json.dumps(changed(json.loads(whole), data.draw)))
+        runs = read_runs(finished)
+        assert sum(len(run.folders) for run in runs) == 2
+        judge(runs)
+        for table in (*report.OWN, report.overview):
+            table(runs).markdown()
+        text = shown(full, other)
+        for run in runs:
+            assert run.scored or run.status != "complete"
+            assert run.finished or "not shown: " in text
+    except ConfigError as error:
+        assert not any(run.finished for run in runs) and "\n" not in str(error)
+    finally:
+        path.write_bytes(whole)
 
 
 def test_a_configuration_that_is_no_yaml_is_named(news) -> None:

@@ -53,7 +53,11 @@ def _compared(run: Run, runs: Sequence[Run]) -> Run:
     given = {(r["id"], sha256(r["tokens"])) for one in full for r in one.ran if "tokens" in r}
     if not given:
         return run
-    known = [one for one in run.fidelity if (one["id"], one.get("answer_sha256")) in given]
+    known = [
+        one
+        for one in run.fidelity
+        if "answer_sha256" not in one or (one["id"], one["answer_sha256"]) in given
+    ]
     return dataclasses.replace(run, fidelity=known)
 
 

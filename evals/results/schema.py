@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import Required, TypedDict
 
 # Of records and summaries; raise it with any change after which older ones cannot be read rightly.
@@ -129,7 +129,7 @@ class Asked(TypedDict):
 
     __pydantic_config__ = LOOSE  # type: ignore[misc]
 
-    samples: dict[str, str]
+    samples: Annotated[dict[str, str], Field(min_length=1)]
     of: int
     data: str
 
@@ -159,7 +159,17 @@ class Unfinished(TypedDict, total=False):
     error: Required[str]
 
 
-Environment = dict[str, Any]
+class Environment(TypedDict, total=False):
+    """One of environment.json, see :func:`evals.results.environment.environment`."""
+
+    __pydantic_config__ = LOOSE  # type: ignore[misc]
+
+    device: str
+    cpu: str
+    threads: int
+    model_parameters: int
+    git_revision: str | None
+    versions: dict[str, str | None]
 
 
 class Named(TypedDict):
@@ -168,6 +178,10 @@ class Named(TypedDict):
     __pydantic_config__ = LOOSE  # type: ignore[misc]
 
     name: str
+
+
+class OfTask(Named, total=False):
+    shard: Annotated[str, StringConstraints(pattern=r"^\d+/[1-9]\d*$")] | None
 
 
 class Attention(TypedDict):
@@ -182,7 +196,7 @@ class Configuration(TypedDict, total=False):
     __pydantic_config__ = LOOSE  # type: ignore[misc]
 
     method: Required[Named]
-    task: Required[Named]
+    task: Required[OfTask]
     model: Required[Named]
     cache: Required[Attention]
     seed: Required[int]
@@ -190,6 +204,7 @@ class Configuration(TypedDict, total=False):
     fixed: list[str]
     task_version: int
     model_digest: str | None
+    protocol: Named
 
 
 CHECKS: dict[str, TypeAdapter[Any]] = {
@@ -197,7 +212,7 @@ CHECKS: dict[str, TypeAdapter[Any]] = {
     "fidelity.jsonl": TypeAdapter(Comparison),
     "prompts.json": TypeAdapter(Asked),
     "summary.json": TypeAdapter(Annotated[Summary | Unfinished, Field(discriminator="status")]),
-    "environment.json": TypeAdapter(dict[str, Any] | list[dict[str, Any]]),
+    "environment.json": TypeAdapter(Environment | list[Environment]),
     "config.yaml": TypeAdapter(Configuration),
 }
 
