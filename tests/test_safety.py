@@ -53,10 +53,13 @@ def dangers(source: str) -> Iterator[str]:
 
 
 def safe(loader: str | None) -> bool:
+    from evals.results import reading
     from evals.tasks import definitions
 
     known = {"yaml.SafeLoader": yaml.SafeLoader, "_Loader": definitions._Loader}
-    return issubclass(known.get(loader or "", yaml.UnsafeLoader), yaml.SafeLoader)
+    found = (known | {"LOADER": reading.LOADER}).get(loader or "", yaml.UnsafeLoader)
+    plain, full = yaml.constructor.SafeConstructor, yaml.constructor.FullConstructor
+    return issubclass(found, plain) and not issubclass(found, full)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
