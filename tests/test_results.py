@@ -584,8 +584,8 @@ def test_no_edit_of_any_file_ends_a_table(finished: Path, data, name: str, metho
         runs = read_runs(finished)
         assert sum(len(run.folders) for run in runs) == 2
         judge(runs)
-        for table in (*report.OWN, report.overview):
-            table(runs).markdown()
+        for table in (*report.own(runs), report.overview(runs)):
+            table.markdown()
         text = shown(full, other)
         for run in runs:
             assert run.scored or run.status != "complete"

@@ -22,7 +22,7 @@ from evals.results.runs import Run
 from evals.results.schema import Record
 from evals.results.statistics import bootstrap
 
-APART = 0.006  # of the axis, between methods of equal memory
+APART = 0.003  # of the axis, between methods of equal memory
 SWEPT = ("window", "sink", "threshold", "stride")
 MANY = 12  # runs of which a figure shows one per method and budget
 
@@ -143,7 +143,7 @@ def _against_memory(axis: Any, group: Sequence[Run], values: Sequence[tuple[Any,
         axis.plot(at, value or 0.0, marker, color=color, markerfacecolor=fill, **style)
     axis.set_title(f"{_title(group[0])}, n = {len(group[0].ran)}", fontsize=9)
     axis.set_xlabel("KV cache, mean (MB)")
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.08 * widest or 1)
 
 
 def front(
