@@ -52,6 +52,10 @@ class EvictionCache(Cache):
     Making one is all that is needed: it also puts the attention backend in place. The model then
     still runs its stock path with any other cache.
 
+    A step whose mask or positions cannot be served is refused by a ConfigError. Where a decoding
+    step cannot wait for that verdict (on a GPU, in compiled code) its logits are NaN, and the error
+    comes from whatever reads the cache next.
+
     Args:
         model: a causal language model with RoPE, loaded with sdpa, eager or flash attention.
         policy: the eviction method.
@@ -84,7 +88,7 @@ class EvictionCache(Cache):
         if logn_base is not None and not 1 < _number(logn_base) < math.inf:
             raise ConfigError("cache.logn_base", logn_base, "give a number above 1, or null")
         self.policy = policy
-        self.positions = positions_of(positions)
+        self._positions = positions_of(positions)
         self.logn_base = logn_base
         self.logn_clamp = logn_clamp
         self._runs: list[list[int]] = []  # [steps, new tokens, change in length, evictions] alike
@@ -107,6 +111,11 @@ class EvictionCache(Cache):
         # Phi-3 drops a truthy cache when a text grows past its short context, to compute all of it
         # again; a falsy one goes on, with keys rotated as they came.
         return not self._is_dropped
+
+    @property
+    def positions(self) -> Positions:
+        """``cache`` or ``true``, for as long as the cache lives."""
+        return self._positions
 
     @property
     def hold_until(self) -> int:
@@ -222,7 +231,8 @@ class EvictionCache(Cache):
         Raises:
             ConfigError: another model than the cache was made for; a mask that hides anything but
                 padding before a row's first token; positions that do not count up by one.
-            RuntimeError: an error in the middle of a step left the layers apart.
+            RuntimeError: an error in the middle of a step left the layers apart; another batch
+                than the cache holds.
         """
         first, last = self.evicting[0], self.evicting[-1]
         seen = first.cumulative_length
@@ -248,6 +258,7 @@ class EvictionCache(Cache):
             starts = first_positions(position_ids if moves else None, padding)
             self._group(padding, starts)
         else:
+            first.check_batch(batch)
             padding, starts = first.per_row("padding"), first.per_row("first_position")
             if attention_mask is not None:
                 self._refuse("attention_mask", hides_more(attention_mask, padding), new)

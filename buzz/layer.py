@@ -120,10 +120,7 @@ class EvictionLayer(CacheLayerMixin):
         batch, _, new, _ = keys.shape
         if not self.groups:
             self.groups = [Group(list(range(batch)))]
-        if batch != self.batch_size:
-            raise RuntimeError(
-                f"the cache holds {self.batch_size} rows and got {batch}: call cache.reset() first"
-            )
+        self.check_batch(batch)
         self.rope.observe(self.cumulative_length)
         positions = self._positions(new).expand(batch, keys.shape[1], new)
         if self.store is None:  # a prompt is attended where it lies and thinned before it is kept
@@ -186,6 +183,13 @@ class EvictionLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         return sum(len(group.rows) for group in self.groups)
+
+    def check_batch(self, rows: int) -> None:
+        """Raises RuntimeError if a step has another number of rows than the cache."""
+        if rows != self.batch_size:
+            raise RuntimeError(
+                f"the cache holds {self.batch_size} rows and got {rows}: call cache.reset() first"
+            )
 
     @property
     def lengths(self) -> list[int]:

@@ -192,10 +192,11 @@ class Cache(RuleBasedStateMachine):
             twin()(prompt(3), past_key_values=self.cache)
 
     @precondition(lambda self: self.goes_on)
-    @rule()
-    def another_batch(self) -> None:
-        with pytest.raises((RuntimeError, ConfigError)):
-            self.model(prompt(1, MOST_ROWS + 1), past_key_values=self.cache)
+    @rule(masked=st.booleans())
+    def another_batch(self, masked) -> None:
+        mask = torch.ones(MOST_ROWS + 1, self.recorder.seen + 1) if masked else None
+        with pytest.raises(RuntimeError, match="rows and got 6"):
+            self.model(prompt(1, MOST_ROWS + 1), attention_mask=mask, past_key_values=self.cache)
 
     @precondition(lambda self: self.goes_on and self.is_long)
     @rule(new=st.sampled_from([1, 5]))
