@@ -91,11 +91,7 @@ class RunFolder:
         for number, line in enumerate([*whole, last if _is_whole(last) else b""], start=1):
             if not line.strip():
                 continue
-            try:
-                record = parse(line)
-                problem = problem_of(record, name)
-            except ValueError as error:
-                problem = f"not JSON ({error})"
+            record, problem = checked(line, name)
             if problem:
                 remedy = f"{problem}; remove that line, and the same command makes it anew"
                 raise ConfigError("output", f"{path}:{number}", remedy)
@@ -145,11 +141,7 @@ class RunFolder:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        try:
-            loaded = parse(content)
-            problem = problem_of(loaded, name)
-        except ValueError as error:
-            problem = f"not JSON ({error})"
+        loaded, problem = checked(content, name)
         if problem:
             raise ConfigError("output", str(path), f"{problem}; remove that file and run again")
         return loaded
@@ -182,6 +174,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def checked(text: bytes | str, name: str) -> tuple[Any, str | None]:
+    """A record of the file `name`, or all it holds, and what is wrong with that, if anything."""
+    try:
+        content = parse(text)
+    except ValueError as error:
+        return None, f"not JSON ({error})"
+    return content, problem_of(content, name)
+
+
 def parse(text: bytes | str) -> Any:
     """JSON, of which NaN, infinities and numbers beyond a float's range are no part.
 
@@ -196,7 +197,9 @@ def parse(text: bytes | str) -> Any:
 
     def finite(number: str) -> float:
         value = float(number)
-        return value if math.isfinite(value) else refuse(number)  # type: ignore[return-value]
+        if not math.isfinite(value):
+            refuse(number)
+        return value
 
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")

@@ -38,7 +38,7 @@ class Record(TypedDict, total=False):
         prediction: the answer's text.
     """
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     format: Required[int]
     id: Required[str]
@@ -107,7 +107,7 @@ class Comparison(TypedDict, total=False):
         answer_sha256: names the full cache's answer that both were given.
     """
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     id: Required[str]
     kl_to_full: Required[float | None]
@@ -127,7 +127,7 @@ class Asked(TypedDict):
         data: names them all, so that shards of different data are told apart.
     """
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     samples: Annotated[dict[str, str], Field(min_length=1)]
     of: int
@@ -137,7 +137,7 @@ class Asked(TypedDict):
 class Summary(TypedDict, total=False):
     """summary.json of a finished run, see :func:`evals.results.summary.summarize`."""
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     status: Required[Literal["complete"]]
     headline: Required[str]
@@ -153,7 +153,7 @@ class Summary(TypedDict, total=False):
 class Unfinished(TypedDict, total=False):
     """summary.json of a run that was interrupted, or failed as a whole."""
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     status: Required[Literal["interrupted", "failed"]]
     error: Required[str]
@@ -162,7 +162,7 @@ class Unfinished(TypedDict, total=False):
 class Environment(TypedDict, total=False):
     """One of environment.json, see :func:`evals.results.environment.environment`."""
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     device: str
     cpu: str
@@ -175,7 +175,7 @@ class Environment(TypedDict, total=False):
 class Named(TypedDict):
     """A section of config.yaml."""
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     name: str
 
@@ -185,7 +185,7 @@ class OfTask(Named, total=False):
 
 
 class Attention(TypedDict):
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     logn_base: float | None
 
@@ -193,7 +193,7 @@ class Attention(TypedDict):
 class Configuration(TypedDict, total=False):
     """config.yaml, as far as tables depend on it."""
 
-    __pydantic_config__ = LOOSE  # type: ignore[misc]
+    __pydantic_config__ = LOOSE
 
     method: Required[Named]
     task: Required[OfTask]
