@@ -4,6 +4,7 @@ from buzz.beehive import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy
 from buzz.budget import Budget
 from buzz.cache import CACHE_ARGUMENT, EvictionCache
 from buzz.errors import ConfigError
+from buzz.forked import ForkedCache
 from buzz.policy import POLICIES, Policy, register
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BuzzStridedPolicy",
     "ConfigError",
     "EvictionCache",
+    "ForkedCache",
     "Policy",
     "register",
 ]

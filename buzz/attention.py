@@ -91,6 +91,7 @@ def attend(
     attention_mask: Tensor | None,
     *,
     eviction_cache: EvictionCache | None = None,
+    shared: dict[Any, Scored] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function of transformers that evicts once the step's output is computed.
@@ -101,12 +102,15 @@ def attend(
         query: [batch, heads, new, head_dim].
         key, value: [batch, kv_heads, held, head_dim], the new entries last.
         eviction_cache: the cache that holds `key` and `value`; None to run the stock function.
+        shared: results of other caches that hold and are asked the same, by how they score.
 
     Returns:
         Output [batch, new, heads, head_dim]; no weights.
     """
     index: Any = module.layer_idx
     layer = eviction_cache.layers[index] if eviction_cache is not None else None
+    if (attend_forks := getattr(layer, "attend", None)) is not None:
+        return attend_forks(functools.partial(attend, stock, backend, module), query, **kwargs), None
     if eviction_cache is None or not isinstance(layer, EvictionLayer):
         return stock(module, query, key, value, attention_mask, **kwargs)
     for option in ("dropout", "softcap", "s_aux"):
@@ -139,10 +143,15 @@ def attend(
     query = _scaled_by_log_n(eviction_cache, layer, query)
     if layer.policy.queries:
         layer.keep_queries(query, scale)
-    if query.shape[2] == 1:
+    rule = observed, layer.policy.decay
+    if shared is not None and rule in shared:
+        output, received = shared[rule]
+    elif query.shape[2] == 1:
         output, received = attention(query, key, value, layer.starts)
     else:
         output, received = _by_group(attention, layer, query, key, value)
+    if shared is not None:
+        shared[rule] = output, received
     layer.after_attention(received)
     if layer is eviction_cache.evicting[-1]:
         output = eviction_cache.spoil(output)

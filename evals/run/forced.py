@@ -162,13 +162,17 @@ def compare_with_full(
         return [Fidelity(None, None)] * len(prompts)
     kls, agreements = torch.stack(steps, dim=-1).tolist()  # the only wait for the device
     return [
-        _fidelity(kl[: len(tokens) - 1], same[: len(tokens) - 1], model.dtype)
+        fidelity_of(kl[: len(tokens) - 1], same[: len(tokens) - 1], model.dtype)
         for kl, same, tokens in zip(kls, agreements, continuations, strict=True)
     ]
 
 
-def _fidelity(kl: list[float], same: list[float], dtype: torch.dtype) -> Fidelity:
-    """Means over a row's tokens."""
+def fidelity_of(kl: list[float], same: list[float], dtype: torch.dtype) -> Fidelity:
+    """Means over the positions of one answer.
+
+    Raises:
+        NotFinite: a divergence is NaN or infinite.
+    """
     if not kl:
         return Fidelity(None, None)
     if wrong := [position for position, nats in enumerate(kl, start=1) if not math.isfinite(nats)]:

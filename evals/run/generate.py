@@ -113,14 +113,14 @@ def generate(
     device = model.device
     cache = EvictionCache(model, policy, **(cache_options or {}))
     trace, finite = _Trace(cache), _Finite()
-    eos_ids = _eos_ids(model, tokenizer)
+    ends_answer = eos_ids(model, tokenizer)
     # As LongBench does: a stop string acts through its last token.
     stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         min_new_tokens=1 if stop_ids else None,
-        eos_token_id=sorted(eos_ids | stop_ids),
+        eos_token_id=sorted(ends_answer | stop_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
     inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
@@ -142,12 +142,12 @@ def generate(
 
     generations = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ends = (i for i, token in enumerate(answer) if token in eos_ids | stop_ids)
+        ends = (i for i, token in enumerate(answer) if token in ends_answer | stop_ids)
         end = next(ends, None)
         count = len(answer) if end is None else end + 1
         if False in sound[row][:count]:
             raise NotFinite("the logits were", sound[row].index(False), model.dtype)
-        reason = "length" if end is None else "eos" if answer[end] in eos_ids else "stop"
+        reason = "length" if end is None else "eos" if answer[end] in ends_answer else "stop"
         lengths = [step[row] for step in trace.lengths[:count]]
         verify_lengths(policy, [len(prompt)] + [1] * (count - 1), lengths)
         latencies = np.diff(trace.times[:count])
@@ -203,7 +203,8 @@ def left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:
     return torch.tensor([ids, mask])
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
     eos = model.generation_config.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
