@@ -141,9 +141,7 @@ def _methods(configured: dict[str, dict[str, Any]]) -> dict[str, Policy]:
 
 def _missing(record: Record | None, prompt: Prompt) -> bool:
     return (
-        record is None
-        or record["status"] == "failed"
-        or record["prompt_sha256"] != prompt.sha256
+        record is None or record["status"] == "failed" or record["prompt_sha256"] != prompt.sha256
     )
 
 
