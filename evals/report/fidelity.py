@@ -1,7 +1,7 @@
 """What eviction costs on one model: divergence from the full cache, by data set, method and budget.
 
-    python -m evals.report.fidelity runs=results/fidelity    # collects what +experiment=fidelity wrote
-    python -m evals.report.fidelity                          # rebuilds from results/embedded alone
+    python -m evals.report.fidelity runs=results/fidelity  # of what +experiment=fidelity wrote
+    python -m evals.report.fidelity                        # again, from results/embedded alone
 
 Writes OUT/samples.csv.gz (numbers of every prompt, nobody's texts), OUT/fidelity.csv, OUT/*.md and
 OUT/*.png. Runs of other methods on the same answers may lie beside each other: they are put
