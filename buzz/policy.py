@@ -130,7 +130,11 @@ class Policy(ABC):
         """
 
     def for_layer(self, index: int, layers: int) -> Policy:
-        """The policy of one of the `layers` that evict."""
+        """The policy of one of the `layers` that evict.
+
+        Layers may hold different numbers of entries; what this policy's own :meth:`survivors` says
+        is then what a layer holds on average, up to one.
+        """
         return self
 
     def score(self, entries: Entries) -> Tensor | None:

@@ -43,6 +43,7 @@ VALUES = {  # by parameter; a method with other parameters gets `small` for its 
     "pooling": st.sampled_from(["avg", "max"]),
     "history": st.sampled_from(["strided", "local_max"]),
     "compact": st.sampled_from(["once", "until_fits", "widen"]),
+    "step": st.sampled_from(["floor", "exact"]),
     **dict.fromkeys(["decay", "trade", "similar", "first", "epsilon", "mass"], st.floats(0, 1)),
 }
 ONLY = {  # by method
