@@ -365,7 +365,7 @@ def _make_layers(
         rope = ropes[key] if positions == "cache" else Rope(None)
         if policy.needs_projection:
             adapter.output_projection(module)  # raises if it cannot be read
-        layers.append(EvictionLayer(policy, rope, module=module))
+        layers.append(EvictionLayer(policy, rope, module=module, rotation=ropes[key]))
     evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
     for number, layer in enumerate(evicting):
         layer.index, layer.policy = number, policy.for_layer(number, len(evicting))

@@ -109,6 +109,14 @@ class Policy(ABC):
         return 0
 
     @property
+    def moments_from(self) -> int | None:
+        """The first token whose query counts in the mean and covariance that a layer keeps.
+
+        None: it keeps none.
+        """
+        return None
+
+    @property
     def resident(self) -> int:
         """How many leading entries can stay, and move, for ever; all, unless a method knows better.
 

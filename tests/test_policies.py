@@ -89,8 +89,7 @@ def steps(
 
 def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
     layer.update(keys, values)
-    if layer.policy.queries:
-        layer.keep_queries(queries, 0.5)
+    layer.keep_queries(queries, 0.5)
 
 
 @functools.cache  # the layer refers to it weakly
