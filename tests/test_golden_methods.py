@@ -26,6 +26,7 @@ from baselines import (
     H2OPolicy,
     KeyDiffPolicy,
     KnormPolicy,
+    KVzipPolicy,
     PyramidKVPolicy,
     RandomPolicy,
     RKVPolicy,
@@ -127,6 +128,10 @@ POLICIES: dict[str, Callable[[Case], Policy]] = {
     "r_kv": r_kv,
     "chunk_kv": chunk_kv,
     "expected_attention": lambda case: ExpectedAttentionPolicy(capacity=case["budget"]),
+    "kvzip": lambda case: KVzipPolicy(
+        capacity=case["budget"],
+        **{name: case[name] for name in ("chunk", "first", "later", "suffix")},
+    ),
     "pyramid_kv": pyramid_kv,
     "pyramid_kv_max": pyramid_kv,
     "defensive_kv": lambda case: DefensiveKVPolicy(capacity=case["budget"], **on_snapkv(case)),
