@@ -110,9 +110,7 @@ class ForkedCache(EvictionCache):
         ConfigError: no policy; a model with layers that do not evict; as EvictionCache.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any) -> None:
         if not policies:
             raise ConfigError("policies", [], "give at least one")
         self.forks = [EvictionCache(model, policy, **options) for policy in policies]
@@ -120,9 +118,9 @@ class ForkedCache(EvictionCache):
         if not all(isinstance(layer, EvictionLayer) for layer in first.layers):
             name = type(model).__name__
             raise ConfigError("model", name, "has layers that do not evict; run methods one by one")
-        layers = [ForkedLayer(self.forks, index) for index in range(len(first.layers))]
+        layers: list[Any] = [ForkedLayer(self.forks, index) for index in range(len(first.layers))]
         Cache.__init__(self, layers=layers)
-        self.evicting = layers  # type: ignore[assignment]
+        self.evicting = layers
 
     def begin_step(
         self,
@@ -138,7 +136,7 @@ class ForkedCache(EvictionCache):
             ConfigError: a mask.
             RuntimeError: a prompt of several rows; a later step that has not a row for each fork.
         """
-        wanted = len(self.forks) if self.layers[0].get_seq_length() else 1
+        wanted = len(self.forks) if self.get_seq_length() else 1
         if batch != wanted:
             raise RuntimeError(f"this step has {batch} rows and not {wanted}")
         if attention_mask is not None:
