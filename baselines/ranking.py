@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy
+from buzz.policy import BudgetBy, Policy, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class RankingPolicy(Policy):
     def protected(self) -> int:
         return 0
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
-        """`sampled` is 0 until the prompt is judged."""
-        if held >= self.size + (self.every if sampled else 1):
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
+        """The state is 0 until the prompt is judged."""
+        if held >= self.size + (self.every if state else 1):
             return self.size, self.size
-        return held, sampled or held
+        return held, state or held
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
         candidates = scores[..., : held - self.protected]
         return candidates.topk(self.size - self.protected, dim=-1).indices.sort(dim=-1).values

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from buzz.entries import Entries
-from buzz.policy import BudgetBy, Evicts, Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Evicts, Policy, ScoreRule, State, register
 
 
 @register("snapkv")
@@ -52,8 +52,8 @@ class SnapKVPolicy(Policy):
     def resident(self) -> int:
         return 0  # what stays moves once
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
-        return (held, sampled) if sampled else (min(held, self.capacity),) * 2  # sampled once
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
+        return (held, state) if state else (min(held, self.capacity),) * 2  # once
 
     def score(self, entries: Entries) -> Tensor:
         """Attention of the window, pooled; the window's own entries are above all others."""
@@ -66,7 +66,7 @@ class SnapKVPolicy(Policy):
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d
         return pool(scores, self.kernel, 1, self.kernel // 2)[..., : scores.shape[-1]]
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
         history, stay = held - self.window, self.capacity - self.window
         return scores[..., :history].topk(stay, dim=-1).indices.sort(dim=-1).values

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from buzz.errors import ConfigError
+from buzz import adapter
+from buzz.store import Store
 
-if TYPE_CHECKING:
-    from buzz.layer import EvictionLayer, Group
-
-PROJECTIONS = ("o_proj", "out_proj", "dense")  # names of W_o in attention modules
+Rows = slice | Tensor  # an index into the batch
 
 
 class Entries:
@@ -30,33 +25,43 @@ class Entries:
     """
 
     def __init__(
-        self, layer: EvictionLayer, group: Group, rows: slice | Tensor, received: Tensor | None
+        self,
+        store: Store,
+        rows: Rows,
+        held: int,
+        seen: int,
+        *,
+        received: Tensor | None = None,
+        queries: Tensor | None = None,
+        uncut: int = 0,
+        layer: int = 0,
+        module: nn.Module | None = None,
     ) -> None:
+        """Of `rows` of the layer's `store`; `uncut` tokens came since their last eviction."""
         self.received = received
-        self.held = group.held
-        self.seen = group.seen
-        self.layer = layer.index
-        self._of = layer
+        self.held = held
+        self.seen = seen
+        self.layer = layer
+        self._store = store
         self._rows = rows
-        self._uncut = group.seen - group.cut
+        self._queries = queries
+        self._uncut = uncut
+        self._module = module
 
     @property
     def keys(self) -> Tensor:
         """[rows, kv_heads, held, head_dim], rotated as the step's queries attended them."""
-        assert self._of.store is not None
-        return self._view(self._of.store.keys)
+        return self._view(self._store.keys)
 
     @property
     def values(self) -> Tensor:
         """[rows, kv_heads, held, head_dim]."""
-        assert self._of.store is not None
-        return self._view(self._of.store.values)
+        return self._view(self._store.values)
 
     @property
     def positions(self) -> Tensor:
         """True token indices in their own row, int32 [rows, kv_heads, held]."""
-        assert self._of.store is not None
-        return self._view(self._of.store.positions)
+        return self._view(self._store.positions)
 
     @property
     def queries(self) -> Tensor:
@@ -65,44 +70,19 @@ class Entries:
         float32 [rows, heads, w, head_dim], w up to the policy's `queries`; fewer where an earlier
         eviction has moved the entries that the older ones attended.
         """
-        assert self._of.queries is not None
-        latest = self._of.queries[self._rows]
+        assert self._queries is not None
+        latest = self._queries[self._rows]
         return latest[:, :, max(0, latest.shape[2] - self._uncut) :]
 
     @property
     def output_projection(self) -> Tensor:
         """What the layer's W_o does to each head's output: [heads, head_dim, hidden]."""
-        weight = _projection(self._of.module)
+        weight = adapter.output_projection(self._module)
         return weight.mT.unflatten(0, (-1, self.values.shape[-1]))
 
     def _view(self, tensor: Tensor) -> Tensor:
-        assert self._of.store is not None
-        end = self._of.store.end
+        end = self._store.end
         return tensor[self._rows, :, end - self.held : end]
-
-
-def _projection(module: weakref.ref[nn.Module] | None) -> Tensor:
-    """The weight [hidden, heads * head_dim] of an attention module's output projection.
-
-    Raises:
-        ConfigError: there is none under a known name, or it is quantised.
-    """
-    attention = None if module is None else module()
-    for name in PROJECTIONS:
-        weight = getattr(getattr(attention, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-            return weight.detach()
-    raise ConfigError(
-        "model",
-        type(attention).__name__,
-        f"has no output projection that can be read (one of {', '.join(PROJECTIONS)}, not"
-        " quantised), which this method needs",
-    )
-
-
-def check_projection(module: nn.Module) -> None:
-    """Raises ConfigError unless the output projection of an attention module can be read."""
-    _projection(weakref.ref(module))
 
 
 def projected_norms(entries: Entries) -> Tensor:

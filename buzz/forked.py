@@ -85,7 +85,7 @@ class ForkedLayer(CacheLayerMixin):
                 _row(query, row),
                 *self.entries[row],
                 None,
-                eviction_cache=fork,
+                eviction_layers=fork.layers,
                 shared=shared,
                 **kwargs,
             )[0]

@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from methods import METHODS
 from recomputed import Recorder
-from test_generate import METHODS
 from tiny import prompt, tiny
 
 from buzz import ConfigError, EvictionCache

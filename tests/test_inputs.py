@@ -7,8 +7,8 @@ import gc
 
 import pytest
 import torch
+from methods import METHODS, both_positions, every_method, generate
 from recomputed import Recorder
-from test_generate import METHODS, both_positions, every_method, generate
 from test_rope import Recorder as Keys
 from tiny import FAMILIES, from_config, prompt, tiny
 from transformers import DynamicCache

@@ -25,9 +25,9 @@ from buzz import (
     ConfigError,
     Policy,
 )
-from buzz.attention import of_layer
+from buzz.adapter import attention_of, find_rope
 from buzz.layer import EvictionLayer
-from buzz.rope import Rope, find_rope
+from buzz.rope import Rope
 
 small = st.integers(1, 12)
 buzz_parameters = {
@@ -284,7 +284,7 @@ def farthest_from_one_turn(policy: Policy, tokens: int) -> float:
     As a share of the key's largest number; a single rounding is 2^-9 of its own.
     """
     model = tiny("llama")
-    rope = find_rope(model.get_decoder(), of_layer(model.get_decoder(), 0), "full_attention")
+    rope = find_rope(model.get_decoder(), attention_of(model.get_decoder(), 0), "full_attention")
     layer = EvictionLayer(policy, rope, module=projecting(2))
     generator = torch.Generator().manual_seed(0)
     arrived = torch.randn(3, 1, 2, tokens, 16, generator=generator).bfloat16()
