@@ -6,6 +6,7 @@ from buzz.budget import Budget
 from buzz.cache import EvictionCache
 from buzz.errors import ConfigError
 from buzz.forked import ForkedCache
+from buzz.honeycomb import HoneycombPolicy
 from buzz.policy import POLICIES, Policy, register
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "EvictionCache",
     "ForkedCache",
+    "HoneycombPolicy",
     "Policy",
     "register",
 ]

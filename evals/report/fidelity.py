@@ -26,6 +26,7 @@ from evals.report.forms import Table
 from evals.report.methods import place, style_of
 from evals.results.equal_memory import MARK, TOLERANCE
 from evals.results.records import RunFolder
+from evals.results.runs import compression
 from evals.results.statistics import bootstrap
 
 FORKS, SAMPLES, SUMMARY = "forks.jsonl", "samples.csv.gz", "fidelity.csv"
@@ -59,10 +60,13 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
 
 
 def _rows(record: dict[str, Any], config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    compressed = "-".join(map(str, compression(config).values()))  # never beside whole prompts
+    task = record["group"] or config["task"]["name"]
     shared = {
-        "task": record["group"] or config["task"]["name"],
+        "task": f"{task}-{compressed}" if compressed else task,
         "sample": record["id"],
         "prompt_tokens": record["prompt_tokens"],
+        "context_tokens": record.get("context_tokens", record["prompt_tokens"]),
         "answer_tokens": record["answer_tokens"],
         "answer": record["answer_sha256"],
         **{f"copied_{name}": value for name, value in record["copied"].items()},
@@ -87,7 +91,8 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
         gains = (pairs.kl - pairs.kl_rival).tolist()
         low, high = bootstrap([group.kl.tolist()]) or (None, None)
         gain_low, gain_high = bootstrap([gains]) or (None, None)
-        held = (group.entries_mean / (group.prompt_tokens * budget)).mean()
+        context = group.get("context_tokens", group.prompt_tokens)  # in older files all of it
+        held = (group.entries_mean / (context * budget)).mean()
         rows.append(
             {
                 "task": task,

@@ -27,6 +27,7 @@ from buzz import CACHE_ARGUMENT, Budget, ForkedCache, Policy
 from buzz.errors import ConfigError
 from evals.results.environment import environment
 from evals.results.records import RunFolder, digest, sha256
+from evals.results.runs import compression
 from evals.results.schema import Record
 from evals.run.faults import attempt
 from evals.run.forced import fidelity_of
@@ -90,7 +91,7 @@ def _run(cfg: DictConfig) -> Path:
     with folder.lock():
         prompts = load_prompts(plan, load_tokenizer(plan.config["model"])).prompts
         for fork in forks:  # refuse a budget that cannot be met now, not later
-            fork.fitted(min(len(prompt.ids) for prompt in prompts), by, frozenset())
+            fork.fitted(min(prompt.context for prompt in prompts), by, frozenset())
         done = folder.read(FORKS)
         todo = [prompt for prompt in prompts if _missing(done.get(prompt.sample.id), prompt)]
         if not todo:
@@ -105,9 +106,11 @@ def _run(cfg: DictConfig) -> Path:
 
         def compared(rows: list[Prompt]) -> list[Record]:
             start = time.perf_counter()
-            policies = [fork.fitted(len(rows[0].ids), by, frozenset()) for fork in forks]
-            options = plan.config["cache"]
-            answer, found = compare(model, rows[0].ids, policies, settings["tokens"], eos, options)
+            policies = [fork.fitted(rows[0].context, by, frozenset()) for fork in forks]
+            options, later = plan.config["cache"], rows[0].later
+            answer, found = compare(
+                model, rows[0].ids, policies, settings["tokens"], eos, options, later
+            )
             own = {
                 "answer_tokens": len(answer),
                 "answer_sha256": sha256(answer),
@@ -129,6 +132,7 @@ def _run(cfg: DictConfig) -> Path:
                     "group": prompt.sample.group,
                     "prompt_sha256": prompt.sha256,
                     "prompt_tokens": len(prompt.ids),
+                    "context_tokens": prompt.context,
                 }
                 folder.append(identity | made | found, FORKS)
                 stop_here()
@@ -153,6 +157,7 @@ def _folder(plan: Plan, settings: dict[str, Any]) -> Path:
     """Named by what determines the result."""
     task, model, config = plan.config["task"], plan.config["model"], plan.config
     own = [settings, task, model, config["cache"], config["budget_by"], config["seed"]]
+    own += compression(config).values()
     name = f"{task['name']}-{model['name']}-{digest([*own, config['model_digest']])}"
     return Path(config["output"]) / name
 
@@ -164,10 +169,17 @@ def compare(
     tokens: int,
     eos: set[int],
     cache_options: dict[str, Any],
+    later: Sequence[int] = (),
 ) -> tuple[list[int], list[Record]]:
     """One prompt, read once; then `policies` beside the full cache, on its greedy answer.
 
-    The full cache takes part at its own positions: `cache_options` are the methods'.
+    The full cache takes part at its own positions: `cache_options` are the methods'. Where the
+    context is compressed before the question is read, every method reads the question by itself,
+    and the answer's first token is compared, too.
+
+    Args:
+        later: tokens of the steps behind the first in which the prompt is read, see
+            :mod:`evals.run.compress`.
 
     Returns:
         The answer, at most `tokens`, the token that ended it included; and for each policy kl,
@@ -193,17 +205,28 @@ def compare(
             held.note()
         return logits
 
-    with torch.inference_mode():
-        last = step(torch.tensor([list(prompt)], device=device))
-        answer = [int(last.argmax())]
-        while len(answer) < tokens and answer[-1] not in eos:
-            logits = step(torch.full((len(every), 1), answer[-1], device=device))
-            found = log_softmax(logits, dim=-1, dtype=torch.float32)
-            full, own = found[:1], found[1:]
+    def next_token(logits: Tensor) -> int:
+        """The full cache's, with which the others' distributions are compared."""
+        found = log_softmax(logits, dim=-1, dtype=torch.float32)
+        full, own = found[:1], found[1:]
+        if len(own):
             kls.append((full.exp() * (full - own)).sum(-1))
             same.append(full.argmax(-1) == own.argmax(-1))
-            answer.append(int(full.argmax()))
-    steps = [len(prompt)] + [1] * (len(answer) - 1)
+        return int(full.argmax())
+
+    first = len(prompt) - sum(later)
+    with torch.inference_mode():
+        logits = step(torch.tensor([list(prompt[:first])], device=device))
+        read = first
+        for new in later:
+            part = torch.tensor([list(prompt[read : read + new])], device=device)
+            logits = step(part.expand(len(every), new))
+            read += new
+        answer = [next_token(logits)]
+        while len(answer) < tokens and answer[-1] not in eos:
+            logits = step(torch.full((len(every), 1), answer[-1], device=device))
+            answer.append(next_token(logits))
+    steps = [first, *later] + [1] * (len(answer) - 1)
     entries = [held.verified(0, steps) for held in lengths]
     results: list[Record] = []
     for row in range(len(policies)):

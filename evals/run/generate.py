@@ -7,6 +7,7 @@ k tokens the cache has seen the prompt and k - 1 of them: the last is never fed 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
+from evals.run.compress import read_context
 from evals.run.faults import NotFinite
 from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
@@ -37,8 +39,9 @@ class Generation:
         tokens: its token ids, the one that ended it included.
         prompt_tokens, generated_tokens: without padding; the end-of-sequence token counts.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
-        lengths: cache entries per layer and KV head after each step of this row; of a method whose
-            layers hold different numbers, their mean.
+        lengths: cache entries per layer and KV head after each step of this row, of a prompt that
+            is read in several from the one that ends its context on; of a method whose layers hold
+            different numbers, their mean.
         evictions: steps that evicted, over the whole batch's decoding.
         entry_nbytes: bytes of K and V of one entry over all layers.
         allocated_nbytes: a row's share of the batch's buffers at the end: keys and values, with
@@ -48,6 +51,10 @@ class Generation:
         itl_p50_ms, itl_p95_ms: inter-token latency percentiles.
         memory_peak_nbytes: device memory allocated at the peak (CUDA) or resident memory of the
             process (CPU), model included.
+        question_s: of a prompt whose context is compressed before its question is read: seconds
+            from then to the first token.
+        context_peak_nbytes, question_peak_nbytes: the memory peak, likewise, of reading the
+            context, and from the question on.
     """
 
     text: str
@@ -64,6 +71,9 @@ class Generation:
     itl_p50_ms: float | None
     itl_p95_ms: float | None
     memory_peak_nbytes: int
+    question_s: float | None = None
+    context_peak_nbytes: int | None = None
+    question_peak_nbytes: int | None = None
 
 
 class _Trace(StoppingCriteria):
@@ -104,8 +114,13 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
     cache_options: dict[str, Any] | None = None,
+    later: Sequence[int] = (),
 ) -> list[Generation]:
     """Greedy answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
+
+    Args:
+        later: tokens of the steps behind the first in which every prompt is read, see
+            :mod:`evals.run.compress`; none: it is read as one.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
@@ -128,6 +143,13 @@ def generate(
     reset_memory_peak(device)
     synchronize(device)
     start = time.perf_counter()
+    read_context(model, cache, *inputs, later, trace.lengths.note)
+    context_peak = None
+    if later:
+        synchronize(device)
+        context_peak = memory_peak(device)
+        reset_memory_peak(device)
+    asked = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
             input_ids=inputs[0],
@@ -149,7 +171,8 @@ def generate(
         if False in sound[row][:count]:
             raise NotFinite("the logits were", sound[row].index(False), model.dtype)
         reason = "length" if end is None else "eos" if answer[end] in ends_answer else "stop"
-        lengths = trace.lengths.verified(row, [len(prompt)] + [1] * (count - 1))
+        steps = [len(prompt) - sum(later), *later] + [1] * (count - 1)
+        lengths = trace.lengths.verified(row, steps)
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
         generations.append(
@@ -159,7 +182,7 @@ def generate(
                 prompt_tokens=len(prompt),
                 generated_tokens=count,
                 stop_reason=reason,
-                lengths=lengths,
+                lengths=lengths[max(0, len(later) - 1) :],
                 evictions=cache.evictions[row],
                 entry_nbytes=cache.entry_nbytes,
                 allocated_nbytes=cache.nbytes(allocated=True) // len(prompts),
@@ -167,7 +190,10 @@ def generate(
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
                 itl_p95_ms=p95,
-                memory_peak_nbytes=peak,
+                memory_peak_nbytes=max(peak, context_peak or 0),
+                question_s=trace.times[0] - asked if later else None,
+                context_peak_nbytes=context_peak,
+                question_peak_nbytes=peak if later else None,
             )
         )
     return generations
