@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,39 +26,56 @@ class KVzipPolicy(PromptPolicy):
     Args:
         capacity: prompt entries kept; none is protected.
         chunk: tokens repeated at a time.
-        first, later, suffix: token ids of what asks for the first chunk, for a later one, and of
-            what comes between that and the chunk; :meth:`for_tokenizer` sets them. Without them
-            the bare chunk is repeated.
     """
 
     needs_repetition: ClassVar[bool] = True
 
     chunk: int = 2048
-    first: tuple[int, ...] = ()
-    later: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(LEAD, "chunk")
-        for field in ("first", "later", "suffix"):  # lists, where they were read from a file
-            object.__setattr__(self, field, tuple(getattr(self, field)))
 
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+        """Nothing asks for a chunk before :meth:`for_tokenizer` or :meth:`asking` say what."""
         for start in range(0, len(prompt), self.chunk):
             end = min(start + self.chunk, len(prompt))
-            ask = [*self.later, *prompt[max(0, start - LEAD) : start]] if start else [*self.first]
-            yield start, end, [*ask, *self.suffix, *prompt[start:end]]
+            yield start, end, list(prompt[start:end])
 
     def for_tokenizer(self, tokenizer: Any) -> KVzipPolicy:
-        """The suffix is what the tokenizer's chat template has behind a user's words."""
+        """Asks in words; then comes what the chat template has behind a user's."""
         suffix, mark = "\n", "Repeat this."
         if tokenizer.chat_template is not None:
             message = [{"role": "user", "content": mark}]
             suffix = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, tokenize=False
             ).rpartition(mark)[2]
-        ids = (tokenizer.encode(text, add_special_tokens=False) for text in (FIRST, LATER, suffix))
-        return dataclasses.replace(
-            self, **dict(zip(("first", "later", "suffix"), ids, strict=True))
-        )
+        texts = (FIRST, LATER, suffix)
+        return self.asking(*(tokenizer.encode(x, add_special_tokens=False) for x in texts))
+
+    def asking(
+        self, first: Sequence[int], later: Sequence[int], suffix: Sequence[int]
+    ) -> KVzipPolicy:
+        """Reads these ids before the first chunk, before later ones, and between them and it."""
+        own = {"first": first, "later": later, "suffix": suffix}
+        return _Asking(**{**vars(self), **own})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asking(KVzipPolicy):
+    """Token ids of what asks for a chunk."""
+
+    first: Sequence[int]
+    later: Sequence[int]
+    suffix: Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("first", "later", "suffix"):  # lists, where they were read from a file
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+
+    def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+        for start, end, chunk in super().repetitions(prompt):
+            lead = prompt[max(0, start - LEAD) : start]
+            ask = [*self.later, *lead] if start else [*self.first]
+            yield start, end, [*ask, *self.suffix, *chunk]

@@ -239,8 +239,8 @@ class TestKVzip:
     def test_it_reads_the_prompt_again_before_the_first_token(self) -> None:
         """In chunks, behind the prompt, asked for in words; nothing of that is kept."""
         model, ids = tiny("llama"), prompt(50)
-        words = {"first": (3, 4), "later": (5,), "suffix": (6,)}
-        cache = EvictionCache(model, KVzipPolicy(capacity=20, chunk=20, **words))
+        policy = KVzipPolicy(capacity=20, chunk=20).asking([3, 4], [5], [6])
+        cache = EvictionCache(model, policy)
         read = []
         decoder = model.get_decoder()
         hook = decoder.register_forward_pre_hook(

@@ -59,7 +59,7 @@ ONLY = {  # by method
     },
     "vatp": {"heavy": st.integers(6, 12)},
     "random": {"size": st.integers(13, 24), "window": st.integers(1, 6)},
-    "kvzip": dict.fromkeys(["first", "later", "suffix"], st.just(())) | {"chunk": st.just(8)},
+    "kvzip": {"chunk": st.integers(8, 20)},
     "snapkv_every": {"size": st.integers(13, 24)},
     "r_kv": {"size": st.integers(13, 24)},
 }
