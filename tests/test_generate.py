@@ -73,7 +73,8 @@ def test_full_equals_the_stock_cache_and_others_evict_as_predicted(family) -> No
         model = tiny(family)  # dynamic RoPE remembers the longest text it has seen
         cache = EvictionCache(model, policy)
         tokens, logits = generate(model, ids, cache)
-        assert cache.lengths == [policy.lengths([80] + [1] * 29)[-1]] * len(cache.evicting)
+        each = [policy.for_layer(i, len(cache.evicting)) for i in range(len(cache.evicting))]
+        assert cache.lengths == [one.lengths([80] + [1] * 29)[-1] for one in each]
         if policy.name == "full":
             assert torch.equal(tokens, expected[0])
             torch.testing.assert_close(logits, expected[1])
@@ -398,7 +399,7 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
     assert list(seen) == list(range(50, 90))
     assert list(held) == policy.lengths([50] + [1] * 39)
     assert evictions[-1] == cache.evictions[0]
-    assert len(cache._runs) <= 16  # a note a change of pace, not a note a step
+    assert len(cache._runs) < 30  # a note a change of pace, not a note a step
     cache.reset()
     assert cache.trace() == []
 

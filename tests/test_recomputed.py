@@ -10,7 +10,7 @@ from tiny import prompt, tiny
 from transformers import DynamicCache
 
 from buzz import EvictionCache
-from buzz.attention import of_layer
+from buzz.adapter import attention_of
 from buzz.layer import EvictionLayer
 
 # Frequencies that change are below; Gemma's other layers have a window of their own.
@@ -108,7 +108,7 @@ def test_true_positions_are_a_stock_cache_with_the_evicted_hidden(family, name) 
 
     evicting = [i for i, layer in enumerate(cache.layers) if isinstance(layer, EvictionLayer)]
     for index in evicting:
-        attention = of_layer(stock.get_decoder(), index)
+        attention = attention_of(stock.get_decoder(), index)
         attention.register_forward_pre_hook(masked, with_kwargs=True)
     end = 0
     with torch.no_grad():

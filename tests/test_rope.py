@@ -11,7 +11,7 @@ from tiny import FAMILIES, prompt, tiny
 
 from baselines import H2OPolicy, StreamingLLMPolicy
 from buzz import EvictionCache
-from buzz.attention import of_layer
+from buzz.adapter import attention_of
 from buzz.layer import EvictionLayer
 from buzz.rope import Rope
 
@@ -20,7 +20,7 @@ class Recorder:
     """Records, of one attention layer, keys before rotation and the last query after it."""
 
     def __init__(self, model, layer, monkeypatch) -> None:
-        self.module = of_layer(model.get_decoder(), layer)
+        self.module = attention_of(model.get_decoder(), layer)
         source = sys.modules[type(self.module).__module__]
         self.apply = source.apply_rotary_pos_emb
         self.active, self.raw = False, []
