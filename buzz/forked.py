@@ -145,6 +145,10 @@ class ForkedCache(EvictionCache):
             own = None if position_ids is None else _row(position_ids, row)
             fork.begin_step(decoder, 1, new, None, own)
 
+    def end_step(self, decoder: nn.Module, tokens: Tensor) -> None:
+        for row, fork in enumerate(self.forks):
+            fork.end_step(decoder, _row(tokens, row))
+
     def reset(self) -> None:
         for fork in self.forks:
             fork.reset()

@@ -59,6 +59,7 @@ ONLY = {  # by method
     },
     "vatp": {"heavy": st.integers(6, 12)},
     "random": {"size": st.integers(13, 24), "window": st.integers(1, 6)},
+    "kvzip": {"chunk": st.integers(8, 20)},
     "snapkv_every": {"size": st.integers(13, 24)},
     "r_kv": {"size": st.integers(13, 24)},
 }
@@ -95,13 +96,20 @@ def steps(
         received = None
         if layer.wants_scores:
             received = torch.rand(before.shape, generator=generator)
-        layer.after_attention(received)
+        finish(layer, received)
         yield layer, before, received
 
 
 def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
     layer.update(keys, values)
     layer.keep_queries(queries, 0.5)
+
+
+def finish(layer: EvictionLayer, received: Tensor | None) -> None:
+    """The end of a step; where a prompt is read a second time, that of the pass."""
+    layer.after_attention(received)
+    if layer.awaits_repetition:
+        layer.judge(torch.rand(held(layer).shape, generator=torch.Generator().manual_seed(0)))
 
 
 @functools.cache  # the layer refers to it weakly
@@ -226,11 +234,14 @@ def test_rows_of_a_batch_do_not_mix(policy, new, seed) -> None:
     together = [held(layer).clone() for layer, _, _ in steps(policy, new, seed, batch=3, heads=2)]
     swapped = EvictionLayer(policy, Rope(None), module=projecting(2))
     order = torch.tensor([2, 0, 1])
-    for (layer, _, received), expected in zip(
+    for (layer, before, received), expected in zip(
         steps(policy, new, seed, batch=3, heads=2), together, strict=True
     ):
         feed(swapped, *layer.took[:, order])
         swapped.after_attention(None if received is None else received[order])
+        if swapped.awaits_repetition:
+            scores = torch.rand(before.shape, generator=torch.Generator().manual_seed(0))
+            swapped.judge(scores[order])
         assert torch.equal(held(swapped), expected[order])
 
 
@@ -307,7 +318,7 @@ def farthest_from_one_turn(policy: Policy, tokens: int) -> float:
         if layer.wants_scores:  # the same tokens receive the most in every step
             favour = layer.view(layer.store.positions) % 7 == 0
             received = torch.rand(favour.shape, generator=generator) + favour
-        layer.after_attention(received)
+        finish(layer, received)
     index = held(layer).long()
     old = arrived[0].float().gather(2, index[..., None].expand(*index.shape, 16))
     new = torch.arange(tokens - index.shape[-1], tokens)
