@@ -15,6 +15,11 @@ pytestmark = pytest.mark.gpu
 DECODED = 80  # tokens, of which each method evicts in some
 
 
+def prescribed(policy: Policy, tokens: int) -> list[int]:
+    """The first layer's lengths after a prompt of 60 tokens and each of those decoded."""
+    return policy.for_layer(0, 3).lengths([60] + [1] * tokens)
+
+
 @core_methods
 def test_the_tokens_are_those_of_the_cpu(policy: Policy) -> None:
     found = []
@@ -48,7 +53,7 @@ def test_lengths_in_bfloat16_are_those_that_the_method_prescribes(policy: Policy
     cache = EvictionCache(model, policy)
     _, logits = generate(model, prompt(60).to("cuda"), cache, tokens=DECODED)
     assert logits.isfinite().all()
-    assert [held for _, held, _ in cache.trace()] == policy.lengths([60] + [1] * (DECODED - 1))
+    assert [held for _, held, _ in cache.trace()] == prescribed(policy, DECODED - 1)
 
 
 @every_method
@@ -68,7 +73,7 @@ def test_a_step_of_decoding_does_not_wait_for_the_device(policy: Policy, dtype) 
                 model(token, past_key_values=cache)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert cache.lengths[0] == policy.lengths([60] + [1] * DECODED)[-1]
+    assert cache.lengths[0] == prescribed(policy, DECODED)[-1]
 
 
 def test_waiting_is_noticed() -> None:
