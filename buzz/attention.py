@@ -92,8 +92,7 @@ def attend(
     if differentiable:
         query = query.detach()
     query = _scaled_by_log_n(layer, query)
-    if layer.policy.queries:
-        layer.keep_queries(query, scale)
+    layer.keep_queries(query, scale)
     rule = observed, layer.policy.decay
     if shared is not None and rule in shared:
         output, received = shared[rule]

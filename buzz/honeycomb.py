@@ -36,7 +36,8 @@ class HoneycombPolicy(Policy):
         window: last entries that always stay.
         keep: history entries that an eviction leaves.
         threshold: history entries that trigger one when exceeded.
-        cells: equal parts of history, each of which keeps `keep` / `cells` entries.
+        cells: equal parts of history, each of which keeps `keep` / `cells` entries; 0: as many as
+            entries are kept, one of each.
         score_by: ``sum`` of the attention received; ``value``: times the L1 norm of the value.
         fading: what of a query's attention still counts one token later.
         layers: ``flat``; ``rising``: budgets from half to one and a half times the even one with
@@ -58,14 +59,15 @@ class HoneycombPolicy(Policy):
 
     def __post_init__(self) -> None:
         self._at_least(0, "sink")
-        self._at_least(1, "window", "keep", "cells")
+        self._at_least(1, "window", "keep")
+        self._at_least(0, "cells")
         self._at_least(self.keep, "threshold")
         self._one_of("score_by", "sum", "value")
         self._one_of("layers", "flat", "rising", "late")
         self._within(0, 1, "fading")
         if self.early_window is not None:
             self._within(0, 1, "early_window")
-        if self.keep % self.cells:
+        if self.cells and self.keep % self.cells:
             raise ConfigError("method.cells", self.cells, f"must divide keep={self.keep}")
 
     @property
@@ -117,7 +119,7 @@ class HoneycombPolicy(Policy):
         window = max(1, round(window_share * room))
         threshold = room - window
         keep = round(threshold * self.keep / self.threshold)
-        keep -= keep % self.cells
+        keep -= keep % self.cells if self.cells else 0
         self._require(peak, 1, keep=keep)
         return dataclasses.replace(self, window=window, threshold=threshold, keep=keep)
 
@@ -144,13 +146,14 @@ class HoneycombPolicy(Policy):
     def _best_of_cells(self, scores: Tensor) -> Tensor:
         """Of every cell its best entries; cells differ in size by one entry at most."""
         entries, device = scores.shape[-1], scores.device
-        bounds = torch.arange(self.cells + 1, device=device) * entries // self.cells
-        widest = -(-entries // self.cells)
+        cells = self.cells or self.keep
+        bounds = torch.arange(cells + 1, device=device) * entries // cells
+        widest = -(-entries // cells)
         place = bounds[:-1, None] + torch.arange(widest, device=device)  # [cells, widest]
         inside = place < bounds[1:, None]
         place = place.clamp(max=entries - 1)
         own = scores[..., place].masked_fill(~inside, -torch.inf)
-        best = own.topk(self.keep // self.cells, dim=-1).indices
+        best = own.topk(self.keep // cells, dim=-1).indices
         return (bounds[:-1, None] + best).flatten(-2).sort(dim=-1).values
 
     def fit(

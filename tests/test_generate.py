@@ -73,7 +73,8 @@ def test_full_equals_the_stock_cache_and_others_evict_as_predicted(family) -> No
         model = tiny(family)  # dynamic RoPE remembers the longest text it has seen
         cache = EvictionCache(model, policy)
         tokens, logits = generate(model, ids, cache)
-        assert cache.lengths == [policy.lengths([80] + [1] * 29)[-1]] * len(cache.evicting)
+        each = [policy.for_layer(i, len(cache.evicting)) for i in range(len(cache.evicting))]
+        assert cache.lengths == [one.lengths([80] + [1] * 29)[-1] for one in each]
         if policy.name == "full":
             assert torch.equal(tokens, expected[0])
             torch.testing.assert_close(logits, expected[1])

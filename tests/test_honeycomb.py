@@ -48,8 +48,9 @@ def test_every_cell_keeps_its_best(cells, each, more, sink) -> None:
 def test_its_cells_of_one_are_those_of_buzz() -> None:
     scores = torch.rand(1, 2, 4 + 60 + 8)
     buzz = BuzzPolicy(sink=4, window=8, stride=5, threshold=59)
-    own = HoneycombPolicy(sink=4, window=8, keep=12, threshold=59, cells=12)
-    assert torch.equal(own.select(72, 0, scores), buzz.select(72, 0, scores))
+    for cells in (12, 0):
+        own = HoneycombPolicy(sink=4, window=8, keep=12, threshold=59, cells=cells)
+        assert torch.equal(own.select(72, 0, scores), buzz.select(72, 0, scores))
 
 
 @pytest.mark.parametrize("layers", ["flat", "rising", "late"])

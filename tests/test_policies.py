@@ -43,6 +43,7 @@ VALUES = {  # by parameter; of others, whole numbers are `small` and the rest is
     "pooling": st.sampled_from(["avg", "max"]),
     "history": st.sampled_from(["strided", "local_max"]),
     "compact": st.sampled_from(["once", "until_fits", "widen"]),
+    "step": st.sampled_from(["floor", "exact"]),
     **dict.fromkeys(["decay", "trade", "similar", "first", "epsilon", "mass"], st.floats(0, 1)),
 }
 ONLY = {  # by method
@@ -51,7 +52,7 @@ ONLY = {  # by method
     "honeycomb": {
         "keep": st.just(12),
         "threshold": st.integers(12, 20),
-        "cells": st.sampled_from([1, 3, 12]),
+        "cells": st.sampled_from([0, 1, 3]),
         "score_by": st.sampled_from(["sum", "value"]),
         "fading": st.floats(0, 1),
         "layers": st.sampled_from(["flat", "rising", "late"]),
@@ -100,8 +101,7 @@ def steps(
 
 def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
     layer.update(keys, values)
-    if layer.policy.queries:
-        layer.keep_queries(queries, 0.5)
+    layer.keep_queries(queries, 0.5)
 
 
 @functools.cache  # the layer refers to it weakly

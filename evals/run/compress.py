@@ -12,7 +12,7 @@ padding, if there is any, is in the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -64,24 +64,25 @@ def steps_before(
 
 
 def read_context(
-    model: PreTrainedModel, cache: EvictionCache, ids: Tensor, mask: Tensor, later: Sequence[int]
-) -> list[list[int]]:
+    model: PreTrainedModel,
+    cache: EvictionCache,
+    ids: Tensor,
+    mask: Tensor,
+    later: Sequence[int],
+    note: Callable[[], None] = lambda: None,
+) -> None:
     """Feeds all steps of a prompt but the last, which asks.
 
     Args:
         ids, mask: int64 [rows, longest], with padding on the left.
         later: tokens of the steps behind the first; if there are none, nothing is fed.
-
-    Returns:
-        Entries held after each step, of each row.
+        note: called after each step.
     """
-    held = []
     start = 0
     for end in accumulate(later[:-1], initial=ids.shape[1] - sum(later)) if later else ():
         forward(model, cache, ids[:, start:end], mask[:, :end], 1)
-        held.append(list(cache.evicting[0].lengths))
+        note()
         start = end
-    return held
 
 
 def forward(

@@ -31,8 +31,9 @@ from evals.results.runs import compression
 from evals.results.schema import Record
 from evals.run.faults import attempt
 from evals.run.forced import fidelity_of
-from evals.run.generate import eos_ids, verify_lengths
+from evals.run.generate import eos_ids
 from evals.run.interrupt import deferred_signals
+from evals.run.lengths import Lengths
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
 from evals.run.prompts import Prompt, load_prompts
@@ -189,7 +190,7 @@ def compare(
     device = model.device
     every = [FullPolicy(), *policies]
     cache = ForkedCache(model, every, **cache_options)
-    lengths: list[list[int]] = [[] for _ in every]
+    lengths = [Lengths(fork) for fork in cache.forks]
     kls: list[Tensor] = []
     same: list[Tensor] = []
 
@@ -197,8 +198,8 @@ def compare(
         """Logits [rows, vocab] of the last token."""
         given: dict[str, Any] = {CACHE_ARGUMENT: cache}
         logits = model(ids, **given, logits_to_keep=1).logits[:, -1]
-        for held, fork in zip(lengths, cache.forks, strict=True):
-            held.append(fork.evicting[0].longest)
+        for held in lengths:
+            held.note()
         return logits
 
     def next_token(logits: Tensor) -> int:
@@ -223,13 +224,12 @@ def compare(
             logits = step(torch.full((len(every), 1), answer[-1], device=device))
             answer.append(next_token(logits))
     steps = [first, *later] + [1] * (len(answer) - 1)
-    for policy, held in zip(every, lengths, strict=True):
-        verify_lengths(policy, steps, held)
+    entries = [held.verified(0, steps) for held in lengths]
     results: list[Record] = []
     for row in range(len(policies)):
         kl = [float(nats[row]) for nats in kls]
         near = fidelity_of(kl, [float(one[row]) for one in same], model.dtype)
-        held = lengths[row + 1]
+        held = entries[row + 1]
         results.append(
             {
                 "kl": near.kl_to_full,

@@ -20,7 +20,8 @@ from baselines import FullPolicy
 from buzz import EvictionCache, Policy
 from evals.run.compress import forward, read_context
 from evals.run.faults import NotFinite
-from evals.run.generate import Generation, left_padded, synchronize, verify_lengths
+from evals.run.generate import Generation, left_padded, synchronize
+from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 
 # Steps of the full cache that are computed at once: nothing is evicted between them.
@@ -73,7 +74,7 @@ def read(
     fed, scored = (torch.tensor(tokens, device=device) for tokens in fed_and_scored(ids, starts))
     steps = reading_steps(len(fed) + 1, chunk)
     losses: list[Tensor] = []
-    lengths: list[int] = []
+    lengths = Lengths(cache)
     reset_memory_peak(device)
     synchronize(device)
     times = [time.perf_counter()]
@@ -83,10 +84,10 @@ def read(
         position += new
         targets = scored[position - new : position]
         losses.append(cross_entropy(logits.float(), targets, reduction="none"))
-        lengths.append(cache.evicting[0].lengths[0])
+        lengths.note()
         synchronize(device)
         times.append(time.perf_counter())
-    verify_lengths(policy, steps, lengths)
+    held = lengths.verified(0, steps)
     values = torch.cat(losses).tolist()
     if wrong := [token for token, loss in enumerate(values, start=1) if not math.isfinite(loss)]:
         raise NotFinite("the loss was", wrong[0], model.dtype)
@@ -98,7 +99,7 @@ def read(
         prompt_tokens=len(ids),
         generated_tokens=0,
         stop_reason="end",
-        lengths=lengths,
+        lengths=held,
         evictions=cache.evictions[0],
         entry_nbytes=cache.entry_nbytes,
         allocated_nbytes=cache.nbytes(allocated=True),

@@ -25,7 +25,8 @@ from transformers import (
 
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
 from evals.run.compress import read_context
-from evals.run.faults import LengthMismatch, NotFinite
+from evals.run.faults import NotFinite
+from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 
 
@@ -38,8 +39,9 @@ class Generation:
         tokens: its token ids, the one that ended it included.
         prompt_tokens, generated_tokens: without padding; the end-of-sequence token counts.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
-        lengths: cache entries per layer and KV head after each step of this row; of a prompt that
-            is read in several, from the one that ends its context on.
+        lengths: cache entries per layer and KV head after each step of this row, of a prompt that
+            is read in several from the one that ends its context on; of a method whose layers hold
+            different numbers, their mean.
         evictions: steps that evicted, over the whole batch's decoding.
         entry_nbytes: bytes of K and V of one entry over all layers.
         allocated_nbytes: a row's share of the batch's buffers at the end: keys and values, with
@@ -60,7 +62,7 @@ class Generation:
     prompt_tokens: int
     generated_tokens: int
     stop_reason: str
-    lengths: list[int]
+    lengths: list[float]
     evictions: int
     entry_nbytes: int
     allocated_nbytes: int
@@ -78,16 +80,15 @@ class _Trace(StoppingCriteria):
     """Never stops; notes the time and the cache lengths of each step."""
 
     def __init__(self, cache: EvictionCache) -> None:
-        self.cache = cache
         self.times: list[float] = []
-        self.lengths: list[list[int]] = []
+        self.lengths = Lengths(cache)
 
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         synchronize(input_ids.device)
         self.times.append(time.perf_counter())
-        self.lengths.append(list(self.cache.evicting[0].lengths))
+        self.lengths.note()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -142,7 +143,7 @@ def generate(
     reset_memory_peak(device)
     synchronize(device)
     start = time.perf_counter()
-    before = read_context(model, cache, *inputs, later)
+    read_context(model, cache, *inputs, later, trace.lengths.note)
     context_peak = None
     if later:
         synchronize(device)
@@ -170,9 +171,8 @@ def generate(
         if False in sound[row][:count]:
             raise NotFinite("the logits were", sound[row].index(False), model.dtype)
         reason = "length" if end is None else "eos" if answer[end] in ends_answer else "stop"
-        lengths = [step[row] for step in before + trace.lengths[:count]]
         steps = [len(prompt) - sum(later), *later] + [1] * (count - 1)
-        verify_lengths(policy, steps, lengths)
+        lengths = trace.lengths.verified(row, steps)
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
         generations.append(
@@ -196,29 +196,7 @@ def generate(
                 question_peak_nbytes=peak if later else None,
             )
         )
-    held = {tuple(layer.lengths) for layer in cache.evicting}
-    if len(held) > 1:
-        raise LengthMismatch(f"layers hold different numbers of entries: {sorted(held)}")
     return generations
-
-
-def verify_lengths(policy: Policy, steps: list[int], measured: list[int]) -> None:
-    """Compares measured cache lengths with the policy's own recurrence, step by step.
-
-    Args:
-        steps: tokens fed by each step.
-        measured: entries held after each step.
-
-    Raises:
-        LengthMismatch: naming the step and both numbers.
-    """
-    expected = policy.lengths(steps)
-    for step, (found, due) in enumerate(zip(measured, expected, strict=True)):
-        if found != due:
-            raise LengthMismatch(
-                f"{policy.name}: after step {step}, with {sum(steps[: step + 1])} tokens read, the"
-                f" cache holds {found} entries, the method's own recurrence says {due}"
-            )
 
 
 def left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:

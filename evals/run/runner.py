@@ -466,5 +466,5 @@ def _measurements(generation: Generation) -> Record:
         "kv_entries_peak": peak,
         "kv_nbytes_mean": average * entry,
         "kv_nbytes_peak": peak * entry,
-        "trace": arithmetic_runs(lengths),
+        "trace": arithmetic_runs([round(held) for held in lengths]),
     }
