@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -205,6 +206,22 @@ class EvictionCache(Cache):
         self._runs, self._last = [], (0, 0, 0)
         self._prompt = []
         self._raise_faults()
+
+    def copy(self) -> EvictionCache:
+        """A cache that goes on from here by itself, e.g. with another question on one context.
+
+        Both read the same entries until they append their own: a copy costs memory and time with
+        the first token that is fed to it, and so does the original with its next one.
+        """
+        other = copy.copy(self)
+        ropes: dict[int, Any] = {}
+        other.layers = [
+            layer.copy(ropes) if isinstance(layer, EvictionLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
+        other._runs = [list(run) for run in self._runs]
+        return other
 
     def begin_step(
         self,

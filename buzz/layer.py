@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -136,6 +138,20 @@ class EvictionLayer(CacheLayerMixin):
         self.awaits_attention = False
         self.awaits_repetition = self.policy.needs_repetition
         self.rope.forget()
+
+    def copy(self, ropes: dict[int, Any]) -> EvictionLayer:
+        """A layer that goes on by itself. No entry is copied before either appends another.
+
+        Args:
+            ropes: copies that were made for earlier layers, by the id of what they are copies of.
+        """
+        other = copy.copy(self)
+        other.store = None if self.store is None else self.store.shared()
+        other.idle = None
+        other.groups = [replace(group, rows=list(group.rows)) for group in self.groups]
+        other.faults = dict(self.faults)
+        other.rope = copy.deepcopy(self.rope, ropes)
+        return other
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError(
