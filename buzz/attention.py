@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from buzz import kernels
 from buzz.adapter import Attention
+from buzz.compiled import ReplayLayer
 from buzz.errors import ConfigError
 from buzz.layer import EvictionLayer
 
@@ -56,11 +57,13 @@ def attend(
     """
     index: Any = module.layer_idx
     layer = None if eviction_layers is None else eviction_layers[index]
+    if isinstance(layer, ReplayLayer):
+        _refuse_options(kwargs)
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return layer.attend(query, key, value, scale).transpose(1, 2), None
     if not isinstance(layer, EvictionLayer):
         return stock(module, query, key, value, attention_mask, **kwargs)
-    for option in ("dropout", "softcap", "s_aux"):
-        if kwargs.get(option):
-            raise ConfigError(f"model.{option}", kwargs[option], "no evicting cache serves it")
+    _refuse_options(kwargs)
     kwargs.pop("sliding_window", None)  # wider than the model's context, or the layer is not ours
 
     observed = layer.observed
@@ -98,6 +101,12 @@ def attend(
     if differentiable:
         output = _NoBackward.apply(output, torch.empty(0, requires_grad=True))
     return output.transpose(1, 2), None
+
+
+def _refuse_options(kwargs: dict[str, Any]) -> None:
+    for option in ("dropout", "softcap", "s_aux"):
+        if kwargs.get(option):
+            raise ConfigError(f"model.{option}", kwargs[option], "no evicting cache serves it")
 
 
 def _by_group(
@@ -143,11 +152,14 @@ def _mask(backend: str, query: Tensor, key: Tensor, starts: Tensor | None) -> Te
         [batch or 1, 1, new, held]; eager: the same as a float bias.
     """
     new, held = query.shape[2], key.shape[2]
+    if starts is None and (
+        new == 1 or (new == held and backend == "sdpa") or backend.startswith("flash")
+    ):
+        return None
     slots = torch.arange(held, device=key.device)
     if backend.startswith("flash"):
-        return None if starts is None else slots >= starts[:, None]
-    if starts is None and (new == 1 or (new == held and backend == "sdpa")):
-        return None
+        assert starts is not None
+        return slots >= starts[:, None]
     last = torch.arange(held - new, held, device=key.device)
     mask = (slots <= last[:, None])[None, None]
     if starts is not None:
