@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 
 from buzz.errors import ConfigError
 from evals.launch.sweep import Objectives, SweepCallback, run_job
+from evals.report import fidelity as fidelity_report
 from evals.results.reading import read_summary
 from evals.results.records import RunFailed
+from evals.run import fidelity
 from evals.run.interrupt import Interrupted
 from evals.run.runner import run_all
 
@@ -31,6 +33,9 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
     try:
         if job.mode is RunMode.MULTIRUN:
             return run_job(cfg, list(job.overrides.task), list(names), Path(job.sweep.dir))
+        if cfg.get("fidelity"):
+            print(fidelity_report.shown(fidelity.run_all(cfg)))
+            return []
         folders = run_all(cfg, fixed=names)
         SweepCallback.failed = sum(read_summary(folder)["failed"] > 0 for folder in folders)
         return [str(folder) for folder in folders]

@@ -5,6 +5,8 @@ from buzz.beehive import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy
 from buzz.budget import Budget
 from buzz.cache import EvictionCache
 from buzz.errors import ConfigError
+from buzz.forked import ForkedCache
+from buzz.honeycomb import HoneycombPolicy
 from buzz.policy import POLICIES, Policy, register
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "BuzzStridedPolicy",
     "ConfigError",
     "EvictionCache",
+    "ForkedCache",
+    "HoneycombPolicy",
     "Policy",
     "register",
 ]

@@ -14,6 +14,7 @@ No gradient flows through kept entries, so none flows at all: a backward pass is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 from buzz import kernels
 from buzz.adapter import Attention
-from buzz.compiled import ReplayLayer
 from buzz.errors import ConfigError
 from buzz.layer import EvictionLayer
 
@@ -40,6 +40,7 @@ def attend(
     attention_mask: Tensor | None,
     *,
     eviction_layers: Sequence[Any] | None = None,
+    shared: dict[Any, Scored] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function of transformers that evicts once the step's output is computed.
@@ -51,19 +52,21 @@ def attend(
         key, value: [batch, kv_heads, held, head_dim], the new entries last.
         eviction_layers: the layers of an evicting cache; None to run the stock function. That of
             the module holds `key` and `value`.
+        shared: results of other caches that hold and are asked the same, by how they score.
 
     Returns:
         Output [batch, new, heads, head_dim]; no weights.
     """
     index: Any = module.layer_idx
     layer = None if eviction_layers is None else eviction_layers[index]
-    if isinstance(layer, ReplayLayer):
-        _refuse_options(kwargs)
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        return layer.attend(query, key, value, scale).transpose(1, 2), None
+    if (attend_itself := getattr(layer, "attend", None)) is not None:
+        own = functools.partial(attend, stock, backend, module)
+        return attend_itself(own, query, **kwargs), None
     if not isinstance(layer, EvictionLayer):
         return stock(module, query, key, value, attention_mask, **kwargs)
-    _refuse_options(kwargs)
+    for option in ("dropout", "softcap", "s_aux"):
+        if kwargs.get(option):
+            raise ConfigError(f"model.{option}", kwargs[option], "no evicting cache serves it")
     kwargs.pop("sliding_window", None)  # wider than the model's context, or the layer is not ours
 
     observed = layer.observed
@@ -89,24 +92,22 @@ def attend(
     if differentiable:
         query = query.detach()
     query = _scaled_by_log_n(layer, query)
-    if layer.policy.queries:
-        layer.keep_queries(query, scale)
-    if query.shape[2] == 1:
+    layer.keep_queries(query, scale)
+    rule = observed, layer.policy.decay
+    if shared is not None and rule in shared:
+        output, received = shared[rule]
+    elif query.shape[2] == 1:
         output, received = attention(query, key, value, layer.starts)
     else:
         output, received = _by_group(attention, layer, query, key, value)
+    if shared is not None:
+        shared[rule] = output, received
     layer.after_attention(received)
     for wrong in layer.faults.values():  # a step was wrong and nobody could be told yet
         output = output.masked_fill(wrong.to(output.device), math.nan)
     if differentiable:
         output = _NoBackward.apply(output, torch.empty(0, requires_grad=True))
     return output.transpose(1, 2), None
-
-
-def _refuse_options(kwargs: dict[str, Any]) -> None:
-    for option in ("dropout", "softcap", "s_aux"):
-        if kwargs.get(option):
-            raise ConfigError(f"model.{option}", kwargs[option], "no evicting cache serves it")
 
 
 def _by_group(

@@ -148,10 +148,15 @@ class EvictionCache(Cache):
         return [layer.longest for layer in self.evicting]
 
     @property
+    def distinct(self) -> list[EvictionLayer]:
+        """The first evicting layer of each policy: those under the same one hold the same."""
+        return list({layer.policy: layer for layer in reversed(self.evicting)}.values())[::-1]
+
+    @property
     def evictions(self) -> list[int]:
-        """Evictions so far of each row of the batch."""
+        """Evictions so far of each row of the batch, in the layer that had the most."""
         self._raise_faults()
-        return self.evicting[0].evictions
+        return [max(row) for row in zip(*(layer.evictions for layer in self.distinct), strict=True)]
 
     @property
     def entry_nbytes(self) -> int:
@@ -187,6 +192,8 @@ class EvictionCache(Cache):
 
     def trace(self) -> list[tuple[int, int, int]]:
         """Length over time, of the first row: (tokens seen, entries held, evictions) by step.
+
+        In the first layer that evicts.
 
         Steps that ran under torch.compile appear as one.
         """
@@ -388,7 +395,7 @@ def _make_layers(
         rope = ropes[key] if positions == "cache" else Rope(None)
         if policy.needs_projection:
             adapter.output_projection(module)  # raises if it cannot be read
-        layers.append(EvictionLayer(policy, rope, module=module))
+        layers.append(EvictionLayer(policy, rope, module=module, rotation=ropes[key]))
     evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
     for number, layer in enumerate(evicting):
         layer.index, layer.policy = number, policy.for_layer(number, len(evicting))

@@ -37,15 +37,17 @@ def check(model: nn.Module, layers: Sequence[Any], policy: Policy) -> None:
     """Refuses what no graph can serve.
 
     Raises:
-        ConfigError: a method that reads queries or lets scores decay; layers that do not evict;
-            frequencies that change; a model on several devices.
+        ConfigError: a method that reads queries or lets scores decay, or differs from layer to
+            layer; layers that do not evict; frequencies that change; a model on several devices.
     """
 
     def refuse(what: str) -> ConfigError:
         return ConfigError("model.compile", True, f"{what}; leave it out")
 
-    if policy.queries or policy.decay != 1:
+    if policy.queries or policy.decay != 1 or policy.moments_from is not None:
         raise refuse(f"{policy.name} needs more of a step than what its entries receive")
+    if any(layer.policy != policy for layer in layers if hasattr(layer, "policy")):
+        raise refuse(f"{policy.name} has a budget for each layer")
     for layer in layers:
         if not hasattr(layer, "rope"):
             raise refuse(f"{type(model).__name__} has layers with a window of their own")
@@ -75,6 +77,7 @@ class ReplayLayer(CacheLayerMixin):
     adds: bool
     logn_base: float | None
     logn_clamp: bool
+    entry: tuple[Tensor, Tensor] | None = None  # the token's, on its way
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -83,6 +86,7 @@ class ReplayLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Hands on what it is given: :meth:`attend` appends it."""
+        self.entry = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -94,8 +98,26 @@ class ReplayLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Output [batch, heads, 1, head_dim] of a token whose entry is appended on the way."""
+    def attend(
+        self,
+        attention: Callable[..., Any],
+        query: Tensor,
+        *,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """A token's output, its entry appended on the way.
+
+        Args:
+            attention: what would attend otherwise.
+            query: [batch, heads, 1, head_dim].
+
+        Returns:
+            [batch, 1, heads, head_dim].
+        """
+        assert self.entry is not None
+        (key, value), self.entry = self.entry, None
+        scale = scaling or query.shape[-1] ** -0.5
         if self.logn_base is not None:
             attended = (self.bounds[1] - self.bounds[0]).float()
             factor = attended.log() / math.log(self.logn_base)
@@ -114,7 +136,7 @@ class ReplayLayer(CacheLayerMixin):
             self.bounds,
             scale,
             self.adds,
-        )
+        ).transpose(1, 2)
 
     def follow(self, layer: EvictionLayer, bounds: Tensor) -> None:
         """Point to the buffers of a layer of the cache whose turn it is."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from buzz import adapter
+from buzz.queries import Moments, QueryLog
+from buzz.rope import Rope
 from buzz.store import Store
 
 Rows = slice | Tensor  # an index into the batch
@@ -32,20 +34,31 @@ class Entries:
         seen: int,
         *,
         received: Tensor | None = None,
-        queries: Tensor | None = None,
+        log: QueryLog | None = None,
         uncut: int = 0,
+        rotation: Rope | None = None,
+        position: int = 0,
         layer: int = 0,
         module: nn.Module | None = None,
     ) -> None:
-        """Of `rows` of the layer's `store`; `uncut` tokens came since their last eviction."""
+        """Of `rows` of the layer's `store`.
+
+        Args:
+            log: the layer's queries.
+            uncut: tokens that came since the last eviction.
+            rotation: what the model rotates queries by.
+            position: of the next token.
+        """
         self.received = received
         self.held = held
         self.seen = seen
         self.layer = layer
         self._store = store
         self._rows = rows
-        self._queries = queries
+        self._log = log
         self._uncut = uncut
+        self._rotation = rotation
+        self._position = position
         self._module = module
 
     @property
@@ -70,9 +83,29 @@ class Entries:
         float32 [rows, heads, w, head_dim], w up to the policy's `queries`; fewer where an earlier
         eviction has moved the entries that the older ones attended.
         """
-        assert self._queries is not None
-        latest = self._queries[self._rows]
+        assert self._log is not None and self._log.latest is not None
+        latest = self._log.latest[self._rows]
         return latest[:, :, max(0, latest.shape[2] - self._uncut) :]
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and covariance of the queries from the policy's `moments_from` on.
+
+        Times the scale of the logits, and before any rotation: see :meth:`ahead`.
+        """
+        assert self._log is not None and self._log.moments is not None
+        return self._log.moments.select_rows(self._rows)
+
+    def ahead(self, vectors: Tensor, steps: int) -> Tensor:
+        """Vectors [..., head_dim] on average over the positions of the next `steps` tokens.
+
+        The rotation is linear, so its mean over positions is one too.
+        """
+        assert self._rotation is not None
+        to = torch.arange(self._position, self._position + steps, device=vectors.device)
+        turn = self._rotation.turn(to, torch.zeros_like(to), torch.full_like(to, self.seen - 1))
+        mean = None if turn is None else (turn[0].mean(0), turn[1].mean(0))
+        return self._rotation.rotate(vectors, mean)
 
     @property
     def output_projection(self) -> Tensor:

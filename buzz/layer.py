@@ -14,6 +14,7 @@ from buzz.entries import Entries, Rows
 from buzz.eviction import Group, Lengths, evict, plan
 from buzz.inputs import on
 from buzz.policy import Policy
+from buzz.queries import BLOCK, QueryLog
 from buzz.rope import Rope
 from buzz.store import Store
 
@@ -23,9 +24,10 @@ class EvictionLayer(CacheLayerMixin):
 
     Args:
         policy: the eviction method.
-        rope: how the layer rotates its keys.
+        rope: how keys that move are rotated.
         index: the layer's, among those that evict.
         module: its attention module, for methods that read the output projection.
+        rotation: how the model rotates the layer's queries, where keys do not move; else `rope`.
 
     Attributes:
         hold_until, logn_base, logn_clamp: as of the cache.
@@ -35,11 +37,17 @@ class EvictionLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, policy: Policy, rope: Rope, index: int = 0, module: nn.Module | None = None
+        self,
+        policy: Policy,
+        rope: Rope,
+        index: int = 0,
+        module: nn.Module | None = None,
+        rotation: Rope | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.rope = rope
+        self.rotation = rope if rotation is None else rotation
         self.index = index
         self.module = None if module is None else weakref.ref(module)
         self.hold_until = 0
@@ -52,7 +60,7 @@ class EvictionLayer(CacheLayerMixin):
         self.groups: list[Group] = []
         self.store: Store | None = None
         self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
-        self.queries: Tensor | None = None  # the last ones, if the policy asks for them
+        self.log = QueryLog()
         self.scratch: Tensor | None = None  # what entries receive in a compiled step alone
         self.awaits_attention = False
 
@@ -129,7 +137,8 @@ class EvictionLayer(CacheLayerMixin):
         """Forget every entry. Buffers stay allocated, for the next prompt."""
         if self.store is not None and self.store.owned:
             self.idle = self.store
-        self.store = self.queries = None
+        self.store = None
+        self.log = QueryLog()
         self.groups = []
         self.cumulative_length = 0
         self.awaits_attention = False
@@ -152,8 +161,7 @@ class EvictionLayer(CacheLayerMixin):
         if self.store is None:
             return
         self.store = self.store.select_rows(indices.to(self.device))
-        if self.queries is not None:
-            self.queries = self.queries.index_select(0, indices.to(self.device))
+        self.log = self.log.select_rows(indices.to(self.device))
         origin = indices.tolist()
         for group in self.groups:
             group.select_rows(origin, self.device)
@@ -225,8 +233,7 @@ class EvictionLayer(CacheLayerMixin):
             return self.entry_nbytes * sum(self.lengths)
         sources = [tensor for group in self.groups for tensor in group.tensors()]
         stores = [store for store in (self.store, self.idle) if store is not None]
-        if self.queries is not None:
-            sources.append(self.queries)
+        sources += self.log.tensors()
         return sum(t.numel() * t.element_size() for t in sources) + sum(s.nbytes() for s in stores)
 
     # --- scores and eviction ------------------------------------------------------------------
@@ -255,19 +262,31 @@ class EvictionLayer(CacheLayerMixin):
         return self.observed > 0
 
     def keep_queries(self, query: Tensor, scale: float) -> None:
-        """Note the step's last queries [batch, heads, new, head_dim], times the logits' scale.
+        """Note the step's queries [batch, heads, new, head_dim], times the logits' scale.
 
-        A method that evicts after the prompt reads none later, and then none are kept.
+        Of those that the policy asks for; and none after the prompt, if it evicts then alone.
         """
-        before = self.cumulative_length - self.new
-        if self.policy.evicts == "prompt" and before > 0 and self.hold_until <= before:
-            self.queries = None
+        policy = self.policy
+        if not policy.queries and policy.moments_from is None:
             return
-        kept = self.policy.queries
-        latest = query[:, :, -kept:].detach().float() * scale
-        if self.queries is not None and latest.shape[2] < kept:
-            latest = torch.cat([self.queries, latest], dim=2)[:, :, -kept:]
-        self.queries = latest
+        before = self.cumulative_length - self.new
+        if policy.evicts == "prompt" and before > 0 and self.hold_until <= before:
+            self.log = QueryLog()
+            return
+        if kept := policy.queries:
+            self.log.keep_latest(query[:, :, -kept:].detach().float() * scale, kept)
+        if policy.moments_from is not None:
+            for low in range(0, self.new, BLOCK):
+                part = slice(low, min(low + BLOCK, self.new))
+                slots = torch.arange(before, before + self.new, device=self.device)[part]
+                padding, first = (
+                    on(self.device, self.per_row(name))[:, None, None]
+                    for name in ("padding", "first_position")
+                )
+                index = slots - padding  # of each token in its row: int64 [batch, 1, part]
+                back = self.rotation.turn(torch.zeros_like(index), index + first, slots)
+                turned = self.rotation.rotate(query[:, :, part].detach().float() * scale, back)
+                self.log.keep_moments(turned, (index >= policy.moments_from)[..., None])
 
     def after_attention(self, received: Tensor | None) -> None:
         """Take in what each entry received, then evict what the policy gives up.
@@ -314,9 +333,10 @@ class EvictionLayer(CacheLayerMixin):
         self._make_room(1)
         policy, store = self.policy, self.store
         assert store is not None
-        if policy.needs_scores and policy.score_rule == "step":
-            if self.scratch is None or self.scratch.shape != store.positions.shape:
-                self.scratch = torch.zeros(store.positions.shape, device=self.device)
+        shape = store.positions.shape
+        alone = policy.needs_scores and policy.score_rule == "step"
+        if alone and (self.scratch is None or self.scratch.shape != shape):
+            self.scratch = torch.zeros(shape, device=self.device)
 
     def take_in(self, scores: Tensor | None) -> None:
         """Count the token that a compiled step has put in the store, and evict.
@@ -352,8 +372,10 @@ class EvictionLayer(CacheLayerMixin):
             group.held,
             group.seen,
             received=scores,
-            queries=self.queries,
+            log=self.log,
             uncut=group.seen - group.cut,
+            rotation=self.rotation,
+            position=group.first_position + group.seen,
             layer=self.index,
             module=None if self.module is None else self.module(),
         )

@@ -109,6 +109,14 @@ class Policy(ABC):
         return 0
 
     @property
+    def moments_from(self) -> int | None:
+        """The first token whose query counts in the mean and covariance that a layer keeps.
+
+        None: it keeps none.
+        """
+        return None
+
+    @property
     def resident(self) -> int:
         """How many leading entries can stay, and move, for ever; all, unless a method knows better.
 
@@ -130,7 +138,11 @@ class Policy(ABC):
         """
 
     def for_layer(self, index: int, layers: int) -> Policy:
-        """The policy of one of the `layers` that evict."""
+        """The policy of one of the `layers` that evict.
+
+        Layers may hold different numbers of entries; what this policy's own :meth:`survivors` says
+        is then what a layer holds on average, up to one.
+        """
         return self
 
     def score(self, entries: Entries) -> Tensor | None:

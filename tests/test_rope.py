@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_generate import METHODS
+from methods import METHODS
 from tiny import FAMILIES, prompt, tiny
 
 from baselines import H2OPolicy, StreamingLLMPolicy

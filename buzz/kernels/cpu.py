@@ -183,7 +183,7 @@ def step(
             None if t is None else t[:, :, first:last] for t in (keys, values, positions, scores)
         ]
         low = bounds - bounds.new_tensor([[first], [first], [0]])
-        return reference.step(query, key, value, *held, low, scale, adds)  # type: ignore[arg-type]
+        return reference.step(query, key, value, *held, low, scale, adds)  # type: ignore[arg-type, call-arg]
     query, key, value = _dense(query), _dense(key), _dense(value)
     batch, heads, _, dim = query.shape
     output = query.new_zeros(batch, 1, heads, value.shape[-1]).transpose(1, 2)

@@ -25,4 +25,5 @@ class TableCallback(Callback):
             self.folders += map(Path, job_return.return_value)
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print_tables(self.folders)
+        if self.folders:
+            print_tables(self.folders)

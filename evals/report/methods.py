@@ -28,6 +28,7 @@ STYLES = {
     "buzz": Style("BUZZ", "#D55E00", "o"),
     "buzz_strided": Style("BUZZ, strided", "#E69F00", "P"),
     "buzz_fast": Style("BUZZ, one step's attention", "#CC79A7", "X"),
+    "honeycomb": Style("honeycomb", "#F0E442", "H"),
 }
 MORE = [("#882255", "*"), ("#117733", "h"), ("#AA4499", "p"), ("#88CCEE", "d"), ("#661100", "8")]
 

@@ -7,6 +7,7 @@ k tokens the cache has seen the prompt and k - 1 of them: the last is never fed 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ from transformers import (
 )
 
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
-from evals.run.faults import LengthMismatch, NotFinite
+from evals.run.compress import read_context
+from evals.run.faults import NotFinite
+from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 
 
@@ -36,7 +39,9 @@ class Generation:
         tokens: its token ids, the one that ended it included.
         prompt_tokens, generated_tokens: without padding; the end-of-sequence token counts.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
-        lengths: cache entries per layer and KV head after each step of this row.
+        lengths: cache entries per layer and KV head after each step of this row, of a prompt that
+            is read in several from the one that ends its context on; of a method whose layers hold
+            different numbers, their mean.
         evictions: steps that evicted, over the whole batch's decoding.
         entry_nbytes: bytes of K and V of one entry over all layers.
         allocated_nbytes: a row's share of the batch's buffers at the end: keys and values, with
@@ -46,6 +51,10 @@ class Generation:
         itl_p50_ms, itl_p95_ms: inter-token latency percentiles.
         memory_peak_nbytes: device memory allocated at the peak (CUDA) or resident memory of the
             process (CPU), model included.
+        question_s: of a prompt whose context is compressed before its question is read: seconds
+            from then to the first token.
+        context_peak_nbytes, question_peak_nbytes: the memory peak, likewise, of reading the
+            context, and from the question on.
     """
 
     text: str
@@ -53,7 +62,7 @@ class Generation:
     prompt_tokens: int
     generated_tokens: int
     stop_reason: str
-    lengths: list[int]
+    lengths: list[float]
     evictions: int
     entry_nbytes: int
     allocated_nbytes: int
@@ -62,22 +71,24 @@ class Generation:
     itl_p50_ms: float | None
     itl_p95_ms: float | None
     memory_peak_nbytes: int
+    question_s: float | None = None
+    context_peak_nbytes: int | None = None
+    question_peak_nbytes: int | None = None
 
 
 class _Trace(StoppingCriteria):
     """Never stops; notes the time and the cache lengths of each step."""
 
     def __init__(self, cache: EvictionCache) -> None:
-        self.cache = cache
         self.times: list[float] = []
-        self.lengths: list[list[int]] = []
+        self.lengths = Lengths(cache)
 
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         synchronize(input_ids.device)
         self.times.append(time.perf_counter())
-        self.lengths.append(list(self.cache.evicting[0].lengths))
+        self.lengths.note()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -103,8 +114,13 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
     cache_options: dict[str, Any] | None = None,
+    later: Sequence[int] = (),
 ) -> list[Generation]:
     """Greedy answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
+
+    Args:
+        later: tokens of the steps behind the first in which every prompt is read, see
+            :mod:`evals.run.compress`; none: it is read as one.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
@@ -113,20 +129,27 @@ def generate(
     device = model.device
     cache = EvictionCache(model, policy, **(cache_options or {}))
     trace, finite = _Trace(cache), _Finite()
-    eos_ids = _eos_ids(model, tokenizer)
+    ends_answer = eos_ids(model, tokenizer)
     # As LongBench does: a stop string acts through its last token.
     stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         min_new_tokens=1 if stop_ids else None,
-        eos_token_id=sorted(eos_ids | stop_ids),
+        eos_token_id=sorted(ends_answer | stop_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
     inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
     reset_memory_peak(device)
     synchronize(device)
     start = time.perf_counter()
+    read_context(model, cache, *inputs, later, trace.lengths.note)
+    context_peak = None
+    if later:
+        synchronize(device)
+        context_peak = memory_peak(device)
+        reset_memory_peak(device)
+    asked = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
             input_ids=inputs[0],
@@ -142,14 +165,14 @@ def generate(
 
     generations = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ends = (i for i, token in enumerate(answer) if token in eos_ids | stop_ids)
+        ends = (i for i, token in enumerate(answer) if token in ends_answer | stop_ids)
         end = next(ends, None)
         count = len(answer) if end is None else end + 1
         if False in sound[row][:count]:
             raise NotFinite("the logits were", sound[row].index(False), model.dtype)
-        reason = "length" if end is None else "eos" if answer[end] in eos_ids else "stop"
-        lengths = [step[row] for step in trace.lengths[:count]]
-        verify_lengths(policy, [len(prompt)] + [1] * (count - 1), lengths)
+        reason = "length" if end is None else "eos" if answer[end] in ends_answer else "stop"
+        steps = [len(prompt) - sum(later), *later] + [1] * (count - 1)
+        lengths = trace.lengths.verified(row, steps)
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
         generations.append(
@@ -159,7 +182,7 @@ def generate(
                 prompt_tokens=len(prompt),
                 generated_tokens=count,
                 stop_reason=reason,
-                lengths=lengths,
+                lengths=lengths[max(0, len(later) - 1) :],
                 evictions=cache.evictions[row],
                 entry_nbytes=cache.entry_nbytes,
                 allocated_nbytes=cache.nbytes(allocated=True) // len(prompts),
@@ -167,32 +190,13 @@ def generate(
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
                 itl_p95_ms=p95,
-                memory_peak_nbytes=peak,
+                memory_peak_nbytes=max(peak, context_peak or 0),
+                question_s=trace.times[0] - asked if later else None,
+                context_peak_nbytes=context_peak,
+                question_peak_nbytes=peak if later else None,
             )
         )
-    held = {tuple(layer.lengths) for layer in cache.evicting}
-    if len(held) > 1:
-        raise LengthMismatch(f"layers hold different numbers of entries: {sorted(held)}")
     return generations
-
-
-def verify_lengths(policy: Policy, steps: list[int], measured: list[int]) -> None:
-    """Compares measured cache lengths with the policy's own recurrence, step by step.
-
-    Args:
-        steps: tokens fed by each step.
-        measured: entries held after each step.
-
-    Raises:
-        LengthMismatch: naming the step and both numbers.
-    """
-    expected = policy.lengths(steps)
-    for step, (found, due) in enumerate(zip(measured, expected, strict=True)):
-        if found != due:
-            raise LengthMismatch(
-                f"{policy.name}: after step {step}, with {sum(steps[: step + 1])} tokens read, the"
-                f" cache holds {found} entries, the method's own recurrence says {due}"
-            )
 
 
 def left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:
@@ -203,7 +207,8 @@ def left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:
     return torch.tensor([ids, mask])
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
     eos = model.generation_config.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -102,8 +102,12 @@ class Plan:
                     + "".join(f" ({one})" for one in beside[:1]),
                 )
         self._check_budget(longest)
-        if isinstance(task, StreamTask) and task.tokens is not None:
-            self.check_reading(task.tokens)
+        if isinstance(task, StreamTask):
+            if self.config["compress"] != "prompt":
+                remedy = f"{task.name} asks nothing of the texts that it reads; leave it out"
+                raise ConfigError("compress", self.config["compress"], remedy)
+            if task.tokens is not None:
+                self.check_reading(task.tokens)
 
     def _check_budget(self, longest: int) -> None:
         if self.budget is None:

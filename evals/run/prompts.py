@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,9 +16,10 @@ from buzz.errors import ConfigError
 from evals.results import schema
 from evals.results.records import sha256
 from evals.results.schema import Record
+from evals.run.compress import steps_before
 from evals.run.plan import Plan
 from evals.tasks.base import Sample, StreamTask
-from evals.tasks.encoding import encode
+from evals.tasks.encoding import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Prompt:
 
     Attributes:
         scoring: names the version of what scores the answer.
+        before: tokens of the steps that read it up to its question, see
+            :mod:`evals.run.compress`; () if it is read as one.
     """
 
     sample: Sample
@@ -34,6 +38,17 @@ class Prompt:
     chat: bool
     max_new_tokens: int
     scoring: str = ""
+    before: tuple[int, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """Tokens that a fractional budget is of: those that are compressed together."""
+        return sum(self.before) or len(self.ids)
+
+    @property
+    def later(self) -> tuple[int, ...]:
+        """Tokens of the steps in which it is read, without the first."""
+        return (*self.before, len(self.ids) - sum(self.before))[1:]
 
     @property
     def question(self) -> Record:
@@ -86,6 +101,7 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
     prompts = []
     scoring = plan.task.scoring
     samples = plan.task.load(tokenizer)
+    compress = plan.config["compress"], plan.config["compress_chunk"]
     for sample in plan.task.of_shard(samples):
         if isinstance(plan.task, StreamTask):
             assert sample.ids is not None
@@ -94,17 +110,20 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
             continue
         answer = plan.task.max_new_tokens or sample.max_new_tokens
         if sample.ids is not None:
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer, scoring))
+            before = steps_before(*compress, sample, None, tokenizer)
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer, scoring, before))
             continue
         limit = plan.config["model"]["max_length"] - answer
         chat = plan.task.chat_template and sample.chat_template is not False
         chat = chat and tokenizer.chat_template is not None
-        ids, truncated = encode(tokenizer, sample.prompt, chat, limit, sample.answer_prefix)
+        encoded = encode_prompt(tokenizer, sample.prompt, chat, limit, sample.answer_prefix)
+        ids, truncated = encoded.ids, encoded.truncated
         if truncated and plan.task.longest_prompt():
             raise ConfigError(
                 "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
             )
-        prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring))
+        before = steps_before(*compress, sample, encoded, tokenizer)
+        prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring, before))
     if not prompts:
         raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
     return Asked(prompts, len(samples), _digest(samples))
@@ -120,11 +139,15 @@ def _digest(samples: Sequence[Sample]) -> str:
 def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Batches of equal generation settings, of neighbouring lengths when they hold several rows.
 
+    Rows whose questions, or chunks, have other lengths are in other batches: nothing would tell the
+    padding between a context and its question.
+
     They depend on all prompts and not on which are done, so that a resumed run is the same run.
     """
-    settings: dict[tuple[int, tuple[str, ...]], list[Prompt]] = {}
+    settings: dict[Any, list[Prompt]] = {}
     for prompt in prompts:
-        settings.setdefault((prompt.max_new_tokens, prompt.sample.stop), []).append(prompt)
+        key = prompt.max_new_tokens, prompt.sample.stop, prompt.before and prompt.later
+        settings.setdefault(key, []).append(prompt)
     for alike in settings.values():
         if size > 1:
             alike.sort(key=lambda prompt: len(prompt.ids))

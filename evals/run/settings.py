@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveInt, StringConstraints, ValidationError
 
 from buzz.cache import positions_of
+from evals.run.compress import Compress
 from evals.tasks.build import STRICT, refusal
 
 # Run folders are named by these, and must stay inside `output`.
@@ -50,6 +51,8 @@ class Settings(BaseModel):
     cache: Cache
     budget: Any  # see buzz.Budget, which checks both
     budget_by: Literal["peak", "mean"]
+    compress: Compress
+    compress_chunk: PositiveInt
     kl: bool
     seed: Seed
     device: Text

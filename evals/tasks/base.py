@@ -254,6 +254,11 @@ class StreamTask(Task):
         """Metrics by name, from the negative log-likelihood in nats of each token but the first."""
 
 
+def after(body: str, prompt: str) -> str:
+    """What follows the last `body` in a prompt."""
+    return prompt[prompt.rindex(body) + len(body) :]
+
+
 def at_least(minimum: int, name: str, value: object) -> None:
     """Raises ConfigError unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.tasks.base import Sample, Section, Task, at_least, one_of, template
+from evals.tasks.base import Sample, Section, Task, after, at_least, one_of, template
 from evals.tasks.data import load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, package_rouge, rouge, self_bleu
 
@@ -86,10 +86,12 @@ class Summarization(Task):
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
         article = _article(number, row)
+        prompt = self.prompt.format(article=article, words=self.words)
         return Sample(
             id=str(number),
-            prompt=self.prompt.format(article=article, words=self.words),
+            prompt=prompt,
             references=(_first(row, SUMMARY_FIELDS),),
+            question=after(article, prompt),
             meta={"id": row.get("id")},
         )
 
