@@ -122,6 +122,7 @@ class ForkedCache(EvictionCache):
         layers: list[Any] = [ForkedLayer(self.forks, index) for index in range(len(first.layers))]
         Cache.__init__(self, layers=layers)
         self.evicting = layers
+        self._replay = None  # rows of different lengths are no graph
 
     def begin_step(
         self,
