@@ -13,7 +13,7 @@ from buzz.entries import Entries
 from buzz.policy import BudgetBy, Evicts, Policy, ScoreRule, register
 
 
-@register("snapkv")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class SnapKVPolicy(Policy):
     """Evicts once, after the first step; every later token stays.

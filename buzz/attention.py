@@ -110,7 +110,9 @@ def attend(
     index: Any = module.layer_idx
     layer = eviction_cache.layers[index] if eviction_cache is not None else None
     if (attend_forks := getattr(layer, "attend", None)) is not None:
-        return attend_forks(functools.partial(attend, stock, backend, module), query, **kwargs), None
+        return attend_forks(
+            functools.partial(attend, stock, backend, module), query, **kwargs
+        ), None
     if eviction_cache is None or not isinstance(layer, EvictionLayer):
         return stock(module, query, key, value, attention_mask, **kwargs)
     for option in ("dropout", "softcap", "s_aux"):

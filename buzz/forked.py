@@ -110,9 +110,7 @@ class ForkedCache(EvictionCache):
         ConfigError: no policy; a model with layers that do not evict; as EvictionCache.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any) -> None:
         if not policies:
             raise ConfigError("policies", [], "give at least one")
         self.forks = [EvictionCache(model, policy, **options) for policy in policies]

@@ -23,7 +23,7 @@ from buzz import ConfigError
 from evals.report import tables as report
 from evals.report.beside import Setting
 from evals.report.claims import judge
-from evals.report.runs import settings_text
+from evals.report.marks import varied
 from evals.report.terminal import tables
 from evals.results.reading import read_run, read_runs, read_summary
 from evals.results.records import RunFolder
@@ -344,7 +344,7 @@ def test_parameters_that_a_budget_left_alone_are_on_record(news) -> None:
     (setting,) = Setting.of([own, free])
     assert setting.names == ["h2o fixed=heavy", "h2o fixed=none"]
     runs = read_runs(news.runs)
-    assert {settings_text(run, runs) for run in runs} == {"fixed=heavy", "fixed=none"}
+    assert {varied(run, runs) for run in runs} == {"fixed=heavy", "fixed=none"}
     unbudgeted = news("method=h2o", "method.heavy=280", fixed=frozenset({"heavy"}))
     assert unbudgeted == news("method=h2o")  # where nothing is fitted, nothing is left alone
     assert read_run(unbudgeted).config["fixed"] == []

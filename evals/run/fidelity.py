@@ -13,10 +13,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -36,8 +37,7 @@ from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
 from evals.run.prompts import Prompt, load_prompts
 from evals.run.runner import console
-from evals.tasks.base import StreamTask, at_least
-from evals.tasks.build import build
+from evals.tasks.build import build, check
 
 FORKS = "forks.jsonl"
 
@@ -75,9 +75,9 @@ def run_all(cfg: DictConfig) -> list[Path]:
 
 def _run(cfg: DictConfig) -> Path:
     settings: Any = OmegaConf.to_container(cfg.fidelity, resolve=True)
-    at_least(2, "fidelity.tokens", settings["tokens"])
+    check("fidelity.tokens", settings["tokens"], Annotated[int, Field(ge=2)])
     plan = Plan.of(cfg)
-    if isinstance(plan.task, StreamTask):
+    if plan.task.mode == "read":
         raise ConfigError("task", plan.task.name, "has no answers to compare; take another")
     by = plan.config["budget_by"]
     forks = [
@@ -141,9 +141,7 @@ def _methods(configured: dict[str, dict[str, Any]]) -> dict[str, Policy]:
 
 def _missing(record: Record | None, prompt: Prompt) -> bool:
     return (
-        record is None
-        or record["status"] == "failed"
-        or record["prompt_sha256"] != prompt.sha256
+        record is None or record["status"] == "failed" or record["prompt_sha256"] != prompt.sha256
     )
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from evals.results import schema
 from evals.results.records import sha256
 from evals.results.schema import Record
 from evals.run.plan import Plan
-from evals.tasks.base import Sample, StreamTask
+from evals.tasks.base import Sample
 from evals.tasks.encoding import encode
 
 
@@ -57,24 +58,16 @@ class Prompt:
         return sha256([*self.question.values(), *references, self.scoring])
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What a run is of.
 
     Attributes:
         prompts: in the task's order; of a shard, its own.
-        of: samples of the whole task.
-        data: names them all.
+        stored: prompts.json.
     """
 
     prompts: list[Prompt]
-    of: int
-    data: str
-
-    def stored(self) -> schema.Asked:
-        """For prompts.json."""
-        known = {prompt.sample.id: prompt.sample_sha256 for prompt in self.prompts}
-        return {"samples": known, "of": self.of, "data": self.data}
+    stored: schema.Asked
 
 
 def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
@@ -87,13 +80,10 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
     scoring = plan.task.scoring
     samples = plan.task.load(tokenizer)
     for sample in plan.task.of_shard(samples):
-        if isinstance(plan.task, StreamTask):
-            assert sample.ids is not None
-            plan.check_reading(len(sample.ids) - len(sample.starts) + 1)
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, 0, scoring))
-            continue
-        answer = plan.task.max_new_tokens or sample.max_new_tokens
+        answer = plan.task.max_new_tokens or sample.max_new_tokens or 0
         if sample.ids is not None:
+            if plan.task.mode == "read":
+                plan.check_reading(len(sample.ids) - len(sample.starts) + 1)
             prompts.append(Prompt(sample, list(sample.ids), 0, False, answer, scoring))
             continue
         limit = plan.config["model"]["max_length"] - answer
@@ -107,7 +97,8 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
         prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring))
     if not prompts:
         raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
-    return Asked(prompts, len(samples), _digest(samples))
+    known = {prompt.sample.id: prompt.sample_sha256 for prompt in prompts}
+    return Asked(prompts, {"samples": known, "of": len(samples), "data": _digest(samples)})
 
 
 def _digest(samples: Sequence[Sample]) -> str:
@@ -118,14 +109,14 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 
 def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Batches of equal generation settings, of neighbouring lengths when they hold several rows.
+    """Batches that are generated alike, of neighbouring lengths when they hold several rows.
 
     They depend on all prompts and not on which are done, so that a resumed run is the same run.
     """
-    settings: dict[tuple[int, tuple[str, ...]], list[Prompt]] = {}
+    kinds: dict[tuple[int, tuple[str, ...]], list[Prompt]] = {}
     for prompt in prompts:
-        settings.setdefault((prompt.max_new_tokens, prompt.sample.stop), []).append(prompt)
-    for alike in settings.values():
+        kinds.setdefault((prompt.max_new_tokens, prompt.sample.stop), []).append(prompt)
+    for alike in kinds.values():
         if size > 1:
             alike.sort(key=lambda prompt: len(prompt.ids))
         for start in range(0, len(alike), size):
