@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from buzz.errors import ConfigError
 from evals.launch.sweep import Objectives, ResultsCallback, run_job
+from evals.report import fidelity as fidelity_report
 from evals.results.reading import read_summary
 from evals.results.records import RunFailed
 from evals.run import fidelity
@@ -33,7 +34,8 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
         if job.mode is RunMode.MULTIRUN:
             return run_job(cfg, list(job.overrides.task), list(names), Path(job.sweep.dir))
         if cfg.get("fidelity"):
-            return [str(folder) for folder in fidelity.run_all(cfg)]
+            print(fidelity_report.shown(fidelity.run_all(cfg)))
+            return []
         folders = run_all(cfg, fixed=names)
         ResultsCallback.failed = sum(read_summary(folder)["failed"] > 0 for folder in folders)
         return [str(folder) for folder in folders]

@@ -66,7 +66,3 @@ class ChunkKVPolicy(SnapKVPolicy):
         ]
         of_chunk = ranks.repeat_interleave(self.chunk, dim=-1)[..., : entries.held]
         return torch.cat(inside, dim=-1) - of_chunk
-
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
-        assert scores is not None
-        return scores.topk(self.capacity, dim=-1).indices.sort(dim=-1).values

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from buzz.policy import Evicts, Policy, register
+from buzz.policy import Evicts, Policy, State, register
 
 
 @register()
@@ -21,8 +21,8 @@ class FullPolicy(Policy):
     def protected(self) -> int:
         return 0
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
-        return held, sampled
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
+        return held, state
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         raise AssertionError("the full cache never evicts")

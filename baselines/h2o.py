@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
 
 
 @register()
@@ -48,10 +48,10 @@ class H2OPolicy(Policy):
     def resident(self) -> int:
         return self.heavy
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
         return min(held, self.heavy + self.recent), 0
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
         candidates = scores[..., : held - self.recent]
         if candidates.shape[-1] == self.heavy + 1:  # decoding: one leaves, no sort is needed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, register
+from buzz.policy import BudgetBy, Policy, State, register
 
 
 @register()
@@ -24,10 +24,10 @@ class LocalPolicy(Policy):
     def protected(self) -> int:
         return self.window
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
         return min(held, self.window), 0
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         return torch.empty(1, 1, 0, dtype=torch.int64)
 
     def fit(

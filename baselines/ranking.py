@@ -1,12 +1,59 @@
-"""What methods share that keep the best entries, once in so many tokens."""
+"""What methods share that keep the best entries: of the prompt alone, or once in so many tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy
+from buzz.policy import BudgetBy, Evicts, Policy, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPolicy(Policy):
+    """Evicts once, after the first step; every later token stays.
+
+    A prompt in chunks needs `EvictionCache(hold_until=...)`.
+
+    Args:
+        capacity: entries left of the prompt.
+    """
+
+    evicts: ClassVar[Evicts] = "prompt"
+
+    capacity: int = 1024
+
+    def __post_init__(self) -> None:
+        self._at_least(1 + self.protected, "capacity")
+
+    @property
+    def protected(self) -> int:
+        return 0
+
+    @property
+    def resident(self) -> int:
+        return 0  # what stays moves once
+
+    def left(self, prompt: int) -> int:
+        """Entries left of a prompt."""
+        return min(prompt, self.capacity)
+
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
+        """The state is 0 until the prompt is judged."""
+        return (held, state) if state else (self.left(held), 1)
+
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+        assert scores is not None
+        stay = self.left(held) - self.protected
+        candidates = scores[..., : held - self.protected]
+        return candidates.topk(stay, dim=-1).indices.sort(dim=-1).values
+
+    def fit(
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
+    ) -> Policy:
+        """The budget is what the prompt's end leaves; every token of the answer comes on top."""
+        return self if "capacity" in fixed else self._replace(budget, capacity=budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +77,13 @@ class RankingPolicy(Policy):
     def protected(self) -> int:
         return 0
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
-        """`sampled` is 0 until the prompt is judged."""
-        if held >= self.size + (self.every if sampled else 1):
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
+        """The state is 0 until the prompt is judged."""
+        if held >= self.size + (self.every if state else 1):
             return self.size, self.size
-        return held, sampled or held
+        return held, state or held
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
         candidates = scores[..., : held - self.protected]
         return candidates.topk(self.size - self.protected, dim=-1).indices.sort(dim=-1).values

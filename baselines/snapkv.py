@@ -9,51 +9,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
+from baselines.ranking import PromptPolicy
 from buzz.entries import Entries
-from buzz.policy import BudgetBy, Evicts, Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, register
 
 
 @register()
 @dataclass(frozen=True, kw_only=True)
-class SnapKVPolicy(Policy):
-    """Evicts once, after the first step; every later token stays.
+class SnapKVPolicy(PromptPolicy):
+    """Keeps of the prompt its last `window` entries, and those that they attend the most.
 
-    Query heads of a group choose together (the original's choose alone). A prompt in chunks needs
-    `EvictionCache(hold_until=...)`.
+    As FasterDecoding/SnapKV (e216ddc8) `snapkv/monkeypatch/snapkv_utils.py`, but that query heads
+    of a group choose together (the original's choose alone).
 
     Args:
-        capacity: prompt entries kept: the last `window`, and those that they attend the most.
+        capacity: prompt entries kept, window included.
         window: last queries that judge.
         kernel: neighbours whose attention is pooled.
         pooling: ``avg`` or ``max``.
     """
 
-    evicts: ClassVar[Evicts] = "prompt"
     needs_scores: ClassVar[bool] = True
     score_rule: ClassVar[ScoreRule] = "step"
 
-    capacity: int = 1024
     window: int = 32
     kernel: int = 7
     pooling: str = "max"
 
     def __post_init__(self) -> None:
         self._at_least(1, "window", "kernel")
-        self._at_least(self.window + 1, "capacity")
         self._one_of("pooling", "avg", "max")
+        super().__post_init__()
 
     @property
     def protected(self) -> int:
         return self.window
 
     observe = protected
-
-    @property
-    def resident(self) -> int:
-        return 0  # what stays moves once
-
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
-        return (held, sampled) if sampled else (min(held, self.capacity),) * 2  # sampled once
 
     def score(self, entries: Entries) -> Tensor:
         """Attention of the window, pooled; the window's own entries are above all others."""
@@ -65,11 +57,6 @@ class SnapKVPolicy(Policy):
         """Neighbours along the last of three dimensions."""
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d
         return pool(scores, self.kernel, 1, self.kernel // 2)[..., : scores.shape[-1]]
-
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
-        assert scores is not None
-        history, stay = held - self.window, self.capacity - self.window
-        return scores[..., :history].topk(stay, dim=-1).indices.sort(dim=-1).values
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

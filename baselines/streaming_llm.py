@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, register
+from buzz.policy import BudgetBy, Policy, State, register
 
 
 @register()
@@ -30,10 +30,10 @@ class StreamingLLMPolicy(Policy):
     def resident(self) -> int:
         return self.sink
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
         return min(held, self.sink + self.window), 0
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         return torch.arange(self.sink).expand(1, 1, -1)
 
     def fit(

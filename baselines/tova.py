@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, ScoreRule, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
 
 
 @register()
@@ -37,10 +37,10 @@ class TOVAPolicy(Policy):
     def resident(self) -> int:
         return self.size
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
         return min(held, self.size), 0
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
         attention = scores.mean(1, keepdim=True)
         if held == self.size + 1:  # decoding: one leaves, no sort is needed

@@ -1,10 +1,12 @@
 """Evicting KV caches for stock transformers: BUZZ, and the interface that all methods share."""
 
+from buzz.adapter import CACHE_ARGUMENT
 from buzz.beehive import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy
 from buzz.budget import Budget
-from buzz.cache import CACHE_ARGUMENT, EvictionCache
+from buzz.cache import EvictionCache
 from buzz.errors import ConfigError
 from buzz.forked import ForkedCache
+from buzz.honeycomb import HoneycombPolicy
 from buzz.policy import POLICIES, Policy, register
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "ConfigError",
     "EvictionCache",
     "ForkedCache",
+    "HoneycombPolicy",
     "Policy",
     "register",
 ]

@@ -1,16 +1,7 @@
 """The attention backend: stock attention that also yields what each cache entry received.
 
-How the pieces find each other, in one place. Making an :class:`~buzz.EvictionCache`
-
-1. registers :func:`attend` with transformers' `AttentionInterface` in place of the model's backend
-   (sdpa, eager, flash_attention_2 ...), which it keeps and calls;
-2. adds a forward pre-hook to the decoder. When `past_key_values` is an EvictionCache, the hook has
-   the cache check the step's inputs and read the padding off the 2-D mask, puts an inert mask in
-   its place, and passes the cache on as the keyword `eviction_cache`, which transformers hands down
-   to the attention function unchanged.
-
-Without that keyword :func:`attend` only calls the stock function: with any other cache, and in any
-other model, the stock path runs. Neither model code nor configuration is touched.
+:func:`attend` stands in for the model's own attention function (:mod:`buzz.adapter` puts it there).
+With any cache but an :class:`~buzz.EvictionCache` it only calls that one: the stock path runs.
 
 Where outputs and scores come from:
 
@@ -24,61 +15,19 @@ No gradient flows through kept entries, so none flows at all: a backward pass is
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from buzz import kernels
+from buzz.adapter import Attention
 from buzz.errors import ConfigError
 from buzz.layer import EvictionLayer
 
-if TYPE_CHECKING:
-    from buzz.cache import EvictionCache
-
-BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
-Attention = Callable[..., tuple[Tensor, Any]]
 Scored = tuple[Tensor, Tensor | None]  # output, and what each entry received
-
-
-def install(model: PreTrainedModel) -> nn.Module:
-    """Make `model` serve evicting caches (once); its decoder is returned.
-
-    Raises:
-        ConfigError: an attention backend that is not supported.
-    """
-    backend = model.config._attn_implementation
-    if backend not in BACKENDS:
-        raise ConfigError(
-            "model.attn_implementation", backend, f"choose one of {', '.join(BACKENDS)}"
-        )
-    stock = ALL_ATTENTION_FUNCTIONS.get(backend, _model_eager)
-    if not isinstance(stock, functools.partial):
-        AttentionInterface.register(backend, functools.partial(attend, stock, backend))
-    decoder: nn.Module = model.get_decoder()
-    if not any(hook is _announce_cache for hook in decoder._forward_pre_hooks.values()):
-        decoder.register_forward_pre_hook(_announce_cache, with_kwargs=True)
-    return decoder
-
-
-def of_layer(decoder: nn.Module, index: int) -> nn.Module:
-    """The attention module of one decoder layer.
-
-    Raises:
-        ConfigError: the model keeps it under an unknown name.
-    """
-    layers: Any = getattr(decoder, "layers", None)
-    layer = layers[index] if layers is not None else None
-    for name in ("self_attn", "attention", "attn"):
-        if hasattr(layer, name):
-            return getattr(layer, name)
-    raise ConfigError("model", type(decoder).__name__, "its attention layers could not be found")
 
 
 def attend(
@@ -90,7 +39,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    eviction_cache: EvictionCache | None = None,
+    eviction_layers: Sequence[Any] | None = None,
     shared: dict[Any, Scored] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
@@ -101,19 +50,19 @@ def attend(
         backend: its name.
         query: [batch, heads, new, head_dim].
         key, value: [batch, kv_heads, held, head_dim], the new entries last.
-        eviction_cache: the cache that holds `key` and `value`; None to run the stock function.
+        eviction_layers: the layers of an evicting cache; None to run the stock function. That of
+            the module holds `key` and `value`.
         shared: results of other caches that hold and are asked the same, by how they score.
 
     Returns:
         Output [batch, new, heads, head_dim]; no weights.
     """
     index: Any = module.layer_idx
-    layer = eviction_cache.layers[index] if eviction_cache is not None else None
+    layer = None if eviction_layers is None else eviction_layers[index]
     if (attend_forks := getattr(layer, "attend", None)) is not None:
-        return attend_forks(
-            functools.partial(attend, stock, backend, module), query, **kwargs
-        ), None
-    if eviction_cache is None or not isinstance(layer, EvictionLayer):
+        own = functools.partial(attend, stock, backend, module)
+        return attend_forks(own, query, **kwargs), None
+    if not isinstance(layer, EvictionLayer):
         return stock(module, query, key, value, attention_mask, **kwargs)
     for option in ("dropout", "softcap", "s_aux"):
         if kwargs.get(option):
@@ -142,9 +91,8 @@ def attend(
     differentiable = torch.is_grad_enabled() and (query.requires_grad or layer.cuts_gradient)
     if differentiable:
         query = query.detach()
-    query = _scaled_by_log_n(eviction_cache, layer, query)
-    if layer.policy.queries:
-        layer.keep_queries(query, scale)
+    query = _scaled_by_log_n(layer, query)
+    layer.keep_queries(query, scale)
     rule = observed, layer.policy.decay
     if shared is not None and rule in shared:
         output, received = shared[rule]
@@ -155,8 +103,8 @@ def attend(
     if shared is not None:
         shared[rule] = output, received
     layer.after_attention(received)
-    if layer is eviction_cache.evicting[-1]:
-        output = eviction_cache.spoil(output)
+    for wrong in layer.faults.values():  # a step was wrong and nobody could be told yet
+        output = output.masked_fill(wrong.to(output.device), math.nan)
     if differentiable:
         output = _NoBackward.apply(output, torch.empty(0, requires_grad=True))
     return output.transpose(1, 2), None
@@ -221,15 +169,15 @@ def _mask(backend: str, query: Tensor, key: Tensor, starts: Tensor | None) -> Te
     return mask
 
 
-def _scaled_by_log_n(cache: EvictionCache, layer: EvictionLayer, query: Tensor) -> Tensor:
+def _scaled_by_log_n(layer: EvictionLayer, query: Tensor) -> Tensor:
     """Queries times log n of what each attends, if the cache is set to do so."""
-    if cache.logn_base is None:
+    if layer.logn_base is None:
         return query
     new = query.shape[2]
     held = torch.tensor(layer.lengths, device=query.device)
     attended = held[:, None] - torch.arange(new - 1, -1, -1, device=query.device)
-    scale = attended.clamp(min=1).float().log() / math.log(cache.logn_base)
-    if cache.logn_clamp:
+    scale = attended.clamp(min=1).float().log() / math.log(layer.logn_base)
+    if layer.logn_clamp:
         scale = scale.clamp(min=1)
     return query * scale.to(query.dtype)[:, None, :, None]
 
@@ -250,39 +198,3 @@ class _NoBackward(torch.autograd.Function):
             "no gradient flows through kept entries; run under torch.no_grad() or"
             " torch.inference_mode(), or compute what you differentiate without a cache",
         )
-
-
-def _announce_cache(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: hand the cache on to :func:`attend`, and a step's inputs to the cache."""
-    from buzz.cache import EvictionCache
-
-    # By type and not by name: `past_key_values` became `cache` in transformers 5.24.
-    passed = (value for value in (*kwargs.values(), *args) if isinstance(value, EvictionCache))
-    cache = next(passed, None)
-    if cache is None:
-        return None
-    if args:
-        names = inspect.signature(decoder.forward).parameters
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
-        raise ConfigError(
-            "output_attentions", True, "an evicting cache has no weights to give; leave it out"
-        )
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs["inputs_embeds"]
-    batch, new = tokens.shape[:2]
-    inputs = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    cache.begin_step(decoder, batch, new, *inputs)
-    kwargs = {**kwargs, "eviction_cache": cache}
-    if len(cache.evicting) == len(cache.layers):
-        # A 4-D mask is passed on as it is and spares making one. This one is never read.
-        kwargs["attention_mask"] = torch.empty(1, 1, 1, 1, device=tokens.device)
-    return (), kwargs
-
-
-def _model_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """The eager attention of the module's own model file, which transformers does not register."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)

@@ -95,25 +95,26 @@ class BuzzPolicy(Policy):
         room = self.threshold - _cells(old, self.old_stride)
         return max(self.stride, _cells(new, room))
 
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+    def survivors(self, held: int, state: int) -> tuple[int, int]:
+        """The state is how much of the history an earlier eviction sampled: the old part."""
         others = held - self.sink - self.window
         if others <= self.threshold:
-            return held, sampled
-        width = self._new_stride(sampled, others - sampled)
-        history = _cells(sampled, self.old_stride) + _cells(others - sampled, width)
+            return held, state
+        width = self._new_stride(state, others - state)
+        history = _cells(state, self.old_stride) + _cells(others - state, width)
         while self.compact == "until_fits" and history > max(self.threshold, 1):
             history = _cells(history, self.old_stride)
         return self.sink + history + self.window, history
 
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
-        old_end, new_end = self.sink + sampled, held - self.window
+    def select(self, held: int, state: int, scores: Tensor | None) -> Tensor:
+        old_end, new_end = self.sink + state, held - self.window
         device = scores.device if scores is not None else None
         index = torch.arange(new_end, device=device).expand(1, 1, -1)
         if scores is not None:
             index = index.expand(*scores.shape[:2], -1)
 
         old = self._sample_old(index[..., self.sink : old_end], scores)
-        new, width = index[..., old_end:], self._new_stride(sampled, new_end - old_end)
+        new, width = index[..., old_end:], self._new_stride(state, new_end - old_end)
         new = _best_of_cells(new, scores, width) if self.local_max else new[..., ::width]
         history = torch.cat([old, new], dim=-1)
         while self.compact == "until_fits" and history.shape[-1] > max(self.threshold, 1):

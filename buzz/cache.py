@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 import weakref
@@ -11,24 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
-from transformers.generation import GenerationMixin
 
-from buzz import attention
-from buzz.entries import check_projection
+from buzz import adapter
+from buzz.attention import attend
 from buzz.errors import ConfigError
+from buzz.eviction import Group
 from buzz.inputs import REMEDIES, check_mask, first_positions, hides_more, jumps, padding_of
-from buzz.layer import EvictionLayer, Group
+from buzz.layer import EvictionLayer
 from buzz.policy import Policy
-from buzz.rope import Rope, find_rope
-
-# The name under which this transformers takes a cache: `cache` from 5.24 on, which still knows the
-# older name and warns.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
+from buzz.rope import Rope
 
 Positions = Literal["cache", "true"]
 
@@ -37,13 +27,6 @@ LONGROPE = (
     " frequencies that they were rotated with, while the model's own generate() would compute all"
     " of the text again"
 )
-
-# Models whose attention is more than softmax(q k) v over per-head keys.
-UNSUPPORTED = {
-    "kv_lora_rank": "caches a latent and not keys (MLA)",
-    "alibi": "marks positions by ALiBi and not by RoPE",
-    "attn_logit_softcapping": "caps its attention logits, which the scored attention does not",
-}
 
 
 class EvictionCache(Cache):
@@ -89,23 +72,19 @@ class EvictionCache(Cache):
             raise ConfigError("cache.logn_base", logn_base, "give a number above 1, or null")
         self.policy = policy
         self._positions = positions_of(positions)
-        self.logn_base = logn_base
-        self.logn_clamp = logn_clamp
         self._runs: list[list[int]] = []  # [steps, new tokens, change in length, evictions] alike
         self._last = (0, 0, 0)
-        self._faults: dict[str, Tensor] = {}  # by input: bool, whether a step's was wrong
-        decoder = attention.install(model)
+        decoder = adapter.install(model, attend, _announce)
         layers = _make_layers(decoder, model, policy, self.positions)
         super().__init__(layers=layers)
         self._decoder = weakref.ref(decoder)
-        self._is_dropped = hasattr(model.config, "original_max_position_embeddings")
-        longrope = getattr(decoder.rotary_emb, "rope_type", None) == "longrope"
-        self._short_context = (
-            model.config.original_max_position_embeddings if self._is_dropped and longrope else 0
-        )
+        self._is_dropped = adapter.drops(model)
+        self._short_context = adapter.short_context(model, decoder)
         # The layers that evict: all, unless the model mixes in layers with a window of its own.
         self.evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
         self.hold_until = hold_until
+        for layer in self.evicting:
+            layer.logn_base, layer.logn_clamp = logn_base, logn_clamp
 
     def __bool__(self) -> bool:
         # Phi-3 drops a truthy cache when a text grows past its short context, to compute all of it
@@ -129,16 +108,25 @@ class EvictionCache(Cache):
             layer.hold_until = tokens
 
     @property
+    def logn_base(self) -> float | None:
+        return self.evicting[0].logn_base
+
+    @property
     def lengths(self) -> list[int]:
         """Entries held by each evicting layer (by its longest row)."""
         self._raise_faults()
         return [layer.longest for layer in self.evicting]
 
     @property
+    def distinct(self) -> list[EvictionLayer]:
+        """The first evicting layer of each policy: those under the same one hold the same."""
+        return list({layer.policy: layer for layer in reversed(self.evicting)}.values())[::-1]
+
+    @property
     def evictions(self) -> list[int]:
-        """Evictions so far of each row of the batch."""
+        """Evictions so far of each row of the batch, in the layer that had the most."""
         self._raise_faults()
-        return self.evicting[0].evictions
+        return [max(row) for row in zip(*(layer.evictions for layer in self.distinct), strict=True)]
 
     @property
     def entry_nbytes(self) -> int:
@@ -175,6 +163,8 @@ class EvictionCache(Cache):
     def trace(self) -> list[tuple[int, int, int]]:
         """Length over time, of the first row: (tokens seen, entries held, evictions) by step.
 
+        In the first layer that evicts.
+
         Steps that ran under torch.compile appear as one.
         """
         self._raise_faults()
@@ -209,8 +199,7 @@ class EvictionCache(Cache):
         """
         super().reset()
         self._runs, self._last = [], (0, 0, 0)
-        faults, self._faults = self._faults, {}
-        _raise_any(faults)
+        self._raise_faults()
 
     def begin_step(
         self,
@@ -313,17 +302,19 @@ class EvictionCache(Cache):
         elif wrong:
             raise ConfigError(field, "of this step", REMEDIES[field])
 
+    @property
+    def _faults(self) -> dict[str, Tensor]:
+        return self.evicting[-1].faults
+
     def _raise_faults(self) -> None:
         """Waits for the device if there is an answer to wait for."""
-        if self._faults:
-            _raise_any(self._faults)
-            self._faults = {}
-
-    def spoil(self, output: Tensor) -> Tensor:
-        """The last layer's output, or NaN if a step was wrong and nobody could be told yet."""
-        for wrong in self._faults.values():
-            output = output.masked_fill(wrong.to(output.device), math.nan)
-        return output
+        faults = self._faults
+        if not faults:
+            return
+        self.evicting[-1].faults = {}
+        for field, wrong in faults.items():
+            if wrong:
+                raise ConfigError(field, "of an earlier step", REMEDIES[field])
 
 
 def positions_of(value: Any) -> Positions:
@@ -344,12 +335,6 @@ def _may_wait(device: torch.device, new: int) -> bool:
     return not torch.compiler.is_compiling() and (device.type == "cpu" or new > 1)
 
 
-def _raise_any(faults: dict[str, Tensor]) -> None:
-    for field, wrong in faults.items():
-        if wrong:
-            raise ConfigError(field, "of an earlier step", REMEDIES[field])
-
-
 def _number(value: Any) -> float:
     """A number as it is, anything else as one that no range holds."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
@@ -363,34 +348,24 @@ def _name(decoder: nn.Module) -> str:
 def _make_layers(
     decoder: nn.Module, model: PreTrainedModel, policy: Policy, positions: Positions
 ) -> list[Any]:
-    config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    for field, reason in UNSUPPORTED.items():
-        if getattr(config, field, None):
-            raise ConfigError("model", name, f"{reason} (config.{field})")
-    if getattr(decoder, "rotary_emb", None) is None:
-        raise ConfigError(
-            "model", name, "has no rotary position embedding (RoPE), so no kept key can be moved"
-        )
+    if reason := adapter.why_unsupported(model.config):
+        raise ConfigError("model", name, reason)
     ropes: dict[tuple[str, bool], Rope] = {}
     layers: list[Any] = []
-    types, arguments = get_layer_types_and_kwargs(config)
-    for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
-        window: Any = kwargs.get("sliding_window")
-        if kind == "sliding_attention" and window < config.max_position_embeddings:
-            layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+    for index, (kind, own) in enumerate(adapter.layers_of(model)):
+        if own is not None:
+            layers.append(own)
             continue
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ConfigError("model", name, f"layer {index} is {kind}; it has no KV cache to thin")
-        module = attention.of_layer(decoder, index)
-        key = (kind, bool(getattr(module, "use_rope", True)))
+        module = adapter.attention_of(decoder, index)
+        key = (kind, adapter.has_rope(module))
         if key not in ropes:
-            ropes[key] = find_rope(decoder, module, kind)
+            ropes[key] = adapter.find_rope(decoder, module, kind)
         # At true positions no key moves, as in a layer without RoPE.
         rope = ropes[key] if positions == "cache" else Rope(None)
         if policy.needs_projection:
-            check_projection(module)
-        layers.append(EvictionLayer(policy, rope, module=module))
+            adapter.output_projection(module)  # raises if it cannot be read
+        layers.append(EvictionLayer(policy, rope, module=module, rotation=ropes[key]))
     evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
     for number, layer in enumerate(evicting):
         layer.index, layer.policy = number, policy.for_layer(number, len(evicting))
@@ -398,7 +373,27 @@ def _make_layers(
         raise ConfigError(
             "model",
             name,
-            f"all layers have a sliding window of {config.sliding_window} of their own and nothing"
-            " is left to evict; load it with sliding_window=None",
+            f"all layers have a sliding window of {model.config.sliding_window} of their own and"
+            " nothing is left to evict; load it with sliding_window=None",
         )
     return layers
+
+
+def _announce(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> adapter.Inputs | None:
+    """Forward pre-hook: tell the cache what a step is given, and :func:`attend` the layers."""
+    # By type and not by name, which may be the older one.
+    passed = (value for value in (*kwargs.values(), *args) if isinstance(value, EvictionCache))
+    cache = next(passed, None)
+    if cache is None:
+        return None
+    inputs = adapter.named_inputs(decoder, args, kwargs)
+    tokens = adapter.step_tokens(inputs)
+    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    batch, new = tokens.shape[:2]
+    cache.begin_step(decoder, batch, new, mask, position_ids)
+    inputs = {**inputs, "eviction_layers": cache.layers}
+    if len(cache.evicting) == len(cache.layers):
+        inputs["attention_mask"] = adapter.unread_mask(tokens.device)
+    return (), inputs

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from buzz.errors import ConfigError
+from buzz import adapter
+from buzz.queries import Moments, QueryLog
+from buzz.rope import Rope
+from buzz.store import Store
 
-if TYPE_CHECKING:
-    from buzz.layer import EvictionLayer, Group
-
-PROJECTIONS = ("o_proj", "out_proj", "dense")  # names of W_o in attention modules
+Rows = slice | Tensor  # an index into the batch
 
 
 class Entries:
@@ -30,33 +27,54 @@ class Entries:
     """
 
     def __init__(
-        self, layer: EvictionLayer, group: Group, rows: slice | Tensor, received: Tensor | None
+        self,
+        store: Store,
+        rows: Rows,
+        held: int,
+        seen: int,
+        *,
+        received: Tensor | None = None,
+        log: QueryLog | None = None,
+        uncut: int = 0,
+        rotation: Rope | None = None,
+        position: int = 0,
+        layer: int = 0,
+        module: nn.Module | None = None,
     ) -> None:
+        """Of `rows` of the layer's `store`.
+
+        Args:
+            log: the layer's queries.
+            uncut: tokens that came since the last eviction.
+            rotation: what the model rotates queries by.
+            position: of the next token.
+        """
         self.received = received
-        self.held = group.held
-        self.seen = group.seen
-        self.layer = layer.index
-        self._of = layer
+        self.held = held
+        self.seen = seen
+        self.layer = layer
+        self._store = store
         self._rows = rows
-        self._uncut = group.seen - group.cut
+        self._log = log
+        self._uncut = uncut
+        self._rotation = rotation
+        self._position = position
+        self._module = module
 
     @property
     def keys(self) -> Tensor:
         """[rows, kv_heads, held, head_dim], rotated as the step's queries attended them."""
-        assert self._of.store is not None
-        return self._view(self._of.store.keys)
+        return self._view(self._store.keys)
 
     @property
     def values(self) -> Tensor:
         """[rows, kv_heads, held, head_dim]."""
-        assert self._of.store is not None
-        return self._view(self._of.store.values)
+        return self._view(self._store.values)
 
     @property
     def positions(self) -> Tensor:
         """True token indices in their own row, int32 [rows, kv_heads, held]."""
-        assert self._of.store is not None
-        return self._view(self._of.store.positions)
+        return self._view(self._store.positions)
 
     @property
     def queries(self) -> Tensor:
@@ -65,44 +83,39 @@ class Entries:
         float32 [rows, heads, w, head_dim], w up to the policy's `queries`; fewer where an earlier
         eviction has moved the entries that the older ones attended.
         """
-        assert self._of.queries is not None
-        latest = self._of.queries[self._rows]
+        assert self._log is not None and self._log.latest is not None
+        latest = self._log.latest[self._rows]
         return latest[:, :, max(0, latest.shape[2] - self._uncut) :]
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and covariance of the queries from the policy's `moments_from` on.
+
+        Times the scale of the logits, and before any rotation: see :meth:`ahead`.
+        """
+        assert self._log is not None and self._log.moments is not None
+        return self._log.moments.select_rows(self._rows)
+
+    def ahead(self, vectors: Tensor, steps: int) -> Tensor:
+        """Vectors [..., head_dim] on average over the positions of the next `steps` tokens.
+
+        The rotation is linear, so its mean over positions is one too.
+        """
+        assert self._rotation is not None
+        to = torch.arange(self._position, self._position + steps, device=vectors.device)
+        turn = self._rotation.turn(to, torch.zeros_like(to), torch.full_like(to, self.seen - 1))
+        mean = None if turn is None else (turn[0].mean(0), turn[1].mean(0))
+        return self._rotation.rotate(vectors, mean)
 
     @property
     def output_projection(self) -> Tensor:
         """What the layer's W_o does to each head's output: [heads, head_dim, hidden]."""
-        weight = _projection(self._of.module)
+        weight = adapter.output_projection(self._module)
         return weight.mT.unflatten(0, (-1, self.values.shape[-1]))
 
     def _view(self, tensor: Tensor) -> Tensor:
-        assert self._of.store is not None
-        end = self._of.store.end
+        end = self._store.end
         return tensor[self._rows, :, end - self.held : end]
-
-
-def _projection(module: weakref.ref[nn.Module] | None) -> Tensor:
-    """The weight [hidden, heads * head_dim] of an attention module's output projection.
-
-    Raises:
-        ConfigError: there is none under a known name, or it is quantised.
-    """
-    attention = None if module is None else module()
-    for name in PROJECTIONS:
-        weight = getattr(getattr(attention, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-            return weight.detach()
-    raise ConfigError(
-        "model",
-        type(attention).__name__,
-        f"has no output projection that can be read (one of {', '.join(PROJECTIONS)}, not"
-        " quantised), which this method needs",
-    )
-
-
-def check_projection(module: nn.Module) -> None:
-    """Raises ConfigError unless the output projection of an attention module can be read."""
-    _projection(weakref.ref(module))
 
 
 def projected_norms(entries: Entries) -> Tensor:

@@ -85,7 +85,7 @@ class ForkedLayer(CacheLayerMixin):
                 _row(query, row),
                 *self.entries[row],
                 None,
-                eviction_cache=fork,
+                eviction_layers=fork.layers,
                 shared=shared,
                 **kwargs,
             )[0]
@@ -118,9 +118,9 @@ class ForkedCache(EvictionCache):
         if not all(isinstance(layer, EvictionLayer) for layer in first.layers):
             name = type(model).__name__
             raise ConfigError("model", name, "has layers that do not evict; run methods one by one")
-        layers = [ForkedLayer(self.forks, index) for index in range(len(first.layers))]
+        layers: list[Any] = [ForkedLayer(self.forks, index) for index in range(len(first.layers))]
         Cache.__init__(self, layers=layers)
-        self.evicting = layers  # type: ignore[assignment]
+        self.evicting = layers
 
     def begin_step(
         self,
@@ -136,7 +136,7 @@ class ForkedCache(EvictionCache):
             ConfigError: a mask.
             RuntimeError: a prompt of several rows; a later step that has not a row for each fork.
         """
-        wanted = len(self.forks) if self.layers[0].get_seq_length() else 1
+        wanted = len(self.forks) if self.get_seq_length() else 1
         if batch != wanted:
             raise RuntimeError(f"this step has {batch} rows and not {wanted}")
         if attention_mask is not None:

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from buzz import kernels
-from buzz.entries import Entries
+from buzz.entries import Entries, Rows
+from buzz.eviction import Group, Lengths, evict, plan
 from buzz.inputs import on
 from buzz.policy import Policy
+from buzz.queries import BLOCK, QueryLog
 from buzz.rope import Rope
-from buzz.store import Store, with_spare
-
-
-@dataclass
-class Group:
-    """Rows of a batch that evict in step for ever, because their prompts are equally long.
-
-    Attributes:
-        rows: their indices in the batch.
-        padding: padding tokens before their first token.
-        first_position: the position that the model gave to their first token.
-        seen: tokens of a row so far, without padding.
-        held: entries that a row holds.
-        sampled: how many of them are history that an eviction has sampled.
-        evictions: evictions so far.
-        cut: tokens that had been seen at the last of them.
-        source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
-            before they first moved, where turning them again and again would add up errors.
-        source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to.
-    """
-
-    rows: list[int]
-    padding: int = 0
-    first_position: int = 0
-    seen: int = 0
-    held: int = 0
-    sampled: int = 0
-    evictions: int = 0
-    cut: int = 0
-    source: Tensor | None = None
-    source_positions: Tensor | None = None
+from buzz.store import Store
 
 
 class EvictionLayer(CacheLayerMixin):
@@ -53,29 +24,43 @@ class EvictionLayer(CacheLayerMixin):
 
     Args:
         policy: the eviction method.
-        rope: how the layer rotates its keys.
+        rope: how keys that move are rotated.
         index: the layer's, among those that evict.
         module: its attention module, for methods that read the output projection.
+        rotation: how the model rotates the layer's queries, where keys do not move; else `rope`.
+
+    Attributes:
+        hold_until, logn_base, logn_clamp: as of the cache.
+        faults: the cache's, in its last layer, whose output they spoil.
     """
 
     is_sliding = False
 
     def __init__(
-        self, policy: Policy, rope: Rope, index: int = 0, module: nn.Module | None = None
+        self,
+        policy: Policy,
+        rope: Rope,
+        index: int = 0,
+        module: nn.Module | None = None,
+        rotation: Rope | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.rope = rope
+        self.rotation = rope if rotation is None else rotation
         self.index = index
         self.module = None if module is None else weakref.ref(module)
         self.hold_until = 0
+        self.logn_base: float | None = None
+        self.logn_clamp = False
+        self.faults: dict[str, Tensor] = {}  # by input, whether a step's was wrong: then NaN
         self.cumulative_length = 0  # tokens seen, padding included
         self.new = 0  # tokens of the current step
         self.cuts_gradient = False  # whether the current step's keys or values had one
         self.groups: list[Group] = []
         self.store: Store | None = None
         self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
-        self.queries: Tensor | None = None  # the last ones, if the policy asks for them
+        self.log = QueryLog()
         self.awaits_attention = False
 
     # --- what transformers asks ---------------------------------------------------------------
@@ -143,7 +128,8 @@ class EvictionLayer(CacheLayerMixin):
         """Forget every entry. Buffers stay allocated, for the next prompt."""
         if self.store is not None and self.store.owned:
             self.idle = self.store
-        self.store = self.queries = None
+        self.store = None
+        self.log = QueryLog()
         self.groups = []
         self.cumulative_length = 0
         self.awaits_attention = False
@@ -166,16 +152,10 @@ class EvictionLayer(CacheLayerMixin):
         if self.store is None:
             return
         self.store = self.store.select_rows(indices.to(self.device))
-        if self.queries is not None:
-            self.queries = self.queries.index_select(0, indices.to(self.device))
+        self.log = self.log.select_rows(indices.to(self.device))
         origin = indices.tolist()
         for group in self.groups:
-            place = {row: number for number, row in enumerate(group.rows)}
-            group.rows = [row for row, old in enumerate(origin) if old in place]
-            if group.source is not None and group.source_positions is not None:
-                picked = torch.tensor([place[origin[row]] for row in group.rows], dtype=torch.int64)
-                group.source = group.source[picked.to(self.device)]
-                group.source_positions = group.source_positions[picked.to(self.device)]
+            group.select_rows(origin, self.device)
         self.groups = [group for group in self.groups if group.rows]
 
     # --- lengths ------------------------------------------------------------------------------
@@ -242,10 +222,9 @@ class EvictionLayer(CacheLayerMixin):
         """Bytes of the keys and values held, or of every buffer with its bookkeeping."""
         if not allocated:
             return self.entry_nbytes * sum(self.lengths)
-        sources = [t for g in self.groups for t in (g.source, g.source_positions) if t is not None]
+        sources = [tensor for group in self.groups for tensor in group.tensors()]
         stores = [store for store in (self.store, self.idle) if store is not None]
-        if self.queries is not None:
-            sources.append(self.queries)
+        sources += self.log.tensors()
         return sum(t.numel() * t.element_size() for t in sources) + sum(s.nbytes() for s in stores)
 
     # --- scores and eviction ------------------------------------------------------------------
@@ -274,18 +253,31 @@ class EvictionLayer(CacheLayerMixin):
         return self.observed > 0
 
     def keep_queries(self, query: Tensor, scale: float) -> None:
-        """Note the step's last queries [batch, heads, new, head_dim], times the logits' scale.
+        """Note the step's queries [batch, heads, new, head_dim], times the logits' scale.
 
-        A method that evicts after the prompt reads none later, and then none are kept.
+        Of those that the policy asks for; and none after the prompt, if it evicts then alone.
         """
-        if self.policy.evicts == "prompt" and all(group.sampled for group in self.groups):
-            self.queries = None
+        policy = self.policy
+        if not policy.queries and policy.moments_from is None:
             return
-        kept = self.policy.queries
-        latest = query[:, :, -kept:].detach().float() * scale
-        if self.queries is not None and latest.shape[2] < kept:
-            latest = torch.cat([self.queries, latest], dim=2)[:, :, -kept:]
-        self.queries = latest
+        before = self.cumulative_length - self.new
+        if policy.evicts == "prompt" and before > 0 and self.hold_until <= before:
+            self.log = QueryLog()
+            return
+        if kept := policy.queries:
+            self.log.keep_latest(query[:, :, -kept:].detach().float() * scale, kept)
+        if policy.moments_from is not None:
+            for low in range(0, self.new, BLOCK):
+                part = slice(low, min(low + BLOCK, self.new))
+                slots = torch.arange(before, before + self.new, device=self.device)[part]
+                padding, first = (
+                    on(self.device, self.per_row(name))[:, None, None]
+                    for name in ("padding", "first_position")
+                )
+                index = slots - padding  # of each token in its row: int64 [batch, 1, part]
+                back = self.rotation.turn(torch.zeros_like(index), index + first, slots)
+                turned = self.rotation.rotate(query[:, :, part].detach().float() * scale, back)
+                self.log.keep_moments(turned, (index >= policy.moments_from)[..., None])
 
     def after_attention(self, received: Tensor | None) -> None:
         """Take in what each entry received, then evict what the policy gives up.
@@ -308,132 +300,43 @@ class EvictionLayer(CacheLayerMixin):
             scores = self.view(store.scores).add_(received)
         if not lasting:
             store.scores = None  # of a prompt that was held back, and is judged now
-        plan = self._plan()
-        if plan is None:
-            return
-        start = self.start
-        longest = max([kept for kept, _ in plan])
-        if all(kept == group.held for group, (kept, _) in zip(self.groups, plan, strict=True)):
-            target = store  # history was re-labelled, nothing leaves
-        elif store.owned and store.capacity <= 2 * with_spare(longest):
-            target = store
-        else:
-            target = self._fresh_store(store, longest)
-        for group, (kept, sampled) in zip(self.groups, plan, strict=True):
-            if kept < group.held or target is not store:
-                self._compact(group, kept, scores, start, target)
-            group.held, group.sampled = kept, sampled
-        self.store = target
+        after = self._plan()
+        if after is not None:
+            look = partial(self._look, scores, self.start)
+            self.store, self.idle = evict(
+                store, self.idle, self.groups, after, self.policy, self.rope, look
+            )
 
-    def _plan(self) -> list[tuple[int, int]] | None:
-        """What the length recurrence says of each group; None when nothing happens to any."""
-        if self.holds_back:
-            return None
-        now = [(group.held, group.sampled) for group in self.groups]
-        after = [self.policy.survivors(*lengths) for lengths in now]
-        return None if after == now else after
+    def _plan(self) -> list[Lengths] | None:
+        return None if self.holds_back else plan(self.policy, self.groups)
 
-    def _fresh_store(self, store: Store, entries: int) -> Store:
-        if self.idle is not None and self.idle.fits(store, entries):
-            fresh, self.idle = self.idle.cleared(), None
-        else:
-            fresh = Store.like(store, with_spare(entries))
-        fresh.end = entries
-        return fresh
-
-    def _compact(
-        self, group: Group, kept: int, scores: Tensor | None, start: int, target: Store
-    ) -> None:
-        """Move what a group keeps to the end of `target`, its keys rotated to their new positions.
+    def _look(self, scores: Tensor | None, start: int, group: Group, rows: Rows) -> Entries:
+        """What the policy may look at of a group.
 
         Args:
-            kept: entries that stay.
             scores: float32 [batch, kv_heads, longest row], from slot `start` on.
         """
         store = self.store
         assert store is not None
-        rows: slice | Tensor = slice(None)
-        if len(self.groups) > 1:
-            rows = on(self.device, group.rows)
-        first = store.end - group.held  # slot of the group's first entry
-        tail = min(self.policy.protected, kept)
-        if kept < group.held:
-            if scores is not None:
-                scores = scores[rows, :, first - start :]
-                if self.policy.score_rule == "mean":
-                    could_see = group.seen - store.positions[rows, :, first : store.end]
-                    scores = scores / could_see
-            scores = self.policy.score(Entries(self, group, rows, scores))
-            index = self.policy.select(group.held, group.sampled, scores).to(self.device)
-            group.evictions += 1
-            group.cut = group.seen
-        else:
-            index = torch.arange(kept - tail, device=self.device)
-        index = index.expand(len(group.rows), store.keys.shape[1], kept - tail)
-        leading = self._resident_keys(group, kept, index, store, first)
-        to = target.end - kept
-        dropped = group.held - kept
-        turns = None
-        if dropped and self.rope.static:
-            turns = self.rope.table(dropped + 1)
-        tensors = store.tensors(), target.tensors()
-        whole = None if isinstance(rows, slice) else rows
-        kernels.move(
-            *tensors,
-            first + index,
-            to,
-            first + dropped,
-            turns,
-            rows=whole,
-            interleaved=self.rope.interleaved,
+        if scores is not None:
+            first = store.end - group.held
+            scores = scores[rows, :, first - start :]
+            if self.policy.score_rule == "mean":
+                could_see = group.seen - store.positions[rows, :, first : store.end]
+                scores = scores / could_see
+        return Entries(
+            store,
+            rows,
+            group.held,
+            group.seen,
+            received=scores,
+            log=self.log,
+            uncut=group.seen - group.cut,
+            rotation=self.rotation,
+            position=group.first_position + group.seen,
+            layer=self.index,
+            module=None if self.module is None else self.module(),
         )
-        if leading is not None:
-            target.keys[rows, :, to : to + leading.shape[2]] = leading
-        if target is not store:
-            for source, destination in zip(*tensors, strict=True):
-                recent = source[rows, :, store.end - tail : store.end]
-                destination[rows, :, target.end - tail : target.end] = recent
-
-    def _resident_keys(
-        self, group: Group, kept: int, index: Tensor, store: Store, first: int
-    ) -> Tensor | None:
-        """The keys that must not be turned step by step, turned at once from how they came.
-
-        These are, in half precision, the residents of the policy, whose rounding errors would add
-        up; and all keys where frequencies change, because turns do not add up then.
-
-        Args:
-            index: int64 [rows, kv_heads, older], entries that stay.
-            first: slot of entry 0.
-
-        Returns:
-            [rows, kv_heads, residents, head_dim], or None if there are none.
-        """
-        older = index.shape[-1]
-        if not self.rope.static:
-            residents = older
-        elif store.keys.dtype in (torch.float16, torch.bfloat16):
-            residents = min(self.policy.resident, older)
-        else:
-            residents = 0
-        if not residents or self.rope.module is None:
-            return None
-        index = index[..., :residents]
-        batch = on(self.device, group.rows)[:, None, None]
-        where = batch, torch.arange(index.shape[1], device=self.device)[:, None], first + index
-        keys, arrival = store.keys[where], store.positions[where] + group.padding
-        newest = group.first_position + group.seen
-        old = newest - group.held + index
-        if group.source is not None and group.source_positions is not None:
-            known = group.source.shape[2]
-            place = index.clamp(max=known - 1)
-            has_source = index < known
-            source = group.source.gather(2, place[..., None].expand_as(keys))
-            keys = torch.where(has_source[..., None], source, keys)
-            old = torch.where(has_source, group.source_positions.gather(2, place), old)
-        group.source, group.source_positions = keys, old
-        new = newest - kept + torch.arange(residents, device=self.device)
-        return self.rope.rotate(keys, self.rope.turn(new, old, arrival))
 
     def _positions(self, new: int) -> Tensor:
         """Token indices of the next slots, int32 [batch or 1, 1, new]; negative in padding."""

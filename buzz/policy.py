@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ScoreRule = Literal["sum", "mean", "step"]
 BudgetBy = Literal["peak", "mean"]
 Evicts = Literal["always", "prompt", "never"]
+State = Any  # what a method remembers of its lengths: hashable, 0 before the first step
 FOREVER = 2**20  # steps after which a cache that still grows is taken to be unbounded
 
 POLICIES: dict[str, type[Policy]] = {}
@@ -108,6 +109,14 @@ class Policy(ABC):
         return 0
 
     @property
+    def moments_from(self) -> int | None:
+        """The first token whose query counts in the mean and covariance that a layer keeps.
+
+        None: it keeps none.
+        """
+        return None
+
+    @property
     def resident(self) -> int:
         """How many leading entries can stay, and move, for ever; all, unless a method knows better.
 
@@ -117,19 +126,23 @@ class Policy(ABC):
         return FOREVER
 
     @abstractmethod
-    def survivors(self, held: int, sampled: int) -> tuple[int, int]:
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
         """The length recurrence: what one eviction leaves, from lengths alone.
 
         Args:
             held: entries in the cache after a step's tokens were appended.
-            sampled: how many of them are history that an earlier eviction sampled.
+            state: what the step before returned; a method's own, and opaque to everybody else.
 
         Returns:
-            Entries that stay (== `held` when nothing is evicted) and the new `sampled`.
+            Entries that stay (== `held` when nothing is evicted) and the new state.
         """
 
     def for_layer(self, index: int, layers: int) -> Policy:
-        """The policy of one of the `layers` that evict."""
+        """The policy of one of the `layers` that evict.
+
+        Layers may hold different numbers of entries; what this policy's own :meth:`survivors` says
+        is then what a layer holds on average, up to one.
+        """
         return self
 
     def score(self, entries: Entries) -> Tensor | None:
@@ -142,13 +155,13 @@ class Policy(ABC):
         return entries.received
 
     @abstractmethod
-    def select(self, held: int, sampled: int, scores: Tensor | None) -> Tensor:
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         """Which of the entries before the last :attr:`protected` stay.
 
         Called only when :meth:`survivors` evicts.
 
         Args:
-            held, sampled: as for :meth:`survivors`.
+            held, state: as for :meth:`survivors`.
             scores: what :meth:`score` returned.
 
         Returns:
@@ -177,10 +190,11 @@ class Policy(ABC):
 
     def lengths(self, steps: Iterable[int]) -> list[int]:
         """Entries held after each of `steps` forward passes (their numbers of new tokens)."""
-        held = sampled = 0
+        held: int = 0
+        state: State = 0
         lengths = []
         for new in steps:
-            held, sampled = self.survivors(held + new, sampled)
+            held, state = self.survivors(held + new, state)
             lengths.append(held)
         return lengths
 
@@ -230,15 +244,15 @@ class Policy(ABC):
 @lru_cache(maxsize=4096)
 def _footprint(policy: Policy, prompt: int) -> Footprint:
     """Follows the length recurrence until it comes back to a state, which closes a cycle."""
-    state = policy.survivors(prompt, 0) if prompt else (0, 0)
-    after_prompt = state[0]
-    seen: dict[tuple[int, int], int] = {}
+    now = policy.survivors(prompt, 0) if prompt else (0, 0)
+    after_prompt = now[0]
+    seen: dict[tuple[int, State], int] = {}
     lengths: list[int] = []
-    while state not in seen:
+    while now not in seen:
         if policy.evicts != "always" or len(lengths) > FOREVER:
             return Footprint(after_prompt, math.inf, math.inf)
-        seen[state] = len(lengths)
-        lengths.append(state[0])
-        state = policy.survivors(state[0] + 1, state[1])
-    cycle = lengths[seen[state] :]
+        seen[now] = len(lengths)
+        lengths.append(now[0])
+        now = policy.survivors(now[0] + 1, now[1])
+    cycle = lengths[seen[now] :]
     return Footprint(after_prompt, max(lengths), sum(cycle) / len(cycle))

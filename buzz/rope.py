@@ -9,13 +9,10 @@ positions nothing moves: a cache then treats every layer as one without RoPE.
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from buzz.errors import ConfigError
 from buzz.kernels.reference import rotate
 
 Rotation = tuple[Tensor, Tensor]
@@ -116,48 +113,3 @@ class Rope:
     def rotate(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
         """Turn `keys` [..., D] by cos and sin [..., R / 2]."""
         return keys if rotation is None else rotate(keys, *rotation, self.interleaved)
-
-
-def find_rope(decoder: nn.Module, attention: nn.Module, layer_type: str) -> Rope:
-    """The rotation of one attention layer, checked against the model's own code.
-
-    Raises:
-        ConfigError: the model has no RoPE, or rotates in a way that cannot be undone from cos/sin.
-    """
-    name = type(decoder).__name__
-    if not getattr(attention, "use_rope", True):  # NoPE layers of SmolLM3 and Llama 4
-        return Rope(None)
-    module = getattr(decoder, "rotary_emb", None)
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if module is None or apply is None:
-        raise ConfigError("model", name, "its rotary position embedding could not be found")
-    per_type = hasattr(module, f"{layer_type}_inv_freq")
-    prefix = layer_type if per_type else ""
-    for interleaved in (False, True):
-        rope = Rope(module, prefix, interleaved)
-        if _agrees(rope, apply, attention, layer_type if per_type else None):
-            return rope
-    raise ConfigError(
-        "model", name, "rotates its keys in an unknown layout; neither half-split nor interleaved"
-    )
-
-
-@torch.no_grad()
-def _agrees(
-    rope: Rope, apply: Callable[..., Rotation], attention: nn.Module, layer_type: str | None
-) -> bool:
-    """Whether moving a key with `rope` gives what the model computes at the new position."""
-    device = rope.frequencies().device
-    head_dim = getattr(attention, "head_dim", 2 * rope.frequencies().shape[-1])
-    key = torch.linspace(-1, 1, 2 * head_dim, device=device).view(1, 1, 2, head_dim)
-    positions = torch.tensor([[2, 7]], device=device)
-    kwargs = {} if layer_type is None else {"layer_type": layer_type}
-    assert rope.module is not None
-    at_old, at_new = positions, positions.flip(-1)
-    try:
-        old = apply(key, key, *rope.module(key, at_old, **kwargs))[1]
-        new = apply(key, key, *rope.module(key, at_new, **kwargs))[1]
-        moved = rope.rotate(old, rope.turn(at_new, at_old, at_old))
-    except (TypeError, RuntimeError):  # another signature or layout: not ours
-        return False
-    return moved.shape == new.shape and torch.allclose(moved, new, atol=1e-4)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 
@@ -57,6 +58,10 @@ class Store:
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
 
     def tensors(self) -> list[Tensor]:
         every = (self.keys, self.values, self.positions, self.scores)

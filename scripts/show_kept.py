@@ -117,7 +117,7 @@ def keep(
     sink = min(getattr(policy, "sink", 0), held)
     history = 0
     if cache.evictions[0]:
-        sampled = cache.evicting[0].groups[0].sampled  # BUZZ's; what came since waits its turn
+        sampled = cache.evicting[0].groups[0].state  # BUZZ's; what came since waits its turn
         history = sampled or held - sink - policy.protected
     kinds = np.zeros((len(positions), seen), dtype=np.uint8)
     kind = np.repeat([SINK, HISTORY, WINDOW], [sink, history, held - sink - history])

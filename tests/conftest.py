@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import settings
-from runs import MODEL, NEEDLE, ROOT
+from runs import ROOT, run_tiny
 
-settings.register_profile("untimed", deadline=None)  # how busy a machine is fails no test
-settings.load_profile("untimed")
+# Test processes run beside each other, and tiny models gain nothing by threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+torch.set_num_threads(1)
+
+# How busy a machine is fails no test, and what a change broke fails in every run.
+settings.register_profile("alike", deadline=None, derandomize=True)
+settings.register_profile("others", deadline=None, max_examples=500, print_blob=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="also run tests that take minutes; other and more random examples in each run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("others" if config.getoption("--slow") else "alike")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,14 +51,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture
 def go(tmp_path: Path):
-    """Runs the tiny model with some overrides; the run's folder."""
-    import evals.run.runner
+    """`run_tiny`, into a folder of the test's own."""
 
-    def go(*overrides: str, fixed: frozenset[str] = frozenset(), needle: bool = True) -> Path:
-        task = NEEDLE if needle else []
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [*MODEL, *task, f"output={tmp_path}/runs", *overrides])
-        return evals.run.runner.run(cfg, fixed)
+    def go(*overrides: str, **options: Any) -> Path:
+        return run_tiny(go.runs, *overrides, **options)
 
     go.runs = tmp_path / "runs"
     return go

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tiny import tiny
@@ -205,7 +207,8 @@ def _check_kept(
                     received = received / (end - entries)
                 received = received[None]
             recent = slice(max(cut, end - policy.queries), end)
-            view = _View(layer, entries, recent, positions == "cache", received, index)
+            moved = positions == "cache"
+            view = _View(layer, entries, recent, moved, received, index, policy.moments_from)
             scores = policy.score(view)
             chosen = policy.select(held, sampled, scores)[0].expand(heads, -1)
             tail = entries[:, held - min(policy.protected, stay) :]
@@ -234,6 +237,7 @@ class _View:
     moved: bool
     received: Tensor | None
     layer: int
+    moments_from: int | None
 
     @property
     def held(self) -> int:
@@ -259,6 +263,23 @@ class _View:
         queries = self.of.query[:, self.recent]
         turned = self.of.rotated(queries, at.expand(queries.shape[:2]))
         return (turned * self.of.scale[self.recent, None])[None]
+
+    @property
+    def moments(self) -> Any:
+        start = self.moments_from
+        raw = (self.of.query * self.of.scale[:, None])[:, start : self.recent.stop]
+        if not raw.shape[1]:
+            raw = raw.new_zeros(raw.shape[0], 1, raw.shape[2])
+        centred = raw - raw.mean(1, keepdim=True)
+        covariance = centred.mT @ centred / raw.shape[1]
+        return SimpleNamespace(mean=raw.mean(1)[None], covariance=covariance[None])
+
+    def ahead(self, vectors: Tensor, steps: int) -> Tensor:
+        """By turning them to every position."""
+        start = self.held if self.moved else self.recent.stop
+        at = torch.arange(start, start + steps)
+        flat = vectors.flatten(0, -2)[:, None].expand(-1, steps, -1)
+        return self.of.rotated(flat, at.expand(len(flat), -1)).mean(1).view_as(vectors)
 
     @property
     def output_projection(self) -> Tensor:

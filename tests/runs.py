@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+
 import evals.run.runner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +26,16 @@ MODEL = [
 NEEDLE = ["task.lengths=[400]", "task.depths=[0,50,100]", "task.repeats=1", "task.max_new_tokens=8"]
 TIMES = {"ttft_s", "decode_tokens_per_s", "itl_p50_ms", "itl_p95_ms", "memory_peak_nbytes"}
 MADE = {"process", "load", "loaded"}
+
+
+def run_tiny(
+    output: Path, *overrides: str, fixed: frozenset[str] = frozenset(), needle: bool = True
+) -> Path:
+    """Runs the tiny model with some overrides; the run's folder."""
+    task = NEEDLE if needle else []
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        cfg = compose("config", [*MODEL, *task, f"output={output}", *overrides])
+    return evals.run.runner.run(cfg, fixed)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -8,52 +8,55 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from runs import MODEL, NEEDLE, ROOT, timeless
+from runs import MODEL, NEEDLE, ROOT, run_tiny, timeless
 
-SETTING = [*MODEL, *NEEDLE, "task.repeats=8", "method=h2o", "budget=0.25"]
-SAMPLES = 24
+SETTING = ["task.repeats=8", "method=h2o", "budget=0.25"]
+SAMPLES, WRITTEN = 24, 3
+# The command `python run.py`, which is sent a signal when it has written so many records.
+STOPPED = f"""
+import os, runpy
+from evals.results.records import RunFolder
 
+append, written = RunFolder.append, []
 
-def start(output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, ROOT / "run.py", *SETTING, f"output={output}"]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def append_and_stop(self, record, *rest):
+    append(self, record, *rest)
+    written.append(record)
+    if len(written) == {WRITTEN}:
+        os.kill(os.getpid(), int(os.environ["NUMBER"]))
 
-
-def finish(output: Path) -> Path:
-    process = start(output)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    (folder,) = output.glob("needle-*")
-    return folder
+RunFolder.append = append_and_stop
+runpy.run_path({str(ROOT / "run.py")!r}, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The records of a run that nothing disturbed."""
-    records = timeless(finish(tmp_path_factory.mktemp("whole")))
+    records = timeless(run_tiny(tmp_path_factory.mktemp("whole"), *SETTING))
     assert len(records) == SAMPLES
     return records
 
 
-def test_another_process_gives_the_same_records(whole, go) -> None:
-    assert timeless(go("task.repeats=8", "method=h2o", "budget=0.25")) == whole
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_stopped_and_resumed_is_the_same_run(whole, tmp_path, number) -> None:
-    process = start(tmp_path)
-    while process.poll() is None:
-        files = list(tmp_path.glob("needle-*/samples.jsonl"))
-        if files and files[0].read_bytes().count(b"\n") > 2:
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
-    so_far = timeless(files[0].parent)
-    assert 2 < len(so_far) < SAMPLES
-    assert timeless(finish(tmp_path)) == whole
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
+def test_a_run_that_was_stopped_and_resumed_is_the_same_run(
+    whole, go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    """It is begun by another process, in another folder, and ended by this one."""
+    monkeypatch.setenv("NUMBER", str(int(number)))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-c", STOPPED, *MODEL, *NEEDLE, *SETTING, "output=runs"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no other folder is left behind
+    (folder,) = go.runs.glob("needle-*")
+    so_far = timeless(folder)
+    assert WRITTEN <= len(so_far) <= WRITTEN + 1  # that in flight is answered, but for SIGKILL
+    assert so_far == whole[: len(so_far)]
+    assert go(*SETTING) == folder
+    assert timeless(folder) == whole

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -271,11 +269,11 @@ def test_unknown_choice_lists_the_choices(main, capsys, choice) -> None:
         assert path.stem in error
 
 
-def test_command_line_from_another_folder(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "run.py", *MODEL, *NEEDLE, "budget=7.5", "output=runs"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: budget=7.5: ")
+def test_command_line_from_another_folder(main, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(*MODEL, *NEEDLE, "budget=7.5", "output=runs") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: budget=7.5: ")
     assert {path.name for path in tmp_path.iterdir()} <= {"runs"}  # no other folder is left behind
 
 

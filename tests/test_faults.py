@@ -243,6 +243,14 @@ def test_samples_that_fail_in_a_sweep_decide_its_exit_status(main, during, capsy
 # --- signals --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT is heeded, which a process that a shell started with `&` was told to ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt(number: int, times: int = 1) -> Act:
     """Sends signals while the second sample is being answered, once."""
     left = [number] * times
@@ -254,6 +262,7 @@ def interrupt(number: int, times: int = 1) -> Act:
     return act
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("number", "times", "kept", "status"),
     [(signal.SIGINT, 1, 2, 130), (signal.SIGTERM, 1, 2, 143), (signal.SIGINT, 2, 1, 130)],
@@ -281,12 +290,14 @@ def test_a_signal_stops_after_the_sample_in_flight_and_a_second_at_once(
     assert len({record["id"] for record in read(folder)}) == len(read(folder)) == 3
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_a_sweep_too(main, during, capsys) -> None:
     during(interrupt(signal.SIGINT))
     assert main("-m", *MODEL, *NEEDLE, "method=full,local") == 130
     assert [path.name.split("-")[1] for path in main.runs.glob("needle-*")] == ["full"]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_during_the_last_sample_ends_a_sweep_too(go, during) -> None:
     during(lambda now: now.prompt == 2 and now.step == 1 and os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted):

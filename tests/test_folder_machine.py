@@ -523,9 +523,14 @@ def composed(method: str) -> Any:
     return _composed[method]
 
 
-@pytest.mark.parametrize(
-    ("examples", "steps"), [(40, 15), pytest.param(300, 40, marks=pytest.mark.slow)]
-)
-def test_run_folders_in_any_order(examples: int, steps: int) -> None:
-    options = {"max_examples": examples, "stateful_step_count": steps, "deadline": None}
-    run_state_machine_as_test(Folders, settings=settings(**options))
+def run(**options: Any) -> None:
+    run_state_machine_as_test(Folders, settings=settings(deadline=None, **options))
+
+
+def test_the_same_orders_in_every_run() -> None:
+    run(max_examples=30, stateful_step_count=15, derandomize=True, database=None)
+
+
+@pytest.mark.slow
+def test_other_orders_in_every_run() -> None:
+    run(max_examples=300, stateful_step_count=40, print_blob=True)

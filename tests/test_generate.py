@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from methods import (
+    CORE,
+    METHODS,
+    SEES_ALL,
+    core_methods,
+    every_method,
+    generate,
+    in_turn,
+)
 from tiny import FAMILIES, SHAPE, VOCAB, from_config, gpt2, prompt, tiny
 from transformers import (
     DeepseekV3Config,
     DynamicCache,
     FalconConfig,
+    LlamaConfig,
     MistralConfig,
     Qwen3NextConfig,
     TextStreamer,
     pipeline,
 )
 
-from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
-from buzz import (
-    POLICIES,
-    BuzzFastPolicy,
-    BuzzPolicy,
-    BuzzStridedPolicy,
-    ConfigError,
-    EvictionCache,
-    Policy,
-)
-
-HIVE = {"sink": 2, "window": 12, "stride": 3, "threshold": 12}
-METHODS: dict[str, Policy] = {
-    "full": FullPolicy(),
-    "local": LocalPolicy(window=24),
-    "streaming_llm": StreamingLLMPolicy(sink=2, window=20),
-    "h2o": H2OPolicy(heavy=12, recent=12),
-    "h2o-mean": H2OPolicy(heavy=12, recent=12, scoring="mean"),
-    "buzz": BuzzPolicy(**HIVE),
-    "buzz-local_max": BuzzPolicy(**HIVE, history="local_max", compact="until_fits"),
-    "buzz_strided": BuzzStridedPolicy(**HIVE),
-    "buzz_fast": BuzzFastPolicy(**HIVE),
-}
-METHODS |= {name: POLICIES[name]().fit(24) for name in POLICIES if name not in METHODS}
-every_method = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
-both_positions = pytest.mark.parametrize("positions", ["cache", "true"])
-
+from baselines import FullPolicy
+from buzz import ConfigError, EvictionCache
 
 HYBRID = {
     "head_dim": 16,
@@ -74,20 +59,6 @@ REFUSED = [
 ]
 
 
-def generate(model, ids, cache, tokens=30, mask=None, **kwargs):
-    """Greedy tokens [batch, tokens] and logits [batch, tokens, vocab]."""
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids) if mask is None else mask,
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **{"do_sample": False, **kwargs},
-    )
-    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
-
-
 @pytest.fixture(scope="module")
 def llama():
     return tiny("llama")
@@ -97,11 +68,13 @@ def llama():
 def test_full_equals_the_stock_cache_and_others_evict_as_predicted(family) -> None:
     model, ids = tiny(family), prompt(80)
     expected = generate(model, ids, DynamicCache(config=model.config))
-    for policy in METHODS.values():
+    for name in METHODS if family == "llama" else [*CORE, SEES_ALL]:
+        policy = METHODS[name]
         model = tiny(family)  # dynamic RoPE remembers the longest text it has seen
         cache = EvictionCache(model, policy)
         tokens, logits = generate(model, ids, cache)
-        assert cache.lengths == [policy.lengths([80] + [1] * 29)[-1]] * len(cache.evicting)
+        each = [policy.for_layer(i, len(cache.evicting)) for i in range(len(cache.evicting))]
+        assert cache.lengths == [one.lengths([80] + [1] * 29)[-1] for one in each]
         if policy.name == "full":
             assert torch.equal(tokens, expected[0])
             torch.testing.assert_close(logits, expected[1])
@@ -115,13 +88,21 @@ def test_another_cache_on_the_same_model_runs_the_stock_path() -> None:
     assert torch.equal(again[1], expected[1])
 
 
-@every_method
-@both_positions
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3-partial"])
-def test_padded_rows_give_what_they_give_alone(family, positions, policy) -> None:
+@in_turn("cache")
+def test_padded_rows_give_what_they_give_alone(policy, positions) -> None:
+    check_padded_rows("llama", policy, positions)
+
+
+@core_methods
+@pytest.mark.parametrize(("family", "positions"), [("qwen3", "true"), ("phi3-partial", "cache")])
+def test_padded_rows_of_other_models_too(family, positions, policy) -> None:
+    check_padded_rows(family, policy, positions)
+
+
+def check_padded_rows(family, policy, positions) -> None:
     model = tiny(family)
-    lengths = [70, 33, 5, 70]
-    ids = prompt(70, batch=4)
+    lengths = [70, 33, 5]
+    ids = prompt(70, batch=3)
     mask = torch.ones_like(ids)
     for row, length in enumerate(lengths):
         mask[row, : 70 - length] = 0
@@ -142,25 +123,22 @@ def test_padded_rows_give_what_they_give_alone(family, positions, policy) -> Non
     assert cache.nbytes() == cache.entry_nbytes * sum(cache.layers[0].lengths)
 
 
-@every_method
-@both_positions
+@in_turn("true")
 def test_a_batch_of_equal_prompts_gives_what_each_gives_alone(llama, positions, policy) -> None:
-    ids = prompt(40, batch=3)
+    ids = prompt(40, batch=2)
     tokens, logits = generate(llama, ids, EvictionCache(llama, policy, positions=positions))
-    for row in range(3):
+    for row in range(2):
         cache = EvictionCache(llama, policy, positions=positions)
         alone, own = generate(llama, ids[row : row + 1], cache)
         assert torch.equal(tokens[row], alone[0])
         torch.testing.assert_close(logits[row], own[0], atol=1e-4, rtol=1e-4)
 
 
-@every_method
-@both_positions
-@pytest.mark.parametrize("backend", ["eager"])
-def test_backends_agree(policy, positions, backend) -> None:
+@in_turn("true")
+def test_backends_agree(policy, positions) -> None:
     ids = prompt(60)
     caches, results = [], []
-    for attention in ("sdpa", backend):
+    for attention in ("sdpa", "eager"):
         model = tiny("llama", attention)
         caches.append(EvictionCache(model, policy, positions=positions))
         results.append(generate(model, ids, caches[-1]))
@@ -168,8 +146,7 @@ def test_backends_agree(policy, positions, backend) -> None:
     assert torch.equal(caches[0].kept_positions(0), caches[1].kept_positions(0))
 
 
-@every_method
-@both_positions
+@in_turn("cache")
 def test_beam_search_follows_its_beams(llama, positions, policy) -> None:
     """Beams re-order rows; a row's logits must be those of its own text run alone."""
     ids = prompt(40)
@@ -193,8 +170,7 @@ def test_beam_search_follows_its_beams(llama, positions, policy) -> None:
     assert float(out.sequences_scores[0]) == pytest.approx(total / 20, abs=1e-4)
 
 
-@every_method
-@both_positions
+@in_turn("true")
 def test_beam_search_over_a_padded_batch(llama, positions, policy) -> None:
     ids = prompt(40, batch=2)
     mask = torch.ones_like(ids)
@@ -212,8 +188,7 @@ def test_beam_search_over_a_padded_batch(llama, positions, policy) -> None:
     assert torch.equal(both[1, 40:], alone[0, 25:])
 
 
-@every_method
-@both_positions
+@in_turn("cache")
 def test_sampling_and_several_sequences(llama, positions, policy) -> None:
     ids = prompt(40)
     torch.manual_seed(5)
@@ -235,15 +210,23 @@ def test_past_the_context_of_the_model(policy) -> None:
     """512 positions: a bounded cache goes on, because entries stand at cache positions."""
     model = tiny("llama")
     cache = EvictionCache(model, policy)
-    tokens, logits = generate(model, prompt(490), cache, tokens=60)
-    assert tokens.shape == (1, 60) and logits.isfinite().all()
-    assert cache.get_seq_length() == 549
+    tokens, logits = generate(model, prompt(500), cache, tokens=30)
+    assert tokens.shape == (1, 30) and logits.isfinite().all()
+    assert cache.get_seq_length() == 529
 
 
-@every_method
-@both_positions
-@pytest.mark.parametrize("chunk", [40, 29, 7])
-def test_a_prompt_that_is_held_back_may_come_in_any_chunks(llama, positions, policy, chunk) -> None:
+@in_turn("cache")
+def test_a_prompt_that_is_held_back_may_come_in_chunks(llama, positions, policy) -> None:
+    check_held_back(llama, positions, policy, 29)
+
+
+@core_methods
+@pytest.mark.parametrize(("chunk", "positions"), [(40, "cache"), (7, "true")])
+def test_it_may_come_in_any_chunks(llama, positions, policy, chunk) -> None:
+    check_held_back(llama, positions, policy, chunk)
+
+
+def check_held_back(llama, positions, policy, chunk) -> None:
     ids = prompt(90)
     whole = EvictionCache(llama, policy, positions=positions)
     tokens, logits = generate(llama, ids, whole, tokens=10)
@@ -256,16 +239,14 @@ def test_a_prompt_that_is_held_back_may_come_in_any_chunks(llama, positions, pol
         assert torch.equal(cache.kept_positions(layer), whole.kept_positions(layer))
 
 
-@every_method
-@both_positions
+@in_turn("true")
 def test_a_chunked_prompt_is_thinned_chunk_by_chunk(llama, positions, policy) -> None:
     cache = EvictionCache(llama, policy, positions=positions)
     generate(llama, prompt(90), cache, tokens=10, prefill_chunk_size=40)
     assert cache.lengths[0] == policy.lengths([40, 40, 10] + [1] * 9)[-1]
 
 
-@every_method
-@both_positions
+@in_turn("cache")
 def test_a_conversation_goes_on_with_the_kept_cache(llama, positions, policy) -> None:
     """Second turn on the kept cache: equal to feeding the same tokens step by step."""
     first, second = prompt(40), prompt(12, seed=7)
@@ -287,8 +268,7 @@ def test_a_conversation_goes_on_with_the_kept_cache(llama, positions, policy) ->
     assert cache.get_seq_length() == history.shape[1] + 5
 
 
-@every_method
-@both_positions
+@in_turn("true")
 def test_reset_and_reuse_without_new_buffers(llama, positions, policy) -> None:
     cache = EvictionCache(llama, policy, positions=positions)
     ids = prompt(60)
@@ -300,24 +280,6 @@ def test_reset_and_reuse_without_new_buffers(llama, positions, policy) -> None:
     second, _ = generate(llama, ids, cache)
     assert torch.equal(first, second)
     assert cache.layers[0].store.keys.data_ptr() == buffer
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_method
-@both_positions
-def test_half_precision_keeps_scores_in_float32(positions, policy, dtype) -> None:
-    model = tiny("llama", dtype=dtype)
-    cache = EvictionCache(model, policy, positions=positions)
-    _, logits = generate(model, prompt(60), cache)
-    store = cache.layers[0].store
-    assert store.keys.dtype == dtype and logits.isfinite().all()
-    if policy.needs_scores and policy.score_rule != "step":
-        assert store.scores.dtype == torch.float32
-    wide = tiny("llama")
-    reference = EvictionCache(wide, policy, positions=positions)
-    _, expected = generate(wide, prompt(60), reference, tokens=1)
-    error = (logits[:, :1].float() - expected).abs().max() / expected.abs().max()
-    assert error < 0.05
 
 
 def test_streamer_and_pipeline(llama, tmp_path) -> None:
@@ -437,7 +399,7 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
     assert list(seen) == list(range(50, 90))
     assert list(held) == policy.lengths([50] + [1] * 39)
     assert evictions[-1] == cache.evictions[0]
-    assert len(cache._runs) <= 16  # a note a change of pace, not a note a step
+    assert len(cache._runs) < 30  # a note a change of pace, not a note a step
     cache.reset()
     assert cache.trace() == []
 
@@ -446,14 +408,14 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
     ("name", "positions"),
     [
         ("streaming_llm", "cache"),
-        ("local", "cache"),
         ("buzz", "cache"),
-        ("h2o", "cache"),
         ("h2o", "true"),
+        pytest.param("h2o", "cache", marks=pytest.mark.slow),
+        pytest.param("local", "cache", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_decoding_gives_the_same_and_does_not_recompile(name, positions) -> None:
-    model, policy = tiny("llama"), METHODS[name]
+    model, policy = from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 2})), METHODS[name]
     ids = prompt(50)
     eager, compiled = (EvictionCache(model, policy, positions=positions) for _ in range(2))
     torch.compiler.reset()
@@ -472,4 +434,4 @@ def test_compiled_decoding_gives_the_same_and_does_not_recompile(name, positions
             graphs.append(counter["unique_graphs"])
     assert graphs[-1] == graphs[20]  # two evictions of buzz in: nothing new is ever compiled
     assert compiled.lengths == eager.lengths
-    assert torch.equal(compiled.kept_positions(2), eager.kept_positions(2))
+    assert torch.equal(compiled.kept_positions(1), eager.kept_positions(1))

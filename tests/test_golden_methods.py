@@ -22,9 +22,11 @@ from baselines import (
     ChunkKVPolicy,
     CriticalKVPolicy,
     DefensiveKVPolicy,
+    ExpectedAttentionPolicy,
     H2OPolicy,
     KeyDiffPolicy,
     KnormPolicy,
+    PyramidKVPolicy,
     RandomPolicy,
     RKVPolicy,
     SnapKVEveryPolicy,
@@ -51,6 +53,10 @@ def snapkv(case: Case) -> Policy:
         kernel=case["kernel_size"],
         pooling={"avgpool": "avg", "maxpool": "max"}[case["pooling"]],
     )
+
+
+def pyramid_kv(case: Case) -> Policy:
+    return PyramidKVPolicy(**vars(snapkv(case)), beta=case.get("beta", 20))
 
 
 def grouped_h2o(case: Case) -> Policy:
@@ -120,6 +126,9 @@ POLICIES: dict[str, Callable[[Case], Policy]] = {
     "snapkv_every": snapkv_every,
     "r_kv": r_kv,
     "chunk_kv": chunk_kv,
+    "expected_attention": lambda case: ExpectedAttentionPolicy(capacity=case["budget"]),
+    "pyramid_kv": pyramid_kv,
+    "pyramid_kv_max": pyramid_kv,
     "defensive_kv": lambda case: DefensiveKVPolicy(capacity=case["budget"], **on_snapkv(case)),
 }
 
@@ -138,9 +147,11 @@ def held_by(policy: Policy, name: str, case: Case, true_positions: bool = True) 
     with torch.no_grad(), golden.watched_cuts([]):  # the earliest of equals
         for part in tokens.split([length] + [1] * steps):
             model(part[None], past_key_values=cache)
-            kept = torch.stack([cache.kept_positions(i)[0] for i in range(golden.LAYERS)])
             seen = cache.layers[0].get_seq_length()
-            yield torch.zeros(*kept.shape[:2], seen, dtype=torch.bool).scatter_(2, kept, True)
+            each = [cache.kept_positions(i)[0] for i in range(golden.LAYERS)]
+            yield torch.stack(
+                [torch.zeros(len(k), seen, dtype=torch.bool).scatter_(1, k, True) for k in each]
+            )
 
 
 def steps_that_differ(name: str, case: Case, left: np.ndarray, **options: bool) -> list[int]:

@@ -7,11 +7,11 @@ import gc
 
 import pytest
 import torch
+from methods import METHODS, both_positions, every_method, generate
 from recomputed import Recorder
-from test_generate import METHODS, both_positions, every_method, generate
 from test_rope import Recorder as Keys
-from tiny import FAMILIES, from_config, prompt, tiny
-from transformers import DynamicCache
+from tiny import FAMILIES, SHAPE, from_config, prompt, tiny
+from transformers import DynamicCache, LlamaConfig
 
 from buzz import BuzzFastPolicy, ConfigError, EvictionCache
 from buzz.inputs import first_positions, hides_more, jumps
@@ -186,10 +186,10 @@ class TestWithoutWaiting:
         recorder.check("llama")
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o"])
+@pytest.mark.parametrize("name", ["h2o", pytest.param("streaming_llm", marks=pytest.mark.slow)])
 def test_compiled_steps_take_masks(name) -> None:
     """A growing mask compiles no further graphs; a wrong one spoils its step and is told after."""
-    model, policy = tiny("llama"), METHODS[name]
+    model, policy = from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 2})), METHODS[name]
     eager, compiled = EvictionCache(model, policy), EvictionCache(model, policy)
     torch.compiler.reset()
     step = torch.compile(model, backend="aot_eager")

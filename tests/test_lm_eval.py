@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -243,8 +244,11 @@ def test_mistakes_are_refused_before_a_model_is_loaded(arguments, field):
     assert caught.value.field == field
 
 
-def test_command_prints_one_line_for_a_mistake(monkeypatch, capsys):
-    arguments = "--model buzz --model_args method=nosuchmethod --tasks arc_easy --device cpu"
+def test_command_prints_one_line_for_a_mistake(monkeypatch, capsys, tmp_path):
+    task = tmp_path / "task.yaml"  # without the index of lm-eval's own, which takes seconds
+    task.write_text("task: any\n")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    arguments = f"--model buzz --model_args method=nosuchmethod --tasks {task} --device cpu"
     monkeypatch.setattr("sys.argv", ["lm_eval", *arguments.split()])
     assert main() == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: method='nosuchmethod'")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
@@ -15,6 +18,7 @@ from baselines import (
     ChunkKVPolicy,
     CriticalKVPolicy,
     KnormPolicy,
+    PyramidKVPolicy,
     RandomPolicy,
     RKVPolicy,
     SnapKVPolicy,
@@ -22,6 +26,8 @@ from baselines import (
     VATPPolicy,
 )
 from buzz import Budget, ConfigError, EvictionCache
+from evals.run.faults import LengthMismatch
+from evals.run.lengths import Lengths
 
 
 def attention_of(ids: Tensor) -> list[Tensor]:
@@ -185,3 +191,43 @@ def test_random_decodes_a_uniform_sample_of_all_history() -> None:
         assert torch.equal(held[:, 3:-5], middle)
         # Entries that entered a window and left it again had the same chance.
         assert torch.equal(stepwise.kept_positions(layer)[0], held)
+
+
+@given(
+    st.integers(4, 200), st.integers(1, 400), st.integers(1, 12), st.sampled_from([1, 3, 20, 1000])
+)
+def test_a_pyramid_holds_its_budget_on_average(budget, prompt, layers, beta) -> None:
+    policy = PyramidKVPolicy(beta=beta).fit(budget)
+    each = [policy.for_layer(index, layers).lengths([prompt, 1])[0] for index in range(layers)]
+    assert each == sorted(each, reverse=True)
+    assert all(min(policy.window, prompt) <= held <= prompt for held in each)
+    mean = sum(each) / layers
+    assert min(budget, prompt) - 0.5 <= mean <= min(budget, prompt)
+    # As the original rounds, there is more.
+    floor = dataclasses.replace(policy, step="floor")
+    more = sum(floor.for_layer(i, layers).lengths([prompt])[0] for i in range(layers)) / layers
+    assert mean <= more <= min(budget, prompt) + (layers - 1) / 2
+
+
+def test_layers_of_a_pyramid_are_predicted_verified_and_measured_by_layer() -> None:
+    model, ids = tiny("llama"), prompt(60)
+    policy = Budget(24).policy(PyramidKVPolicy(), 60)[0]
+    cache = EvictionCache(model, policy)
+    lengths = Lengths(cache)
+    for part in ids.split([56, 1, 1, 2], dim=1):
+        with torch.no_grad():
+            model(part, past_key_values=cache)
+        lengths.note()
+    predicted = [policy.for_layer(i, 3).lengths([56, 1, 1, 2]) for i in range(3)]
+    assert len(set(cache.lengths)) == 3
+    assert cache.lengths == [layer[-1] for layer in predicted]
+    means = [sum(step) / 3 for step in zip(*predicted, strict=True)]
+    assert lengths.verified(0, [56, 1, 1, 2]) == pytest.approx(means)
+    assert means[0] == pytest.approx(24, abs=0.5) and max(cache.evictions) == 1
+    one = cache.layers[0]
+    entry = 2 * one.store.keys[0, :, 0].numel() * one.store.keys.element_size()
+    assert cache.nbytes() == sum(cache.lengths) * entry
+    cache.layers[2].groups[0].held -= 1
+    lengths.note()
+    with pytest.raises(LengthMismatch, match="pyramid_kv: after step 4"):
+        lengths.verified(0, [56, 1, 1, 2, 1])

@@ -25,9 +25,9 @@ from buzz import (
     ConfigError,
     Policy,
 )
-from buzz.attention import of_layer
+from buzz.adapter import attention_of, find_rope
 from buzz.layer import EvictionLayer
-from buzz.rope import Rope, find_rope
+from buzz.rope import Rope
 
 small = st.integers(1, 12)
 buzz_parameters = {
@@ -36,18 +36,27 @@ buzz_parameters = {
     "stride": st.integers(3, 7),
     "threshold": st.integers(2, 20),
 }
-VALUES = {  # by parameter; a method with other parameters gets `small` for its numbers
+VALUES = {  # by parameter; of others, whole numbers are `small` and the rest is as it is
     **buzz_parameters,
     "capacity": st.integers(13, 24),
     "scoring": st.sampled_from(["sum", "mean"]),
     "pooling": st.sampled_from(["avg", "max"]),
     "history": st.sampled_from(["strided", "local_max"]),
     "compact": st.sampled_from(["once", "until_fits", "widen"]),
+    "step": st.sampled_from(["floor", "exact"]),
     **dict.fromkeys(["decay", "trade", "similar", "first", "epsilon", "mass"], st.floats(0, 1)),
 }
 ONLY = {  # by method
     "buzz_strided": {"history": st.just("strided")},
     "h2o": {"heavy": st.integers(0, 12)},
+    "honeycomb": {
+        "keep": st.just(12),
+        "threshold": st.integers(12, 20),
+        "cells": st.sampled_from([0, 1, 3]),
+        "score_by": st.sampled_from(["sum", "value"]),
+        "fading": st.floats(0, 1),
+        "layers": st.sampled_from(["flat", "rising", "late"]),
+    },
     "vatp": {"heavy": st.integers(6, 12)},
     "random": {"size": st.integers(13, 24), "window": st.integers(1, 6)},
     "snapkv_every": {"size": st.integers(13, 24)},
@@ -57,7 +66,11 @@ ONLY = {  # by method
 
 def any_of(name: str) -> st.SearchStrategy[Policy]:
     fields = dataclasses.fields(POLICIES[name])
-    values = {field.name: VALUES.get(field.name, small) for field in fields}
+    values = {
+        field.name: VALUES.get(field.name)
+        or (small if type(field.default) is int else st.just(field.default))
+        for field in fields
+    }
     return st.builds(POLICIES[name], **{**values, **ONLY.get(name, {})})
 
 
@@ -88,8 +101,7 @@ def steps(
 
 def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
     layer.update(keys, values)
-    if layer.policy.queries:
-        layer.keep_queries(queries, 0.5)
+    layer.keep_queries(queries, 0.5)
 
 
 @functools.cache  # the layer refers to it weakly
@@ -283,7 +295,7 @@ def farthest_from_one_turn(policy: Policy, tokens: int) -> float:
     As a share of the key's largest number; a single rounding is 2^-9 of its own.
     """
     model = tiny("llama")
-    rope = find_rope(model.get_decoder(), of_layer(model.get_decoder(), 0), "full_attention")
+    rope = find_rope(model.get_decoder(), attention_of(model.get_decoder(), 0), "full_attention")
     layer = EvictionLayer(policy, rope, module=projecting(2))
     generator = torch.Generator().manual_seed(0)
     arrived = torch.randn(3, 1, 2, tokens, 16, generator=generator).bfloat16()

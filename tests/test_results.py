@@ -518,8 +518,7 @@ def test_what_is_written_is_json_even_where_numbers_overflow(news, monkeypatch) 
         "evals.tasks.summarization.Summarization.score",
         lambda self, sample, prediction: {"rougeL": next(scores)},
     )
-    monkeypatch.setattr("evals.results.compare.units", lambda record, headline: [1500.0, 0.0])
-    monkeypatch.setattr("evals.results.summary.units", lambda record, headline: [1500.0, 0.0])
+    monkeypatch.setattr("evals.results.compare.draws", lambda record, headline: [1500.0, 0.0])
     text = (news() / "summary.json").read_text()
     assert "Infinity" not in text and "NaN" not in text
     assert json.loads(text)["n"] == 4 and math.isfinite(json.loads(text)["score"])

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from test_generate import METHODS
+from methods import METHODS
 from tiny import FAMILIES, prompt, tiny
 
 from baselines import H2OPolicy, StreamingLLMPolicy
 from buzz import EvictionCache
-from buzz.attention import of_layer
+from buzz.adapter import attention_of
 from buzz.layer import EvictionLayer
 from buzz.rope import Rope
 
@@ -20,7 +20,7 @@ class Recorder:
     """Records, of one attention layer, keys before rotation and the last query after it."""
 
     def __init__(self, model, layer, monkeypatch) -> None:
-        self.module = of_layer(model.get_decoder(), layer)
+        self.module = attention_of(model.get_decoder(), layer)
         source = sys.modules[type(self.module).__module__]
         self.apply = source.apply_rotary_pos_emb
         self.active, self.raw = False, []
@@ -48,7 +48,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "smollm3"])
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "buzz", "buzz-local_max"])
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "buzz"])
 def test_attention_equals_that_of_recomputed_keys(family, name, monkeypatch) -> None:
     model, policy, layer = tiny(family), METHODS[name], 2
     recorder = Recorder(model, layer, monkeypatch)
@@ -102,13 +102,13 @@ def test_layers_without_rope_do_not_rotate(monkeypatch) -> None:
     [StreamingLLMPolicy(sink=4, window=8), H2OPolicy(heavy=6, recent=6)],
     ids=lambda policy: policy.name,
 )
-def test_no_drift_after_10_000_evictions(policy, dtype) -> None:
+@pytest.mark.parametrize("steps", [3_000, pytest.param(30_000, marks=pytest.mark.slow)])
+def test_no_drift_after_thousands_of_evictions(policy, dtype, steps) -> None:
     """Keys of entries that stay for ever, against one exact rotation of what arrived."""
     rotary = tiny("llama").get_decoder().rotary_emb
     layer = EvictionLayer(policy, Rope(rotary))
     generator = torch.Generator().manual_seed(0)
     raw = []
-    steps = 10_000
     with torch.inference_mode():
         for _step in range(steps):
             key = torch.randn(1, 1, 1, 16, generator=generator).to(dtype)
@@ -121,7 +121,7 @@ def test_no_drift_after_10_000_evictions(policy, dtype) -> None:
             layer.after_attention(received)
     held = layer.lengths[0]
     kept = layer.view(layer.store.positions)[0, 0].long()
-    assert kept[:4].tolist() == [0, 1, 2, 3] and layer.evictions[0] > 9_900
+    assert kept[:4].tolist() == [0, 1, 2, 3] and layer.evictions[0] > steps - 100
     turns = (steps - held + torch.arange(held) - kept)[:, None] * rotary.inv_freq.double()
     a, b = torch.cat(raw, 2)[0, 0, kept].double().chunk(2, dim=-1)
     exact = torch.cat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_generate import METHODS, every_method
+from methods import METHODS, every_method
 from test_policies import feed, projecting
 from tiny import prompt, tiny
 

@@ -28,7 +28,7 @@ from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
 
 NAMES = ("triton", "cpu", "reference")
-__all__ = ["NAMES", "implementation", "move", "scored_decode", "scored_prefill"]
+__all__ = ["NAMES", "implementation", "move", "scored_decode", "scored_prefill", "step"]
 
 
 @functools.cache
@@ -124,6 +124,43 @@ def scored_decode(
     return implementation(query).scored_decode(query, key, value, scale, starts)
 
 
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor | None,
+    bounds: Tensor,
+    scale: float,
+    adds: bool = True,
+) -> Tensor:
+    """A whole decoding step of one layer: append the token's entry, attend, and note what each got.
+
+    Where it writes and reads stands in `bounds`, on the device: so the same call, with the same
+    arguments, serves every step, and a compiled graph of it is never made anew.
+
+    Args:
+        query: [B, Hq, 1, D].
+        key, value: [B, Hkv, 1, D] and [B, Hkv, 1, Dv], the new entry.
+        keys, values, positions, scores: buffers [B, Hkv, C, ...], changed in place: `positions`
+            int32, `scores` float32 or None where nobody reads any.
+        bounds: int64 [3, B], of each row its first slot, one past its last, which takes the new
+            entry and is the same in all rows, and the index of the new token.
+        scale: factor of the logits.
+        adds: whether `scores` grow by what was received, or become it.
+
+    Returns:
+        Output [B, Hq, 1, Dv].
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check(query, keys, values)
+    return _step(query, key, value, keys, values, positions, scores, bounds, scale, adds)
+
+
 def move(
     source: Sequence[Tensor],
     target: Sequence[Tensor],
@@ -153,12 +190,8 @@ def move(
         interleaved: the layout of the rotary pairs (:func:`buzz.kernels.reference.rotate`).
     """
     chosen = reference if torch.compiler.is_compiling() else implementation(source[0])
-    if chosen is cpu:
-        dense = all(tensor.stride(-1) == 1 for tensor in source[:2])
-        served = dense and source[0].dtype == torch.float32
-    else:
-        served = turns is not None and rows is None and not interleaved
-    if not served:
+    dense = all(tensor.stride(-1) == 1 for tensor in source[:2])
+    if not dense or (chosen is cpu and source[0].dtype != torch.float32):
         chosen = reference
     chosen.move(source, target, index, to, shift, turns, rows=rows, interleaved=interleaved)
 
@@ -203,3 +236,26 @@ def _(
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     return output, query.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("buzz::step", mutates_args=("keys", "values", "positions", "scores"))
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor | None,
+    bounds: Tensor,
+    scale: float,
+    adds: bool,
+) -> Tensor:
+    served = implementation(query)
+    return served.step(query, key, value, keys, values, positions, scores, bounds, scale, adds)
+
+
+@_step.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    batch, heads = query.shape[:2]
+    return query.new_empty(batch, 1, heads, value.shape[-1]).transpose(1, 2)

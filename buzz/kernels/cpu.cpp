@@ -254,6 +254,37 @@ static void add_weighted(const float* p, const float* v, int64_t step, int64_t k
     for (int c = 0; c < C; c++) store(out + c * LANES, acc[c]);
 }
 
+// One query of each head of a group, all of which share the `keys` entries from k and v on; what those
+// receive is added to `share` (nullptr: nobody asks).
+static void decode_group(const float* q, const float* k, const float* v, float* o, float* share,
+                         int64_t group, int64_t keys, float scale, Strides sq, Strides sk,
+                         Strides sv, Strides so, const Shape& shape) {
+    const int64_t padded = (keys + LANES - 1) / LANES * LANES;
+    std::vector<float> p(group * padded, -INF);
+    for (int64_t j = 0; j < keys; j++)
+        for (int64_t h = 0; h < group; h++)
+            p[h * padded + j] = scale * dot(q + h * sq.head, k + j * sk.token, shape.dim);
+    for (int64_t h = 0; h < group; h++) {
+        float* row = &p[h * padded];
+        const float norm = softmax(row, padded);
+        for (int64_t j = 0; j < keys; j++) row[j] *= norm;
+        for (int64_t j = 0; share && j < keys; j++) share[j] += row[j];
+    }
+    for (int64_t t = 0; t < keys; t += TILE)
+        for (int64_t h = 0; h < group; h++) {
+            const float *row = &p[h * padded + t], *tile = v + t * sv.token;
+            const int64_t size = std::min(TILE, keys - t);
+            float* sink = o + h * so.head;
+            int64_t d = 0;
+            for (; d + 4 * LANES <= shape.value_dim; d += 4 * LANES)
+                add_weighted<4>(row, tile + d, sv.token, size, sink + d);
+            for (; d + LANES <= shape.value_dim; d += LANES)
+                add_weighted<1>(row, tile + d, sv.token, size, sink + d);
+            for (; d < shape.value_dim; d++)
+                for (int64_t j = 0; j < size; j++) sink[d] += row[j] * tile[j * sv.token + d];
+        }
+}
+
 // One query a head. A task is one row and key head: K and V pass once for its group of queries.
 // A row that holds less than the longest begins at its entry of `starts`.
 extern "C" void buzz_scored_decode(const float* query, const float* key, const float* value,
@@ -268,35 +299,43 @@ extern "C" void buzz_scored_decode(const float* query, const float* key, const f
         const int64_t b = task / shape.kv_heads, g = task % shape.kv_heads;
         const int64_t start = starts ? starts[b] : 0, keys = shape.keys - start;
         if (keys <= 0) continue;
-        const int64_t padded = (keys + LANES - 1) / LANES * LANES;
-        const float* q = query + b * sq.batch + g * group * sq.head;
-        const float* k = key + b * sk.batch + g * sk.head + start * sk.token;
-        const float* v = value + b * sv.batch + g * sv.head + start * sv.token;
-        float* o = out + b * so.batch + g * group * so.head;
-        float* share = received + task * shape.keys + start;
-        std::vector<float> p(group * padded, -INF);
+        decode_group(query + b * sq.batch + g * group * sq.head,
+                     key + b * sk.batch + g * sk.head + start * sk.token,
+                     value + b * sv.batch + g * sv.head + start * sv.token,
+                     out + b * so.batch + g * group * so.head,
+                     received + task * shape.keys + start, group, keys, scale, sq, sk, sv, so,
+                     shape);
+    }
+}
 
-        for (int64_t j = 0; j < keys; j++)
-            for (int64_t h = 0; h < group; h++)
-                p[h * padded + j] = scale * dot(q + h * sq.head, k + j * sk.token, shape.dim);
-        for (int64_t h = 0; h < group; h++) {
-            float* row = &p[h * padded];
-            const float norm = softmax(row, padded);
-            for (int64_t j = 0; j < keys; j++) share[j] += row[j] *= norm;
-        }
-        for (int64_t t = 0; t < keys; t += TILE)
-            for (int64_t h = 0; h < group; h++) {
-                const float *row = &p[h * padded + t], *tile = v + t * sv.token;
-                const int64_t size = std::min(TILE, keys - t);
-                float* sink = o + h * so.head;
-                int64_t d = 0;
-                for (; d + 4 * LANES <= shape.value_dim; d += 4 * LANES)
-                    add_weighted<4>(row, tile + d, sv.token, size, sink + d);
-                for (; d + LANES <= shape.value_dim; d += LANES)
-                    add_weighted<1>(row, tile + d, sv.token, size, sink + d);
-                for (; d < shape.value_dim; d++)
-                    for (int64_t j = 0; j < size; j++) sink[d] += row[j] * tile[j * sv.token + d];
-            }
+// A decoding step in one call: the new entry is written where `bounds` says, then attended with all
+// others; scores grow by what was received, or become it.
+// bounds: [3][batch], first slot, one past the last, index of the new token.
+extern "C" void buzz_step(const float* query, const float* key, const float* value, float* keys,
+                          float* values, int32_t* positions, float* scores, float* out,
+                          const int64_t* bounds, const Shape* shape_, const Strides* strides,
+                          float scale, int adds, int threads) {
+    const Shape shape = *shape_;
+    const Strides sq = strides[0], nk = strides[1], nv = strides[2], sk = strides[3],
+                  sv = strides[4], sp = strides[5], ss = strides[6], so = strides[7];
+    const int64_t group = shape.heads / shape.kv_heads, tasks = shape.batch * shape.kv_heads;
+    const int64_t held = bounds[shape.batch] - bounds[0];
+    // One thread for what takes less than waking the others.
+    if (shape.batch * shape.heads * held * shape.dim <= 1 << 22) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t b = task / shape.kv_heads, g = task % shape.kv_heads;
+        const int64_t start = bounds[b], end = bounds[shape.batch + b], slot = end - 1;
+        float* k = keys + b * sk.batch + g * sk.head;
+        float* v = values + b * sv.batch + g * sv.head;
+        std::memcpy(k + slot * sk.token, key + b * nk.batch + g * nk.head, shape.dim * 4);
+        std::memcpy(v + slot * sv.token, value + b * nv.batch + g * nv.head, shape.value_dim * 4);
+        positions[b * sp.batch + g * sp.head + slot] = bounds[2 * shape.batch + b];
+        float* share = scores ? scores + b * ss.batch + g * ss.head + start : nullptr;
+        if (share) std::fill(adds ? share + slot - start : share, share + end - start, 0.f);
+        decode_group(query + b * sq.batch + g * group * sq.head, k + start * sk.token,
+                     v + start * sv.token, out + b * so.batch + g * group * so.head, share, group,
+                     end - start, scale, sq, sk, sv, so, shape);
     }
 }
 

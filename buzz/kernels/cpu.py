@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from buzz.kernels import reference
+
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -159,6 +161,43 @@ def scored_decode(
     """See :func:`buzz.kernels.scored_decode`."""
     starts = None if starts is None else _dense(starts, torch.int64)
     return _attend("buzz_scored_decode", query, key, value, scale, None, starts)
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor | None,
+    bounds: Tensor,
+    scale: float,
+    adds: bool,
+) -> Tensor:
+    """See :func:`buzz.kernels.step`; float32 in one call, half precision through the plain version
+    of what is held."""
+    if keys.dtype != torch.float32:
+        first, last = int(bounds[0].min()), int(bounds[1, 0])
+        held = [
+            None if t is None else t[:, :, first:last] for t in (keys, values, positions, scores)
+        ]
+        low = bounds - bounds.new_tensor([[first], [first], [0]])
+        return reference.step(query, key, value, *held, low, scale, adds)  # type: ignore[arg-type, call-arg]
+    query, key, value = _dense(query), _dense(key), _dense(value)
+    batch, heads, _, dim = query.shape
+    output = query.new_zeros(batch, 1, heads, value.shape[-1]).transpose(1, 2)
+    shape = (batch, heads, keys.shape[1], 1, keys.shape[2], dim, value.shape[-1], 1)
+    tensors = (query, key, value, keys, values, positions, scores, output)
+    library().buzz_step(  # type: ignore[union-attr]
+        *map(_pointer, (*tensors, bounds)),
+        (ctypes.c_int64 * len(shape))(*shape),
+        _strides(*(query if tensor is None else tensor for tensor in tensors)),
+        ctypes.c_float(scale),
+        adds,
+        torch.get_num_threads(),
+    )
+    return output
 
 
 class _Moved(ctypes.Structure):

@@ -79,6 +79,36 @@ def scored_decode(
     return output.to(query.dtype), weights.sum(2).float()
 
 
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor | None,
+    bounds: Tensor,
+    scale: float,
+    adds: bool,
+) -> Tensor:
+    """See :func:`buzz.kernels.step`; over the whole capacity, so that nothing waits for `bounds`."""
+    start, end, token = bounds[:, :, None, None]
+    slots = torch.arange(keys.shape[2], device=keys.device)
+    new = slots == end - 1
+    keys.copy_(torch.where(new[..., None], key, keys))
+    values.copy_(torch.where(new[..., None], value, values))
+    positions.copy_(torch.where(new, token.to(positions.dtype), positions))
+    absent = (slots < start) | (slots >= end)
+    batch, heads, _, _ = query.shape
+    logits = _wide(query).view(batch, keys.shape[1], -1, query.shape[-1]) * scale @ _wide(keys).mT
+    weights = logits.masked_fill(absent[:, :, None], -torch.inf).softmax(-1)
+    if scores is not None:
+        received = weights.sum(2).float()
+        scores.copy_(scores.masked_fill(new, 0) + received if adds else received)
+    output = (weights @ _wide(values)).view(batch, 1, heads, -1).transpose(1, 2)
+    return output.to(query.dtype)
+
+
 def move(
     source: Sequence[Tensor],
     target: Sequence[Tensor],

@@ -6,6 +6,10 @@ the probabilities from the log-sum-exp, block by block, and sums them over the q
 owns a block of keys, so nothing is added up atomically and results repeat to the bit.
 
 Decoding splits the keys over programs (as in flash-decoding); a small second kernel normalises.
+A step whose bounds lie on the device has a grid that follows from the buffers' capacity.
+
+Every launch is made on the device of its tensors, whichever is the current one, and no kernel is
+compiled anew because a length changed.
 
 What has run: the kernels in Triton's interpreter on the CPU, against the full matrix, and Triton's
 compiler for compute capability 8.0 and 9.0. Nothing here has run, been timed or tuned on a GPU yet;
@@ -14,7 +18,9 @@ that includes PyTorch's flash attention and its log-sum-exp.
 
 # mypy: disallow-untyped-defs=False
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +29,19 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 
-@triton.jit
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With the device of the first tensor as the current one: Triton launches on that."""
+
+    @functools.wraps(function)
+    def on_device(first: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        with torch.cuda.device_of(tensor):
+            return function(first, *args, **kwargs)
+
+    return on_device
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
 def _attend_kernel(
     query, key, value, out, lse,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sob, soh, sot,
@@ -75,7 +93,7 @@ def _attend_kernel(
     tl.store(lse + tl.program_id(1).to(tl.int64) * queries + i, logsum, mask=i < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slb", "slh", "queries", "keys", "first"])
 def _received_kernel(
     query, key, lse, received,
     sqb, sqh, sqt, skb, skh, skt, slb, slh,
@@ -116,12 +134,15 @@ def _received_kernel(
 def _decode_kernel(
     query, key, value, starts, scores, tops, totals, partial,
     sqb, sqh, skb, skh, skt, svb, svh, svt,
-    keys, kv_heads, chunk, scale,
-    GROUP: tl.constexpr, PADDED: tl.constexpr,
+    keys, batch, kv_heads, chunk, scale,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of keys of one key head, for its whole group: logits, maximum, sum, output."""
+    """One chunk of keys of one key head, for its whole group: logits, maximum, sum, output.
+
+    `starts` holds a first key for each row, and behind these, if BOUNDED, one past the last.
+    """
     split = tl.program_id(0)
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
     g = (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -130,6 +151,7 @@ def _decode_kernel(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     start = tl.load(starts + b).to(tl.int32) if PADDED else 0
+    end = tl.load(starts + batch + b).to(tl.int32) if BOUNDED else keys
     q = tl.load(
         query + b * sqb + (g * GROUP + member)[:, None] * sqh + d[None, :],
         mask=(member < GROUP)[:, None] & (d < DIM)[None, :], other=0.0,
@@ -139,9 +161,9 @@ def _decode_kernel(
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
-    for low in range(split * chunk, tl.minimum(keys, (split + 1) * chunk), BLOCK_N):
+    for low in range(split * chunk, tl.minimum(end, (split + 1) * chunk), BLOCK_N):
         j = low + tl.arange(0, BLOCK_N)
-        valid = (j < keys) & (j >= start)
+        valid = (j < end) & (j >= start)
         k = tl.load(
             key + j.to(tl.int64)[None, :] * skt + d[:, None],
             mask=valid[None, :] & (d < DIM)[:, None], other=0.0,
@@ -171,14 +193,24 @@ def _decode_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["keys"])
+@triton.jit(do_not_specialize=["keys", "splits"])
 def _combine_kernel(
-    scores, tops, totals, partial, out, received,
-    keys, splits, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
+    scores, tops, totals, partial, out, received, bounds,
+    srb, srh,
+    keys, splits, batch, kv_heads, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BOUNDED: tl.constexpr, SCORED: tl.constexpr, ADDS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one key head: what it received; the first block also the output."""
+    """One block of keys of one key head: what it received; the first block also the output.
+
+    If BOUNDED, `received` is a buffer whose numbers grow (ADDS) or are replaced.
+    """
+    b = (tl.program_id(1) // kv_heads).to(tl.int64)
+    g = (tl.program_id(1) % kv_heads).to(tl.int64)
+    start = tl.load(bounds + b).to(tl.int32) if BOUNDED else 0
+    end = tl.load(bounds + batch + b).to(tl.int32) if BOUNDED else keys
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = (j >= start) & (j < end)
     dv = tl.arange(0, BLOCK_V)
     share = tl.zeros([BLOCK_N], tl.float32)
     for member in range(GROUP):
@@ -193,50 +225,107 @@ def _combine_kernel(
             weight = tl.exp(tl.load(tops + at) - top)
             total += weight * tl.load(totals + at)
             acc += weight * tl.load(partial + at * VALUE_DIM + dv, mask=dv < VALUE_DIM, other=0.0)
-        s = tl.load(scores + row * keys + j, mask=j < keys, other=float("-inf"))
+        s = tl.load(scores + row * keys + j, mask=held, other=float("-inf"))
         share += tl.exp(s - top) / total
         if tl.program_id(0) == 0:
             mixed = (acc / total).to(out.dtype.element_ty)
             tl.store(out + row * VALUE_DIM + dv, mixed, mask=dv < VALUE_DIM)
-    tl.store(received + tl.program_id(1).to(tl.int64) * keys + j, share, mask=j < keys)
+    if SCORED:
+        received += b * srb + g * srh + j
+        if ADDS:  # the new entry has none yet
+            share += tl.load(received, mask=held & (j < end - 1), other=0.0)
+        tl.store(received, share, mask=held)
 
 
 @triton.jit
-def _gather_kernel(
-    keys, values, index, cosine, sine, new_keys, new_values,
-    skb, skh, skt, svb, svh, svt,
-    count, heads, shift,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+def _append_kernel(
+    key, value, keys, values, positions, bounds,
+    snb, snh, swb, swh, skb, skh, skt, svb, svh, svt, spb, sph,
+    batch, heads,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A block of kept entries of one head, rotated, to dense buffers [B, H, count, :]."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1).to(tl.int64) * count + i
-    inside = (i < count)[:, None]
-    source = tl.load(index + row, mask=i < count, other=0)
+    """The new entry of one row and head, into the last slot that `bounds` names."""
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    slot = tl.load(bounds + batch + b) - 1
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
-    # x cos - y sin in the first half, y cos + x sin in the second, the rest as it is.
-    partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
-    turned = inside & (d < 2 * HALF)[None, :]
-    angle = (d % HALF)[None, :]
-    turn = (shift + i - source)[:, None] * HALF + angle
-    c = tl.load(cosine + turn, mask=turned, other=1.0)
-    s = tl.load(sine + turn, mask=turned, other=0.0)
-    s = tl.where((d < HALF)[None, :], -s, s)
-    base = keys + b * skb + h * skh + source[:, None] * skt
-    mask = inside & (d < DIM)[None, :]
-    x = tl.load(base + d[None, :], mask=mask, other=0.0).to(c.dtype)
-    y = tl.load(base + partner[None, :], mask=mask, other=0.0).to(c.dtype)
-    tl.store(
-        new_keys + row[:, None] * DIM + d[None, :],
-        (x * c + y * s).to(new_keys.dtype.element_ty), mask=mask,
-    )  # fmt: skip
-    mask = inside & (dv < VALUE_DIM)[None, :]
-    moved = tl.load(values + b * svb + h * svh + source[:, None] * svt + dv[None, :], mask=mask)
-    tl.store(new_values + row[:, None] * VALUE_DIM + dv[None, :], moved, mask=mask)
+    k = tl.load(key + b * snb + h * snh + d, mask=d < DIM)
+    tl.store(keys + b * skb + h * skh + slot * skt + d, k, mask=d < DIM)
+    v = tl.load(value + b * swb + h * swh + dv, mask=dv < VALUE_DIM)
+    tl.store(values + b * svb + h * svh + slot * svt + dv, v, mask=dv < VALUE_DIM)
+    token = tl.load(bounds + 2 * batch + b).to(tl.int32)
+    tl.store(positions + b * spb + h * sph + slot, token)
+
+
+@triton.jit(do_not_specialize=["count", "to", "shift"])
+def _move_kernel(
+    keys, values, positions, scores, new_keys, new_values, new_positions, new_scores,
+    index, rows, cosine, sine,
+    skb, skh, skt, svb, svh, svt, spb, sph, ssb, ssh,
+    tkb, tkh, tkt, tvb, tvh, tvt, tpb, tph, tsb, tsh,
+    count, heads, to, shift,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SOME_ROWS: tl.constexpr, SCORED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All kept entries of one row and head, their keys turned (HALF > 0), from the last to the first.
+
+    Within one buffer no entry moves towards slot 0, so that what a block overwrites was read by it
+    or by one that came before it.
+    """
+    b = tl.program_id(0).to(tl.int64) // heads
+    h = tl.program_id(0).to(tl.int64) % heads
+    index += tl.program_id(0).to(tl.int64) * count
+    if SOME_ROWS:
+        b = tl.load(rows + b)
+    keys += b * skb + h * skh
+    values += b * svb + h * svh
+    positions += b * spb + h * sph
+    new_keys += b * tkb + h * tkh
+    new_values += b * tvb + h * tvh
+    new_positions += b * tpb + h * tph
+    if SCORED:
+        scores += b * ssb + h * ssh
+        new_scores += b * tsb + h * tsh
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    # x cos - y sin in one half of the pairs, y cos + x sin in the other, the rest as it is.
+    if INTERLEAVED:
+        is_first = d % 2 == 0
+        partner = tl.where(d >= 2 * HALF, d, tl.where(is_first, d + 1, d - 1))
+        angle = d // 2
+    else:
+        is_first = d < HALF
+        partner = tl.where(d >= 2 * HALF, d, tl.where(is_first, d + HALF, d - HALF))
+        angle = tl.where(is_first, d, d - HALF)
+    for block in range(tl.cdiv(count, BLOCK_N) - 1, -1, -1):
+        i = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = i < count
+        source = tl.load(index + i, mask=inside, other=0)
+        target = (to + i).to(tl.int64)
+        mask = inside[:, None] & (d < DIM)[None, :]
+        value_mask = inside[:, None] & (dv < VALUE_DIM)[None, :]
+        x = tl.load(keys + source[:, None] * skt + d[None, :], mask=mask, other=0.0)
+        v = tl.load(values + source[:, None] * svt + dv[None, :], mask=value_mask, other=0.0)
+        p = tl.load(positions + source, mask=inside, other=0)
+        if HALF > 0:
+            y = tl.load(keys + source[:, None] * skt + partner[None, :], mask=mask, other=0.0)
+            turned = inside[:, None] & (d < 2 * HALF)[None, :]
+            turn = (shift + i - source)[:, None] * HALF + angle[None, :]
+            c = tl.load(cosine + turn, mask=turned, other=1.0)
+            s = tl.load(sine + turn, mask=turned, other=0.0)
+            s = tl.where(is_first[None, :], -s, s)
+            x = (x.to(c.dtype) * c + y.to(c.dtype) * s).to(new_keys.dtype.element_ty)
+        if SCORED:
+            score = tl.load(scores + source, mask=inside, other=0.0)
+        tl.debug_barrier()  # all of the block is read before any of it is written
+        tl.store(new_keys + target[:, None] * tkt + d[None, :], x, mask=mask)
+        tl.store(new_values + target[:, None] * tvt + dv[None, :], v, mask=value_mask)
+        tl.store(new_positions + target, p, mask=inside)
+        if SCORED:
+            tl.store(new_scores + target, score, mask=inside)
+        tl.debug_barrier()
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -283,6 +372,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     return output, lse
 
 
+@_on_device
 def scored_prefill(
     query: Tensor,
     key: Tensor,
@@ -312,10 +402,52 @@ def scored_prefill(
     return output, received
 
 
+@_on_device
 def scored_decode(
     query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_decode`."""
+    received = query.new_empty(*key.shape[:3], dtype=torch.float32)
+    return _decode(query, key, value, scale, starts, received), received
+
+
+@_on_device
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor | None,
+    bounds: Tensor,
+    scale: float,
+    adds: bool,
+) -> Tensor:
+    """See :func:`buzz.kernels.step`."""
+    key, value = _dense(key), _dense(value)
+    batch, heads, _, dim = keys.shape
+    value_dim = values.shape[-1]
+    _append_kernel[(batch * heads,)](
+        key, value, keys, values, positions, bounds,
+        *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+        *positions.stride()[:2], batch, heads,
+        DIM=dim, VALUE_DIM=value_dim, BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim),
+    )  # fmt: skip
+    return _decode(query, keys, values, scale, bounds, scores, bounded=True, adds=adds)
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    starts: Tensor | None,
+    received: Tensor | None,
+    bounded: bool = False,
+    adds: bool = False,
+) -> Tensor:
+    """The output; what keys receive goes to `received`, if there is any."""
     query, key, value = _dense(query), _dense(key), _dense(value)
     batch, heads, _, dim = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -330,22 +462,25 @@ def scored_decode(
     tops, totals = new(2, batch, heads, splits, dtype=torch.float32)
     partial = new(batch, heads, splits, value_dim, dtype=torch.float32)
     output = new(batch, heads, 1, value_dim)
-    received = new(batch, kv_heads, keys, dtype=torch.float32)
     _decode_kernel[(splits, batch * kv_heads)](
         query, key, value, starts, scores, tops, totals, partial,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
-        keys, kv_heads, chunk, scale,
-        GROUP=group, PADDED=starts is not None, DIM=dim, VALUE_DIM=value_dim,
+        keys, batch, kv_heads, chunk, scale,
+        GROUP=group, PADDED=starts is not None, BOUNDED=bounded, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_G=_wide(group), BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim), BLOCK_N=block,
     )  # fmt: skip
     block = 256
-    _combine_kernel[(triton.cdiv(keys, block), batch * kv_heads)](
-        scores, tops, totals, partial, output, received, keys, splits,
-        GROUP=group, VALUE_DIM=value_dim, BLOCK_V=_wide(value_dim), BLOCK_N=block,
+    _combine_kernel[(1 if received is None else triton.cdiv(keys, block), batch * kv_heads)](
+        scores, tops, totals, partial, output, received, starts,
+        *(received.stride()[:2] if received is not None else (0, 0)),
+        keys, splits, batch, kv_heads,
+        GROUP=group, VALUE_DIM=value_dim, BOUNDED=bounded, SCORED=received is not None, ADDS=adds,
+        BLOCK_V=_wide(value_dim), BLOCK_N=block,
     )  # fmt: skip
-    return output, received
+    return output
 
 
+@_on_device
 def move(
     source: Sequence[Tensor],
     target: Sequence[Tensor],
@@ -357,23 +492,17 @@ def move(
     rows: Tensor | None = None,
     interleaved: bool = False,
 ) -> None:
-    """See :func:`buzz.kernels.move`; whole batches with half-split pairs only."""
-    assert turns is not None and rows is None and not interleaved
-    # Through dense buffers: programs run in any order, so that none may write where another reads.
-    keys, values = source[:2]
+    """See :func:`buzz.kernels.move`; keys, values, positions and, if there are any, scores."""
     batch, heads, count = index.shape
-    dim, value_dim, half = keys.shape[-1], values.shape[-1], turns[0].shape[-1]
-    cos, sin = (table.contiguous() for table in turns)
-    new_keys = keys.new_empty(batch, heads, count, dim)
-    new_values = values.new_empty(batch, heads, count, value_dim)
-    block = 32
-    _gather_kernel[(triton.cdiv(count, block), batch * heads)](
-        keys, values, index.contiguous(), cos, sin, new_keys, new_values,
-        *keys.stride()[:3], *values.stride()[:3],
-        count, heads, shift,
-        DIM=dim, VALUE_DIM=value_dim, HALF=half,
-        BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim), BLOCK_N=block,
+    old = [*source, source[2]][:4]
+    new = [*target, target[2]][:4]
+    dim, value_dim = old[0].shape[-1], old[1].shape[-1]
+    cos, sin = (None, None) if turns is None else (table.contiguous() for table in turns)
+    _move_kernel[(batch * heads,)](
+        *old, *new, index.contiguous(), rows, cos, sin,
+        *(stride for t in (*old, *new) for stride in t.stride()[: t.ndim - 1]),
+        count, heads, to, shift,
+        DIM=dim, VALUE_DIM=value_dim, HALF=0 if cos is None else cos.shape[-1],
+        INTERLEAVED=interleaved, SOME_ROWS=rows is not None, SCORED=len(source) > 3,
+        BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim), BLOCK_N=32,
     )  # fmt: skip
-    moved = [new_keys, new_values, *(tensor.gather(2, index) for tensor in source[2:])]
-    for tensor, entries in zip(target, moved, strict=True):
-        tensor[:, :, to : to + count] = entries

@@ -133,7 +133,8 @@ class ResultsCallback(Callback):
             self.folders += map(Path, job_return.return_value)
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print_tables(self.folders)
+        if self.folders:
+            print_tables(self.folders)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = read_jobs(Path(config.hydra.sweep.dir))

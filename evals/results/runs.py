@@ -18,6 +18,7 @@ from evals.results.statistics import Interval, bootstrap, mean, score_of
 # What runs must share for their scores to be compared. Not the device: the same model answers the
 # same on all, but for rounding. Speed is compared between runs of one machine only.
 COMPARABLE = ("task", "task_version", "model", "model_digest", "seed")
+COMPRESS = {"compress": "prompt", "compress_chunk": None}  # as in runs that are older than these
 # Settings that say where and how a run was made, not what of.
 DISTURBED = "~"  # behind timings of samples during which other processes kept the machine busy
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
@@ -25,13 +26,23 @@ INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", 
 
 def comparable(config: Mapping[str, Any]) -> str:
     """Equal for runs whose scores may be compared, whatever part of the samples they are of."""
-    known = {key: config.get(key) for key in COMPARABLE}
+    known = {key: config.get(key) for key in COMPARABLE} | compression(config)
     return digest([FORMAT, known | {"task": known["task"] | {"shard": None}}])
+
+
+def compression(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a prompt is compressed, see :mod:`evals.run.compress`; empty of whole prompts."""
+    compress = config.get("compress", "prompt")
+    if compress == "stream":
+        return {key: config[key] for key in COMPRESS}
+    return {} if compress == "prompt" else {"compress": compress}
 
 
 def identity(config: Mapping[str, Any]) -> str:
     """Equal for runs that are parts or copies of one."""
-    known = {key: value for key, value in config.items() if key not in INCIDENTAL}
+    incidental = (*INCIDENTAL, *COMPRESS)
+    known = {key: value for key, value in config.items() if key not in incidental}
+    known |= compression(config)
     if known["method"]["name"] == REFERENCE:  # no budget changes it
         known = {key: value for key, value in known.items() if not key.startswith("budget")}
     return digest(known | {"task": known["task"] | {"shard": None}})
@@ -47,6 +58,8 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[A
 
     all_flat = [
         {k: v for key in COMPARABLE for k, v in flat(config.get(key), key).items()}
+        | COMPRESS
+        | compression(config)
         for config in configs
     ]
     names = dict.fromkeys(name for one in all_flat for name in one if name != "task.shard")

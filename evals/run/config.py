@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 
 from buzz.cache import positions_of
+from evals.run.compress import Compress
 from evals.tasks.build import STRICT, validate
 
 # Run folders are named by these, and must stay inside `output`.
@@ -43,6 +44,8 @@ class Config(BaseModel):
     cache: Cache
     budget: Any  # see buzz.Budget, which checks both
     budget_by: Literal["peak", "mean"]
+    compress: Compress
+    compress_chunk: PositiveInt
     kl: bool
     seed: Seed
     device: Text

@@ -28,16 +28,18 @@ from buzz import CACHE_ARGUMENT, Budget, ForkedCache, Policy
 from buzz.errors import ConfigError
 from evals.results.environment import environment
 from evals.results.records import RunFolder, digest, sha256
+from evals.results.runs import compression
 from evals.results.schema import Record
 from evals.run.faults import attempt
 from evals.run.forced import fidelity_of
-from evals.run.generate import eos_ids, verify_lengths
+from evals.run.generate import eos_ids
 from evals.run.interrupt import deferred_signals
+from evals.run.lengths import Lengths
 from evals.run.models import load_model, load_tokenizer
-from evals.run.plan import Plan, expand
+from evals.run.plan import Plan, expand, policy_of, with_class
 from evals.run.prompts import Prompt, load_prompts
 from evals.run.runner import console
-from evals.tasks.build import build, check
+from evals.tasks.build import check
 
 FORKS = "forks.jsonl"
 
@@ -76,6 +78,8 @@ def run_all(cfg: DictConfig) -> list[Path]:
 def _run(cfg: DictConfig) -> Path:
     settings: Any = OmegaConf.to_container(cfg.fidelity, resolve=True)
     check("fidelity.tokens", settings["tokens"], Annotated[int, Field(ge=2)])
+    for label, method in settings["methods"].items():
+        settings["methods"][label] = with_class(f"fidelity.methods.{label}", method)
     plan = Plan.of(cfg)
     if plan.task.mode == "read":
         raise ConfigError("task", plan.task.name, "has no answers to compare; take another")
@@ -89,7 +93,7 @@ def _run(cfg: DictConfig) -> Path:
     with folder.lock():
         prompts = load_prompts(plan, load_tokenizer(plan.config["model"])).prompts
         for fork in forks:  # refuse a budget that cannot be met now, not later
-            fork.fitted(min(len(prompt.ids) for prompt in prompts), by, frozenset())
+            fork.fitted(min(prompt.context for prompt in prompts), by, frozenset())
         done = folder.read(FORKS)
         todo = [prompt for prompt in prompts if _missing(done.get(prompt.sample.id), prompt)]
         if not todo:
@@ -101,9 +105,11 @@ def _run(cfg: DictConfig) -> Path:
 
         def compared(rows: list[Prompt]) -> list[Record]:
             start = time.perf_counter()
-            policies = [fork.fitted(len(rows[0].ids), by, frozenset()) for fork in forks]
-            options = plan.config["cache"]
-            answer, found = compare(model, rows[0].ids, policies, settings["tokens"], eos, options)
+            policies = [fork.fitted(rows[0].context, by, frozenset()) for fork in forks]
+            options, later = plan.config["cache"], rows[0].later
+            answer, found = compare(
+                model, rows[0].ids, policies, settings["tokens"], eos, options, later
+            )
             own = {
                 "answer_tokens": len(answer),
                 "answer_sha256": sha256(answer),
@@ -125,6 +131,7 @@ def _run(cfg: DictConfig) -> Path:
                     "group": prompt.sample.group,
                     "prompt_sha256": prompt.sha256,
                     "prompt_tokens": len(prompt.ids),
+                    "context_tokens": prompt.context,
                 }
                 folder.append(identity | made | found, FORKS)
                 stop_here()
@@ -132,11 +139,10 @@ def _run(cfg: DictConfig) -> Path:
 
 
 def _methods(configured: dict[str, dict[str, Any]]) -> dict[str, Policy]:
-    policies = {}
-    for label, config in configured.items():
-        method = {key: value for key, value in config.items() if key != "name"}
-        policies[label] = build(f"fidelity.methods.{label}", method, Policy)
-    return policies
+    return {
+        label: policy_of(f"fidelity.methods.{label}", method)
+        for label, method in configured.items()
+    }
 
 
 def _missing(record: Record | None, prompt: Prompt) -> bool:
@@ -149,6 +155,7 @@ def _folder(plan: Plan, settings: dict[str, Any]) -> Path:
     """Named by what determines the result."""
     task, model, config = plan.config["task"], plan.config["model"], plan.config
     own = [settings, task, model, config["cache"], config["budget_by"], config["seed"]]
+    own += compression(config).values()
     name = f"{task['name']}-{model['name']}-{digest([*own, config['model_digest']])}"
     return Path(config["output"]) / name
 
@@ -160,10 +167,17 @@ def compare(
     tokens: int,
     eos: set[int],
     cache_options: dict[str, Any],
+    later: Sequence[int] = (),
 ) -> tuple[list[int], list[Record]]:
     """One prompt, read once; then `policies` beside the full cache, on its greedy answer.
 
-    The full cache takes part at its own positions: `cache_options` are the methods'.
+    The full cache takes part at its own positions: `cache_options` are the methods'. Where the
+    context is compressed before the question is read, every method reads the question by itself,
+    and the answer's first token is compared, too.
+
+    Args:
+        later: tokens of the steps behind the first in which the prompt is read, see
+            :mod:`evals.run.compress`.
 
     Returns:
         The answer, at most `tokens`, the token that ended it included; and for each policy kl,
@@ -177,7 +191,7 @@ def compare(
     device = model.device
     every = [FullPolicy(), *policies]
     cache = ForkedCache(model, every, **cache_options)
-    lengths: list[list[int]] = [[] for _ in every]
+    lengths = [Lengths(fork) for fork in cache.forks]
     kls: list[Tensor] = []
     same: list[Tensor] = []
 
@@ -185,28 +199,38 @@ def compare(
         """Logits [rows, vocab] of the last token."""
         given: dict[str, Any] = {CACHE_ARGUMENT: cache}
         logits = model(ids, **given, logits_to_keep=1).logits[:, -1]
-        for held, fork in zip(lengths, cache.forks, strict=True):
-            held.append(fork.evicting[0].longest)
+        for held in lengths:
+            held.note()
         return logits
 
-    with torch.inference_mode():
-        last = step(torch.tensor([list(prompt)], device=device))
-        answer = [int(last.argmax())]
-        while len(answer) < tokens and answer[-1] not in eos:
-            logits = step(torch.full((len(every), 1), answer[-1], device=device))
-            found = log_softmax(logits, dim=-1, dtype=torch.float32)
-            full, own = found[:1], found[1:]
+    def next_token(logits: Tensor) -> int:
+        """The full cache's, with which the others' distributions are compared."""
+        found = log_softmax(logits, dim=-1, dtype=torch.float32)
+        full, own = found[:1], found[1:]
+        if len(own):
             kls.append((full.exp() * (full - own)).sum(-1))
             same.append(full.argmax(-1) == own.argmax(-1))
-            answer.append(int(full.argmax()))
-    steps = [len(prompt)] + [1] * (len(answer) - 1)
-    for policy, held in zip(every, lengths, strict=True):
-        verify_lengths(policy, steps, held)
+        return int(full.argmax())
+
+    first = len(prompt) - sum(later)
+    with torch.inference_mode():
+        logits = step(torch.tensor([list(prompt[:first])], device=device))
+        read = first
+        for new in later:
+            part = torch.tensor([list(prompt[read : read + new])], device=device)
+            logits = step(part.expand(len(every), new))
+            read += new
+        answer = [next_token(logits)]
+        while len(answer) < tokens and answer[-1] not in eos:
+            logits = step(torch.full((len(every), 1), answer[-1], device=device))
+            answer.append(next_token(logits))
+    steps = [first, *later] + [1] * (len(answer) - 1)
+    entries = [held.verified(0, steps) for held in lengths]
     results: list[Record] = []
     for row in range(len(policies)):
         kl = [float(nats[row]) for nats in kls]
         near = fidelity_of(kl, [float(one[row]) for one in same], model.dtype)
-        held = lengths[row + 1]
+        held = entries[row + 1]
         results.append(
             {
                 "kl": near.kl_to_full,

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
 from baselines import FullPolicy
-from buzz import CACHE_ARGUMENT, EvictionCache, Policy
+from buzz import EvictionCache, Policy
+from evals.run.compress import forward, read_context
 from evals.run.faults import NotFinite
-from evals.run.generate import Measurements, left_padded, synchronize, verify_lengths
+from evals.run.generate import Measurements, left_padded, synchronize
+from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 
 # Steps of the full cache that are computed at once: nothing is evicted between them.
@@ -30,7 +33,8 @@ class Fidelity:
     """How near a method's next-token distributions are to those of a full cache, for one row.
 
     Means over the continuation's tokens but the first, which is predicted before any eviction;
-    None if there is no other.
+    None if there is no other. Where the context is compressed before the question is read, over
+    all.
 
     Attributes:
         kl_to_full: KL(full || method) in nats.
@@ -70,20 +74,20 @@ def read(
     fed, scored = (torch.tensor(tokens, device=device) for tokens in fed_and_scored(ids, starts))
     steps = reading_steps(len(fed) + 1, chunk)
     losses: list[Tensor] = []
-    lengths: list[int] = []
+    lengths = Lengths(cache)
     reset_memory_peak(device)
     synchronize(device)
     times = [time.perf_counter()]
     position = 0
     for new in steps:
-        logits = _forward(model, cache, fed[None, position : position + new], None, new)[0]
+        logits = forward(model, cache, fed[None, position : position + new], None, new)[0]
         position += new
         targets = scored[position - new : position]
         losses.append(cross_entropy(logits.float(), targets, reduction="none"))
-        lengths.append(cache.evicting[0].lengths[0])
+        lengths.note()
         synchronize(device)
         times.append(time.perf_counter())
-    verify_lengths(policy, steps, lengths)
+    held = lengths.verified(0, steps)
     values = torch.cat(losses).tolist()
     if wrong := [token for token, loss in enumerate(values, start=1) if not math.isfinite(loss)]:
         raise NotFinite("the loss was", wrong[0], model.dtype)
@@ -91,7 +95,7 @@ def read(
     p50, p95 = np.percentile(latencies, [50, 95]) * 1e3
     measured = Measurements(
         prompt_tokens=len(ids),
-        lengths=lengths,
+        lengths=held,
         evictions=cache.evictions[0],
         entry_nbytes=cache.entry_nbytes,
         allocated_nbytes=cache.nbytes(allocated=True),
@@ -128,6 +132,7 @@ def compare_with_full(
     policy: Policy,
     pad: int,
     cache_options: dict[str, Any],
+    later: Sequence[int] = (),
 ) -> list[Fidelity]:
     """Feeds both caches the same continuations, a token at a time as in decoding.
 
@@ -135,6 +140,8 @@ def compare_with_full(
         prompts, continuations: token ids of each row of the batch.
         pad: the padding token's id.
         cache_options: the method's; the full cache has none.
+        later: tokens of the steps behind the first in which every prompt is read, see
+            :mod:`evals.run.compress`.
 
     Raises:
         NotFinite: a divergence is NaN or infinite.
@@ -148,18 +155,25 @@ def compare_with_full(
         for method, option in zip((FullPolicy(), policy), options, strict=True)
     ]
     ids, mask = left_padded(prompts, pad).to(model.device)
+    asks = sum(later[-1:])
     for cache in caches:
-        _forward(model, cache, ids, mask, 1)
+        read_context(model, cache, ids, mask, later)
+    first = [forward(model, cache, ids[:, -asks:], mask, 1) for cache in caches]
+    pairs = _distributions(model, caches, forced, mask)
+    if later:  # the first token, too, is predicted from what was kept
+        pairs = chain([tuple(_log_probabilities(logits[:, 0]) for logits in first)], pairs)
     steps = [
         torch.stack([(full.exp() * (full - own)).sum(-1), full.argmax(-1) == own.argmax(-1)])
-        for full, own in _distributions(model, caches, forced, mask)
+        for full, own in pairs
     ]
     if not steps:
         return [Fidelity(None, None)] * len(prompts)
     kls, agreements = torch.stack(steps, dim=-1).tolist()  # the only wait for the device
+    unpredicted = 0 if later else 1
+    counts = [len(tokens) - unpredicted for tokens in continuations]
     return [
-        fidelity_of(kl[: len(tokens) - 1], same[: len(tokens) - 1], model.dtype)
-        for kl, same, tokens in zip(kls, agreements, continuations, strict=True)
+        fidelity_of(kl[:count], same[:count], model.dtype)
+        for kl, same, count in zip(kls, agreements, counts, strict=True)
     ]
 
 
@@ -184,33 +198,12 @@ def _distributions(
     for start in range(0, forced.shape[1], CHUNK):
         tokens = forced[:, start : start + CHUNK]
         seen = torch.cat([mask, torch.ones_like(forced[:, : start + tokens.shape[1]])], dim=1)
-        expected = _forward(model, full, tokens, seen, tokens.shape[1])
+        expected = forward(model, full, tokens, seen, tokens.shape[1])
         for step in range(tokens.shape[1]):
             now = seen[:, : mask.shape[1] + start + step + 1]
-            found = _forward(model, own, tokens[:, step : step + 1], now, 1)
-            yield (
-                log_softmax(expected[:, step], dim=-1, dtype=torch.float32),
-                log_softmax(found[:, 0], dim=-1, dtype=torch.float32),
-            )
+            found = forward(model, own, tokens[:, step : step + 1], now, 1)
+            yield _log_probabilities(expected[:, step]), _log_probabilities(found[:, 0])
 
 
-def _forward(
-    model: PreTrainedModel, cache: EvictionCache, ids: Tensor, mask: Tensor | None, keep: int
-) -> Tensor:
-    """Logits [rows, keep, vocab] of a step's last tokens.
-
-    Args:
-        ids: int64 [rows, new].
-        mask: int64 [rows, seen + new], 0 in padding; None if there is none.
-    """
-    positions = None
-    if mask is not None:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    with torch.inference_mode():
-        return model(
-            ids,
-            attention_mask=mask,
-            position_ids=positions,
-            **{CACHE_ARGUMENT: cache},
-            logits_to_keep=keep,
-        ).logits
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return log_softmax(logits, dim=-1, dtype=torch.float32)

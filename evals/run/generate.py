@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ from transformers import (
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
 from evals.results.records import arithmetic_runs
 from evals.results.schema import Record
-from evals.run.faults import LengthMismatch, NotFinite
+from evals.run.compress import read_context
+from evals.run.faults import NotFinite
+from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 
 
@@ -37,7 +40,9 @@ class Measurements:
 
     Attributes:
         prompt_tokens: without padding.
-        lengths: cache entries per layer and KV head after each step of this row.
+        lengths: cache entries per layer and KV head after each step of this row, of a prompt that
+            is read in several from the one that ends its context on; of a method whose layers hold
+            different numbers, their mean.
         evictions: steps that evicted, over the whole batch's decoding.
         entry_nbytes: bytes of K and V of one entry over all layers.
         allocated_nbytes: a row's share of the batch's buffers at the end: keys and values, with
@@ -47,10 +52,14 @@ class Measurements:
         itl_p50_ms, itl_p95_ms: inter-token latency percentiles.
         memory_peak_nbytes: device memory allocated at the peak (CUDA) or resident memory of the
             process (CPU), model included.
+        question_s: of a prompt whose context is compressed before its question is read: seconds
+            from then to the first token.
+        context_peak_nbytes, question_peak_nbytes: the memory peak, likewise, of reading the
+            context, and from the question on.
     """
 
     prompt_tokens: int
-    lengths: list[int]
+    lengths: list[float]
     evictions: int
     entry_nbytes: int
     allocated_nbytes: int
@@ -59,10 +68,16 @@ class Measurements:
     itl_p50_ms: float | None
     itl_p95_ms: float | None
     memory_peak_nbytes: int
+    question_s: float | None = None
+    context_peak_nbytes: int | None = None
+    question_peak_nbytes: int | None = None
 
     def record(self) -> Record:
         """The fields of a record that were measured."""
         record = dataclasses.asdict(self)
+        if self.question_s is None:
+            for name in ("question_s", "context_peak_nbytes", "question_peak_nbytes"):
+                del record[name]
         lengths, entry = record.pop("lengths"), record.pop("entry_nbytes")
         average, peak = statistics.fmean(lengths), max(lengths)
         return record | {
@@ -70,7 +85,7 @@ class Measurements:
             "kv_entries_peak": peak,
             "kv_nbytes_mean": average * entry,
             "kv_nbytes_peak": peak * entry,
-            "trace": arithmetic_runs(lengths),
+            "trace": arithmetic_runs([round(held) for held in lengths]),
         }
 
 
@@ -99,16 +114,15 @@ class Trace(StoppingCriteria):
     """Never stops; notes the time and the cache lengths of each step."""
 
     def __init__(self, cache: EvictionCache) -> None:
-        self.cache = cache
         self.times: list[float] = []
-        self.lengths: list[list[int]] = []
+        self.lengths = Lengths(cache)
 
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         synchronize(input_ids.device)
         self.times.append(time.perf_counter())
-        self.lengths.append(list(self.cache.evicting[0].lengths))
+        self.lengths.note()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -134,8 +148,13 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
     cache_options: dict[str, Any] | None = None,
+    later: Sequence[int] = (),
 ) -> list[Generation]:
     """Greedy answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
+
+    Args:
+        later: tokens of the steps behind the first in which every prompt is read, see
+            :mod:`evals.run.compress`; none: it is read as one.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
@@ -158,6 +177,13 @@ def generate(
     reset_memory_peak(device)
     synchronize(device)
     start = time.perf_counter()
+    read_context(model, cache, *inputs, later, trace.lengths.note)
+    context_peak = None
+    if later:
+        synchronize(device)
+        context_peak = memory_peak(device)
+        reset_memory_peak(device)
+    asked = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
             input_ids=inputs[0],
@@ -179,8 +205,8 @@ def generate(
         if False in sound[row][:count]:
             raise NotFinite("the logits were", sound[row].index(False), model.dtype)
         reason = "length" if end is None else "eos" if answer[end] in ends_answer else "stop"
-        lengths = [step[row] for step in trace.lengths[:count]]
-        verify_lengths(policy, [len(prompt)] + [1] * (count - 1), lengths)
+        steps = [len(prompt) - sum(later), *later] + [1] * (count - 1)
+        lengths = trace.lengths.verified(row, steps)
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
         generations.append(
@@ -190,7 +216,7 @@ def generate(
                 prompt_tokens=len(prompt),
                 generated_tokens=count,
                 stop_reason=reason,
-                lengths=lengths,
+                lengths=lengths[max(0, len(later) - 1) :],
                 evictions=cache.evictions[row],
                 entry_nbytes=cache.entry_nbytes,
                 allocated_nbytes=cache.nbytes(allocated=True) // len(prompts),
@@ -198,32 +224,13 @@ def generate(
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
                 itl_p95_ms=p95,
-                memory_peak_nbytes=peak,
+                memory_peak_nbytes=max(peak, context_peak or 0),
+                question_s=trace.times[0] - asked if later else None,
+                context_peak_nbytes=context_peak,
+                question_peak_nbytes=peak if later else None,
             )
         )
-    held = {tuple(layer.lengths) for layer in cache.evicting}
-    if len(held) > 1:
-        raise LengthMismatch(f"layers hold different numbers of entries: {sorted(held)}")
     return generations
-
-
-def verify_lengths(policy: Policy, steps: list[int], measured: list[int]) -> None:
-    """Compares measured cache lengths with the policy's own recurrence, step by step.
-
-    Args:
-        steps: tokens fed by each step.
-        measured: entries held after each step.
-
-    Raises:
-        LengthMismatch: naming the step and both numbers.
-    """
-    expected = policy.lengths(steps)
-    for step, (found, due) in enumerate(zip(measured, expected, strict=True)):
-        if found != due:
-            raise LengthMismatch(
-                f"{policy.name}: after step {step}, with {sum(steps[: step + 1])} tokens read, the"
-                f" cache holds {found} entries, the method's own recurrence says {due}"
-            )
 
 
 def left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
+from buzz.adapter import why_unsupported
 from buzz.errors import ConfigError
 from evals.run.config import Seed, Text
 from evals.run.weights import file_digest, folder_digest
@@ -105,7 +106,7 @@ def check_model(cfg: Mapping[str, Any]) -> None:
     else:
         source = _source(cfg)
         if not source.endswith(".gguf"):  # a GGUF file is checked when it is converted
-            _require_rope(cfg, _pretrained(AutoConfig, cfg, source))
+            _require_supported(cfg, _pretrained(AutoConfig, cfg, source))
 
 
 def load_model(
@@ -270,7 +271,7 @@ def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
     target = _converted(gguf)
     folder, options = str(gguf.parent), {"gguf_file": gguf.name}
     config = _pretrained(AutoConfig, cfg, folder, **options)
-    _require_rope(cfg, config)
+    _require_supported(cfg, config)
     tokenizer = _pretrained(AutoTokenizer, cfg, folder, **options)
     options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     unpacked = _pretrained(AutoModelForCausalLM, cfg, folder, **options)
@@ -319,14 +320,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _require_rope(cfg: Mapping[str, Any], config: PretrainedConfig) -> None:
-    text = config.get_text_config()
-    if not getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
+def _require_supported(cfg: Mapping[str, Any], config: PretrainedConfig) -> None:
+    if reason := why_unsupported(config):
         raise ConfigError(
             "model.name_or_path",
             cfg["name_or_path"],
-            f"{config.model_type} has no rotary positions (RoPE), which eviction needs; "
-            "take a RoPE model such as Llama, Mistral or Qwen",
+            f"{config.model_type} {reason}; take a model such as Llama, Mistral or Qwen",
         )
 
 

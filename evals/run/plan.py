@@ -104,8 +104,12 @@ class Plan:
                     + "".join(f" ({one})" for one in beside[:1]),
                 )
         self._check_budget(longest)
-        if task.mode == "read" and task.tokens is not None:
-            self.check_reading(task.tokens)
+        if task.mode == "read":
+            if self.config["compress"] != "prompt":
+                remedy = f"{task.name} asks nothing of the texts that it reads; leave it out"
+                raise ConfigError("compress", self.config["compress"], remedy)
+            if task.tokens is not None:
+                self.check_reading(task.tokens)
         task.prepare()
 
     def _check_budget(self, longest: int) -> None:
@@ -226,15 +230,16 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
 
 
 def with_class(section: str, method: dict[str, Any]) -> dict[str, Any]:
-    """A method's settings with its class, which is the one of its name unless they say another.
+    """A method's section with its class, which is the one of its name unless it says another.
 
     Raises:
         ConfigError: no method has this name.
     """
-    name = method["name"]
-    if "_target_" not in method and name not in POLICIES:
+    if "_target_" in method:
+        return method
+    found = POLICIES.get(name := method.get("name"))
+    if found is None:
         raise ConfigError(f"{section}.name", name, f"choose one of {', '.join(POLICIES)}")
-    found = POLICIES.get(name, Policy)
     return {"_target_": f"{found.__module__.partition('.')[0]}.{found.__name__}"} | method
 
 

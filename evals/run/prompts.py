@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,9 +16,10 @@ from buzz.errors import ConfigError
 from evals.results import schema
 from evals.results.records import sha256
 from evals.results.schema import Record
+from evals.run.compress import steps_before
 from evals.run.plan import Plan
 from evals.tasks.base import Sample
-from evals.tasks.encoding import encode
+from evals.tasks.encoding import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Prompt:
 
     Attributes:
         scoring: names the version of what scores the answer.
+        before: tokens of the steps that read it up to its question, see
+            :mod:`evals.run.compress`; () if it is read as one.
     """
 
     sample: Sample
@@ -35,6 +38,17 @@ class Prompt:
     chat: bool
     max_new_tokens: int
     scoring: str = ""
+    before: tuple[int, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """Tokens that a fractional budget is of: those that are compressed together."""
+        return sum(self.before) or len(self.ids)
+
+    @property
+    def later(self) -> tuple[int, ...]:
+        """Tokens of the steps in which it is read, without the first."""
+        return (*self.before, len(self.ids) - sum(self.before))[1:]
 
     @property
     def question(self) -> Record:
@@ -79,22 +93,26 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
     prompts = []
     scoring = plan.task.scoring
     samples = plan.task.load(tokenizer)
+    compress = plan.config["compress"], plan.config["compress_chunk"]
     for sample in plan.task.of_shard(samples):
         answer = plan.task.max_new_tokens or sample.max_new_tokens or 0
         if sample.ids is not None:
             if plan.task.mode == "read":
                 plan.check_reading(len(sample.ids) - len(sample.starts) + 1)
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer, scoring))
+            before = steps_before(*compress, sample, None, tokenizer)
+            prompts.append(Prompt(sample, list(sample.ids), 0, False, answer, scoring, before))
             continue
         limit = plan.config["model"]["max_length"] - answer
         chat = plan.task.chat_template and sample.chat_template is not False
         chat = chat and tokenizer.chat_template is not None
-        ids, truncated = encode(tokenizer, sample.prompt, chat, limit, sample.answer_prefix)
+        encoded = encode_prompt(tokenizer, sample.prompt, chat, limit, sample.answer_prefix)
+        ids, truncated = encoded.ids, encoded.truncated
         if truncated and plan.task.longest_prompt():
             raise ConfigError(
                 "model.max_length", limit + answer, f"{truncated} tokens too short for {sample.id}"
             )
-        prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring))
+        before = steps_before(*compress, sample, encoded, tokenizer)
+        prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring, before))
     if not prompts:
         raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
     known = {prompt.sample.id: prompt.sample_sha256 for prompt in prompts}
@@ -111,11 +129,15 @@ def _digest(samples: Sequence[Sample]) -> str:
 def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Batches that are generated alike, of neighbouring lengths when they hold several rows.
 
+    Rows whose questions, or chunks, have other lengths are in other batches: nothing would tell the
+    padding between a context and its question.
+
     They depend on all prompts and not on which are done, so that a resumed run is the same run.
     """
-    kinds: dict[tuple[int, tuple[str, ...]], list[Prompt]] = {}
+    kinds: dict[Any, list[Prompt]] = {}
     for prompt in prompts:
-        kinds.setdefault((prompt.max_new_tokens, prompt.sample.stop), []).append(prompt)
+        key = prompt.max_new_tokens, prompt.sample.stop, prompt.before and prompt.later
+        kinds.setdefault(key, []).append(prompt)
     for alike in kinds.values():
         if size > 1:
             alike.sort(key=lambda prompt: len(prompt.ids))

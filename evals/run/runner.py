@@ -101,7 +101,7 @@ def _begin(plan: Plan, folder: RunFolder) -> Work:
     folder.read(FIDELITY), folder.environments()  # refuse now what could not be added to
     torch.manual_seed(plan.config["seed"])
     asked = load_prompts(plan, _tokenizer(plan))
-    lengths = [len(prompt.ids) for prompt in asked.prompts]
+    lengths = [prompt.context for prompt in asked.prompts]
     for tokens in (min(lengths), max(lengths)):
         plan.fit(tokens)  # refuse a budget that cannot be met now, not later
     model, tokenizer = _load(plan)
@@ -250,7 +250,7 @@ def _load_of(neighbours: Neighbours, device: torch.device) -> Record:
 
 def _run_batch(work: Work, batch: list[Prompt]) -> list[Record]:
     """The batch's records. Rows that are run again in a smaller one keep the batch's budget."""
-    policy, entries = work.plan.fit(min(len(prompt.ids) for prompt in batch))
+    policy, entries = work.plan.fit(min(prompt.context for prompt in batch))
     frame = {
         "policy": dataclasses.asdict(policy),
         "budget_entries": entries,
@@ -287,6 +287,7 @@ def _answer(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
         batch[0].max_new_tokens,
         batch[0].sample.stop,
         work.plan.config["cache"],
+        batch[0].later,
     )
     return [generation.record() for generation in generations]
 
@@ -323,7 +324,8 @@ def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], Non
         policy = dataclasses.replace(work.plan.policy, **work.records[rows[0].sample.id]["policy"])
         ids, answers = [prompt.ids for prompt in rows], [answer(prompt) or [] for prompt in rows]
         pad, options = work.tokenizer.pad_token_id, work.plan.config["cache"]
-        found = compare_with_full(work.model, ids, answers, policy, pad, options)
+        later = rows[0].later
+        found = compare_with_full(work.model, ids, answers, policy, pad, options, later)
         return [dataclasses.asdict(one) for one in found]
 
     todo = [

@@ -125,4 +125,5 @@ def identity(prompt: Prompt) -> Record:
         "prompt_tokens": len(prompt.ids),
         "truncated_tokens": prompt.truncated,
         "chat_template": prompt.chat,
+        **({"context_tokens": prompt.context} if prompt.before else {}),
     }

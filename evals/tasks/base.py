@@ -230,3 +230,8 @@ class StreamTask(Task):
         if self.tokens is not None and self.tokens <= self.blocks:
             remedy = f"give more than its {self.blocks} blocks"
             raise ConfigError("task.tokens", self.tokens, remedy)
+
+
+def after(body: str, prompt: str) -> str:
+    """What follows the last `body` in a prompt."""
+    return prompt[prompt.rindex(body) + len(body) :]

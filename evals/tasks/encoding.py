@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as token ids.
+
+    Attributes:
+        ids: its tokens.
+        truncated: how many were cut from its middle.
+        user: the user's text, as far as it was not cut.
+        text: what was tokenized: that, in its template.
+        prefix: the beginning of the answer, which `text` ends with.
+        special: whether the tokenizer added its special tokens.
+    """
+
+    ids: list[int]
+    truncated: int
+    user: str
+    text: str
+    prefix: str
+    special: bool
+
+    def tokens_before(self, question: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        """How many of the first tokens come before the question and do not depend on it.
+
+        They are those that the text before it has when it is tokenized alone, as far as both
+        agree. A token in which the context's end and the question's beginning have merged, white
+        space between them above all, is left to the question.
+
+        Args:
+            question: the end of the user's text.
+
+        Returns:
+            0 if the text no longer ends with the question.
+        """
+        # Templates may strip a message.
+        question = question.strip()
+        if not self.user.rstrip().endswith(question):
+            return 0
+        place = self.text.rfind(question, 0, len(self.text) - len(self.prefix))
+        if place < 0:
+            return 0
+        alone = tokenizer(self.text[:place], add_special_tokens=self.special)["input_ids"]
+        return len(commonprefix([alone, self.ids]))
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int, prefix: str = ""
 ) -> tuple[list[int], int]:
-    """Token ids of a prompt, at most `limit`, and how many tokens were cut from its middle.
+    """Token ids of a prompt, and how many were cut, see :func:`encode_prompt`."""
+    encoded = encode_prompt(tokenizer, text, chat, limit, prefix)
+    return encoded.ids, encoded.truncated
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int, prefix: str = ""
+) -> Encoded:
+    """Token ids of a prompt, at most `limit`: one that is too long loses its middle.
 
     As LongBench does, the two ends are joined as text and tokenized again; the chat template is
     applied afterwards and stays whole. So does `prefix`, the beginning of the answer.
@@ -20,33 +75,36 @@ def encode(
             pair, which no tokenizer takes.
     """
 
-    def tokens(text: str) -> list[int]:
+    def encoded(user: str) -> Encoded:
         if not chat:
-            return tokenizer(f"{text} {prefix}" if prefix else text)["input_ids"]
-        messages = [{"role": "user", "content": text}]
-        if prefix:
-            messages.append({"role": "assistant", "content": prefix})
-        kind = {"continue_final_message" if prefix else "add_generation_prompt": True}
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **kind)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+            whole = f"{user} {prefix}" if prefix else user
+        else:
+            messages = [{"role": "user", "content": user}]
+            if prefix:
+                messages.append({"role": "assistant", "content": prefix})
+            kind = {"continue_final_message" if prefix else "add_generation_prompt": True}
+            whole = tokenizer.apply_chat_template(messages, tokenize=False, **kind)
+        ids = tokenizer(whole, add_special_tokens=not chat)["input_ids"]
+        return Encoded(ids, 0, user, whole, prefix, not chat)
 
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError("prompt", text[:40], "holds a lone surrogate; remove it") from error
-    whole = tokens(text)
-    if not whole:
+    whole = encoded(text)
+    if not whole.ids:
         raise ConfigError("prompt", text[:40], "has no tokens; give a text")
-    if len(whole) <= limit:
-        return whole, 0
+    if len(whole.ids) <= limit:
+        return whole
     body = tokenizer(text, add_special_tokens=False)["input_ids"]
-    room = limit - (len(whole) - len(body))
+    room = limit - (len(whole.ids) - len(body))
     while (half := room // 2) > 0:
         ends = body[:half], body[-half:]
-        cut = tokens("".join(tokenizer.decode(end, skip_special_tokens=True) for end in ends))
-        if not cut:
+        joined = "".join(tokenizer.decode(end, skip_special_tokens=True) for end in ends)
+        cut = encoded(joined)
+        if not cut.ids:
             break
-        if len(cut) <= limit:
-            return cut, len(whole) - len(cut)
-        room -= len(cut) - limit
+        if len(cut.ids) <= limit:
+            return replace(cut, truncated=len(whole.ids) - len(cut.ids))
+        room -= len(cut.ids) - limit
     raise ConfigError("model.max_length", limit, "leaves no room for the prompt")

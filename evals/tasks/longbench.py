@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from buzz.errors import ConfigError
 from evals.results.schema import Record
 from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Section, Task
+from evals.tasks.base import Sample, Section, Task, after
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
 
@@ -185,12 +185,13 @@ class LongBench(Task):
         ]
 
     def _sample(self, name: str, number: int, row: dict[str, Any]) -> Sample:
-        dataset = load_dataset(name)
+        dataset, prompt = load_dataset(name), prompt_of(name, row)
         return Sample(
             id=f"{name}-{number}",
-            prompt=prompt_of(name, row),
+            prompt=prompt,
             references=tuple(row["answers"]),
             group=name,
+            question=after(row["context"], prompt),
             meta={key: row.get(key) for key in ("_id", "all_classes", "length")},
             max_new_tokens=dataset.max_new_tokens,
             chat_template=name not in NO_CHAT,

@@ -159,6 +159,7 @@ class Needle(Task):
             prompt=f"{intro}\n\n{' '.join(filler)}\n\n{question}",
             references=tuple(asked),
             group=f"{depth:g}%",
+            question=question,
             meta={"length": length, "depth": depth},
         )
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from buzz.errors import ConfigError
 from evals.results.schema import Record
 from evals.results.statistics import means_by_meta
-from evals.tasks.base import Sample, Section, Task
+from evals.tasks.base import Sample, Section, Task, after
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, normalized, word_f1
 from evals.tasks.types import Grid, template
@@ -122,16 +122,19 @@ class NQ10(Task):
             self.document.format(number=number, title=document["title"], text=document["text"])
             for number, document in enumerate(documents, start=1)
         ]
+        prompt = self.prompt.format(
+            instruction=self.instruction or INSTRUCTION,
+            documents="".join(texts),
+            question=row["question"],
+        )
+        asks_last = self.prompt.find("{question}") > self.prompt.rfind("{documents}")
         return Sample(
             id=f"{number}-{place}",
-            prompt=self.prompt.format(
-                instruction=self.instruction or INSTRUCTION,
-                documents="".join(texts),
-                question=row["question"],
-            ),
+            prompt=prompt,
             references=tuple(row["answers"]),
             group=str(place) if self.gold_at else "",
             unit=str(number),
+            question=after("".join(texts), prompt) if asks_last else "",
             meta={"gold_at": place},
         )
 

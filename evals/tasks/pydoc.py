@@ -66,6 +66,7 @@ class Pydoc(Task):
                 id=name,
                 prompt=f"{topics[name].strip()}\n\n{QUESTION}",
                 references=(topics[name],),
+                question=QUESTION,
             )
             for name in names[: self.samples]
         ]

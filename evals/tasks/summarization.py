@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Section, Task
+from evals.tasks.base import Sample, Section, Task, after
 from evals.tasks.data import load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, package_rouge, rouge, self_bleu
 from evals.tasks.types import template
@@ -90,10 +90,12 @@ class Summarization(Task):
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
         article = _article(number, row)
+        prompt = self.prompt.format(article=article, words=self.words)
         return Sample(
             id=str(number),
-            prompt=self.prompt.format(article=article, words=self.words),
+            prompt=prompt,
             references=(_first(row, SUMMARY_FIELDS),),
+            question=after(article, prompt),
             meta={"id": row.get("id")},
         )
 

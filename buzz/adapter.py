@@ -1,0 +1,251 @@
+"""What is known about transformers, in one place: names, hooks and shapes of its models.
+
+How an evicting cache comes to be asked. :func:`install`
+
+1. registers an attention function with transformers' `AttentionInterface` in place of the model's
+   backend (sdpa, eager, flash_attention_2 ...), which it keeps and hands on;
+2. adds a forward pre-hook to the decoder, which sees the inputs of each step first.
+
+What the hook passes on by keyword, transformers hands down to the attention function unchanged.
+Neither model code nor configuration is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from buzz.errors import ConfigError
+from buzz.rope import Rope, Rotation
+
+# The name under which this transformers takes a cache: `cache` from 5.24 on, which still knows the
+# older name and warns.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+PROJECTIONS = ("o_proj", "out_proj", "dense")  # names of W_o in attention modules
+
+Attention = Callable[..., tuple[Tensor, Any]]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Models whose attention is more than softmax(q k) v over per-head keys.
+UNSUPPORTED = {
+    "kv_lora_rank": "caches a latent and not keys (MLA)",
+    "alibi": "marks positions by ALiBi and not by RoPE",
+    "attn_logit_softcapping": "caps its attention logits, which the scored attention does not",
+}
+
+_installed: dict[str, Attention] = {}  # by backend, what stands in place of its own function
+
+
+# --- a model that serves evicting caches ---------------------------------------------------------
+
+
+def install(
+    model: PreTrainedModel,
+    attend: Callable[..., tuple[Tensor, Any]],
+    announce: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Inputs | None],
+) -> nn.Module:
+    """Put an attention function and a pre-hook of the decoder in place (once).
+
+    Args:
+        attend: takes the stock function, the backend's name, and what the stock function takes.
+        announce: the hook.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        ConfigError: an attention backend that is not supported.
+    """
+    backend = model.config._attn_implementation
+    if backend not in BACKENDS:
+        raise ConfigError(
+            "model.attn_implementation", backend, f"choose one of {', '.join(BACKENDS)}"
+        )
+    stock = ALL_ATTENTION_FUNCTIONS.get(backend, _model_eager)
+    if stock is not _installed.get(backend):
+        _installed[backend] = functools.partial(attend, stock, backend)
+        AttentionInterface.register(backend, _installed[backend])
+    decoder: nn.Module = model.get_decoder()
+    if not any(hook is announce for hook in decoder._forward_pre_hooks.values()):
+        decoder.register_forward_pre_hook(announce, with_kwargs=True)
+    return decoder
+
+
+def named_inputs(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A decoder's inputs by name.
+
+    Raises:
+        ConfigError: attention weights are asked for.
+    """
+    if args:
+        names = inspect.signature(decoder.forward).parameters
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise ConfigError(
+            "output_attentions", True, "an evicting cache has no weights to give; leave it out"
+        )
+    return kwargs
+
+
+def step_tokens(inputs: dict[str, Any]) -> Tensor:
+    """Ids [batch, new] or embeddings [batch, new, hidden]."""
+    ids = inputs.get("input_ids")
+    return inputs["inputs_embeds"] if ids is None else ids
+
+
+def unread_mask(device: torch.device) -> Tensor:
+    """A 4-D mask is passed on as it is and spares making one. This one is never read."""
+    return torch.empty(1, 1, 1, 1, device=device)
+
+
+def _model_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """The eager attention of the module's own model file, which transformers does not register."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+# --- what a model is made of ---------------------------------------------------------------------
+
+
+def why_unsupported(config: PretrainedConfig) -> str | None:
+    """Why no cache can evict for models of this configuration; None if it can."""
+    text = config.get_text_config(decoder=True)
+    for field, reason in UNSUPPORTED.items():
+        if getattr(text, field, None):
+            return f"{reason} (config.{field})"
+    if not getattr(text, "rope_parameters", None):
+        return "has no rotary position embedding (RoPE), so no kept key can be moved"
+    return None
+
+
+def layers_of(model: PreTrainedModel) -> Iterator[tuple[str, DynamicSlidingWindowLayer | None]]:
+    """Each decoder layer's kind, and its own cache if it has a window within the model's context.
+
+    Raises:
+        ConfigError: nothing in a layer could be evicted.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for index, (kind, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
+        window: Any = kwargs.get("sliding_window")
+        if kind == "sliding_attention" and window < config.max_position_embeddings:
+            yield kind, DynamicSlidingWindowLayer(sliding_window=window)
+        elif kind in ("full_attention", "sliding_attention"):
+            yield kind, None
+        else:
+            name, remedy = type(model).__name__, f"layer {index} is {kind}"
+            raise ConfigError("model", name, f"{remedy}; it has no KV cache to thin")
+
+
+def attention_of(decoder: nn.Module, index: int) -> nn.Module:
+    """The attention module of one decoder layer.
+
+    Raises:
+        ConfigError: the model keeps it under an unknown name.
+    """
+    layers: Any = getattr(decoder, "layers", None)
+    layer = layers[index] if layers is not None else None
+    for name in ("self_attn", "attention", "attn"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    raise ConfigError("model", type(decoder).__name__, "its attention layers could not be found")
+
+
+def has_rope(attention: nn.Module) -> bool:
+    """Whether a layer rotates its keys; NoPE layers of SmolLM3 and Llama 4 do not."""
+    return bool(getattr(attention, "use_rope", True))
+
+
+def output_projection(attention: nn.Module | None) -> Tensor:
+    """The weight [hidden, heads * head_dim] of an attention module's output projection.
+
+    Raises:
+        ConfigError: there is none under a known name, or it is quantised.
+    """
+    for name in PROJECTIONS:
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+            return weight.detach()
+    raise ConfigError(
+        "model",
+        type(attention).__name__,
+        f"has no output projection that can be read (one of {', '.join(PROJECTIONS)}, not"
+        " quantised), which this method needs",
+    )
+
+
+def short_context(model: PreTrainedModel, decoder: nn.Module) -> int:
+    """Tokens after which LongRoPE's frequencies change; 0 of any other model."""
+    longrope = getattr(decoder.rotary_emb, "rope_type", None) == "longrope"
+    return model.config.original_max_position_embeddings if longrope and drops(model) else 0
+
+
+def drops(model: PreTrainedModel) -> bool:
+    """Whether its `generate` may drop a cache that is true, to compute all of the text again.
+
+    Phi-3 does so when a text grows past its short context.
+    """
+    return hasattr(model.config, "original_max_position_embeddings")
+
+
+# --- how a layer rotates its keys ----------------------------------------------------------------
+
+
+def find_rope(decoder: nn.Module, attention: nn.Module, layer_type: str) -> Rope:
+    """The rotation of one attention layer, checked against the model's own code.
+
+    Raises:
+        ConfigError: the model has no RoPE, or rotates in a way that cannot be undone from cos/sin.
+    """
+    name = type(decoder).__name__
+    if not has_rope(attention):
+        return Rope(None)
+    module = getattr(decoder, "rotary_emb", None)
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if module is None or apply is None:
+        raise ConfigError("model", name, "its rotary position embedding could not be found")
+    per_type = hasattr(module, f"{layer_type}_inv_freq")
+    prefix = layer_type if per_type else ""
+    for interleaved in (False, True):
+        rope = Rope(module, prefix, interleaved)
+        if _agrees(rope, apply, attention, layer_type if per_type else None):
+            return rope
+    raise ConfigError(
+        "model", name, "rotates its keys in an unknown layout; neither half-split nor interleaved"
+    )
+
+
+@torch.no_grad()
+def _agrees(
+    rope: Rope, apply: Callable[..., Rotation], attention: nn.Module, layer_type: str | None
+) -> bool:
+    """Whether moving a key with `rope` gives what the model computes at the new position."""
+    device = rope.frequencies().device
+    head_dim = getattr(attention, "head_dim", 2 * rope.frequencies().shape[-1])
+    key = torch.linspace(-1, 1, 2 * head_dim, device=device).view(1, 1, 2, head_dim)
+    positions = torch.tensor([[2, 7]], device=device)
+    kwargs = {} if layer_type is None else {"layer_type": layer_type}
+    assert rope.module is not None
+    at_old, at_new = positions, positions.flip(-1)
+    try:
+        old = apply(key, key, *rope.module(key, at_old, **kwargs))[1]
+        new = apply(key, key, *rope.module(key, at_new, **kwargs))[1]
+        moved = rope.rotate(old, rope.turn(at_new, at_old, at_old))
+    except (TypeError, RuntimeError):  # another signature or layout: not ours
+        return False
+    return moved.shape == new.shape and torch.allclose(moved, new, atol=1e-4)

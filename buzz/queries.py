@@ -1,0 +1,87 @@
+"""What a layer remembers of its queries, for methods that ask: the last ones, and their moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048  # queries that are turned back and multiplied at a time
+
+
+@dataclass
+class Moments:
+    """Mean and covariance of queries so far, by row and head.
+
+    Attributes:
+        count: float32 [batch, 1, 1].
+        mean: float32 [batch, heads, head_dim].
+        spread: float32 [batch, heads, head_dim, head_dim], sum of the products of deviations.
+    """
+
+    count: Tensor
+    mean: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, queries: Tensor, counted: Tensor) -> Moments:
+        """Of queries [batch, heads, n, head_dim], those that count: bool [batch or 1, 1, n, 1]."""
+        count = counted.sum(2).float().expand(queries.shape[0], 1, 1)
+        mean = queries.masked_fill(~counted, 0).sum(2) / count.clamp(min=1)
+        centred = (queries - mean[:, :, None]).masked_fill(~counted, 0)
+        return cls(count, mean, centred.mT @ centred)
+
+    def plus(self, later: Moments) -> Moments:
+        """Of all queries together (Chan, Golub and LeVeque, 1979)."""
+        count = self.count + later.count
+        share = later.count / count.clamp(min=1)
+        step = later.mean - self.mean
+        between = step[..., None] * step[..., None, :] * (self.count * share)[..., None]
+        return Moments(count, self.mean + step * share, self.spread + later.spread + between)
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.spread / self.count.clamp(min=1)[..., None]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.count, self.mean, self.spread]
+
+    def select_rows(self, rows: Tensor | slice) -> Moments:
+        return Moments(*(tensor[rows] for tensor in self.tensors()))
+
+
+@dataclass
+class QueryLog:
+    """The queries of one layer, times the scale of its logits.
+
+    Attributes:
+        latest: float32 [batch, heads, w, head_dim], the last ones, as they attended; None if
+            nobody reads them.
+        moments: of queries as they were before they were rotated; None if nobody reads them.
+    """
+
+    latest: Tensor | None = None
+    moments: Moments | None = None
+
+    def keep_latest(self, queries: Tensor, kept: int) -> None:
+        """Note a step's queries [batch, heads, new, head_dim], of which the last `kept` stay."""
+        latest = queries[:, :, -kept:]
+        if self.latest is not None and latest.shape[2] < kept:
+            latest = torch.cat([self.latest, latest], dim=2)[:, :, -kept:]
+        self.latest = latest
+
+    def keep_moments(self, queries: Tensor, counted: Tensor) -> None:
+        """Note a step's queries, turned back, those that count: see :meth:`Moments.of`."""
+        own = Moments.of(queries, counted)
+        self.moments = own if self.moments is None else self.moments.plus(own)
+
+    def tensors(self) -> list[Tensor]:
+        latest = [] if self.latest is None else [self.latest]
+        return latest + ([] if self.moments is None else self.moments.tensors())
+
+    def select_rows(self, rows: Tensor) -> QueryLog:
+        return QueryLog(
+            None if self.latest is None else self.latest.index_select(0, rows),
+            None if self.moments is None else self.moments.select_rows(rows),
+        )

@@ -1,0 +1,71 @@
+"""Entries that a cache holds after each step, held against what its methods prescribe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from buzz import EvictionCache, Policy
+from evals.run.faults import LengthMismatch
+
+
+class Lengths:
+    """Notes what a cache holds.
+
+    Layers under the same policy hold the same, so only one of each is looked at in every step, and
+    all of them at the end.
+    """
+
+    def __init__(self, cache: EvictionCache) -> None:
+        self._cache = cache
+        self._layers = cache.distinct
+        self._steps: list[list[list[int]]] = []  # by step and layer: entries of each row
+
+    def note(self) -> None:
+        self._steps.append([list(layer.lengths) for layer in self._layers])
+
+    def verified(self, row: int, steps: Sequence[int]) -> list[float]:
+        """Entries per layer and KV head after each of a row's steps, on average over the layers.
+
+        Args:
+            steps: tokens fed by each step.
+
+        Raises:
+            LengthMismatch: a layer held another number than its policy's recurrence says, or than
+                another layer under the same policy.
+        """
+        count = Counter(layer.policy for layer in self._cache.evicting)
+        totals = [0] * len(steps)
+        for number, layer in enumerate(self._layers):
+            measured = [step[number][row] for step in self._steps[: len(steps)]]
+            verify_lengths(layer.policy, steps, measured)
+            for step, held in enumerate(measured):
+                totals[step] += held * count[layer.policy]
+        by_policy = {layer.policy: layer.lengths for layer in self._layers}
+        for layer in self._cache.evicting:
+            if layer.lengths != by_policy[layer.policy]:
+                raise LengthMismatch(
+                    f"layers hold different numbers of entries: layer {layer.index}"
+                    f" {layer.lengths}, another {by_policy[layer.policy]}"
+                )
+        layers = len(self._cache.evicting)
+        return [total / layers if total % layers else total // layers for total in totals]
+
+
+def verify_lengths(policy: Policy, steps: Sequence[int], measured: Sequence[int]) -> None:
+    """Compares measured lengths of a layer with its policy's own recurrence, step by step.
+
+    Args:
+        steps: tokens fed by each step.
+        measured: entries held after each step.
+
+    Raises:
+        LengthMismatch: naming the step and both numbers.
+    """
+    expected = policy.lengths(steps)
+    for step, (found, due) in enumerate(zip(measured, expected, strict=True)):
+        if found != due:
+            raise LengthMismatch(
+                f"{policy.name}: after step {step}, with {sum(steps[: step + 1])} tokens read, the"
+                f" cache holds {found} entries, the method's own recurrence says {due}"
+            )

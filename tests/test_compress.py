@@ -1,0 +1,222 @@
+"""Contexts that are compressed before their question is read: the split, the cache, the records."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runs import NEEDLE, read
+from tiny import prompt, tiny
+from torch.nn.functional import kl_div, log_softmax
+from transformers import DynamicCache
+
+from baselines import FullPolicy, H2OPolicy, SnapKVPolicy, StreamingLLMPolicy
+from buzz import BuzzPolicy, ConfigError, EvictionCache
+from evals.results.reading import read_summary
+from evals.results.runs import comparable, identity
+from evals.run import fidelity
+from evals.run.compress import steps_before
+from evals.run.forced import compare_with_full
+from evals.run.generate import generate
+from evals.run.models import byte_tokenizer, load_tokenizer, named_config
+from evals.run.prompts import Prompt, batches
+from evals.tasks.base import Sample
+from evals.tasks.encoding import encode_prompt
+
+METHODS = {
+    "streaming_llm": StreamingLLMPolicy(sink=2, window=20),
+    "h2o": H2OPolicy(heavy=12, recent=12),
+    "snapkv": SnapKVPolicy(capacity=24, window=8),
+    "buzz": BuzzPolicy(window=10, sink=2, threshold=24, stride=3),
+}
+CONTEXT = "The pass key is 12345.  Some people know it.\n\nIt is the last word that counts"
+QUESTION = "What is the pass key?"
+TOKENIZER = byte_tokenizer()
+TOKENIZER.eos_token = None  # an answer has the length that is asked for
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_tokenizer(named_config("smollm2"))
+
+
+@pytest.mark.parametrize("glue", [" ", "\n\n", "\n", ": "])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("prefix", ["", f"The answer to {QUESTION} is"])
+def test_a_context_is_the_tokens_before_its_question(
+    smollm2, glue: str, chat: bool, prefix: str
+) -> None:
+    text = f"{QUESTION} {CONTEXT}{glue}{QUESTION}"
+    encoded = encode_prompt(smollm2, text, chat, 10_000, prefix)
+    count = encoded.tokens_before(QUESTION, smollm2)
+    before, asked = smollm2.decode(encoded.ids[:count]), smollm2.decode(encoded.ids[count:])
+    assert before + asked == encoded.text
+    assert before.endswith("that counts") or before.endswith(("that counts" + glue).rstrip(" "))
+    assert asked.lstrip().lstrip(":").lstrip().startswith(QUESTION)
+    other = text[: -len(QUESTION)] + "Who sings?"
+    # Nothing that was asked has a part in it.
+    assert encode_prompt(smollm2, other, chat, 10_000).ids[:count] == encoded.ids[:count]
+
+
+def test_a_question_is_found_in_a_prompt_that_lost_its_middle(smollm2) -> None:
+    text = f"{CONTEXT * 20}\n\n{QUESTION}"
+    encoded = encode_prompt(smollm2, text, True, 100)
+    count = encoded.tokens_before(QUESTION, smollm2)
+    assert encoded.truncated and smollm2.decode(encoded.ids[count:]).strip().startswith(QUESTION)
+    assert (
+        encode_prompt(smollm2, QUESTION * 40, True, 60).tokens_before(QUESTION * 40, smollm2) == 0
+    )
+
+
+def test_a_prompt_without_question_is_refused() -> None:
+    encoded = encode_prompt(TOKENIZER, "A text", False, 99)
+    for question, why in (("", "no question"), ("x", "no context"), ("A text", "no context")):
+        sample = Sample("7", "A text", (), question=question)
+        with pytest.raises(ConfigError, match=f"compress='context'.*sample 7.*{why}"):
+            steps_before("context", 4, sample, encoded, TOKENIZER)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("later", [(9,), (16, 5, 9)])
+def test_generate_is_a_plain_loop(model, method: str, later: tuple[int, ...]) -> None:
+    """The context through the cache, then the question, then the answer token by token."""
+    ids, policy = prompt(70), METHODS[method]
+    cache = EvictionCache(model, policy)
+    held, start = [], 0
+    for new in (70 - sum(later), *later):
+        logits = model(ids[:, start : start + new], past_key_values=cache).logits[0, -1]
+        held.append(cache.lengths[0])
+        start += new
+    answer = []
+    for _ in range(6):
+        answer.append(int(logits.argmax()))
+        logits = model(torch.tensor([[answer[-1]]]), past_key_values=cache).logits[0, -1]
+    (found,) = generate(model, TOKENIZER, ids.tolist(), policy, 6, (), {}, later)
+    assert found.tokens == answer and found.lengths[:2] == held[-2:]
+    assert 0 < found.question_s < found.ttft_s
+    assert found.memory_peak_nbytes >= found.context_peak_nbytes > 0
+    (whole,) = generate(model, TOKENIZER, ids.tolist(), policy, 6)
+    assert whole.tokens != found.tokens and whole.question_s is None
+
+
+def test_nothing_evicted_is_the_stock_answer(model) -> None:
+    ids = prompt(70)
+    expected = model.generate(
+        ids, past_key_values=DynamicCache(), max_new_tokens=8, do_sample=False
+    )
+    (found,) = generate(model, TOKENIZER, ids.tolist(), FullPolicy(), 8, (), {}, (20, 9))
+    assert found.tokens == expected[0, 70:].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_a_batch_are_what_they_are_alone(model, method: str) -> None:
+    prompts = [prompt(tokens, seed=tokens)[0].tolist() for tokens in (70, 51, 60)]
+    arguments = METHODS[method], 7, (), {}, (9,)
+    together = generate(model, TOKENIZER, prompts, *arguments)
+    for ids, row in zip(prompts, together, strict=True):
+        (alone,) = generate(model, TOKENIZER, [ids], *arguments)
+        assert (alone.tokens, alone.lengths) == (row.tokens, row.lengths)
+
+
+def test_a_batch_has_questions_of_one_length() -> None:
+    def made(tokens: int, *before: int) -> Prompt:
+        return Prompt(Sample(f"{tokens}", "", ()), [1] * tokens, 0, False, 5, before=before)
+
+    short, long, other = made(30, 20), made(50, 40), made(32, 20)
+    found = list(batches([long, other, short], 4))
+    assert found == [[short, long], [other]]
+    assert [one.context for one in (short, made(30))] == [20, 30]
+    # Chunks of a stream are as long as each other, too.
+    assert len(list(batches([made(30, 10, 10), made(40, 10, 10, 10)], 4))) == 2
+    assert len(list(batches([made(30), made(40)], 4))) == 1
+
+
+@pytest.mark.parametrize("later", [(9,), (16, 9)])
+def test_kl_is_of_what_follows_the_compressed_context(model, later: tuple[int, ...]) -> None:
+    """By two plain loops; the answer's first token counts, as its distribution differs, too."""
+    ids, answer, policy = prompt(60), prompt(5, seed=3)[0].tolist(), METHODS["h2o"]
+    distributions = []
+    for method in (FullPolicy(), policy):
+        cache, start, logits = EvictionCache(model, method), 0, []
+        for new in (60 - sum(later), *later):
+            last = model(ids[:, start : start + new], past_key_values=cache).logits[0, -1]
+            start += new
+        logits.append(last)
+        for token in answer[:-1]:
+            step = model(torch.tensor([[token]]), past_key_values=cache)
+            logits.append(step.logits[0, -1])
+        distributions.append(log_softmax(torch.stack(logits), dim=-1))
+    full, own = distributions
+    kl = kl_div(own, full, reduction="batchmean", log_target=True).item()
+    (found,) = compare_with_full(model, ids.tolist(), [answer], policy, 0, {}, later)
+    assert found.kl_to_full == pytest.approx(kl, rel=1e-3) and kl > 0.01
+
+    # and beside each other, on the full cache's own answer
+    answer, (beside,) = fidelity.compare(model, ids[0].tolist(), [policy], 6, set(), {}, later)
+    (found,) = compare_with_full(model, ids.tolist(), [answer], policy, 0, {}, later)
+    assert beside["kl"] == pytest.approx(found.kl_to_full, rel=1e-3)
+    assert beside["top1"] == found.top1_to_full and len(beside["kl_tokens"]) == len(answer)
+    (alone,) = generate(model, TOKENIZER, ids.tolist(), FullPolicy(), 6, (), {}, later)
+    assert answer == alone.tokens
+
+
+def test_one_token_is_compared_where_the_context_was_compressed(model) -> None:
+    ids = prompt(40).tolist()
+    (found,) = compare_with_full(model, ids, [[5]], METHODS["h2o"], 0, {}, (9,))
+    assert found.kl_to_full is not None
+
+
+def test_runs_are_of_their_own_setting(go) -> None:
+    method = "method=streaming_llm"
+    go("method=full", "compress=context")
+    whole = go(method, "budget=0.25")
+    context = go(method, "budget=0.25", "compress=context", "kl=true")
+    stream = go(method, "budget=0.25", "compress=stream", "compress_chunk=100")
+    assert len({whole, context, stream}) == 3
+    summaries = [read_summary(folder) for folder in (whole, context, stream)]
+    assert len({summary["setting"] for summary in summaries}) == 3
+    assert summaries[1]["against_full"]["n"] == 3 and "against_full" not in summaries[0]
+    for record in read(context) + read(stream):
+        assert record["budget_entries"] == round(0.25 * record["context_tokens"])
+        assert 0 < record["question_s"] < record["ttft_s"]
+        assert record["prompt_tokens"] - record["context_tokens"] < 100
+    assert "context_tokens" not in read(whole)[0] and "question_s" not in read(whole)[0]
+    with pytest.raises(ConfigError, match=r"kl=True.*full run"):
+        go(method, "compress=stream", "kl=true")
+
+
+def test_rows_of_a_batch_are_recorded_as_they_are_alone(go) -> None:
+    arguments = "method=h2o", "method.heavy=20", "method.recent=20", "compress=context"
+    alone, together = go(*arguments), go(*arguments, "task.batch_size=3")
+    predictions = [[record["prediction"] for record in read(one)] for one in (alone, together)]
+    assert sorted(predictions[0]) == sorted(predictions[1])
+    assert read(together)[0]["batch_size"] == 3
+
+
+def test_whole_prompts_are_the_setting_that_they_were() -> None:
+    """Runs from before there was a choice are found and go on."""
+    old = {"task": {"name": "needle"}, "model": {}, "method": {"name": "h2o"}, "cache": {}}
+    new = old | {"compress": "prompt", "compress_chunk": 512}
+    assert comparable(old) == comparable(new) and identity(old) == identity(new)
+    context = new | {"compress": "context"}
+    assert comparable(context) != comparable(new) and identity(context) != identity(new)
+    assert comparable(context) == comparable(context | {"compress_chunk": 7})
+    stream = new | {"compress": "stream"}
+    assert comparable(stream) != comparable(stream | {"compress_chunk": 7})
+
+
+def test_refusals(go, main, capsys) -> None:
+    cases = {
+        "compress=never": "compress='never'",
+        "compress=stream compress_chunk=0": "compress_chunk=0",
+        "compress=context task=wikitext task.data_file=README.md": "asks nothing",
+        "compress=context task=throughput": "no question",
+    }
+    for arguments, expected in cases.items():
+        task = [] if "task=" in arguments else NEEDLE
+        assert main("model=llama_random", "method=h2o", *task, *arguments.split()) == 2
+        assert expected in capsys.readouterr().err

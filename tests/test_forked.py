@@ -1,0 +1,125 @@
+"""Many methods on one prefill give what each of them gives alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from runs import MODEL, NEEDLE
+from tiny import prompt, tiny
+
+from baselines import FullPolicy
+from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache
+from evals.report import fidelity as report
+from evals.run.fidelity import compare, copied
+from evals.run.forced import compare_with_full
+
+TOKENS = 60
+
+
+def fitted(budget: float = 0.5) -> list:
+    """Every registered method that meets a budget of a short prompt."""
+    return [Budget(budget).policy(cls(), TOKENS)[0] for _, cls in sorted(POLICIES.items())]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("positions", ["cache", "true"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rows_are_what_methods_give_alone(family, positions) -> None:
+    """A prompt, tokens, and a chunk of several: logits, lengths and kept entries of each."""
+    model, policies = tiny(family), fitted()
+    parts = prompt(TOKENS + 16).split([TOKENS, *[1] * 12, 4], dim=1)
+    forked = ForkedCache(model, policies, positions=positions)
+    together = [model(parts[0], past_key_values=forked).logits.expand(len(policies), -1, -1)]
+    for part in parts[1:]:
+        together.append(model(part.expand(len(policies), -1), past_key_values=forked).logits)
+    for row, policy in enumerate(policies):
+        alone = EvictionCache(model, policy, positions=positions)
+        for part, logits in zip(parts, together, strict=True):
+            expected = model(part, past_key_values=alone).logits[0]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+        fork = forked.forks[row]
+        assert fork.lengths == alone.lengths and fork.evictions == alone.evictions
+        assert torch.equal(fork.kept_positions(1), alone.kept_positions(1)), policy.name
+
+
+def test_comparison_is_that_of_separate_runs() -> None:
+    """To 1e-5: the divergences of every method, on the answer that the full cache gives."""
+    model, policies, ids = tiny(), fitted(), prompt(TOKENS)[0].tolist()
+    answer, found = compare(model, ids, policies, 12, set(), {})
+    greedy = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+    assert answer == greedy[0, TOKENS:].tolist()
+    for policy, one in zip(policies, found, strict=True):
+        (alone,) = compare_with_full(model, [ids], [answer], policy, 0, {})
+        assert one["kl"] == pytest.approx(alone.kl_to_full, abs=1e-5)
+        assert one["top1"] == alone.top1_to_full
+        held = policy.lengths([TOKENS] + [1] * 11)
+        assert one["entries_peak"] == max(held)
+    assert any(one["kl"] > 0.01 for one in found)
+
+
+def test_answers_end_where_the_full_cache_ends_them() -> None:
+    model, ids = tiny(), prompt(TOKENS)[0].tolist()
+    answer, _ = compare(model, ids, [FullPolicy()], 12, set(), {})
+    ended, (found,) = compare(model, ids, [FullPolicy()], 12, {answer[0]}, {})
+    assert ended == answer[:1] and found["kl"] is None and found["top1"] is None
+
+
+def test_what_is_refused() -> None:
+    model = tiny()
+    with pytest.raises(ConfigError, match="at least one"):
+        ForkedCache(model, [])
+    with pytest.raises(ConfigError, match="do not evict"):
+        ForkedCache(tiny("gemma3-mixed"), [FullPolicy()])
+    cache = ForkedCache(model, [FullPolicy()] * 2)
+    ids = prompt(8, batch=2)
+    with pytest.raises(ConfigError, match="attention_mask"):
+        model(ids[:1], attention_mask=torch.ones(1, 8), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="2 rows and not 1"):
+        model(ids, past_key_values=cache)
+
+
+def test_where_an_answer_comes_from() -> None:
+    text = list(range(100))
+    found = copied(text, [7, 40, 41, 42, 43, 44, 3])
+    assert (found.tokens, found.distance, found.share) == (5, 60, 5 / 7)
+    assert copied(text, [200]).distance is None
+    assert copied([1, 2, 3, 9, 1, 2, 3], [1, 2, 3]).distance == 3  # the last of equals
+    assert copied([1, 1, 1, 1, 1], [1, 1, 1, 1]).share == 1
+
+
+def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
+    """Resumes without work, is put together from shards, and is rebuilt from its numbers alone."""
+    shared = [*MODEL, *NEEDLE, "+experiment=fidelity", "task=needle", "fidelity.tokens=6"]
+    shared += ["fidelity.budgets=[0.25]", f"output={tmp_path}/runs"]
+    for shard in ("0/2", "1/2", "1/2"):
+        assert main(*shared, f"task.shard={shard}") == 0
+    assert "| 0.250 | h2o |" in capsys.readouterr().out
+    files = sorted(tmp_path.glob("runs/*/forks.jsonl"))
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert sorted(record["status"] for record in records) == ["ok"] * 3
+    out = tmp_path / "out"
+    assert report.main([f"runs={tmp_path}/runs", f"out={out}"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert report.main([f"out={out}"]) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    lines = before["fidelity.csv"].decode().splitlines()
+    methods = {line.split(",")[1] for line in lines[1:]}
+    assert methods == {one["method"] for one in records[0]["forks"]} and "h2o" in methods
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("fidelity.tokens=1", "fidelity.tokens"),
+        ("fidelity.budgets=[1.5]", "budget"),
+        ("fidelity.budgets=[0.001]", "budget"),
+        ("fidelity.methods.h2o.scoring=none", "scoring"),
+        ("task=wikitext", "task"),
+    ],
+)
+def test_refusals(main, capsys, override, reason) -> None:
+    task = [] if override.startswith("task") else ["task=needle", *NEEDLE]
+    assert main(*MODEL, "+experiment=fidelity", *task, override) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
