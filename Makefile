@@ -33,7 +33,7 @@ tables: $(VENV)/.ready
 
 test: setup lint
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/.ready
 	@$(BIN)/python scripts/bench.py

@@ -86,6 +86,12 @@ def install(
     return decoder
 
 
+def after_forward(decoder: nn.Module, hook: Callable[..., None]) -> None:
+    """Have `hook(decoder, args, kwargs, output)` called when a forward pass is over (once)."""
+    if not any(known is hook for known in decoder._forward_hooks.values()):
+        decoder.register_forward_hook(hook, with_kwargs=True)
+
+
 def named_inputs(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:

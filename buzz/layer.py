@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +64,7 @@ class EvictionLayer(CacheLayerMixin):
         self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
         self.log = QueryLog()
         self.awaits_attention = False
+        self.awaits_repetition = policy.needs_repetition
 
     # --- what transformers asks ---------------------------------------------------------------
 
@@ -133,7 +136,22 @@ class EvictionLayer(CacheLayerMixin):
         self.groups = []
         self.cumulative_length = 0
         self.awaits_attention = False
+        self.awaits_repetition = self.policy.needs_repetition
         self.rope.forget()
+
+    def copy(self, ropes: dict[int, Any]) -> EvictionLayer:
+        """A layer that goes on by itself. No entry is copied before either appends another.
+
+        Args:
+            ropes: copies that were made for earlier layers, by the id of what they are copies of.
+        """
+        other = copy.copy(self)
+        other.store = None if self.store is None else self.store.shared()
+        other.idle = None
+        other.groups = [replace(group, rows=list(group.rows)) for group in self.groups]
+        other.faults = dict(self.faults)
+        other.rope = copy.deepcopy(self.rope, ropes)
+        return other
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError(
@@ -231,8 +249,11 @@ class EvictionLayer(CacheLayerMixin):
 
     @property
     def holds_back(self) -> bool:
-        """Whether the prompt goes on: all that comes before `hold_until` counts as one step."""
-        return self.cumulative_length < self.hold_until
+        """Whether the prompt goes on: all that comes before `hold_until` counts as one step.
+
+        And whether it is still to be read a second time.
+        """
+        return self.awaits_repetition or self.cumulative_length < self.hold_until
 
     @property
     def observed(self) -> int:
@@ -300,11 +321,24 @@ class EvictionLayer(CacheLayerMixin):
             scores = self.view(store.scores).add_(received)
         if not lasting:
             store.scores = None  # of a prompt that was held back, and is judged now
+        self._thin(scores)
+
+    def judge(self, scores: Tensor) -> None:
+        """Thin a prompt that was read a second time.
+
+        Args:
+            scores: float32 [batch, kv_heads, longest row], the highest attention in that.
+        """
+        self.awaits_repetition = False
+        self._thin(scores)
+
+    def _thin(self, scores: Tensor | None) -> None:
         after = self._plan()
         if after is not None:
+            assert self.store is not None
             look = partial(self._look, scores, self.start)
             self.store, self.idle = evict(
-                store, self.idle, self.groups, after, self.policy, self.rope, look
+                self.store, self.idle, self.groups, after, self.policy, self.rope, look
             )
 
     def _plan(self) -> list[Lengths] | None:

@@ -6,13 +6,13 @@ import csv
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from report_runs import BUZZ, B, Reader, write_run
 
 from baselines import SnapKVPolicy
 from evals.report import published, tables
@@ -28,7 +28,6 @@ from evals.tasks.longbench import LongBench
 from evals.tasks.summarization import Summarization
 from evals.tasks.wikitext import Wikitext
 from scripts import make_tables
-from tests.report_runs import BUZZ, B, write_run
 
 PAPER = Path(__file__).resolve().parents[1] / "results/paper"
 
@@ -260,22 +259,6 @@ def test_the_front_is_what_nothing_smaller_beats() -> None:
     memory, scores = [1.0, 2.0, 2.0, 3.0, 4.0], [5.0, 7.0, 6.0, 7.0, 9.0]
     assert front(memory, scores, True) == [(1, 5), (2, 7), (4, 9)]
     assert front(memory, [-s for s in scores], False) == [(1, -5), (2, -7), (4, -9)]
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_report_is_one_file_and_escapes_what_models_wrote(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def label(run: Run, runs: Sequence[Run]) -> str:
     if run.budget is not None:
         parts.append(f"@{budget_text(run, held(run))}")
     parts.append(varied(run, [other for other in runs if other.setting == run.setting]))
+    if len({other.compress for other in runs}) > 1:
+        parts.append(f"compress={run.compress}")
     if len({other.model for other in runs}) > 1:
         parts.append(f"({run.model})")
     return " ".join(filter(None, parts))

@@ -24,7 +24,7 @@ from evals.report.quality import mean_allocated
 from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
 from evals.results.compare import REFERENCE, compare
 from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget
-from evals.results.runs import Run, length_bin, reference_of
+from evals.results.runs import Run, compression, length_bin, reference_of
 from evals.results.schema import Record
 from evals.tasks.base import Section
 
@@ -65,8 +65,14 @@ def _head(run: Run, runs: Sequence[Run], share: float | None) -> dict[str, Any]:
         "model": run.model,
         "method": run.method,
         "settings": varied(run, alike),
+        **({"compress": run.compress} if any(_split(other) for other in runs) else {}),
         "budget": budget_text(run, share),
     }
+
+
+def _split(run: Run) -> bool:
+    """Whether the context is compressed before its question is read."""
+    return bool(compression(run.config))
 
 
 def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], text: str) -> Table:
@@ -189,6 +195,7 @@ def costs(runs: Sequence[Run]) -> Table:
                 **_budget(run, records, grows),
                 "memory peak MB": max(record["memory_peak_nbytes"] for record in records) / 1e6,
                 "TTFT s": run.mean("ttft_s", records),
+                **(_of_question(run, records) if any(map(_split, runs)) else {}),
                 "decode tok/s": run.mean("decode_tokens_per_s", records),
                 "tok/s / full": _quotient(run, "decode_tokens_per_s", records, theirs),
                 "ITL p50 ms": run.mean("itl_p50_ms", records),
@@ -200,6 +207,15 @@ def costs(runs: Sequence[Run]) -> Table:
     text = "Prompt lengths to the nearest power of two. Memory peak includes the model."
     note = _notes(text, shown, grows)
     return Table("costs", "Memory and speed by prompt length", pd.DataFrame(rows), note)
+
+
+def _of_question(run: Run, records: Sequence[Record]) -> dict[str, Any]:
+    """What of a prompt's cost comes with the question, where its context is compressed before."""
+    found = {"question s": run.mean("question_s", records)}
+    for part in ("context", "question"):
+        peaks = [r[name] for r in records if (name := f"{part}_peak_nbytes") in r]
+        found[f"{part} peak MB"] = _scaled(max(peaks, default=None), 1e-6)
+    return found
 
 
 def _scaled(value: float | None, scale: float) -> float | None:

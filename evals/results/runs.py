@@ -18,7 +18,10 @@ from evals.results.statistics import Interval, bootstrap, mean, score_of
 # What runs must share for their scores to be compared. Not the device: the same model answers the
 # same on all, but for rounding. Speed is compared between runs of one machine only.
 COMPARABLE = ("task", "task_version", "model", "model_digest", "seed")
-COMPRESS = {"compress": "prompt", "compress_chunk": None}  # as in runs that are older than these
+COMPRESS: dict[str, Any] = {
+    "compress": "prompt",
+    "compress_chunk": None,
+}  # as in runs that are older than these
 # Settings that say where and how a run was made, not what of.
 DISTURBED = "~"  # behind timings of samples during which other processes kept the machine busy
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
@@ -128,7 +131,13 @@ class Run:
     def parameters(self) -> dict[str, Any]:
         """What the method was configured with; a budget changes those that were not set by hand."""
         own = {k: v for k, v in self.config["method"].items() if k not in ("name", "_target_")}
-        return own | {"positions": "cache"} | self.config["cache"]
+        cache = {"positions": "cache"} | self.config["cache"]
+        return own | cache | compression(self.config)
+
+    @property
+    def compress(self) -> str:
+        """What of a prompt is compressed; of a stream with the tokens of its steps."""
+        return " ".join(map(str, compression(self.config).values())) or COMPRESS["compress"]
 
     @property
     def fixed(self) -> tuple[str, ...]:

@@ -20,12 +20,20 @@ MEASURED = (
     "kv_entries_mean",
     "kv_nbytes_mean",
     "ttft_s",
+    "question_s",
     "decode_tokens_per_s",
     "itl_p50_ms",
     "itl_p95_ms",
     "evictions",
 )
-PEAKS = ("kv_entries_peak", "kv_nbytes_peak", "allocated_nbytes", "memory_peak_nbytes")
+PEAKS = (
+    "kv_entries_peak",
+    "kv_nbytes_peak",
+    "allocated_nbytes",
+    "memory_peak_nbytes",
+    "context_peak_nbytes",
+    "question_peak_nbytes",
+)
 
 
 class Scored(Protocol):

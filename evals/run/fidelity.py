@@ -102,6 +102,9 @@ def _run(cfg: DictConfig) -> Path:
         folder.write("config.yaml", OmegaConf.to_yaml(plan.config | {"fidelity": settings}))
         made = {"environment": folder.note(environment(str(model.device), plan.config["seed"], 0))}
         eos = eos_ids(model, tokenizer)
+        forks = [
+            dataclasses.replace(fork, policy=fork.policy.for_tokenizer(tokenizer)) for fork in forks
+        ]
 
         def compared(rows: list[Prompt]) -> list[Record]:
             start = time.perf_counter()

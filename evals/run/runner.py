@@ -105,6 +105,7 @@ def _begin(plan: Plan, folder: RunFolder) -> Work:
     for tokens in (min(lengths), max(lengths)):
         plan.fit(tokens)  # refuse a budget that cannot be met now, not later
     model, tokenizer = _load(plan)
+    plan = dataclasses.replace(plan, policy=plan.policy.for_tokenizer(tokenizer))
     done = finished(folder, records, asked.prompts)
     if done:
         _say(f"{folder.path}: {len(done)} of {len(asked.prompts)} samples are there already")
