@@ -14,7 +14,7 @@ LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 LEAD = 8  # last tokens of the chunk before, which a later chunk is asked for by
 
 
-@register("kvzip")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class KVzipPolicy(PromptPolicy):
     """The ceiling: the prompt is read a second time, before anything of it is dropped.

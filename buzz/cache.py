@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from buzz import adapter, repetition
+from buzz import adapter, compiled, repetition
 from buzz.attention import attend
 from buzz.errors import ConfigError
 from buzz.eviction import Group
@@ -51,9 +52,12 @@ class EvictionCache(Cache):
         hold_until: evict nothing before this many tokens, padding included, have been seen, and
             judge them as one step then: set it to the prompt's length, and a prompt in chunks gives
             what it gives in one piece.
+        compiled: decode by one graph of torch.compile, made at the first token (and on CUDA
+            replayed): the same tokens, sooner. Prompts and chunks run as ever.
 
     Raises:
-        ConfigError: the model has no RoPE, or no layer that could evict; an impossible value.
+        ConfigError: the model has no RoPE, or no layer that could evict; an impossible value; a
+            method or a model that no graph can serve.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class EvictionCache(Cache):
         logn_base: float | None = None,
         logn_clamp: bool = False,
         hold_until: int = 0,
+        compiled: bool = False,
     ) -> None:
         if not isinstance(policy, Policy):
             raise ConfigError("policy", policy, "give a Policy, e.g. BuzzPolicy()")
@@ -89,6 +94,7 @@ class EvictionCache(Cache):
         self.hold_until = hold_until
         for layer in self.evicting:
             layer.logn_base, layer.logn_clamp = logn_base, logn_clamp
+        self._replay = _replay(decoder, model, layers, policy) if compiled else None
 
     def __bool__(self) -> bool:
         # Phi-3 drops a truthy cache when a text grows past its short context, to compute all of it
@@ -114,6 +120,31 @@ class EvictionCache(Cache):
     @property
     def logn_base(self) -> float | None:
         return self.evicting[0].logn_base
+
+    @property
+    def compiled(self) -> bool:
+        """Whether decoding runs as one graph."""
+        return self._replay is not None
+
+    def replay(self, decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
+        """The decoder's output for one token of each row, by the graph; None: it must run itself.
+
+        Args:
+            inputs: what the decoder is given, by name.
+        """
+        tokens = adapter.step_tokens(inputs)
+        first = self.evicting[0]
+        if (
+            self._replay is None
+            or tokens.shape[1] != 1
+            or first.store is None
+            or first.holds_back
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or inputs.get("output_hidden_states")
+        ):
+            return None
+        return self._replay(decoder, self.evicting, inputs)
 
     @property
     def lengths(self) -> list[int]:
@@ -205,6 +236,22 @@ class EvictionCache(Cache):
         self._runs, self._last = [], (0, 0, 0)
         self._prompt = []
         self._raise_faults()
+
+    def copy(self) -> EvictionCache:
+        """A cache that goes on from here by itself, e.g. with another question on one context.
+
+        Both read the same entries until they append their own: a copy costs memory and time with
+        the first token that is fed to it, and so does the original with its next one.
+        """
+        other = copy.copy(self)
+        ropes: dict[int, Any] = {}
+        other.layers = [
+            layer.copy(ropes) if isinstance(layer, EvictionLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
+        other._runs = [list(run) for run in self._runs]
+        return other
 
     def begin_step(
         self,
@@ -397,6 +444,21 @@ def _make_layers(
             " nothing is left to evict; load it with sliding_window=None",
         )
     return layers
+
+
+def _replay(
+    decoder: nn.Module, model: PreTrainedModel, layers: list[Any], policy: Policy
+) -> compiled.Replay:
+    compiled.check(model, layers, policy)
+    adapter.intercept(decoder, _run_compiled)
+    return compiled.replay_of(decoder, len(layers))
+
+
+def _run_compiled(decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
+    """What stands before a decoder's own forward once one of its caches is compiled."""
+    passed = (value for value in inputs.values() if isinstance(value, EvictionCache))
+    cache = next(passed, None)
+    return None if cache is None else cache.replay(decoder, inputs)
 
 
 def _announce(

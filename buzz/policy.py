@@ -35,12 +35,12 @@ POLICIES: dict[str, type[Policy]] = {}
 PolicyClass = TypeVar("PolicyClass", bound="type[Policy]")
 
 
-def register(name: str) -> Callable[[PolicyClass], PolicyClass]:
-    """Class decorator: make a policy known to the runner under `name`."""
+def register(name: str = "") -> Callable[[PolicyClass], PolicyClass]:
+    """Class decorator: make a policy known to the runner under `name`, or its module's name."""
 
     def add(cls: PolicyClass) -> PolicyClass:
-        cls.name = name
-        POLICIES[name] = cls
+        cls.name = name or cls.__module__.rpartition(".")[2]
+        POLICIES[cls.name] = cls
         return cls
 
     return add

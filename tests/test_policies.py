@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from one_layer import feed, finish, held, projecting
 from tiny import tiny
-from torch import Tensor
 
 from baselines import H2OPolicy, LocalPolicy, StreamingLLMPolicy
 from buzz import (
@@ -68,8 +67,9 @@ ONLY = {  # by method
 def any_of(name: str) -> st.SearchStrategy[Policy]:
     fields = dataclasses.fields(POLICIES[name])
     values = {
-        field.name: VALUES.get(field.name)
-        or (small if type(field.default) is int else st.just(field.default))
+        field.name: VALUES[field.name]
+        if field.name in VALUES
+        else (small if type(field.default) is int else st.just(field.default))
         for field in fields
     }
     return st.builds(POLICIES[name], **{**values, **ONLY.get(name, {})})
@@ -100,38 +100,12 @@ def steps(
         yield layer, before, received
 
 
-def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) -> None:
-    layer.update(keys, values)
-    layer.keep_queries(queries, 0.5)
-
-
-def finish(layer: EvictionLayer, received: Tensor | None) -> None:
-    """The end of a step; where a prompt is read a second time, that of the pass."""
-    layer.after_attention(received)
-    if layer.awaits_repetition:
-        layer.judge(torch.rand(held(layer).shape, generator=torch.Generator().manual_seed(0)))
-
-
-@functools.cache  # the layer refers to it weakly
-def projecting(heads: int) -> torch.nn.Module:
-    """What stands for an attention module with an output projection."""
-    module = torch.nn.Module()
-    module.o_proj = torch.nn.Linear(4 * heads, 8, bias=False)
-    return module
-
-
-def held(layer: EvictionLayer) -> torch.Tensor:
-    assert layer.store is not None
-    return layer.view(layer.store.positions)
-
-
 def test_every_method_has_its_config_with_its_own_defaults() -> None:
     files = Path(__file__).parents[1].glob("configs/method/*.yaml")
     configs = {file.stem: yaml.safe_load(file.read_text()) for file in files}
     assert {config["name"] for config in configs.values()} == set(POLICIES)
     for stem, config in configs.items():
         policy = POLICIES[config.pop("name")]()
-        assert config.pop("_target_").endswith("." + type(policy).__name__)
         if stem == policy.name:  # and no further variant of it
             assert config.items() <= dataclasses.asdict(policy).items()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from methods import METHODS, every_method
-from test_policies import feed, finish, projecting
+from one_layer import feed, finish, projecting
 from tiny import prompt, tiny
 
 from buzz import EvictionCache

@@ -87,7 +87,7 @@ def step(
     scale: float,
     adds: bool,
 ) -> Tensor:
-    """See :func:`buzz.kernels.step`; over the whole capacity, so that nothing waits for `bounds`."""
+    """See :func:`buzz.kernels.step`; over the whole capacity: nothing waits for `bounds`."""
     start, end, token = bounds[:, :, None, None]
     slots = torch.arange(keys.shape[2], device=keys.device)
     new = slots == end - 1

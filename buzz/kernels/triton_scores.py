@@ -270,7 +270,7 @@ def _move_kernel(
     INTERLEAVED: tl.constexpr, SOME_ROWS: tl.constexpr, SCORED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All kept entries of one row and head, their keys turned (HALF > 0), from the last to the first.
+    """All kept entries of one row and head, keys turned (HALF > 0), from the last to the first.
 
     Within one buffer no entry moves towards slot 0, so that what a block overwrites was read by it
     or by one that came before it.
