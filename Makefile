@@ -26,7 +26,7 @@ setup: $(VENV)/.ready $(GGUF)
 model: $(GGUF)
 
 demo: setup
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python run.py +experiment=demo
 
 tables: $(VENV)/.ready
 	@$(BIN)/python scripts/make_tables.py

@@ -16,6 +16,13 @@ def feed(layer: EvictionLayer, keys: Tensor, values: Tensor, queries: Tensor) ->
     layer.keep_queries(queries, 0.5)
 
 
+def finish(layer: EvictionLayer, received: Tensor | None) -> None:
+    """The end of a step; where a prompt is read a second time, that of the pass."""
+    layer.after_attention(received)
+    if layer.awaits_repetition:
+        layer.judge(torch.rand(held(layer).shape, generator=torch.Generator().manual_seed(0)))
+
+
 @functools.cache  # the layer refers to it weakly
 def projecting(heads: int) -> torch.nn.Module:
     """What stands for an attention module with an output projection."""

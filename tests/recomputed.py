@@ -174,11 +174,27 @@ def check(
     logits, layers = recompute(family, text, positions, logn_base)
     torch.testing.assert_close(torch.cat(text.logits), logits, atol=TOLERANCE, rtol=TOLERANCE)
     for index, layer in enumerate(layers):
-        _check_kept(text, index, layer, policy.for_layer(index, len(layers)), positions, hold_until)
+        own = policy.for_layer(index, len(layers))
+        _check_kept(family, text, index, layer, own, positions, hold_until)
+
+
+def repeated(family: str, prompt: list[int], layer: int, positions: str) -> Tensor:
+    """The highest attention that a prompt's entries get when all of it is read once more."""
+    steps, shape = [len(prompt)] * 2, (_now.layers[layer].key.shape[0], -1)
+    every = [torch.arange(len(prompt)).expand(shape)] * len(_now.layers)
+    _, layers = recompute(family, Text(prompt * 2, steps, [every] * 2), positions)
+    second = layers[layer].weights.unflatten(0, shape)[..., len(prompt) :, : len(prompt)]
+    return second.amax((1, 2))
 
 
 def _check_kept(
-    text: Text, index: int, layer: _Layer, policy: Policy, positions: str, hold_until: int
+    family: str,
+    text: Text,
+    index: int,
+    layer: _Layer,
+    policy: Policy,
+    positions: str,
+    hold_until: int,
 ) -> None:
     heads = layer.key.shape[0]
     weights = layer.weights.unflatten(0, (heads, -1)).sum(1)
@@ -207,6 +223,8 @@ def _check_kept(
                 if policy.score_rule == "mean":
                     received = received / (end - entries)
                 received = received[None]
+            if policy.needs_repetition:
+                received = repeated(family, text.tokens[:end], index, positions)[None]
             recent = slice(max(cut, end - policy.queries), end)
             moved = positions == "cache"
             view = _View(layer, entries, recent, moved, received, index, policy.moments_from)

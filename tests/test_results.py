@@ -24,7 +24,7 @@ from buzz import ConfigError
 from evals.report import tables as report
 from evals.report.beside import Setting
 from evals.report.claims import judge
-from evals.report.runs import settings_text
+from evals.report.marks import varied
 from evals.report.terminal import paired_table, tables
 from evals.results.reading import read_run, read_runs, read_summary
 from evals.results.records import RunFolder
@@ -350,7 +350,7 @@ def test_parameters_that_a_budget_left_alone_are_on_record(news) -> None:
     (setting,) = Setting.of([own, free])
     assert setting.names == ["h2o fixed=heavy", "h2o fixed=none"]
     runs = read_runs(news.runs)
-    assert {settings_text(run, runs) for run in runs} == {"fixed=heavy", "fixed=none"}
+    assert {varied(run, runs) for run in runs} == {"fixed=heavy", "fixed=none"}
     unbudgeted = news("method=h2o", "method.heavy=280", fixed=frozenset({"heavy"}))
     assert unbudgeted == news("method=h2o")  # where nothing is fitted, nothing is left alone
     assert read_run(unbudgeted).config["fixed"] == []
@@ -525,8 +525,7 @@ def test_what_is_written_is_json_even_where_numbers_overflow(news, monkeypatch) 
         "evals.tasks.summarization.Summarization.score",
         lambda self, sample, prediction: {"rougeL": next(scores)},
     )
-    monkeypatch.setattr("evals.results.compare.units", lambda record, headline: [1500.0, 0.0])
-    monkeypatch.setattr("evals.results.summary.units", lambda record, headline: [1500.0, 0.0])
+    monkeypatch.setattr("evals.results.compare.draws", lambda record, headline: [1500.0, 0.0])
     text = (news() / "summary.json").read_text()
     assert "Infinity" not in text and "NaN" not in text
     assert json.loads(text)["n"] == 4 and math.isfinite(json.loads(text)["score"])
