@@ -142,7 +142,7 @@ def _costs(settings: list[Setting], labels: list[str]) -> Table:
                 _score(row["score"]),
                 _range(row["score_ci95"], _form(row["score"])),
                 _number(row["budget_entries"], ".0f") + mark,
-                f"{entries}/{_number(row['kv_entries_peak'], 'd')}",
+                f"{entries}/{_number(row['kv_entries_peak'], '.0f')}",
                 "/".join(sizes),
                 _ratio(row, full, "kv_nbytes_mean"),
                 _timing(_number(row["ttft_s"], ".2f"), row) + _of_question(row),
