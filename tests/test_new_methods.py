@@ -263,6 +263,22 @@ class TestKVzip:
         assert len(read) == 5 and read[4][0].shape == (1, 1)
         assert cache.lengths == [21] * 3 and cache.get_seq_length() == 51
 
+    def test_the_second_pass_computes_what_the_model_does_without_a_cache(self) -> None:
+        model, ids = tiny("llama"), prompt(50)
+        states = []
+        hook = model.get_decoder().register_forward_hook(
+            lambda _, args, kwargs, output: states.append((kwargs["input_ids"], output[0])),
+            with_kwargs=True,
+        )
+        policy = KVzipPolicy(capacity=20).asking([3, 4], [5], [6])
+        with torch.no_grad():
+            model(ids, past_key_values=EvictionCache(model, policy))
+            hook.remove()
+            read, found = states[1]
+            expected = model.get_decoder()(torch.cat([ids, read], dim=1))[0][:, 50:]
+        assert read.shape[1] == 53
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
     def test_equal_rows_are_read_once_and_a_prompt_that_fits_not_at_all(self) -> None:
         model = tiny("llama")
         for capacity, passes in [(20, 2), (60, 1)]:
