@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.report.chosen import families, left_to_budget
+from evals.report.curves import by_length, by_question
 from evals.report.drawing import RC, heat, legend, panels, plt
 from evals.report.kinds import kind
 from evals.report.marks import budget_text, held, label, mark, over_note, settings
@@ -47,7 +48,10 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     chosen = [run for run in ordered(runs) if run.scored]
     figures = []
     with plt.rc_context(RC):
-        for draw in (pareto, fidelity, pictures, positions, sensitivity, decode_time):
+        for draw in (
+            *(pareto, fidelity, pictures, by_question, by_length),
+            *(positions, sensitivity, decode_time),
+        ):
             for name, title, note, figure, shown in draw(chosen):
                 path = folder / f"{name}.png"
                 figure.savefig(path, dpi=150)

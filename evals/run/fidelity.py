@@ -27,7 +27,7 @@ from buzz import CACHE_ARGUMENT, Budget, ForkedCache, Policy
 from buzz.errors import ConfigError
 from evals.results.environment import environment
 from evals.results.records import RunFolder, digest, sha256
-from evals.results.runs import compression
+from evals.results.runs import compression, settings_of
 from evals.results.schema import Record
 from evals.run.faults import attempt
 from evals.run.forced import fidelity_of
@@ -153,7 +153,14 @@ def _missing(record: Record | None, prompt: Prompt) -> bool:
 def _folder(plan: Plan, settings: dict[str, Any]) -> Path:
     """Named by what determines the result."""
     task, model, config = plan.config["task"], plan.config["model"], plan.config
-    own = [settings, task, model, config["cache"], config["budget_by"], config["seed"]]
+    own = [
+        settings,
+        settings_of(config),
+        model,
+        config["cache"],
+        config["budget_by"],
+        config["seed"],
+    ]
     own += compression(config).values()
     name = f"{task['name']}-{model['name']}-{digest([*own, config['model_digest']])}"
     return Path(config["output"]) / name
