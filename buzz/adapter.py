@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,40 @@ def install(
     if not any(hook is announce for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(announce, with_kwargs=True)
     return decoder
+
+
+def after_forward(decoder: nn.Module, hook: Callable[..., None]) -> None:
+    """Have `hook(decoder, args, kwargs, output)` called when a forward pass is over (once)."""
+    if not any(known is hook for known in decoder._forward_hooks.values()):
+        decoder.register_forward_hook(hook, with_kwargs=True)
+
+
+def intercept(decoder: nn.Module, run: Callable[[nn.Module, dict[str, Any]], Any | None]) -> None:
+    """Ask `run` for a decoder's output first (once); what it leaves alone runs as ever.
+
+    Args:
+        run: takes the decoder and its inputs by name; None: not its turn.
+
+    Raises:
+        ConfigError: something else stands in place of the decoder's own forward already.
+    """
+    present = decoder.__dict__.get("forward")
+    if present is not None and not isinstance(getattr(present, "__func__", None), _Intercepted):
+        raise ConfigError(
+            "model.compile", True, "the decoder's forward has been replaced; leave it out"
+        )
+    decoder.__dict__["forward"] = types.MethodType(_Intercepted(run), decoder)
+
+
+class _Intercepted:
+    """A decoder's forward that asks somebody else first."""
+
+    def __init__(self, run: Callable[[nn.Module, dict[str, Any]], Any | None]) -> None:
+        self.run = run
+
+    def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = None if args else self.run(decoder, kwargs)
+        return type(decoder).forward(decoder, *args, **kwargs) if output is None else output
 
 
 def named_inputs(

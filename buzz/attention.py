@@ -59,9 +59,9 @@ def attend(
     """
     index: Any = module.layer_idx
     layer = None if eviction_layers is None else eviction_layers[index]
-    if (attend_forks := getattr(layer, "attend", None)) is not None:
+    if (attend_itself := getattr(layer, "attend", None)) is not None:
         own = functools.partial(attend, stock, backend, module)
-        return attend_forks(own, query, **kwargs), None
+        return attend_itself(own, query, **kwargs), None
     if not isinstance(layer, EvictionLayer):
         return stock(module, query, key, value, attention_mask, **kwargs)
     for option in ("dropout", "softcap", "s_aux"):
@@ -79,12 +79,14 @@ def attend(
         if observed and query.shape[2] == 1:
             return scorer.scored_decode(query, key, value, scale, starts)
         if observed:
-            observe = min(observed, query.shape[2])
-            if (decay := layer.policy.decay) != 1:  # only the plain version weighs queries
-                return kernels.reference.scored_prefill(
-                    query, key, value, scale, observe=observe, decay=decay
-                )
-            return scorer.scored_prefill(query, key, value, scale, observe=observe)
+            return scorer.scored_prefill(
+                query,
+                key,
+                value,
+                scale,
+                observe=min(observed, query.shape[2]),
+                decay=layer.policy.decay,
+            )
         mask = _mask(backend, query, key, starts)
         return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
 
@@ -153,11 +155,14 @@ def _mask(backend: str, query: Tensor, key: Tensor, starts: Tensor | None) -> Te
         [batch or 1, 1, new, held]; eager: the same as a float bias.
     """
     new, held = query.shape[2], key.shape[2]
+    if starts is None and (
+        new == 1 or (new == held and backend == "sdpa") or backend.startswith("flash")
+    ):
+        return None
     slots = torch.arange(held, device=key.device)
     if backend.startswith("flash"):
-        return None if starts is None else slots >= starts[:, None]
-    if starts is None and (new == 1 or (new == held and backend == "sdpa")):
-        return None
+        assert starts is not None
+        return slots >= starts[:, None]
     last = torch.arange(held - new, held, device=key.device)
     mask = (slots <= last[:, None])[None, None]
     if starts is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from buzz import adapter
+from buzz import adapter, compiled, repetition
 from buzz.attention import attend
 from buzz.errors import ConfigError
 from buzz.eviction import Group
@@ -52,9 +52,12 @@ class EvictionCache(Cache):
         hold_until: evict nothing before this many tokens, padding included, have been seen, and
             judge them as one step then: set it to the prompt's length, and a prompt in chunks gives
             what it gives in one piece.
+        compiled: decode by one graph of torch.compile, made at the first token (and on CUDA
+            replayed): the same tokens, sooner. Prompts and chunks run as ever.
 
     Raises:
-        ConfigError: the model has no RoPE, or no layer that could evict; an impossible value.
+        ConfigError: the model has no RoPE, or no layer that could evict; an impossible value; a
+            method or a model that no graph can serve.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class EvictionCache(Cache):
         logn_base: float | None = None,
         logn_clamp: bool = False,
         hold_until: int = 0,
+        compiled: bool = False,
     ) -> None:
         if not isinstance(policy, Policy):
             raise ConfigError("policy", policy, "give a Policy, e.g. BuzzPolicy()")
@@ -78,6 +82,10 @@ class EvictionCache(Cache):
         decoder = adapter.install(model, attend, _announce)
         layers = _make_layers(decoder, model, policy, self.positions)
         super().__init__(layers=layers)
+        repetition.check(policy, layers, logn_base)
+        if policy.needs_repetition:
+            adapter.after_forward(decoder, _conclude)
+        self._prompt: list[Tensor] = []  # its tokens, while it is to be read a second time
         self._decoder = weakref.ref(decoder)
         self._is_dropped = adapter.drops(model)
         self._short_context = adapter.short_context(model, decoder)
@@ -86,6 +94,7 @@ class EvictionCache(Cache):
         self.hold_until = hold_until
         for layer in self.evicting:
             layer.logn_base, layer.logn_clamp = logn_base, logn_clamp
+        self._replay = _replay(decoder, model, layers, policy) if compiled else None
 
     def __bool__(self) -> bool:
         # Phi-3 drops a truthy cache when a text grows past its short context, to compute all of it
@@ -111,6 +120,31 @@ class EvictionCache(Cache):
     @property
     def logn_base(self) -> float | None:
         return self.evicting[0].logn_base
+
+    @property
+    def compiled(self) -> bool:
+        """Whether decoding runs as one graph."""
+        return self._replay is not None
+
+    def replay(self, decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
+        """The decoder's output for one token of each row, by the graph; None: it must run itself.
+
+        Args:
+            inputs: what the decoder is given, by name.
+        """
+        tokens = adapter.step_tokens(inputs)
+        first = self.evicting[0]
+        if (
+            self._replay is None
+            or tokens.shape[1] != 1
+            or first.store is None
+            or first.holds_back
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or inputs.get("output_hidden_states")
+        ):
+            return None
+        return self._replay(decoder, self.evicting, inputs)
 
     @property
     def lengths(self) -> list[int]:
@@ -200,6 +234,7 @@ class EvictionCache(Cache):
         """
         super().reset()
         self._runs, self._last = [], (0, 0, 0)
+        self._prompt = []
         self._raise_faults()
 
     def copy(self) -> EvictionCache:
@@ -260,8 +295,7 @@ class EvictionCache(Cache):
             check_mask(attention_mask, batch, seen + new)
         if seen == 0:
             padding = [0] * batch if attention_mask is None else padding_of(attention_mask)
-            moves = self.positions == "cache"
-            starts = first_positions(position_ids if moves else None, padding)
+            starts = first_positions(position_ids, padding)
             self._group(padding, starts)
         else:
             first.check_batch(batch)
@@ -274,6 +308,22 @@ class EvictionCache(Cache):
             self._refuse("position_ids", jumps(position_ids, seen, padding, starts), new)
         elif starts != padding:  # the model counts padding, now
             raise ConfigError("position_ids", None, REMEDIES["position_ids"])
+
+    def end_step(self, decoder: nn.Module, tokens: Tensor) -> None:
+        """Read a prompt that is complete a second time, if the policy judges by that.
+
+        Args:
+            tokens: ids of the step, [batch, new].
+
+        Raises:
+            ConfigError: the step had embeddings and no ids.
+        """
+        first = self.evicting[0]
+        if first.awaits_repetition:
+            self._prompt.append(tokens)
+            if self.hold_until <= first.cumulative_length:
+                repetition.repeat(decoder, self.evicting, torch.cat(self._prompt, 1))
+                self._prompt = []
 
     def _group(self, padding: list[int], starts: list[int]) -> None:
         """Put rows of a prompt together that are as long as each other."""
@@ -396,6 +446,21 @@ def _make_layers(
     return layers
 
 
+def _replay(
+    decoder: nn.Module, model: PreTrainedModel, layers: list[Any], policy: Policy
+) -> compiled.Replay:
+    compiled.check(model, layers, policy)
+    adapter.intercept(decoder, _run_compiled)
+    return compiled.replay_of(decoder, len(layers))
+
+
+def _run_compiled(decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
+    """What stands before a decoder's own forward once one of its caches is compiled."""
+    passed = (value for value in inputs.values() if isinstance(value, EvictionCache))
+    cache = next(passed, None)
+    return None if cache is None else cache.replay(decoder, inputs)
+
+
 def _announce(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> adapter.Inputs | None:
@@ -414,3 +479,12 @@ def _announce(
     if len(cache.evicting) == len(cache.layers):
         inputs["attention_mask"] = adapter.unread_mask(tokens.device)
     return (), inputs
+
+
+def _conclude(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook, for policies that read a prompt twice."""
+    for value in kwargs.values():
+        if isinstance(value, EvictionCache):
+            value.end_step(decoder, adapter.step_tokens(kwargs))

@@ -138,6 +138,8 @@ def _move(
         residents: how many leading entries the policy keeps for long.
     """
     kept = chosen.shape[-1] + tail
+    if kept == tail and target is store:
+        return  # what is left stays where it is
     first = store.end - group.held  # slot of the group's first entry
     leading = _resident_keys(store, group, rows, chosen, kept, residents, rope)
     to = target.end - kept

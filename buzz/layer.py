@@ -63,7 +63,9 @@ class EvictionLayer(CacheLayerMixin):
         self.store: Store | None = None
         self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
         self.log = QueryLog()
+        self.scratch: Tensor | None = None  # what entries receive in a compiled step alone
         self.awaits_attention = False
+        self.awaits_repetition = policy.needs_repetition
 
     # --- what transformers asks ---------------------------------------------------------------
 
@@ -113,18 +115,26 @@ class EvictionLayer(CacheLayerMixin):
         if self.store is None:  # a prompt is attended where it lies and thinned before it is kept
             self.store = Store(keys, values, positions, scores=None, end=new, owned=False)
         else:
-            self.store = self.store.with_room(self.start, new, self.idle)
-            if self.store is self.idle:
-                self.idle = None
+            self._make_room(new)
             self.store.append(keys, values, positions)
+        self._count(new)
+        self.awaits_attention = True
+        return self.view(self.store.keys), self.view(self.store.values)
+
+    def _make_room(self, new: int) -> None:
+        assert self.store is not None
+        self.store = self.store.with_room(self.start, new, self.idle)
+        if self.store is self.idle:
+            self.idle = None
+
+    def _count(self, new: int) -> None:
+        """Count a step's tokens, which lie in the store."""
         for group in self.groups:
             fresh = new - group.padding if self.cumulative_length == 0 else new
             group.seen += fresh
             group.held += fresh
         self.cumulative_length += new
         self.new = new
-        self.awaits_attention = True
-        return self.view(self.store.keys), self.view(self.store.values)
 
     def reset(self) -> None:
         """Forget every entry. Buffers stay allocated, for the next prompt."""
@@ -135,6 +145,7 @@ class EvictionLayer(CacheLayerMixin):
         self.groups = []
         self.cumulative_length = 0
         self.awaits_attention = False
+        self.awaits_repetition = self.policy.needs_repetition
         self.rope.forget()
 
     def copy(self, ropes: dict[int, Any]) -> EvictionLayer:
@@ -249,8 +260,11 @@ class EvictionLayer(CacheLayerMixin):
 
     @property
     def holds_back(self) -> bool:
-        """Whether the prompt goes on: all that comes before `hold_until` counts as one step."""
-        return self.cumulative_length < self.hold_until
+        """Whether the prompt goes on: all that comes before `hold_until` counts as one step.
+
+        And whether it is still to be read a second time.
+        """
+        return self.awaits_repetition or self.cumulative_length < self.hold_until
 
     @property
     def observed(self) -> int:
@@ -318,12 +332,53 @@ class EvictionLayer(CacheLayerMixin):
             scores = self.view(store.scores).add_(received)
         if not lasting:
             store.scores = None  # of a prompt that was held back, and is judged now
+        self._evict(scores)
+
+    def judge(self, scores: Tensor) -> None:
+        """Thin a prompt that was read a second time.
+
+        Args:
+            scores: float32 [batch, kv_heads, longest row], the highest attention in that.
+        """
+        self.awaits_repetition = False
+        self._evict(scores)
+
+    def _evict(self, scores: Tensor | None) -> None:
+        """Thin what is held, if it is time to.
+
+        Args:
+            scores: float32 [batch, kv_heads, held].
+        """
         after = self._plan()
         if after is not None:
+            assert self.store is not None
             look = partial(self._look, scores, self.start)
             self.store, self.idle = evict(
-                store, self.idle, self.groups, after, self.policy, self.rope, look
+                self.store, self.idle, self.groups, after, self.policy, self.rope, look
             )
+
+    # --- a compiled step, see buzz.compiled ---------------------------------------------------
+
+    def make_room(self) -> None:
+        """Have buffers that can take a token: the layer's own, and one for scores of one step."""
+        self._make_room(1)
+        policy, store = self.policy, self.store
+        assert store is not None
+        shape = store.positions.shape
+        alone = policy.needs_scores and policy.score_rule == "step"
+        if alone and (self.scratch is None or self.scratch.shape != shape):
+            self.scratch = torch.zeros(shape, device=self.device)
+
+    def take_in(self, scores: Tensor | None) -> None:
+        """Count the token that a compiled step has put in the store, and evict.
+
+        Args:
+            scores: float32 [batch, kv_heads, capacity], or None.
+        """
+        assert self.store is not None
+        self.store.end += 1
+        self._count(1)
+        self._evict(None if scores is None else self.view(scores))
 
     def _plan(self) -> list[Lengths] | None:
         return None if self.holds_back else plan(self.policy, self.groups)

@@ -32,9 +32,8 @@ from evals.report.drawing import RC, legend, panels, plt
 from evals.report.methods import style_of
 from evals.run.generate import eos_ids
 from evals.run.models import ROOT, load_model
-from evals.run.plan import Plan
+from evals.run.plan import Plan, policy_of
 from evals.run.prompts import Prompt, load_prompts
-from evals.tasks.build import build
 from evals.tasks.needle import SPREADS
 
 DIGITS = {"cell": re.compile(r"pass key is (\d{5})"), "other": re.compile(r"pass key is (\d)\.")}
@@ -134,8 +133,7 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
                 continue
             policies: list[Policy] = [FullPolicy()]
             for label, own in tested.items():
-                method = {key: value for key, value in own.items() if key != "name"}
-                policy = build(f"method.{label}", method, Policy)
+                policy = policy_of(f"tested.{label}", own)
                 policies.append(Budget(given.budget).policy(policy, len(prompt.ids))[0])
             digits = digit_tokens(tokenizer.decode(prompt.ids), tokenizer, spread)
             if len(digits) != 5:

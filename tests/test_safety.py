@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from report_runs import Reader, write_run
 from runs import MODEL, NEEDLE, ROOT
-from test_make_tables import Reader, write_run
 
 import evals.run.runner
 from buzz import ConfigError

@@ -19,6 +19,7 @@ that includes PyTorch's flash attention and its log-sum-exp.
 # mypy: disallow-untyped-defs=False
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -269,7 +270,7 @@ def _move_kernel(
     INTERLEAVED: tl.constexpr, SOME_ROWS: tl.constexpr, SCORED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All kept entries of one row and head, their keys turned (HALF > 0), from the last to the first.
+    """All kept entries of one row and head, keys turned (HALF > 0), from the last to the first.
 
     Within one buffer no entry moves towards slot 0, so that what a block overwrites was read by it
     or by one that came before it.
@@ -380,6 +381,7 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
+    decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
     query, key, value = _dense(query), _dense(key), _dense(value)
@@ -390,6 +392,9 @@ def scored_prefill(
         output, lse = _flash(query, key, value, scale)
     else:
         output, lse = _attend(query, key, value, scale)
+    if decay != 1:  # exp(s - lse) of a query times decay to the power of its age
+        age = torch.arange(lse.shape[-1] - 1, -1, -1, device=lse.device)
+        lse = lse - (age - (lse.shape[-1] - queries)) * math.log(decay)
     received = query.new_empty(batch, kv_heads, keys, dtype=torch.float32)
     block = _block(key, 32)
     _received_kernel[(triton.cdiv(keys, block), batch * kv_heads)](

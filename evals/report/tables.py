@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.report.chosen import families, together
+from evals.report.chosen import families
 from evals.report.forms import NOT_RUN, Table
 from evals.report.kinds import kind, sections
 from evals.report.marks import (
@@ -16,18 +16,16 @@ from evals.report.marks import (
     held,
     label,
     over_note,
-    settings,
     thins_only_the_prompt,
+    varied,
 )
 from evals.report.methods import place
 from evals.report.quality import mean_allocated
-from evals.report.runs import length_bin
 from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
-from evals.results.compare import REFERENCE
+from evals.results.compare import REFERENCE, compare
 from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget
-from evals.results.runs import Run, compression, reference_of
+from evals.results.runs import Run, compression, length_bin, reference_of
 from evals.results.schema import Record
-from evals.results.statistics import bootstrap
 from evals.tasks.base import Section
 
 GROWTH = "growth"
@@ -66,7 +64,7 @@ def _head(run: Run, runs: Sequence[Run], share: float | None) -> dict[str, Any]:
         "task": run.task,
         "model": run.model,
         "method": run.method,
-        "settings": settings(run, alike),
+        "settings": varied(run, alike),
         **({"compress": run.compress} if any(_split(other) for other in runs) else {}),
         "budget": budget_text(run, share),
     }
@@ -100,15 +98,11 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], t
 
 
 def _difference(run: Run, full: Run | None) -> dict[str, Any]:
-    if full is None or run.method == REFERENCE or run.summary["statistic"] != "mean":
-        return _with_interval("score - full", None, None)
-    headline = run.summary["headline"]
-    groups = list(together([run, full], lambda r: [r["scores"][headline]]).values())
-    if not groups:
-        return _with_interval("score - full", None, None)
-    means = [[sum(c) / len(c) for c in zip(*group, strict=True)] for group in groups]
-    value = sum(own - theirs for own, theirs in means) / len(means)
-    return _with_interval("score - full", value, bootstrap(groups, lambda m: m[:, 0] - m[:, 1]))
+    found: dict[str, Any] = {}
+    if full and run.method != REFERENCE and run.summary["statistic"] == "mean":
+        found = compare(run.by_id, full.by_id, run.summary, {})
+    ends = found.get("difference_ci95")
+    return _with_interval("score - full", found.get("difference"), ends)
 
 
 def _memory(run: Run, own: Sequence[Record]) -> dict[str, Any]:

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 from unittest.mock import patch
 
 from jinja2 import Environment
+from pydantic import Field, NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Task, at_least, one_of
+from evals.results.statistics import means_by_meta
+from evals.tasks.base import Sample, Task
 from evals.tasks.data import load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
 
@@ -60,30 +61,26 @@ class Math(Task):
     headline: ClassVar[str] = "pass@1"
     scorers: ClassVar[tuple[str, ...]] = ("lm-eval", "math-verify", "sympy")
 
-    benchmark: str = MINERVA
-    fewshot: int | None = None
-    attempts: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
+    benchmark: Literal[tuple(BENCHMARKS)] = MINERVA
+    fewshot: NonNegativeInt | None = None
+    attempts: PositiveInt = 1
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
     data_file: str | None = None
     hub_revision: str | None = None
-    max_new_tokens: int | None = 1024
+    max_new_tokens: PositiveInt = 1024
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
 
     def check(self) -> None:
         super().check()
-        one_of("task.benchmark", self.benchmark, BENCHMARKS)
-        at_least(1, "task.attempts", self.attempts)
-        if not 0 <= self.temperature <= 10:
-            raise ConfigError("task.temperature", self.temperature, "give a number from 0 to 10")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError("task.top_p", self.top_p, "give a number above 0, up to 1")
         if self.temperature == 0 and (self.attempts > 1 or self.top_p < 1):
             remedy = "likeliest tokens are the same every time; give e.g. task.temperature=0.6"
             raise ConfigError("task.temperature", self.temperature, remedy)
+
+    def prepare(self) -> None:
         most = len(self._examples())
-        if self.fewshot is not None and not 0 <= self.fewshot <= most:
+        if self.fewshot is not None and self.fewshot > most:
             remedy = f"{self.benchmark} has {most} worked examples"
             raise ConfigError("task.fewshot", self.fewshot, remedy)
         _, *keys = BENCHMARKS[self.benchmark]
@@ -142,14 +139,13 @@ class Math(Task):
     def _examples(self) -> list[dict[str, Any]]:
         return scorer(MINERVA).list_fewshot_samples() if self.benchmark == MINERVA else []
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"pass@1": score(self.benchmark, prediction, sample.references[0])}
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        return {"pass@1": score(self.benchmark, record["prediction"], sample.references[0])}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By subject and level, where the data have them; right within so many tokens."""
-        found = {key: means_by(key, records, self.headline) for key in ("subject", "level")}
-        found["right within tokens"] = right_within(records, self.headline)
-        return {key: means for key, means in found.items() if means}
+        found = means_by_meta(("subject", "level"), records, self.headline)
+        return found | {"right within tokens": right_within(records, self.headline)}
 
 
 def right_within(records: Sequence[Record], metric: str) -> dict[str, float]:

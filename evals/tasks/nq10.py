@@ -8,25 +8,28 @@ https://github.com/nelson-liu/lost-in-the-middle), the instruction is in other w
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import NonNegativeInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Section, after, distinct, one_of, template
+from evals.results.statistics import means_by_meta
+from evals.tasks.base import Sample, Section, after
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.text import as_buzz_writes, normalized, word_f1
+from evals.tasks.types import Grid, template
 
 INSTRUCTION = (
     "Answer the question at the end from the documents below. Some of them have nothing to do with"
     " it. Give the answer alone, in a few words."
 )
+METRICS = ("best_subspan", "exact_match", "f1", "strict_match")
 
 
 @dataclass(kw_only=True)
@@ -60,16 +63,20 @@ class NQ10(QuestionsTask):
     section: ClassVar[Section] = Section(
         "nq10",
         "Questions over ten documents (10-QA)",
-        ("best_subspan", "exact_match", "f1", "strict_match"),
+        METRICS,
         "Shares from 0 to 1. best_subspan is the data's owners' metric, strict_match BUZZ's.",
     )
     version: ClassVar[int] = 3
 
-    headline: str = "best_subspan"
-    prompt: str = "{instruction}\n\n{documents}\nQuestion: {question}\nAnswer:"
-    document: str = "Document [{number}](Title: {title}) {text}\n"
+    headline: Literal[METRICS] = "best_subspan"
+    prompt: Annotated[str, template(["documents", "question"], ["instruction"])] = (
+        "{instruction}\n\n{documents}\nQuestion: {question}\nAnswer:"
+    )
+    document: Annotated[str, template(["text"], ["title", "number"])] = (
+        "Document [{number}](Title: {title}) {text}\n"
+    )
     instruction: str | None = None
-    gold_at: Sequence[int] | None = None
+    gold_at: Grid[NonNegativeInt] | None = None
     data_file: str | None = None
     hub: str | None = None
     hub_config: str | None = None
@@ -78,17 +85,19 @@ class NQ10(QuestionsTask):
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
 
     @classmethod
-    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
         return {"10-QA": None, "documents": None}
 
     def check(self) -> None:
         super().check()
-        one_of("task.headline", self.headline, score("", "", ("",)))
-        template("task.prompt", self.prompt, ["documents", "question"], ["instruction"])
-        template("task.document", self.document, ["text"], ["title", "number"])
         if self.instruction is not None and "{instruction}" not in self.prompt:
             remedy = "task.prompt has no {instruction} in which to put it; leave it out"
             raise ConfigError("task.instruction", self.instruction, remedy)
+        if self.questions > 1 and self.gold_at:
+            remedy = "documents of several questions have an order of their own; leave it out"
+            raise ConfigError("task.gold_at", self.gold_at, remedy)
+
+    def prepare(self) -> None:
         needed = ("question", "answers", "ctxs")
         if self.data_file is not None:
             rows = read_jsonl(self.data_file, "task.data_file", needed)
@@ -104,12 +113,8 @@ class NQ10(QuestionsTask):
                 raise ConfigError("task.data_file", f"sample {number}", problem)
         fewest = min(len(row["ctxs"]) for row in rows)
         for place in self.gold_at or ():
-            if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < fewest:
+            if place >= fewest:
                 raise ConfigError("task.gold_at", place, f"give places from 0 to {fewest - 1}")
-        distinct("task.gold_at", self.gold_at or ())
-        if self.questions > 1 and self.gold_at:
-            remedy = "documents of several questions have an order of their own; leave it out"
-            raise ConfigError("task.gold_at", self.gold_at, remedy)
         if self.questions > min(fewest, len(rows)):
             remedy = f"a context has {fewest} documents, and there are {len(rows)} questions"
             raise ConfigError("task.questions", self.questions, remedy)
@@ -172,18 +177,14 @@ class NQ10(QuestionsTask):
             meta={"gold_at": place},
         )
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return score(prediction, sample.references[0], sample.references)
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        return score(record["prediction"], sample.references[0], sample.references)
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By the gold document's place where the data chose it; else the groups are that."""
         if self.gold_at:
             return self.by_question(records)
-        places: dict[int, list[float]] = {}
-        for record in records:
-            value = record["scores"][self.headline]
-            places.setdefault(record["meta"]["gold_at"], []).append(value)
-        means = {str(p): statistics.fmean(places[p]) for p in sorted(places)}
+        means = means_by_meta(("gold_at",), records, self.headline)["gold_at"]
         return {self.grouped_by: means} | self.by_question(records)
 
 

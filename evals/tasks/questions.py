@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import PositiveInt
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Task, at_least, one_of
+from evals.results.statistics import means_by_meta
+from evals.tasks.base import Task
 
 NUMBER = "question"
 
@@ -23,13 +26,11 @@ class QuestionsTask(Task):
             ``conversation`` on the same cache.
     """
 
-    questions: int = 1
-    asked: str = "copies"
+    questions: PositiveInt = 1
+    asked: Literal["copies", "conversation"] = "copies"
 
     def check(self) -> None:
         super().check()
-        at_least(1, "task.questions", self.questions)
-        one_of("task.asked", self.asked, ("copies", "conversation"))
         if self.questions > 1 and self.batch_size != 1:
             remedy = "contexts with several questions are read one by one"
             raise ConfigError("task.batch_size", self.batch_size, remedy)
@@ -38,8 +39,8 @@ class QuestionsTask(Task):
     def conversation(self) -> bool:
         return self.questions > 1 and self.asked == "conversation"
 
-    def by_question(self, records: Iterable[Record]) -> dict[str, dict[str, float]]:
+    def by_question(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """The breakdown that shows what a method forgets: score by question number."""
         if self.questions == 1:
             return {}
-        return {NUMBER: means_by(NUMBER, records, self.headline)}
+        return means_by_meta((NUMBER,), records, self.headline)

@@ -1,0 +1,262 @@
+"""Compiled decoding: a token's way through the decoder as one graph, whatever the cache holds.
+
+The graph sees none of what changes from step to step but in tensors: it writes and reads the
+buffers of each layer where `bounds` says, which lies on the device
+(:func:`buzz.kernels.step`). Lengths, room and eviction stay with the cache, between two runs of
+the graph. So one graph serves every step, eviction, prompt and sample; on CUDA it is captured
+(`mode="reduce-overhead"`) and replayed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from buzz import adapter, kernels
+from buzz.errors import ConfigError
+from buzz.policy import Policy
+
+if TYPE_CHECKING:
+    from buzz.layer import EvictionLayer
+
+BACKEND = "inductor"
+
+_replays: weakref.WeakKeyDictionary[nn.Module, Replay] = weakref.WeakKeyDictionary()
+
+
+def check(model: nn.Module, layers: Sequence[Any], policy: Policy) -> None:
+    """Refuses what no graph can serve.
+
+    Raises:
+        ConfigError: a method that reads queries or lets scores decay, or differs from layer to
+            layer; layers that do not evict; frequencies that change; a model on several devices.
+    """
+
+    def refuse(what: str) -> ConfigError:
+        return ConfigError("model.compile", True, f"{what}; leave it out")
+
+    if policy.queries or policy.decay != 1 or policy.moments_from is not None:
+        raise refuse(f"{policy.name} needs more of a step than what its entries receive")
+    if any(layer.policy != policy for layer in layers if hasattr(layer, "policy")):
+        raise refuse(f"{policy.name} has a budget for each layer")
+    for layer in layers:
+        if not hasattr(layer, "rope"):
+            raise refuse(f"{type(model).__name__} has layers with a window of their own")
+        if not layer.rope.static:
+            raise refuse(f"{type(model).__name__} rotates by frequencies that change")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise refuse("the model lies on several devices")
+
+
+class ReplayLayer(CacheLayerMixin):
+    """One layer's buffers, as the graph sees them.
+
+    Attributes:
+        keys, values, positions: of the layer's store.
+        scores: where what entries receive goes; None if nobody reads it.
+        bounds: int64 [3, batch], see :func:`buzz.kernels.step`; the same for all layers.
+        adds: whether scores grow or are of this step alone.
+        logn_base, logn_clamp: as of the cache.
+    """
+
+    is_sliding = False
+    keys: Tensor | None
+    values: Tensor | None
+    positions: Tensor | None = None
+    scores: Tensor | None = None
+    bounds: Tensor
+    adds: bool
+    logn_base: float | None
+    logn_clamp: bool
+    entry: tuple[Tensor, Tensor] | None = None  # the token's, on its way
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands on what it is given: :meth:`attend` appends it."""
+        self.entry = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("positions are given")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("a mask is given")
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def attend(
+        self,
+        attention: Callable[..., Any],
+        query: Tensor,
+        *,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """A token's output, its entry appended on the way.
+
+        Args:
+            attention: what would attend otherwise.
+            query: [batch, heads, 1, head_dim].
+
+        Returns:
+            [batch, 1, heads, head_dim].
+        """
+        assert self.entry is not None
+        (key, value), self.entry = self.entry, None
+        scale = scaling or query.shape[-1] ** -0.5
+        if self.logn_base is not None:
+            attended = (self.bounds[1] - self.bounds[0]).float()
+            factor = attended.log() / math.log(self.logn_base)
+            if self.logn_clamp:
+                factor = factor.clamp(min=1)
+            query = query * factor.to(query.dtype)[:, None, None, None]
+        assert self.keys is not None and self.values is not None and self.positions is not None
+        return kernels.step(
+            query,
+            key,
+            value,
+            self.keys,
+            self.values,
+            self.positions,
+            self.scores,
+            self.bounds,
+            scale,
+            self.adds,
+        ).transpose(1, 2)
+
+    def follow(self, layer: EvictionLayer, bounds: Tensor) -> None:
+        """Point to the buffers of a layer of the cache whose turn it is."""
+        store = layer.store
+        assert store is not None
+        policy = layer.policy
+        scores = store.scores
+        if policy.needs_scores and policy.score_rule == "step":
+            scores = layer.scratch
+        self.adds = scores is store.scores
+        self.logn_base, self.logn_clamp = layer.logn_base, layer.logn_clamp
+        self.bounds = bounds
+        for name, tensor in zip(
+            ("keys", "values", "positions", "scores"),
+            (store.keys, store.values, store.positions, scores),
+            strict=True,
+        ):
+            if getattr(self, name) is not tensor:
+                setattr(self, name, tensor)
+                if tensor is not None:
+                    _mark(tensor)
+
+
+class Replay:
+    """A decoder's graph, and what it reads; shared by all caches of the model.
+
+    Args:
+        decoder: the model's.
+        layers: how many it has.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: int) -> None:
+        self.layers = [ReplayLayer() for _ in range(layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self._bounds: Tensor | None = None
+        self._known: list[list[int]] = []
+        options: dict[str, Any] = {"fullgraph": True, "backend": BACKEND}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            options["isolate_recompiles"] = True  # other models' graphs do not count here
+        if next(decoder.parameters()).is_cuda:
+            options["mode"] = "reduce-overhead"
+        self._graph: Callable[..., Any] = torch.compile(type(decoder).forward, **options)
+
+    def __call__(
+        self, decoder: nn.Module, layers: Sequence[EvictionLayer], inputs: dict[str, Any]
+    ) -> Any:
+        """The decoder's output for one token of each row.
+
+        Args:
+            layers: those of the cache whose turn it is.
+            inputs: what the decoder was given.
+        """
+        first = layers[0]
+        for layer in layers:
+            layer.make_room()
+        assert first.store is not None
+        rows = len(first.lengths)
+        bounds = self._point(
+            [
+                [first.store.end - held for held in first.lengths],
+                [first.store.end + 1] * rows,
+                first.per_row("seen"),
+            ],
+            first.device,
+        )
+        for own, layer in zip(self.layers, layers, strict=True):
+            own.follow(layer, bounds)
+        cache = inputs[adapter.CACHE_ARGUMENT]
+        if inputs.get("position_ids") is None:
+            seen = first.cumulative_length
+            inputs["position_ids"] = torch.full((1, 1), seen, device=first.device)
+        output = self._graph(
+            decoder,
+            **{**inputs, adapter.CACHE_ARGUMENT: self.cache, "eviction_layers": self.layers},
+        )
+        for own, layer in zip(self.layers, layers, strict=True):
+            layer.take_in(own.scores)
+        if adapter.CACHE_ARGUMENT in output:
+            output[adapter.CACHE_ARGUMENT] = cache
+        hidden = output[0]
+        if hidden.is_cuda:  # the next replay writes where this one did
+            hidden = hidden.clone()
+        for wrong in layers[-1].faults.values():
+            hidden = hidden.masked_fill(wrong.to(hidden.device), math.nan)
+        output.last_hidden_state = hidden
+        return output
+
+    def _point(self, now: list[list[int]], device: torch.device) -> Tensor:
+        """Bounds on the device: steps count them up where they lie, and send nothing."""
+        bounds, known = self._bounds, self._known
+        self._known = now
+        if bounds is None or bounds.device != device or len(known[0]) != len(now[0]):
+            self._bounds = torch.tensor(now, device=device)
+            _mark(self._bounds)
+            return self._bounds
+        moves = [
+            {new - old for new, old in zip(*pair, strict=True)}
+            for pair in zip(now, known, strict=True)
+        ]
+        if any(len(move) > 1 for move in moves):
+            bounds.copy_(torch.tensor(now), non_blocking=True)
+            return bounds
+        at = 0
+        for (move,), alike in itertools.groupby(moves):
+            count = len(list(alike))
+            if move:
+                (bounds if count == len(moves) else bounds[at : at + count]).add_(move)
+            at += count
+        return bounds
+
+
+def replay_of(decoder: nn.Module, layers: int) -> Replay:
+    """The one of this decoder."""
+    if decoder not in _replays:
+        _replays[decoder] = Replay(decoder, layers)
+    return _replays[decoder]
+
+
+def _mark(tensor: Tensor) -> None:
+    """A buffer that stays where it is, of a capacity that no graph is made for."""
+    if tensor.ndim > 2:
+        torch._dynamo.maybe_mark_dynamic(tensor, 2)
+    torch._dynamo.mark_static_address(tensor)

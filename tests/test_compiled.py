@@ -1,0 +1,195 @@
+"""Compiled decoding: the eager cache's tokens, from one graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_generate import METHODS
+from tiny import prompt, tiny
+
+from buzz import ConfigError, EvictionCache, Policy, compiled
+
+EIGHT = ("full", "local", "streaming_llm", "h2o", "buzz", "buzz_strided", "buzz_fast", "tova")
+MORE = {name: policy for name, policy in METHODS.items() if name not in EIGHT}
+graphs = torch._dynamo.utils.counters["stats"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph as it is captured, without the minute that inductor takes to compile it."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch.compiler.reset()
+    graphs.clear()
+
+
+def generate(model, cache: EvictionCache, ids, mask, new: int):
+    return model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=new,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def padded(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of which all but the last row are padded, each by another number of tokens."""
+    ids = prompt(50, rows, seed)
+    mask = torch.ones_like(ids)
+    for row in range(rows - 1):
+        mask[row, : 5 + 3 * row] = 0
+    return ids, mask
+
+
+def same(model, policy: Policy, rows: int, new: int, seed: int = 0, **options) -> EvictionCache:
+    """Both caches, through stock generate: tokens, logits, lengths, entries, trace."""
+    ids, mask = padded(rows, seed)
+    eager = EvictionCache(model, policy, **options)
+    graph = EvictionCache(model, policy, compiled=True, **options)
+    want, got = (generate(model, cache, ids, mask, new) for cache in (eager, graph))
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(
+        torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4
+    )
+    assert graph.evicting[0].lengths == eager.evicting[0].lengths
+    assert graph.evictions == eager.evictions and graph.trace() == eager.trace()
+    for layer in range(3):
+        assert torch.equal(graph.kept_positions(layer), eager.kept_positions(layer))
+    return graph
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_tokens_are_the_eager_caches_from_one_graph(name: str) -> None:
+    model = tiny("llama")
+    same(model, METHODS[name], 1, 60)
+    assert graphs["unique_graphs"] == 1
+    same(model, METHODS[name], 1, 60, seed=1)  # another prompt, another cache, later evictions
+    assert graphs["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_padded_batches_decode_alike(name: str) -> None:
+    model = tiny("llama")
+    same(model, METHODS[name], 3, 40)
+    assert graphs["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", EIGHT)
+def test_a_thousand_steps_with_all_their_evictions(name: str, rows: int) -> None:
+    model = tiny("llama")
+    model.config.max_position_embeddings = 2048
+    cache = same(model, METHODS[name], rows, 1000)
+    assert graphs["unique_graphs"] == 1
+    assert name == "full" or min(cache.evictions) > 80
+
+
+@pytest.mark.parametrize("name", ["buzz", "h2o", "streaming_llm"])
+@pytest.mark.parametrize(
+    "options",
+    [{"positions": "true"}, {"logn_base": 16.0}, {"logn_base": 16.0, "logn_clamp": True}],
+    ids=["true", "logn", "clamp"],
+)
+def test_with_the_caches_options(name: str, options) -> None:
+    same(tiny("llama"), METHODS[name], 2, 30, **options)
+
+
+@pytest.mark.parametrize("family", ["llama-mqa", "qwen3", "smollm3", "phi3-partial"])
+def test_of_other_models(family: str) -> None:
+    same(tiny(family), METHODS["buzz"], 2, 30)
+
+
+def test_half_precision_gives_the_eager_caches_lengths() -> None:
+    model, policy = tiny("llama", dtype=torch.bfloat16), METHODS["buzz"]
+    ids, mask = padded(2)
+    eager, graph = (EvictionCache(model, policy, compiled=on) for on in (False, True))
+    want, got = (generate(model, cache, ids, mask, 30) for cache in (eager, graph))
+    assert graph.trace() == eager.trace()
+    torch.testing.assert_close(got.logits[1], want.logits[1], atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", MORE.values(), ids=MORE)
+def test_other_methods_do_the_same_or_are_refused_by_name(policy: Policy) -> None:
+    model = tiny("llama")
+    try:
+        EvictionCache(model, policy, compiled=True)
+    except ConfigError as refusal:
+        assert policy.name in str(refusal) and "model.compile" in str(refusal)
+    else:
+        same(model, policy, 1, 30)
+
+
+@pytest.mark.parametrize("name", ["r_kv", "a2sf", "pyramid_kv", "expected_attention"])
+def test_what_needs_more_of_a_step_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EvictionCache(tiny("llama"), METHODS[name], compiled=True)
+
+
+@pytest.mark.parametrize("family", ["llama-dynamic", "gemma3-mixed"])
+def test_models_that_no_graph_serves_are_refused(family: str) -> None:
+    with pytest.raises(ConfigError, match="model.compile"):
+        EvictionCache(tiny(family), METHODS["buzz"], compiled=True)
+
+
+def test_a_forward_of_somebody_else_is_not_replaced() -> None:
+    model = tiny("llama")
+    decoder = model.get_decoder()
+    decoder.forward = lambda *args, **kwargs: None
+    with pytest.raises(ConfigError, match="forward"):
+        EvictionCache(model, METHODS["buzz"], compiled=True)
+
+
+def test_prompts_chunks_and_other_caches_run_as_ever() -> None:
+    model, policy = tiny("llama"), METHODS["buzz"]
+    ids = prompt(60)
+    eager, graph = (EvictionCache(model, policy, compiled=on) for on in (False, True))
+    with torch.no_grad():
+        for chunk in (ids[:, :40], ids[:, 40:59]):
+            for cache in (eager, graph):
+                model(chunk, past_key_values=cache)
+        assert graphs["unique_graphs"] == 0
+        want = model(ids[:, 59:], past_key_values=eager)
+        got = model(ids[:, 59:], past_key_values=graph)
+        assert graphs["unique_graphs"] == 1
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+    assert got.past_key_values is graph
+    model(ids[:, :1], past_key_values=graph)  # with gradients enabled: not by the graph
+    assert graphs["unique_graphs"] == 1
+
+
+def test_two_caches_take_turns_and_a_copied_model_has_its_own_graph() -> None:
+    model, policy = tiny("llama"), METHODS["buzz"]
+    other = copy.deepcopy(model)
+    ids = prompt(50)
+    want = generate(model, EvictionCache(model, policy), ids, None, 20).sequences
+    caches = [EvictionCache(m, policy, compiled=True) for m in (model, model, other)]
+    with torch.no_grad():
+        for m, cache in zip((model, model, other), caches, strict=True):
+            m(ids, past_key_values=cache)
+        for step in range(50, 69):
+            for m, cache in zip((model, model, other), caches, strict=True):
+                logits = m(want[:, step : step + 1], past_key_values=cache).logits
+                assert logits.argmax() == want[0, step + 1]
+
+
+def test_a_step_sends_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds are counted up where they are; only an eviction of some rows writes them anew."""
+    model = tiny("llama")
+    cache = EvictionCache(model, METHODS["local"], compiled=True)
+    with torch.no_grad():
+        model(prompt(50), past_key_values=cache)
+        for _ in range(3):
+            model(prompt(1), past_key_values=cache)
+        sent: list[object] = []
+        monkeypatch.setattr(
+            torch, "tensor", lambda *a, made=torch.tensor, **k: sent.append(a) or made(*a, **k)
+        )
+        for _ in range(40):  # evicts in each, and slides back at times
+            model(prompt(1), past_key_values=cache)
+    assert not sent
