@@ -69,6 +69,7 @@ def _rows(record: dict[str, Any], config: dict[str, Any]) -> Iterator[dict[str, 
         "context_tokens": record.get("context_tokens", record["prompt_tokens"]),
         "answer_tokens": record["answer_tokens"],
         "answer": record["answer_sha256"],
+        "full_score": record.get("full_score"),
         **{f"copied_{name}": value for name, value in record["copied"].items()},
     }
     for fork in record["forks"]:
@@ -100,6 +101,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
                 "budget": budget,
                 "budget_by": by,
                 "n": len(group),
+                **{name: group[name].mean() for name in ("score", "full_score") if name in group},
                 "kl": group.kl.mean(),
                 "kl_low": low,
                 "kl_high": high,
@@ -140,6 +142,9 @@ def tables(summary: pd.DataFrame) -> list[Table]:
                 "n": group.n,
             }
         )
+        if "score" in group and group.score.notna().any():
+            frame.insert(2, "score", group.score)
+            frame.insert(3, "full's score", group.full_score)
         note = (
             "KL(full || method) in nats a token on the full cache's own answer, mean over prompts"
             f" with its 95% interval. {MARK}: held more than {TOLERANCE:.0%} above the budget"
