@@ -159,7 +159,9 @@ class EvictionLayer(CacheLayerMixin):
         other.idle = None
         other.groups = [replace(group, rows=list(group.rows)) for group in self.groups]
         other.faults = dict(self.faults)
+        other.log = copy.copy(self.log)
         other.rope = copy.deepcopy(self.rope, ropes)
+        other.rotation = copy.deepcopy(self.rotation, ropes)
         return other
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -75,6 +75,9 @@ class Plan:
         self.logger.check()
         context, task = self.config["model"]["max_length"], self.task
         answer = task.max_new_tokens or 0
+        if task.conversation and (self.config["kl"] or "fidelity" in self.config):
+            remedy = "later answers depend on earlier ones; compare with task.asked=copies"
+            raise ConfigError("task.asked", "conversation", remedy)
         if answer >= context:
             raise ConfigError(
                 "task.max_new_tokens", answer, f"must leave room in the model's {context} tokens"

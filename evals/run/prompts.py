@@ -18,6 +18,7 @@ from evals.results.records import sha256
 from evals.results.schema import Record
 from evals.run.compress import steps_before
 from evals.run.plan import Plan
+from evals.run.questions import share_contexts
 from evals.tasks.base import Sample
 from evals.tasks.encoding import encode_prompt
 
@@ -30,6 +31,7 @@ class Prompt:
         scoring: names the version of what scores the answer.
         before: tokens of the steps that read it up to its question, see
             :mod:`evals.run.compress`; () if it is read as one.
+        turn: the tokens that put its question after the answer to another one on its context.
     """
 
     sample: Sample
@@ -39,6 +41,7 @@ class Prompt:
     max_new_tokens: int
     scoring: str = ""
     before: tuple[int, ...] = ()
+    turn: tuple[int, ...] = ()
 
     @property
     def context(self) -> int:
@@ -115,6 +118,8 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
         prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring, before))
     if not prompts:
         raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
+    whole = plan.config["model"]["max_length"] if plan.task.conversation else None
+    prompts = share_contexts(prompts, *compress, tokenizer, whole)
     known = {prompt.sample.id: prompt.sample_sha256 for prompt in prompts}
     return Asked(prompts, {"samples": known, "of": len(samples), "data": _digest(samples)})
 
@@ -122,7 +127,10 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
 def _digest(samples: Sequence[Sample]) -> str:
     found = hashlib.sha256()
     for sample in samples:
-        found.update(json.dumps(dataclasses.asdict(sample)).encode())
+        known = dataclasses.asdict(sample)
+        if not known["shared"]:  # which came later: shards of before go with those of today
+            del known["shared"]
+        found.update(json.dumps(known).encode())
     return found.hexdigest()[:16]
 
 
@@ -130,12 +138,16 @@ def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Batches that are generated alike, of neighbouring lengths when they hold several rows.
 
     Rows whose questions, or chunks, have other lengths are in other batches: nothing would tell the
-    padding between a context and its question.
+    padding between a context and its question. Questions on one context are together.
 
     They depend on all prompts and not on which are done, so that a resumed run is the same run.
     """
     kinds: dict[Any, list[Prompt]] = {}
+    contexts: dict[str, list[Prompt]] = {}
     for prompt in prompts:
+        if prompt.sample.shared:
+            contexts.setdefault(prompt.sample.shared, []).append(prompt)
+            continue
         key = prompt.max_new_tokens, prompt.sample.stop, prompt.before and prompt.later
         kinds.setdefault(key, []).append(prompt)
     for alike in kinds.values():
@@ -143,3 +155,4 @@ def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
             alike.sort(key=lambda prompt: len(prompt.ids))
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
+    yield from contexts.values()
