@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from buzz import kernels
 from buzz.adapter import Attention
 from buzz.errors import ConfigError
+from buzz.inputs import on
 from buzz.layer import EvictionLayer
 
 Scored = tuple[Tensor, Tensor | None]  # output, and what each entry received
@@ -177,7 +178,7 @@ def _scaled_by_log_n(layer: EvictionLayer, query: Tensor) -> Tensor:
     if layer.logn_base is None:
         return query
     new = query.shape[2]
-    held = torch.tensor(layer.lengths, device=query.device)
+    held = on(query.device, layer.lengths)
     attended = held[:, None] - torch.arange(new - 1, -1, -1, device=query.device)
     scale = attended.clamp(min=1).float().log() / math.log(layer.logn_base)
     if layer.logn_clamp:

@@ -7,6 +7,7 @@ is a place in the store's buffers. A row's first entry lies in slot `store.end -
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,8 @@ def evict(
             tail = min(policy.protected, kept)
             if kept < group.held:
                 scores = policy.score(look(group, rows))
-                chosen = policy.select(group.held, group.state, scores).to(store.device)
+                with _default(store.device):
+                    chosen = policy.select(group.held, group.state, scores)
                 group.evictions += 1
                 group.cut = group.seen
             else:
@@ -117,6 +119,11 @@ def evict(
             _move(store, target, group, rows, chosen, tail, policy.resident, rope)
         group.held, group.state = kept, state
     return target, idle
+
+
+def _default(device: torch.device) -> AbstractContextManager[Any]:
+    """Tensors of a policy are made where the entries are, and not sent there step by step."""
+    return nullcontext() if device.type == "cpu" else device
 
 
 def _move(
@@ -144,7 +151,7 @@ def _move(
     leading = _resident_keys(store, group, rows, chosen, kept, residents, rope)
     to = target.end - kept
     dropped = group.held - kept
-    turns = rope.table(dropped + 1) if dropped and rope.static else None
+    turns = rope.table(dropped + 1, store.device) if dropped and rope.static else None
     tensors = store.tensors(), target.tensors()
     kernels.move(
         *tensors,
