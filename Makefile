@@ -26,14 +26,14 @@ setup: $(VENV)/.ready $(GGUF)
 model: $(GGUF)
 
 demo: setup
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python run.py +experiment=demo
 
 tables: $(VENV)/.ready
 	@$(BIN)/python scripts/make_tables.py
 
 test: setup lint
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/.ready
 	@$(BIN)/python scripts/bench.py

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from buzz.errors import ConfigError
-from evals.launch.sweep import Objectives, SweepCallback, run_job
+from evals.launch.sweep import Objectives, ResultsCallback, run_job
 from evals.report import fidelity as fidelity_report
 from evals.results.reading import read_summary
 from evals.results.records import RunFailed
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
             print(fidelity_report.shown(fidelity.run_all(cfg)))
             return []
         folders = run_all(cfg, fixed=names)
-        SweepCallback.failed = sum(read_summary(folder)["failed"] > 0 for folder in folders)
+        ResultsCallback.failed = sum(read_summary(folder)["failed"] > 0 for folder in folders)
         return [str(folder) for folder in folders]
     except (ConfigError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,9 +50,9 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
 
 def cli() -> int:
     """Runs what the command line asks for; the exit status."""
-    SweepCallback.failed = 0
+    ResultsCallback.failed = 0
     main()
-    return 1 if SweepCallback.failed else 0
+    return 1 if ResultsCallback.failed else 0
 
 
 if __name__ == "__main__":

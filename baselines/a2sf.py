@@ -9,7 +9,7 @@ from baselines.h2o import H2OPolicy
 from buzz.policy import register
 
 
-@register("a2sf")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class A2SFPolicy(H2OPolicy):
     """H2O by attention that counts `decay` to the power of how many tokens ago it was given.

@@ -13,7 +13,7 @@ from buzz.entries import Entries
 from buzz.policy import register
 
 
-@register("chunk_kv")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class ChunkKVPolicy(SnapKVPolicy):
     """SnapKV by chunks of the prompt, the same in every KV head.

@@ -13,7 +13,7 @@ from buzz.entries import Entries, projected_norms
 from buzz.policy import register
 
 
-@register("critical_kv")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class CriticalKVPolicy(SnapKVPolicy):
     """SnapKV in two stages: a share of the capacity by attention alone, the rest weighed.

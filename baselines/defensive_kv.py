@@ -14,7 +14,7 @@ from buzz.entries import Entries, projected_norms
 from buzz.policy import register
 
 
-@register("defensive_kv")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class DefensiveKVPolicy(SnapKVPolicy):
     """SnapKV by the highest attention of any query and head, weighed by the projected value.

@@ -12,7 +12,7 @@ from buzz.entries import Entries
 from buzz.policy import register
 
 
-@register("expected_attention")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttentionPolicy(PromptPolicy):
     """Keeps what queries like those of the prompt would attend, weighed by the values' L2 norm.

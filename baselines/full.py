@@ -10,7 +10,7 @@ from torch import Tensor
 from buzz.policy import Evicts, Policy, State, register
 
 
-@register("full")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class FullPolicy(Policy):
     """The strong baseline: nothing is evicted, buffers are written in place. Ignores budgets."""

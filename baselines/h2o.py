@@ -11,7 +11,7 @@ from torch import Tensor
 from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
 
 
-@register("h2o")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class H2OPolicy(Policy):
     """Keeps the `heavy` entries of the highest accumulated score and the last `recent`.

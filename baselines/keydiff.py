@@ -12,7 +12,7 @@ from buzz.entries import Entries
 from buzz.policy import register
 
 
-@register("keydiff")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class KeyDiffPolicy(RankingPolicy):
     """Keeps the entries whose keys are the least similar to the mean direction of all.

@@ -11,7 +11,7 @@ from buzz.entries import Entries
 from buzz.policy import register
 
 
-@register("knorm")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class KnormPolicy(RankingPolicy):
     """Keeps the entries whose keys have the smallest L2 norm; nothing is protected.

@@ -10,7 +10,7 @@ from torch import Tensor
 from buzz.policy import BudgetBy, Policy, State, register
 
 
-@register("local")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class LocalPolicy(Policy):
     """Keeps the last `window` entries."""

@@ -9,7 +9,7 @@ from baselines.snapkv import SnapKVPolicy
 from buzz.policy import BudgetBy, Policy, register
 
 
-@register("pyramid_kv")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class PyramidKVPolicy(SnapKVPolicy):
     """SnapKV with capacities that fall from layer to layer, by the same number each time.

@@ -14,7 +14,7 @@ from buzz.policy import register
 BLOCK = 256  # rows of the similarity matrix that exist at one time
 
 
-@register("r_kv")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class RKVPolicy(SnapKVEveryPolicy):
     """Ranks by `trade` parts of attention, less 1 - `trade` parts of how much keys are alike.

@@ -16,7 +16,7 @@ STEP = 0x9E3779B97F4A7C15 - 2**64
 MIXES = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
 
-@register("random")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class RandomPolicy(RankingPolicy):
     """Keeps the first `sink` and the last `window` entries, and of the others a uniform sample.

@@ -14,7 +14,7 @@ from buzz.entries import Entries
 from buzz.policy import BudgetBy, Policy, ScoreRule, register
 
 
-@register("snapkv")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class SnapKVPolicy(PromptPolicy):
     """Keeps of the prompt its last `window` entries, and those that they attend the most.

@@ -13,7 +13,7 @@ from buzz.entries import Entries
 from buzz.policy import register
 
 
-@register("snapkv_every")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class SnapKVEveryPolicy(RankingPolicy):
     """Keeps the last `window` entries, and those that their queries attend the most.

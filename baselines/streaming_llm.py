@@ -10,7 +10,7 @@ from torch import Tensor
 from buzz.policy import BudgetBy, Policy, State, register
 
 
-@register("streaming_llm")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLMPolicy(Policy):
     """Keeps the first `sink` and the last `window` entries."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
 
 
-@register("tova")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class TOVAPolicy(Policy):
     """Keeps the `size` entries that the last query attends the most; nothing is protected.

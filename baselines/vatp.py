@@ -13,7 +13,7 @@ from buzz.entries import Entries
 from buzz.policy import BudgetBy, Policy, register
 
 
-@register("vatp")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class VATPPolicy(H2OPolicy):
     """H2O by accumulated attention times the L1 norm of the value; the first entries always stay.

@@ -87,6 +87,12 @@ def install(
     return decoder
 
 
+def after_forward(decoder: nn.Module, hook: Callable[..., None]) -> None:
+    """Have `hook(decoder, args, kwargs, output)` called when a forward pass is over (once)."""
+    if not any(known is hook for known in decoder._forward_hooks.values()):
+        decoder.register_forward_hook(hook, with_kwargs=True)
+
+
 def intercept(decoder: nn.Module, run: Callable[[nn.Module, dict[str, Any]], Any | None]) -> None:
     """Ask `run` for a decoder's output first (once); what it leaves alone runs as ever.
 

@@ -80,12 +80,14 @@ def attend(
         if observed and query.shape[2] == 1:
             return scorer.scored_decode(query, key, value, scale, starts)
         if observed:
-            observe = min(observed, query.shape[2])
-            if (decay := layer.policy.decay) != 1:  # only the plain version weighs queries
-                return kernels.reference.scored_prefill(
-                    query, key, value, scale, observe=observe, decay=decay
-                )
-            return scorer.scored_prefill(query, key, value, scale, observe=observe)
+            return scorer.scored_prefill(
+                query,
+                key,
+                value,
+                scale,
+                observe=min(observed, query.shape[2]),
+                decay=layer.policy.decay,
+            )
         mask = _mask(backend, query, key, starts)
         return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
 

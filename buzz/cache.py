@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from buzz import adapter, compiled
+from buzz import adapter, compiled, repetition
 from buzz.attention import attend
 from buzz.errors import ConfigError
 from buzz.eviction import Group
@@ -81,6 +82,10 @@ class EvictionCache(Cache):
         decoder = adapter.install(model, attend, _announce)
         layers = _make_layers(decoder, model, policy, self.positions)
         super().__init__(layers=layers)
+        repetition.check(policy, layers, logn_base)
+        if policy.needs_repetition:
+            adapter.after_forward(decoder, _conclude)
+        self._prompt: list[Tensor] = []  # its tokens, while it is to be read a second time
         self._decoder = weakref.ref(decoder)
         self._is_dropped = adapter.drops(model)
         self._short_context = adapter.short_context(model, decoder)
@@ -229,7 +234,24 @@ class EvictionCache(Cache):
         """
         super().reset()
         self._runs, self._last = [], (0, 0, 0)
+        self._prompt = []
         self._raise_faults()
+
+    def copy(self) -> EvictionCache:
+        """A cache that goes on from here by itself, e.g. with another question on one context.
+
+        Both read the same entries until they append their own: a copy costs memory and time with
+        the first token that is fed to it, and so does the original with its next one.
+        """
+        other = copy.copy(self)
+        ropes: dict[int, Any] = {}
+        other.layers = [
+            layer.copy(ropes) if isinstance(layer, EvictionLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
+        other._runs = [list(run) for run in self._runs]
+        return other
 
     def begin_step(
         self,
@@ -273,8 +295,7 @@ class EvictionCache(Cache):
             check_mask(attention_mask, batch, seen + new)
         if seen == 0:
             padding = [0] * batch if attention_mask is None else padding_of(attention_mask)
-            moves = self.positions == "cache"
-            starts = first_positions(position_ids if moves else None, padding)
+            starts = first_positions(position_ids, padding)
             self._group(padding, starts)
         else:
             first.check_batch(batch)
@@ -287,6 +308,22 @@ class EvictionCache(Cache):
             self._refuse("position_ids", jumps(position_ids, seen, padding, starts), new)
         elif starts != padding:  # the model counts padding, now
             raise ConfigError("position_ids", None, REMEDIES["position_ids"])
+
+    def end_step(self, decoder: nn.Module, tokens: Tensor) -> None:
+        """Read a prompt that is complete a second time, if the policy judges by that.
+
+        Args:
+            tokens: ids of the step, [batch, new].
+
+        Raises:
+            ConfigError: the step had embeddings and no ids.
+        """
+        first = self.evicting[0]
+        if first.awaits_repetition:
+            self._prompt.append(tokens)
+            if self.hold_until <= first.cumulative_length:
+                repetition.repeat(decoder, self.evicting, torch.cat(self._prompt, 1))
+                self._prompt = []
 
     def _group(self, padding: list[int], starts: list[int]) -> None:
         """Put rows of a prompt together that are as long as each other."""
@@ -442,3 +479,12 @@ def _announce(
     if len(cache.evicting) == len(cache.layers):
         inputs["attention_mask"] = adapter.unread_mask(tokens.device)
     return (), inputs
+
+
+def _conclude(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook, for policies that read a prompt twice."""
+    for value in kwargs.values():
+        if isinstance(value, EvictionCache):
+            value.end_step(decoder, adapter.step_tokens(kwargs))

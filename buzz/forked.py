@@ -8,6 +8,7 @@ once for all rows, attention runs row by row on what that row's method kept.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,7 @@ class ForkedCache(EvictionCache):
         layers: list[Any] = [ForkedLayer(self.forks, index) for index in range(len(first.layers))]
         Cache.__init__(self, layers=layers)
         self.evicting = layers
+        self._replay = None  # rows of different lengths are no graph
 
     def begin_step(
         self,
@@ -144,6 +146,17 @@ class ForkedCache(EvictionCache):
         for row, fork in enumerate(self.forks):
             own = None if position_ids is None else _row(position_ids, row)
             fork.begin_step(decoder, 1, new, None, own)
+
+    def end_step(self, decoder: nn.Module, tokens: Tensor) -> None:
+        for row, fork in enumerate(self.forks):
+            fork.end_step(decoder, _row(tokens, row))
+
+    def copy(self) -> ForkedCache:
+        other = copy.copy(self)
+        other.forks = [fork.copy() for fork in self.forks]
+        layers = [ForkedLayer(other.forks, index) for index in range(len(self.layers))]
+        other.layers = other.evicting = layers  # type: ignore[assignment]
+        return other
 
     def reset(self) -> None:
         for fork in self.forks:

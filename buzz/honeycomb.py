@@ -23,7 +23,7 @@ from buzz.policy import BudgetBy, Policy, State, register
 EARLY, LESS = 4 / 15, 0.3  # of ``late``: the first layers, and their share of an even budget
 
 
-@register("honeycomb")
+@register()
 @dataclass(frozen=True, kw_only=True)
 class HoneycombPolicy(Policy):
     """Thins history to its `keep` best entries, of each cell as many, when it exceeds `threshold`.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,6 +65,7 @@ class EvictionLayer(CacheLayerMixin):
         self.log = QueryLog()
         self.scratch: Tensor | None = None  # what entries receive in a compiled step alone
         self.awaits_attention = False
+        self.awaits_repetition = policy.needs_repetition
 
     # --- what transformers asks ---------------------------------------------------------------
 
@@ -142,7 +145,22 @@ class EvictionLayer(CacheLayerMixin):
         self.groups = []
         self.cumulative_length = 0
         self.awaits_attention = False
+        self.awaits_repetition = self.policy.needs_repetition
         self.rope.forget()
+
+    def copy(self, ropes: dict[int, Any]) -> EvictionLayer:
+        """A layer that goes on by itself. No entry is copied before either appends another.
+
+        Args:
+            ropes: copies that were made for earlier layers, by the id of what they are copies of.
+        """
+        other = copy.copy(self)
+        other.store = None if self.store is None else self.store.shared()
+        other.idle = None
+        other.groups = [replace(group, rows=list(group.rows)) for group in self.groups]
+        other.faults = dict(self.faults)
+        other.rope = copy.deepcopy(self.rope, ropes)
+        return other
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError(
@@ -240,8 +258,11 @@ class EvictionLayer(CacheLayerMixin):
 
     @property
     def holds_back(self) -> bool:
-        """Whether the prompt goes on: all that comes before `hold_until` counts as one step."""
-        return self.cumulative_length < self.hold_until
+        """Whether the prompt goes on: all that comes before `hold_until` counts as one step.
+
+        And whether it is still to be read a second time.
+        """
+        return self.awaits_repetition or self.cumulative_length < self.hold_until
 
     @property
     def observed(self) -> int:
@@ -311,19 +332,27 @@ class EvictionLayer(CacheLayerMixin):
             store.scores = None  # of a prompt that was held back, and is judged now
         self._evict(scores)
 
+    def judge(self, scores: Tensor) -> None:
+        """Thin a prompt that was read a second time.
+
+        Args:
+            scores: float32 [batch, kv_heads, longest row], the highest attention in that.
+        """
+        self.awaits_repetition = False
+        self._evict(scores)
+
     def _evict(self, scores: Tensor | None) -> None:
         """Thin what is held, if it is time to.
 
         Args:
             scores: float32 [batch, kv_heads, held].
         """
-        store = self.store
-        assert store is not None
         after = self._plan()
         if after is not None:
+            assert self.store is not None
             look = partial(self._look, scores, self.start)
             self.store, self.idle = evict(
-                store, self.idle, self.groups, after, self.policy, self.rope, look
+                self.store, self.idle, self.groups, after, self.policy, self.rope, look
             )
 
     # --- a compiled step, see buzz.compiled ---------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -35,12 +35,12 @@ POLICIES: dict[str, type[Policy]] = {}
 PolicyClass = TypeVar("PolicyClass", bound="type[Policy]")
 
 
-def register(name: str) -> Callable[[PolicyClass], PolicyClass]:
-    """Class decorator: make a policy known to the runner under `name`."""
+def register(name: str = "") -> Callable[[PolicyClass], PolicyClass]:
+    """Class decorator: make a policy known to the runner under `name`, or its module's name."""
 
     def add(cls: PolicyClass) -> PolicyClass:
-        cls.name = name
-        POLICIES[name] = cls
+        cls.name = name or cls.__module__.rpartition(".")[2]
+        POLICIES[cls.name] = cls
         return cls
 
     return add
@@ -69,6 +69,8 @@ class Policy(ABC):
         name: the registered name.
         needs_scores: whether the attention received is read. If not, none is ever computed.
         needs_projection: whether :meth:`score` reads the layers' output projections.
+        needs_repetition: whether the scores are those of a second pass over the prompt, see
+            :meth:`repetitions`; `received` is then the highest attention given in it.
         evicts: ``always``, so that memory stays bounded; the ``prompt`` alone, so that an answer
             grows on top of what is left of it; or ``never``.
     """
@@ -76,6 +78,7 @@ class Policy(ABC):
     name: ClassVar[str]
     needs_scores: ClassVar[bool] = False
     needs_projection: ClassVar[bool] = False
+    needs_repetition: ClassVar[bool] = False
     evicts: ClassVar[Evicts] = "always"
 
     @property
@@ -144,6 +147,21 @@ class Policy(ABC):
         is then what a layer holds on average, up to one.
         """
         return self
+
+    def for_tokenizer(self, tokenizer: Any) -> Policy:
+        """The policy for a model's tokenizer, if it reads texts of its own."""
+        return self
+
+    def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+        """What is read behind a prompt to judge it, a chunk at a time.
+
+        Args:
+            prompt: token ids of one row.
+
+        Yields:
+            A chunk's first token and one past its last, and the ids to read, which end with it.
+        """
+        raise NotImplementedError
 
     def score(self, entries: Entries) -> Tensor | None:
         """What :meth:`select` ranks by; called only when :meth:`survivors` evicts.

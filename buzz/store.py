@@ -32,7 +32,7 @@ class Store:
         positions: int32 [batch, kv_heads, capacity], index of each entry's token in its own row.
         scores: float32 [batch, kv_heads, capacity], attention received; None if nobody reads it.
         end: one past the newest entry's slot.
-        owned: False while a prompt lies where the model wrote it.
+        owned: False while a prompt lies where the model wrote it, or a copy reads it, too.
     """
 
     keys: Tensor
@@ -117,6 +117,11 @@ class Store:
         if self.scores is not None:
             self.scores[:, :, slots] = 0
         self.end = slots.stop
+
+    def shared(self) -> Store:
+        """The same entries once more, in the same buffers: who appends first moves out of them."""
+        self.owned = False
+        return dataclasses.replace(self)
 
     def select_rows(self, rows: Tensor) -> Store:
         """A store whose row i is row `rows[i]` of this one."""

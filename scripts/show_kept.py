@@ -77,7 +77,8 @@ class Kept:
         return ", ".join(f"{name}={value}" for name, value in vars(self.policy).items())
 
     @property
-    def figures(self) -> str:
+    def described(self) -> str:
+        """How much is held, in words."""
         evictions = f"{self.evictions} eviction{'' if self.evictions == 1 else 's'}"
         return (
             f"{self.entries} of {self.kinds.shape[1]} entries, {self.nbytes / 1e6:.1f} MB of KV,"
@@ -163,7 +164,7 @@ def draw(kept: Sequence[Kept], path: Path) -> None:
         )
         strip.set_yticks([0.5], ["share"], fontsize=8)
         strip.set_xticks([])
-        strip.set_title(f"{method.policy.name}: {method.figures}", loc="left", fontsize=10)
+        strip.set_title(f"{method.policy.name}: {method.described}", loc="left", fontsize=10)
         panel.imshow(palette[method.kinds], extent=(0, tokens, rows, 0), aspect="auto")
         layers = rows // method.kv_heads
         shown = range(0, layers, max(1, layers // 5))
@@ -273,7 +274,7 @@ def show(args: argparse.Namespace) -> None:
     kept = []
     for policy in policies:
         kept.append(keep(model, ids, policy, args.new_tokens, args.positions))
-        print(f"{policy.name:>14}  {kept[-1].figures}")
+        print(f"{policy.name:>14}  {kept[-1].described}")
     picture, document = Path(f"{args.out}.png"), Path(f"{args.out}.html")
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(kept, picture)

@@ -21,25 +21,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation import StoppingCriteria
 
 import baselines  # noqa: F401  (registers its policies)
 from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
+from evals.run.generate import Trace
 
 TOLERANCE = 2e-3
-
-
-class LengthTrace(StoppingCriteria):
-    """Notes the cache's length after each step; never stops."""
-
-    def __init__(self, cache: EvictionCache) -> None:
-        self.cache = cache
-        self.lengths: list[int] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        assert len(set(self.cache.lengths)) == 1, "layers of different length"
-        self.lengths.append(self.cache.lengths[0])
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 def load_model(prefix: str, spec: dict[str, Any]) -> LlamaForCausalLM:
@@ -79,7 +66,7 @@ def main() -> int:
     for run, params in spec["runs"].items():
         logits, tokens = arrays[f"{run}/logits"], arrays[f"{run}/tokens"]
         cache = EvictionCache(model, policy_of(run, params))
-        trace = LengthTrace(cache)
+        trace = Trace(cache)
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -91,7 +78,8 @@ def main() -> int:
             stopping_criteria=[trace],
         )
         same_tokens = np.array_equal(out.sequences[0, prompt.shape[1] :].numpy(), tokens)
-        same_lengths = np.array_equal(trace.lengths, arrays[f"{run}/cache_len"])
+        assert len(set(cache.lengths)) == 1, "layers of different length"
+        same_lengths = np.array_equal(np.ravel(trace.lengths), arrays[f"{run}/cache_len"])
         difference = float(np.abs(torch.cat(out.logits).numpy() - logits).max())
         ok = same_tokens and same_lengths and difference <= TOLERANCE
         failed |= not ok

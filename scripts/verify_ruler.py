@@ -35,7 +35,8 @@ from evals.tasks.base import Sample
 from evals.tasks.definitions import definitions, read_definition
 from evals.tasks.encoding import encode
 from evals.tasks.ruler import SYNTHETIC, Ruler, score
-from evals.tasks.ruler_texts import ANSWER, NIAH, QA, REMEDY, SUBTASKS, family, modules, read_data
+from evals.tasks.ruler_data import NIAH, QA, REMEDY, SUBTASKS, family, modules, read_data
+from evals.tasks.ruler_texts import ANSWER
 
 Messages = list[dict[str, str]]
 
@@ -69,7 +70,7 @@ def verify(
         data_dir=data_dir,
         chat_template=False,
     )
-    task.check()
+    task.prepare()
     start = time.perf_counter()
     ours = task.load(tokenizer)
     middle = time.perf_counter()

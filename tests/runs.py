@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from rich.table import Table
 
 import evals.run.runner
 
@@ -46,6 +47,16 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """Them without what differs from one run to the next."""
     return [{key: r[key] for key in r.keys() - TIMES - MADE} for r in read(folder)]
+
+
+def cells(table: Table) -> dict[str, dict[str, str]]:
+    """A terminal table's cells by row and column; of columns named alike the second is "NAME 2"."""
+    names: list[str] = []
+    for column in table.columns:
+        name = " ".join(str(column.header).split())
+        names.append(f"{name} 2" if name in names else name)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
 
 
 def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:

@@ -55,6 +55,8 @@ class Cache(RuleBasedStateMachine):
         logn=st.sampled_from([None, None, 16.0]),
     )
     def make(self, data, family, backend, method, positions, logn) -> None:
+        if METHODS[method].needs_repetition:  # which not every model can be asked for
+            family, logn = "llama", None
         self.family, self.model = family, load(family, backend)
         self.cache = EvictionCache(self.model, METHODS[method], positions=positions, logn_base=logn)
         self.recorder: Recorder | None = None

@@ -18,11 +18,19 @@ BLOCKS = re.findall(
     r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S
 )
 WATCH = """
-import sys, baselines, run
+import sys, types, baselines, run, torch
 from buzz import POLICIES
 from evals.report.methods import order, style_of
 assert POLICIES["spread"] is baselines.SpreadPolicy, POLICIES
 assert "spread" in order() and style_of("spread").label == "spread"
+policy, held = baselines.SpreadPolicy(size=24, window=4), torch.arange(200)
+for token in range(200, 1200):
+    held = torch.cat([held, held.new_tensor([token])])
+    scores = policy.score(types.SimpleNamespace(positions=held[None, None]))
+    index = policy.select(len(held), 24, scores)[0, 0]
+    held = torch.cat([held[index], held[-4:]])
+    gaps = torch.cat([held.new_tensor([-1]), held[:-3], held.new_tensor([token - 3])]).diff()
+    assert len(held) == 24 and gaps.max() <= 3 * (token - 3) / 20, held
 sys.exit(run.cli())
 """
 

@@ -16,7 +16,7 @@ from buzz import ConfigError
 from evals.results.compare import compare, strata
 from evals.results.records import RunFolder, arithmetic_runs, digest
 from evals.results.schema import FORMAT
-from evals.results.statistics import bootstrap_difference, bootstrap_interval, score_of
+from evals.results.statistics import bootstrap, lead, score_of
 from evals.tasks.data import read_jsonl, read_text
 from evals.tasks.text import package_rouge, rouge, word_f1
 
@@ -167,8 +167,8 @@ def test_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 
 def test_bootstrap_interval_is_that_of_a_mean_of_means() -> None:
-    assert bootstrap_interval([[1.0] * 5, [0.0] * 9]) == (0.5, 0.5)
-    low, high = bootstrap_interval([[0.0, 1.0] * 50])
+    assert bootstrap([[1.0] * 5, [0.0] * 9]) == (0.5, 0.5)
+    low, high = bootstrap([[0.0, 1.0] * 50])
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
 
@@ -180,15 +180,15 @@ def test_bootstrap_interval_by_the_normal_approximation() -> None:
     error = math.sqrt(sum(group.var() / len(group) for group in groups)) / 3
     middle = np.mean([group.mean() for group in groups])
     expected = (middle - 1.96 * error, middle + 1.96 * error)
-    assert bootstrap_interval(groups) == pytest.approx(expected, abs=0.1 * error)
+    assert bootstrap(groups) == pytest.approx(expected, abs=0.1 * error)
     assert score_of(groups) == pytest.approx(middle)
 
 
 def test_bootstrap_of_a_paired_difference_is_that_of_the_differences() -> None:
     rng = np.random.default_rng(2)
     groups = [rng.normal(0, 1, (size, 2)) for size in (8, 30)]
-    of_differences = bootstrap_interval([group[:, 0] - group[:, 1] for group in groups])
-    assert bootstrap_difference(groups) == pytest.approx(of_differences)
+    of_differences = bootstrap([group[:, 0] - group[:, 1] for group in groups])
+    assert bootstrap(groups, of=lead) == pytest.approx(of_differences)
 
 
 def test_samples_of_one_unit_are_drawn_together() -> None:
@@ -201,29 +201,27 @@ def test_samples_of_one_unit_are_drawn_together() -> None:
         for place in "abc"
     ]
     parts = [list(strata(records).values()) for records in (once, thrice)]
-    assert bootstrap_interval(parts[0]) == pytest.approx(bootstrap_interval(parts[1]))
+    assert bootstrap(parts[0]) == pytest.approx(bootstrap(parts[1]))
     assert score_of(parts[0]) == pytest.approx(score_of(parts[1])) == pytest.approx(1 / 3)
     apart = strata((record | {"unit": ""}, values) for record, values in thrice)
-    low, high = bootstrap_interval(list(apart.values()))
-    assert high - low < 0.7 * np.subtract(*bootstrap_interval(parts[0])[::-1])
+    low, high = bootstrap(list(apart.values()))
+    assert high - low < 0.7 * np.subtract(*bootstrap(parts[0])[::-1])
 
 
 def test_bootstrap_needs_two_values_of_every_group() -> None:
-    assert bootstrap_interval([[1.0, 2.0], [3.0]]) is None and bootstrap_interval([]) is None
+    assert bootstrap([[1.0, 2.0], [3.0]]) is None and bootstrap([]) is None
 
 
 def test_bootstrap_interval_of_a_perplexity() -> None:
     losses = [[1.0, 2.0] * 40]
-    low, high = bootstrap_interval(losses)
-    assert bootstrap_interval(losses, "exp") == pytest.approx(
-        (math.exp(low), math.exp(high)), rel=1e-4
-    )
+    low, high = bootstrap(losses)
+    assert bootstrap(losses, "exp") == pytest.approx((math.exp(low), math.exp(high)), rel=1e-4)
 
 
 def test_paired_differences_are_narrower_than_unpaired() -> None:
     values = [float(i % 7) for i in range(60)]
     pairs = [[(value + 0.5 + 0.1 * (i % 2), value) for i, value in enumerate(values)]]
-    low, high = bootstrap_difference(pairs)
+    low, high = bootstrap(pairs, of=lead)
     assert 0.5 < low < 0.55 < high < 0.6
 
 

@@ -252,11 +252,12 @@ def test_rows_of_tasks(name, tmp_path, data) -> None:
     with refused_or_right(name):
         task = task_of(name, file)
         task.check()
+        task.prepare()
         for sample in task.load(TOKENIZER):
             sample.prompt.encode()
             assert sample.references and all(isinstance(text, str) for text in sample.references)
             json.dumps(sample.meta, allow_nan=False)
-            scores = task.score(sample, prediction)
+            scores = task.score(sample, {"prediction": prediction})
             assert task.headline in scores and all(map(math.isfinite, scores.values()))
 
 

@@ -109,6 +109,7 @@ def check_padded_rows(family, policy, positions) -> None:
     ids = ids.where(mask.bool(), 0)
     cache = EvictionCache(model, policy, positions=positions)
     tokens, logits = generate(model, ids, cache, tokens=25, mask=mask)
+    alone_nbytes = []
     for row, length in enumerate(lengths):
         alone = EvictionCache(model, policy, positions=positions)
         own_tokens, own_logits = generate(model, ids[row : row + 1, 70 - length :], alone, 25)
@@ -120,7 +121,9 @@ def check_padded_rows(family, policy, positions) -> None:
         own = alone.kept_positions(1)[0]
         assert torch.equal(kept[:, kept.shape[1] - own.shape[1] :], own)
         assert (kept[:, : kept.shape[1] - own.shape[1]] == -1).all()
-    assert cache.nbytes() == cache.entry_nbytes * sum(cache.layers[0].lengths)
+        alone_nbytes.append(alone.nbytes())
+    held = sum(layer.entry_nbytes * sum(layer.lengths) for layer in cache.evicting)
+    assert cache.nbytes() == held == sum(alone_nbytes)
 
 
 @in_turn("true")
@@ -243,7 +246,7 @@ def check_held_back(llama, positions, policy, chunk) -> None:
 def test_a_chunked_prompt_is_thinned_chunk_by_chunk(llama, positions, policy) -> None:
     cache = EvictionCache(llama, policy, positions=positions)
     generate(llama, prompt(90), cache, tokens=10, prefill_chunk_size=40)
-    assert cache.lengths[0] == policy.lengths([40, 40, 10] + [1] * 9)[-1]
+    assert cache.lengths[0] == policy.for_layer(0, 3).lengths([40, 40, 10] + [1] * 9)[-1]
 
 
 @in_turn("cache")
@@ -344,7 +347,7 @@ def test_layers_placed_by_a_device_map(tmp_path) -> None:
         cache = EvictionCache(placed, policy)
         tokens, _ = generate(placed, ids, cache, tokens=15)
         assert torch.equal(tokens, expected)
-        assert cache.lengths[0] == policy.lengths([60] + [1] * 14)[-1]
+        assert cache.lengths[0] == policy.for_layer(0, 3).lengths([60] + [1] * 14)[-1]
 
 
 class TestRefusals:
@@ -397,7 +400,7 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
     generate(llama, prompt(50), cache, tokens=40)
     seen, held, evictions = zip(*cache.trace(), strict=True)
     assert list(seen) == list(range(50, 90))
-    assert list(held) == policy.lengths([50] + [1] * 39)
+    assert list(held) == policy.for_layer(0, 3).lengths([50] + [1] * 39)
     assert evictions[-1] == cache.evictions[0]
     assert len(cache._runs) < 30  # a note a change of pace, not a note a step
     cache.reset()

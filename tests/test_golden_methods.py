@@ -26,6 +26,7 @@ from baselines import (
     H2OPolicy,
     KeyDiffPolicy,
     KnormPolicy,
+    KVzipPolicy,
     PyramidKVPolicy,
     RandomPolicy,
     RKVPolicy,
@@ -57,6 +58,11 @@ def snapkv(case: Case) -> Policy:
 
 def pyramid_kv(case: Case) -> Policy:
     return PyramidKVPolicy(**vars(snapkv(case)), beta=case.get("beta", 20))
+
+
+def kvzip(case: Case) -> Policy:
+    policy = KVzipPolicy(capacity=case["budget"], chunk=case["chunk"])
+    return policy.asking(case["first"], case["later"], case["suffix"])
 
 
 def grouped_h2o(case: Case) -> Policy:
@@ -127,6 +133,7 @@ POLICIES: dict[str, Callable[[Case], Policy]] = {
     "r_kv": r_kv,
     "chunk_kv": chunk_kv,
     "expected_attention": lambda case: ExpectedAttentionPolicy(capacity=case["budget"]),
+    "kvzip": kvzip,
     "pyramid_kv": pyramid_kv,
     "pyramid_kv_max": pyramid_kv,
     "defensive_kv": lambda case: DefensiveKVPolicy(capacity=case["budget"], **on_snapkv(case)),

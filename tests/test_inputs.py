@@ -8,8 +8,7 @@ import gc
 import pytest
 import torch
 from methods import METHODS, both_positions, every_method, generate
-from recomputed import Recorder
-from test_rope import Recorder as Keys
+from recomputed import Keys, Recorder
 from tiny import FAMILIES, SHAPE, from_config, prompt, tiny
 from transformers import DynamicCache, LlamaConfig
 

@@ -51,6 +51,7 @@ def full(
     scale: float,
     observe: int | None = None,
     starts: Tensor | None = None,
+    decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The definition, in float64, with the whole matrix and with repeated heads."""
     query, key, value = query.double(), key.double(), value.double()
@@ -63,7 +64,8 @@ def full(
         visible = visible & (torch.arange(keys) >= starts[:, None, None, None])
     logits = (query @ key.mT * scale).masked_fill(~visible, -torch.inf)
     weights = logits.softmax(-1)
-    received = weights[:, :, queries - (observe or queries) :].sum(2)
+    age = torch.arange(queries - 1, -1, -1)[:, None]
+    received = (weights * decay**age)[:, :, queries - (observe or queries) :].sum(2)
     return weights @ value, received.view(batch, kv_heads, -1, keys).sum(2)
 
 
@@ -115,6 +117,20 @@ def test_prefill_equals_the_full_matrix(impl: ModuleType, sizes: dict[str, int])
 def test_only_the_observed_queries_count(impl: ModuleType, observe: int) -> None:
     inputs = draw(q=150, n=170)
     close(impl.scored_prefill(*inputs, 0.125, observe=observe), full(*inputs, 0.125, observe))
+
+
+@pytest.mark.parametrize(("decay", "observe"), [(0.9, None), (0.98, 100), (0.5, None), (0.9, 1)])
+def test_queries_count_less_the_older_they_are(
+    impl: ModuleType, decay: float, observe: int | None
+) -> None:
+    inputs = draw(q=150, n=170, batch=2)
+    got = impl.scored_prefill(*inputs, 0.125, observe=observe, decay=decay)
+    close(got, full(*inputs, 0.125, observe, decay=decay))
+
+
+def test_without_memory_the_last_query_alone_counts() -> None:
+    inputs = draw(q=150, n=170)
+    close(kernels.scored_prefill(*inputs, 0.125, decay=0.0), full(*inputs, 0.125, 1))
 
 
 @pytest.mark.parametrize(

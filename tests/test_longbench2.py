@@ -44,6 +44,7 @@ def load(tmp_path: Path, rows: object, name: str = "data.json", **settings) -> L
     path.write_text(json.dumps(rows) if name.endswith(".json") else rows)
     task = LongBench2(name="longbench2", data_file=str(path), **settings)
     task.check()
+    task.prepare()
     return task
 
 
@@ -94,7 +95,10 @@ def test_letters_are_read(
 ) -> None:
     task = load(tmp_path, [OWN], answer=answer)
     (sample,) = task.load(byte_tokenizer())
-    assert task.score(sample, prediction) == {"accuracy": accuracy, "answered": answered}
+    assert task.score(sample, {"prediction": prediction}) == {
+        "accuracy": accuracy,
+        "answered": answered,
+    }
 
 
 def test_results_by_domain_difficulty_and_length(tmp_path: Path) -> None:
@@ -132,11 +136,12 @@ def test_the_mirror_is_read_by_its_configurations(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(longbench2, "load_hub", load_hub)
     task = LongBench2(name="longbench2", hub_revision="r1")
     task.check()
+    task.prepare()
     assert len(asked) == 20 and {one[::2] for one in asked} == {("recursal/longbench-v2", "train")}
     domains = {sample.meta["domain"] for sample in task.load(byte_tokenizer())}
     assert len(domains) == 6 and subsets()["legal_multi"] == "Multi-Document QA"
     asked.clear()
-    LongBench2(name="longbench2", samples=2, hub_revision="r1").check()
+    LongBench2(name="longbench2", samples=2, hub_revision="r1").prepare()
     assert len(asked) == 2  # no more than are wanted
 
 
@@ -164,7 +169,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("[")
     for name in ("data.json", "none.json", "none.jsonl"):
         with pytest.raises(ConfigError, match="task.data_file"):
-            LongBench2(name="longbench2", data_file=str(tmp_path / name)).check()
+            LongBench2(name="longbench2", data_file=str(tmp_path / name)).prepare()
     with pytest.raises(ConfigError, match="task.answer"):
         LongBench2(name="longbench2", answer="word").check()
 

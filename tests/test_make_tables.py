@@ -6,13 +6,13 @@ import csv
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from report_runs import BUZZ, B, Reader, write_run
 
 from baselines import SnapKVPolicy
 from evals.report import published, tables
@@ -28,7 +28,6 @@ from evals.tasks.longbench import LongBench
 from evals.tasks.summarization import Summarization
 from evals.tasks.wikitext import Wikitext
 from scripts import make_tables
-from tests.report_runs import BUZZ, B, write_run
 
 PAPER = Path(__file__).resolve().parents[1] / "results/paper"
 
@@ -67,6 +66,10 @@ def test_every_published_number_names_its_source() -> None:
         assert all(row["source"] for row in rows) and rows[0]["source"] != "same", path
 
 
+def on_page(table: Table) -> str:
+    return page([], [], table, [table], [])
+
+
 def test_a_tables_forms_hold_the_same_numbers(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "full", "full", [10.0, 20.0, 30.0])
     table = tables.section(Summarization.section, read_runs(tmp_path / "runs"))
@@ -76,19 +79,19 @@ def test_a_tables_forms_hold_the_same_numbers(tmp_path: Path) -> None:
     cell = re.escape("20.00 [")
     for ending in ("md", "tex"):
         assert re.search(cell, (tmp_path / f"summarization.{ending}").read_text())
-    assert re.search(cell, table.html())
+    assert re.search(cell, on_page(table))
 
 
 def test_cells_are_escaped_in_every_form() -> None:
     table = Table("t", "A & B", pd.DataFrame({"a_b": ["x|y <script>&%"]}))
     assert r"x\|y <script>" in table.markdown()
     assert r"a\_b" in table.latex() and r"\textless{}script\textgreater{}\&\%" in table.latex()
-    assert "&lt;script&gt;&amp;%" in table.html()
+    assert "&lt;script&gt;&amp;%" in on_page(table)
 
 
 def test_a_table_without_runs_says_so() -> None:
     assert "not run" in tables.section(Wikitext.section, []).markdown()
-    assert "not run" in tables.section(LongBench.section, []).html()
+    assert "not run" in on_page(tables.section(LongBench.section, []))
 
 
 def test_ablations_pair_the_score_rules_and_single_parameters(tmp_path: Path) -> None:
@@ -256,22 +259,6 @@ def test_the_front_is_what_nothing_smaller_beats() -> None:
     memory, scores = [1.0, 2.0, 2.0, 3.0, 4.0], [5.0, 7.0, 6.0, 7.0, 9.0]
     assert front(memory, scores, True) == [(1, 5), (2, 7), (4, 9)]
     assert front(memory, [-s for s in scores], False) == [(1, -5), (2, -7), (4, -9)]
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_report_is_one_file_and_escapes_what_models_wrote(tmp_path: Path) -> None:

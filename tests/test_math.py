@@ -41,6 +41,7 @@ def load(tmp_path: Path, benchmark: str, *rows: dict, **settings) -> Math:
     path.write_text("\n".join(map(json.dumps, rows or [ROWS[benchmark]])))
     task = Math(name="math", benchmark=benchmark, data_file=str(path), **settings)
     task.check()
+    task.prepare()
     return task
 
 
@@ -80,8 +81,8 @@ def test_verdicts_are_lm_evals() -> None:
 def test_what_follows_the_next_problem_is_not_scored(tmp_path: Path) -> None:
     task = load(tmp_path, "minerva_math500")
     (sample,) = task.load(byte_tokenizer())
-    assert task.score(sample, "$2$\n\nProblem:\n$3$") == {"pass@1": 1}
-    assert task.score(sample, "$3$\n\nProblem:\n$2$") == {"pass@1": 0}
+    assert task.score(sample, {"prediction": "$2$\n\nProblem:\n$3$"}) == {"pass@1": 1}
+    assert task.score(sample, {"prediction": "$3$\n\nProblem:\n$2$"}) == {"pass@1": 0}
 
 
 def test_problems_are_the_units_of_the_interval(tmp_path: Path) -> None:
@@ -113,10 +114,10 @@ def test_by_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return [ROWS["aime25"]]
 
     monkeypatch.setattr(math, "load_hub", load_hub)
-    Math(name="math", benchmark="aime25", hub_revision="r1").check()
+    Math(name="math", benchmark="aime25", hub_revision="r1").prepare()
     assert asked == [("math-ai/aime25", None, "test", "task.data_file", "r1")]
     with pytest.raises(ConfigError, match="`Problem` and `Answer` must be texts"):
-        Math(name="math", benchmark="aime24").check()
+        Math(name="math", benchmark="aime24").prepare()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_without_its_extra_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     scorer.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"pip install -e '.\[math\]'"):
-            Math(name="math").check()
+            Math(name="math").prepare()
     finally:
         scorer.cache_clear()
 

@@ -18,6 +18,7 @@ from baselines import (
     ChunkKVPolicy,
     CriticalKVPolicy,
     KnormPolicy,
+    KVzipPolicy,
     PyramidKVPolicy,
     RandomPolicy,
     RKVPolicy,
@@ -28,6 +29,7 @@ from baselines import (
 from buzz import Budget, ConfigError, EvictionCache
 from evals.run.faults import LengthMismatch
 from evals.run.lengths import Lengths
+from evals.run.models import byte_tokenizer
 
 
 def attention_of(ids: Tensor) -> list[Tensor]:
@@ -231,3 +233,66 @@ def test_layers_of_a_pyramid_are_predicted_verified_and_measured_by_layer() -> N
     lengths.note()
     with pytest.raises(LengthMismatch, match="pyramid_kv: after step 4"):
         lengths.verified(0, [56, 1, 1, 2, 1])
+
+
+class TestKVzip:
+    def test_it_reads_the_prompt_again_before_the_first_token(self) -> None:
+        """In chunks, behind the prompt, asked for in words; nothing of that is kept."""
+        model, ids = tiny("llama"), prompt(50)
+        policy = KVzipPolicy(capacity=20, chunk=20).asking([3, 4], [5], [6])
+        cache = EvictionCache(model, policy)
+        read = []
+        decoder = model.get_decoder()
+        hook = decoder.register_forward_pre_hook(
+            lambda _, args, kwargs: read.append((kwargs["input_ids"], kwargs["position_ids"])),
+            with_kwargs=True,
+        )
+        model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        hook.remove()
+        tokens = ids[0].tolist()
+        asked = [
+            [3, 4, 6, *tokens[:20]],
+            [5, *tokens[12:20], 6, *tokens[20:40]],
+            [5, *tokens[32:40], 6, *tokens[40:]],
+        ]
+        assert [ids.tolist()[0] for ids, _ in read[1:4]] == asked
+        for ids, positions in read[1:4]:
+            assert positions[0].tolist() == list(range(50, 50 + ids.shape[1]))
+        assert len(read) == 5 and read[4][0].shape == (1, 1)
+        assert cache.lengths == [21] * 3 and cache.get_seq_length() == 51
+
+    def test_equal_rows_are_read_once_and_a_prompt_that_fits_not_at_all(self) -> None:
+        model = tiny("llama")
+        for capacity, passes in [(20, 2), (60, 1)]:
+            cache = EvictionCache(model, KVzipPolicy(capacity=capacity))
+            calls: list[int] = []
+            decoder = model.get_decoder()
+            hook = decoder.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
+            with torch.no_grad():
+                model(prompt(50).expand(3, -1), past_key_values=cache)
+            hook.remove()
+            assert len(calls) == passes
+
+    @pytest.mark.parametrize("family", ["llama-dynamic", "gemma3-mixed"])
+    def test_models_that_cannot_read_twice_are_refused(self, family) -> None:
+        with pytest.raises(ConfigError, match="method.name='kvzip'"):
+            EvictionCache(tiny(family), KVzipPolicy())
+
+    def test_so_are_scaling_and_embeddings(self) -> None:
+        model = tiny("llama")
+        with pytest.raises(ConfigError, match="cache.logn_base"):
+            EvictionCache(model, KVzipPolicy(), logn_base=16)
+        cache = EvictionCache(model, KVzipPolicy(capacity=9))
+        embeddings = model.get_input_embeddings()(prompt(30))
+        with pytest.raises(ConfigError, match="inputs_embeds"), torch.no_grad():
+            model(inputs_embeds=embeddings, past_key_values=cache)
+
+    def test_the_words_are_those_of_the_tokenizer(self) -> None:
+        tokenizer = byte_tokenizer()
+        bare = KVzipPolicy().for_tokenizer(tokenizer)
+        assert tokenizer.decode(bare.first) == "\n\nRepeat the previous context exactly."
+        assert tokenizer.decode(bare.suffix) == "\n"
+        tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
+        told = KVzipPolicy().for_tokenizer(tokenizer)
+        assert tokenizer.decode(told.suffix) == "</u><a>"
+        assert hash(told) == hash(dataclasses.replace(told, first=list(told.first)))

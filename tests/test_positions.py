@@ -15,7 +15,7 @@ from buzz import ConfigError, EvictionCache
 from evals.report.beside import Setting
 from evals.report.chosen import is_papers
 from evals.results.reading import read_runs
-from evals.run.settings import check_settings
+from evals.run.config import check_config
 
 H2O = ["method=h2o", "method.heavy=20", "method.recent=20"]
 
@@ -76,7 +76,7 @@ def test_a_configuration_that_lacks_them_is_refused(go) -> None:
 
 def test_they_are_checked_with_the_other_settings() -> None:
     with pytest.raises(ConfigError, match="is missing"):
-        check_settings({"cache": {"positions": True}})
+        check_config({"cache": {"positions": True}})
 
 
 def test_runs_of_before_were_at_cache_positions(go) -> None:

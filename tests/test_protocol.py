@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import pytest
@@ -32,11 +32,13 @@ from evals.run.forced import fed_and_scored
 from evals.run.forced import read as read_text
 from evals.run.models import byte_tokenizer
 from evals.run.plan import Plan
-from evals.tasks.base import Sample, Task, template
+from evals.tasks.base import Sample, Task
+from evals.tasks.build import check
 from evals.tasks.data import load_hub
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
 from evals.tasks.text import as_buzz_writes, package_rouge, self_bleu
+from evals.tasks.types import template
 from evals.tasks.wikitext import Wikitext
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/original_protocol.json").read_text())
@@ -115,6 +117,7 @@ def test_lines_of_the_hub_are_read_as_those_of_a_file(tmp_path: Path, monkeypatc
     monkeypatch.setattr("evals.tasks.wikitext.load_hub", lambda *source: rows)
     task = Wikitext(name="w", rows=golden["read"])
     task.check()
+    task.prepare()
     (sample,) = task.load(bos_tokenizer())
     assert sha256(fed_and_scored(sample.ids, sample.starts)[0]) == golden["fed_sha256"]
 
@@ -123,7 +126,8 @@ def test_answers_are_written_and_scored_as_in_the_original() -> None:
     for case in GOLDEN["answers"]["cases"]:
         assert as_buzz_writes(case["decoded"]) == case["written"]
         expected = {name: 100 * case[name] for name in case if name.startswith("pkg_")}
-        found = Summarization.score_texts(case["reference"], case["decoded"])
+        sample = Sample("0", "", (case["reference"],))
+        found = Summarization(name="s", hub="none").score(sample, {"prediction": case["decoded"]})
         assert {name: found[name] for name in expected} == pytest.approx(expected)
     # The blank at the end is a sentence to the package: it costs precision.
     reference = "The bees of the mill have moved."
@@ -148,7 +152,7 @@ def test_self_bleu_of_what_a_failing_model_writes() -> None:
 def test_strict_match_is_the_originals(tmp_path: Path) -> None:
     for answer, first, match in GOLDEN["strict_match"]["cases"]:
         sample = Sample("0", "", (first, "another"))
-        assert NQ10(name="n").score(sample, answer)["strict_match"] == match
+        assert NQ10(name="n").score(sample, {"prediction": answer})["strict_match"] == match
 
 
 # --- the configuration ----------------------------------------------------------------------------
@@ -274,10 +278,11 @@ def test_bad_settings_are_one_line_before_a_model_is_loaded(
 
 
 def test_a_template_is_filled_once() -> None:
-    template("t", "{{literal}} {a}", ["a"])
+    kind = Annotated[str, template(["a"])]
+    check("t", "{{literal}} {a}", kind)
     assert "{{literal}} {a}".format(a="{b}") == "{literal} {b}"
     with pytest.raises(ConfigError, match="must have {a}"):
-        template("t", "{a.__class__}", ["a"])
+        check("t", "{a.__class__}", kind)
 
 
 # --- reading lines with one cache -----------------------------------------------------------------
@@ -349,7 +354,7 @@ def test_the_revision_reaches_the_hub(monkeypatch) -> None:
         return [{"document": "d", "summary": "s"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    Summarization(name="x", hub="h", hub_config="c", hub_revision="r").check()
+    Summarization(name="x", hub="h", hub_config="c", hub_revision="r").prepare()
     assert asked == [("h", "c", {"split": "test", "revision": "r"})]
 
 

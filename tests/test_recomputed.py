@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from methods import METHODS, SEES_ALL, both_positions, core_methods, every_method, in_turn
-from recomputed import Recorder, check, recompute
+from recomputed import check, check_long_decode, recompute, record
 from tiny import prompt, tiny
 from transformers import DynamicCache
 
@@ -16,15 +16,6 @@ from buzz.layer import EvictionLayer
 # Frequencies that change are below; Gemma's other layers have a window of their own.
 FAMILIES = ["llama-mqa", "llama3", "llama-yarn", "qwen3", "smollm3", "phi3-partial"]
 FAMILIES += ["cohere-interleaved"]
-
-
-def record(model, policy, padding: list[int], steps: list[int], **options) -> Recorder:
-    """A batch whose rows begin with padding, fed in steps."""
-    cache = EvictionCache(model, policy, **options)
-    recorder = Recorder(model, cache, padding)
-    for part in prompt(sum(steps), batch=len(padding)).split(steps, dim=1):
-        recorder.step(part, attention_mask=recorder.mask(part.shape[1]))
-    return recorder
 
 
 SECOND_TURN = [60, *[1] * 20, 13, *[1] * 5]
@@ -148,23 +139,6 @@ def test_bfloat16_over_a_long_decode(policy) -> None:
 @core_methods
 def test_float16_over_a_long_decode(policy) -> None:
     check_long_decode(policy, torch.float16, 0.005)
-
-
-def check_long_decode(policy, dtype, error) -> None:
-    """With the entries that it kept, which rounding has a say in: nothing builds up.
-
-    `error` is the last 40 logits' mean distance from float32's, as a share of those. The full
-    cache's is 0.028 in bfloat16; keys that are turned once a step make it 0.05 to 0.14.
-    """
-    recorder = record(tiny("llama", dtype=dtype), policy, [0], [40, *[1] * 120])
-    (text,) = recorder.texts
-    logits, (expected, _) = torch.cat(text.logits).float(), recompute("llama", text, "cache")
-    distance = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert distance[-40:].mean() < error
-    store = recorder.cache.layers[0].store
-    assert store.keys.dtype == dtype
-    if policy.needs_scores and policy.score_rule != "step":
-        assert store.scores.dtype == torch.float32
 
 
 @both_positions

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
-from runs import read, stub_generate, write_lines
+from rich.table import Table
+from runs import cells, read, stub_generate, write_lines
 
 import evals.report.terminal
 import evals.run.runner
@@ -23,8 +24,8 @@ from buzz import ConfigError
 from evals.report import tables as report
 from evals.report.beside import Setting
 from evals.report.claims import judge
-from evals.report.runs import settings_text
-from evals.report.terminal import tables
+from evals.report.marks import varied
+from evals.report.terminal import paired_table, tables
 from evals.results.reading import read_run, read_runs, read_summary
 from evals.results.records import RunFolder
 from evals.results.runs import differing_settings
@@ -69,6 +70,11 @@ def shown(*folders: Path) -> str:
     return capture.get()
 
 
+def costs(*folders: Path) -> dict[str, dict[str, str]]:
+    """The terminal's table of scores and costs, by row and column."""
+    return cells(next(part for part in tables(folders) if isinstance(part, Table)))
+
+
 def row_of(text: str, method: str) -> list[str]:
     return next(line.split() for line in text.splitlines() if line.startswith(method))
 
@@ -86,8 +92,8 @@ def test_overlapping_shards_count_each_sample_once(news) -> None:
     folders = [news(f"task.shard={shard}") for shard in ("0/2", "1/2", "0/3")]
     (run,) = read_runs(news.runs)
     assert len(run.ran) == 4 and run.score() == 12.5 and run.status == "complete"
-    row = row_of(shown(*folders), "local")
-    assert row[1] == "12.50" and row[-1] == "4"
+    row = costs(*folders)["local"]
+    assert row["score"] == "12.50" and row["n"] == "4"
     whole = read_summary(news(f"output={news.runs}/whole"))
     (setting,) = Setting.of(folders)
     together = json.loads(json.dumps(setting.rows[0]))
@@ -188,7 +194,7 @@ def test_edited_references_are_scored_again_from_the_stored_answers(news, capsys
     assert read_summary(folder)["score"] == 25
     (run,) = read_runs(news.runs)
     assert run.score() == 25 and run.status == "complete" and run.stale == 0
-    assert row_of(shown(folder), "local")[1] == "25.00"
+    assert costs(folder)["local"]["score"] == "25.00"
     assert read(folder)[:4] == before  # nothing is lost
     (again,) = read(folder)[4:]
     same = before[0].keys() - {"scores", "references", "sample_sha256"}
@@ -344,7 +350,7 @@ def test_parameters_that_a_budget_left_alone_are_on_record(news) -> None:
     (setting,) = Setting.of([own, free])
     assert setting.names == ["h2o fixed=heavy", "h2o fixed=none"]
     runs = read_runs(news.runs)
-    assert {settings_text(run, runs) for run in runs} == {"fixed=heavy", "fixed=none"}
+    assert {varied(run, runs) for run in runs} == {"fixed=heavy", "fixed=none"}
     unbudgeted = news("method=h2o", "method.heavy=280", fixed=frozenset({"heavy"}))
     assert unbudgeted == news("method=h2o")  # where nothing is fitted, nothing is left alone
     assert read_run(unbudgeted).config["fixed"] == []
@@ -380,9 +386,10 @@ def test_devices_share_a_setting_and_are_told_apart_by_their_rows(news) -> None:
     assert {run.setting for run in read_runs(news.runs)} == {setting.runs[0].setting}
     assert len(read_runs(news.runs)) == 3  # one sample, two timings
     text = shown(full, there, here)
-    row = row_of(text, "h2o")
-    assert row[-2].rstrip("~") != "-"  # tokens per second, beside those of the same machine
-    assert row_of(shown(there, here), "h2o")[-2] == "-"
+    beside = [
+        costs(*folders)["h2o"]["tok/s /full"] for folders in ((full, there, here), (there, here))
+    ]
+    assert beside[0].rstrip("~") != "-" == beside[1]  # beside those of the same machine
     kl = read_summary(news("method=h2o", "budget=60", "kl=true"))["against_full"]
     assert kl["n"] == 4 and "rows differ" not in text
 
@@ -427,15 +434,15 @@ def test_timings_of_a_busy_machine_are_marked(news, monkeypatch) -> None:
     assert {record["threads"] for record in records} == {torch.get_num_threads()}
     assert read_summary(folder)["loaded"] == 2
     text = shown(folder)
-    cells = row_of(text, "local")
-    assert cells[-4].endswith("~") and cells[-3].endswith("~")
+    row = costs(folder)["local"]
+    assert row["TTFT s"].endswith("~") and row["decode tok/s"].endswith("~")
     note = (
         "xsum, local: other processes kept up to 1.5 cores busy during 2 of 4 samples: its timings"
     )
     assert note in text
     monkeypatch.setattr("evals.run.runner.Neighbours.load", lambda self: None)  # nobody knows
     quiet = news("method=h2o")
-    assert read_summary(quiet)["loaded"] == 0 and "~" not in row_of(shown(quiet), "h2o")
+    assert read_summary(quiet)["loaded"] == 0 and "~" not in "".join(costs(quiet)["h2o"].values())
 
 
 # --- broken files ---------------------------------------------------------------------------------
@@ -518,8 +525,7 @@ def test_what_is_written_is_json_even_where_numbers_overflow(news, monkeypatch) 
         "evals.tasks.summarization.Summarization.score",
         lambda self, sample, prediction: {"rougeL": next(scores)},
     )
-    monkeypatch.setattr("evals.results.compare.units", lambda record, headline: [1500.0, 0.0])
-    monkeypatch.setattr("evals.results.summary.units", lambda record, headline: [1500.0, 0.0])
+    monkeypatch.setattr("evals.results.compare.draws", lambda record, headline: [1500.0, 0.0])
     text = (news() / "summary.json").read_text()
     assert "Infinity" not in text and "NaN" not in text
     assert json.loads(text)["n"] == 4 and math.isfinite(json.loads(text)["score"])
@@ -644,15 +650,15 @@ def test_paired_differences_are_those_of_the_files(news, capsys) -> None:
         for number, score in enumerate(scores):
             edit(folder, number, scores={"rougeL": score})
     assert evals.report.terminal.main(["--paired", "h2o", str(ours), str(theirs)]) == 0
-    out = capsys.readouterr().out
-    cells = row_of(out, "h2o")
-    assert cells[:3] == ["h2o", "local", "+10.00"] and cells[4] == "4"  # 60 / 4 - 20 / 4
-    assert cells[5] == f"{(0.7 - 2.1) / 3:+.3f}" and cells[7] == "3"
-    low, high = map(float, cells[6].split(".."))
+    assert row_of(capsys.readouterr().out, "h2o")
+    row = cells(paired_table([ours, theirs], "h2o"))["h2o"]
+    assert (row["less"], row["score"], row["n"]) == ("local", "+10.00", "4")  # 60 / 4 - 20 / 4
+    assert (row["KL, nats"], row["n 2"]) == (f"{(0.7 - 2.1) / 3:+.3f}", "3")
+    low, high = map(float, row["95% CI 2"].split(".."))
     assert -0.7 <= low < (0.7 - 2.1) / 3 < high <= -0.2
     other = map(json.loads, (theirs / "fidelity.jsonl").read_text().splitlines())
     write_lines(theirs / "fidelity.jsonl", [one | {"answer_sha256": "another"} for one in other])
-    evals.report.terminal.main(["--paired", "h2o", str(ours), str(theirs)])
-    assert row_of(capsys.readouterr().out, "h2o")[5:] == ["-", "-", "0"]
+    row = cells(paired_table([ours, theirs], "h2o"))["h2o"]
+    assert (row["KL, nats"], row["95% CI 2"], row["n 2"]) == ("-", "-", "0")
     assert evals.report.terminal.main(["--paired", "tova", str(ours), str(theirs)]) == 2
     assert "--paired='tova': name a method that others were run beside" in capsys.readouterr().err

@@ -25,7 +25,8 @@ for package in ("lm_eval", "wonderwords", "scipy"):
 
 from evals.tasks import ruler_texts as ruler  # noqa: E402
 from evals.tasks.ruler import SYNTHETIC, Ruler, averages, score  # noqa: E402
-from evals.tasks.ruler_texts import ANSWER, QA, SUBTASKS, Pairs, family, needs  # noqa: E402
+from evals.tasks.ruler_data import QA, SUBTASKS, Pairs, family, needs  # noqa: E402
+from evals.tasks.ruler_texts import ANSWER  # noqa: E402
 from scripts import verify_ruler  # noqa: E402
 
 OTHERS = [name for name in SUBTASKS if name not in SYNTHETIC]
@@ -104,6 +105,7 @@ def make(subtask: str, length: int = 1024, chat: bool = False, **settings) -> Ru
         **{"samples": 3} | settings,
     )
     task.check()
+    task.prepare()
     return task
 
 
@@ -147,7 +149,7 @@ def test_nothing_is_fetched_for_what_is_made_here() -> None:
         "def refuse(*arguments, **settings): raise SystemExit('the net is asked')\n"
         "socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse\n"
         "from evals.tasks.ruler import Ruler\n"
-        "Ruler(name='ruler').check()\n"
+        "Ruler(name='ruler').prepare()\n"
         "from evals.tasks.ruler_texts import modules\n"
         "print(len(modules().niah.WORDS), type(modules().niah.WORDS).__name__)\n"
     )
@@ -244,6 +246,7 @@ def test_of_a_seed_the_first_prompts_are_always_the_same(tokenizer) -> None:
     beside = Ruler(name="r", subtasks=["fwe", "cwe"], lengths=[1024, 1500], samples=2)
     beside.chat_template = False
     beside.check()
+    beside.prepare()
     found = {sample.id: sample.prompt for sample in beside.load(tokenizer)}
     assert [s.prompt for s in few] == [s.prompt for s in many[:2]]
     assert [found[f"cwe-1024-{n}"] for n in (0, 1)] == [s.prompt for s in few]
@@ -385,7 +388,7 @@ def test_without_its_extra_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     ruler.modules.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"pip install -e '.\[ruler\]'"):
-            Ruler(name="ruler").check()
+            Ruler(name="ruler").prepare()
     finally:
         ruler.modules.cache_clear()
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import matplotlib.image
 import numpy as np
 import pytest
+from tiny import prompt, tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +16,6 @@ from baselines import FullPolicy, H2OPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, Policy
 from evals.run.models import byte_tokenizer
 from scripts.show_kept import EVICTED, HISTORY, SINK, WINDOW, Kept, draw, keep, main, page, pieces
-from tests.tiny import prompt, tiny
 
 TOKENS, NEW = 40, 6
 SEEN = TOKENS + NEW - 1

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import found, judged, write_run
 
 from evals.report.verdicts import FAILS, HOLDS, NOT_RUN, UNDECIDED
-from tests.report_runs import found, judged, write_run
 
 LONG = {"prompt": 31_000, "task": "throughput"}
 

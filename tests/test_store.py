@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from methods import METHODS, every_method
-from test_policies import feed, projecting
+from one_layer import feed, finish, projecting
 from tiny import prompt, tiny
 
 from buzz import EvictionCache
@@ -23,7 +23,7 @@ def step(layer: EvictionLayer, new: int, heads: int = 2) -> None:
     feed(layer, keys, keys, keys)
     assert layer.store is not None
     entries = layer.view(layer.store.positions)
-    layer.after_attention(torch.rand(entries.shape) if layer.wants_scores else None)
+    finish(layer, torch.rand(entries.shape) if layer.wants_scores else None)
 
 
 @every_method

@@ -201,10 +201,10 @@ def test_the_sweep_ends_with_what_became_of_all(
         file.write(json.dumps(line) + "\n")
     cfg = config(f"output={tmp_path}")
     with_hydra = DictConfig({"hydra": {"sweep": {"dir": str(tmp_path)}}, **cfg})
-    sweep.SweepCallback().on_multirun_end(with_hydra)
+    sweep.ResultsCallback().on_multirun_end(with_hydra)
     shown = capsys.readouterr().out
     assert "SKIPPED method=local method.window=0: method.window=0" in shown
     assert "FAILED : OSError: disk" in shown
     assert shown.endswith("1 complete, 1 skipped, 1 failed\n")
-    assert sweep.SweepCallback.failed == 1
-    sweep.SweepCallback.failed = 0
+    assert sweep.ResultsCallback.failed == 1
+    sweep.ResultsCallback.failed = 0

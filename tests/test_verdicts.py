@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import BUZZ, found, judged, write_run
 
 from evals.report.claims import CLAIMS, judge
 from evals.report.verdicts import (
@@ -19,7 +20,6 @@ from evals.report.verdicts import (
     Measurement,
     verdict,
 )
-from tests.report_runs import BUZZ, found, judged, write_run
 
 SMOLLM = {"name": "smollm2", "name_or_path": "models"}
 RANDOM = {"name": "llama_random", "hidden_size": 4096}

@@ -69,6 +69,7 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
+    decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last ``q`` of ``n`` tokens, and what every key received.
 
@@ -82,6 +83,7 @@ def scored_prefill(
         value: [B, Hkv, n, Dv].
         scale: factor of the logits, usually ``D ** -0.5``.
         observe: only the last ``observe`` queries count in what is received; None: all.
+        decay: a query counts ``decay`` to the power of how many come after it, from 0 to 1.
 
     Returns:
         The output [B, Hq, q, Dv] in the query's dtype, dense as [B, q, Hq, Dv], and the received
@@ -92,9 +94,12 @@ def scored_prefill(
         ValueError: the shapes do not fit.
     """
     _check(query, key, value)
+    if decay == 0:
+        observe, decay = 1, 1.0
     if torch.compiler.is_compiling():
-        return _compiled(query, key, value, scale, observe, None)
-    return implementation(query).scored_prefill(query, key, value, scale, observe=observe)
+        return _compiled(query, key, value, scale, observe, decay, None)
+    own = implementation(query)
+    return own.scored_prefill(query, key, value, scale, observe=observe, decay=decay)
 
 
 def scored_decode(
@@ -120,7 +125,7 @@ def scored_decode(
     if query.shape[2] != 1:
         raise ValueError(f"scored_decode takes one query, got {query.shape[2]}")
     if torch.compiler.is_compiling():
-        return _compiled(query, key, value, scale, None, starts)
+        return _compiled(query, key, value, scale, None, 1.0, starts)
     return implementation(query).scored_decode(query, key, value, scale, starts)
 
 
@@ -216,12 +221,13 @@ def _compiled(
     value: Tensor,
     scale: float,
     observe: int | None,
+    decay: float,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Both functions as one opaque operator, so that torch.compile sees through to the next."""
     if query.shape[2] == 1:
         return scored_decode(query, key, value, scale, starts)
-    return scored_prefill(query, key, value, scale, observe=observe)
+    return scored_prefill(query, key, value, scale, observe=observe, decay=decay)
 
 
 @_compiled.register_fake
@@ -231,6 +237,7 @@ def _(
     value: Tensor,
     scale: float,
     observe: int | None,
+    decay: float,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape

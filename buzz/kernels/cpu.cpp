@@ -11,6 +11,7 @@
 // query: holding them is cheaper than computing Q K^T twice.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -119,9 +120,11 @@ static void add_values(const float* v, int64_t step, int64_t keys, const float* 
 }
 
 // `count` queries from `q` on, the first of which sees `visible` keys and each further one more.
+// What keys receive from a query counts `decay` to the power of how many come after it: `after` the
+// last of these.
 static void attend_block(const float* q, const float* k, const float* v, float* out, float* received,
                          int64_t count, int64_t visible, int64_t first_observed, float scale,
-                         Strides sq, Strides sk, Strides sv, Strides so, const Shape& shape,
+                         float decay, int64_t after, Strides sq, Strides sk, Strides sv, Strides so, const Shape& shape,
                          Scratch& s) {
     const int64_t keys = visible + count - 1;
     std::memset(s.query, 0, shape.dim * BLOCK * 4);
@@ -168,7 +171,10 @@ static void attend_block(const float* q, const float* k, const float* v, float* 
 
     if (count <= first_observed) return;
     for (int64_t i = 0; i < BLOCK; i++)
-        if (i < first_observed || i >= count) norm[i] = 0;
+        if (i < first_observed || i >= count)
+            norm[i] = 0;
+        else if (decay != 1)
+            norm[i] *= std::pow(decay, float(after + count - 1 - i));
     for (j = 0; j < keys; j++) {
         vec share{};
         for (int c = 0; c < COLS; c++)
@@ -188,7 +194,8 @@ static void reduce_received(const std::vector<float>& partial, int64_t lists, in
 
 extern "C" void buzz_scored_prefill(const float* query, const float* key, const float* value,
                                     float* out, float* received, const Shape* shape_,
-                                    const Strides* strides, float scale, int threads) {
+                                    const Strides* strides, float scale, int threads,
+                                    float decay) {
     const Shape shape = *shape_;
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
     // Few heads: each is shared out over several tasks, which take its blocks in turn, so that
@@ -205,14 +212,15 @@ extern "C" void buzz_scored_prefill(const float* query, const float* key, const 
             const int64_t g = h / (shape.heads / shape.kv_heads);
             const float* q = query + b * sq.batch + h * sq.head;
             float* o = out + b * so.batch + h * so.head;
-            for (int64_t i = task % split * BLOCK; i < shape.queries; i += split * BLOCK)
+            for (int64_t i = task % split * BLOCK; i < shape.queries; i += split * BLOCK) {
+                const int64_t count = std::min<int64_t>(BLOCK, shape.queries - i);
                 attend_block(q + i * sq.token, key + b * sk.batch + g * sk.head,
                              value + b * sv.batch + g * sv.head, o + i * so.token,
-                             &partial[task * shape.keys],
-                             std::min<int64_t>(BLOCK, shape.queries - i),
+                             &partial[task * shape.keys], count,
                              shape.keys - shape.queries + i + 1,
-                             std::max<int64_t>(0, shape.queries - shape.observe - i), scale, sq, sk,
-                             sv, so, shape, scratch);
+                             std::max<int64_t>(0, shape.queries - shape.observe - i), scale, decay,
+                             shape.queries - i - count, sq, sk, sv, so, shape, scratch);
+            }
         }
     }
     reduce_received(partial, rows * split, split * shape.heads / shape.kv_heads, shape.keys,

@@ -121,8 +121,9 @@ def _attend(
     scale: float,
     observe: int | None = None,
     *starts: Tensor | None,
+    decay: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Call one of the two kernels; only that of decoding takes `starts`."""
+    """Call one of the two kernels; only decoding's takes `starts`, and only the other `decay`."""
     dtype = query.dtype
     query, key, value = _dense(query), _dense(key), _dense(value)
     batch, heads, queries, dim = query.shape
@@ -139,6 +140,7 @@ def _attend(
         _strides(query, key, value, output),
         ctypes.c_float(scale),
         _threads(batch * heads * queries * keys * dim),
+        *([] if decay is None else [ctypes.c_float(decay)]),
     )
     return output.to(dtype), received
 
@@ -150,9 +152,10 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
+    decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
-    return _attend("buzz_scored_prefill", query, key, value, scale, observe)
+    return _attend("buzz_scored_prefill", query, key, value, scale, observe, decay=decay)
 
 
 def scored_decode(

@@ -27,11 +27,7 @@ def scored_prefill(
     observe: int | None = None,
     decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`buzz.kernels.scored_prefill`.
-
-    Args:
-        decay: a query counts `decay` to the power of how many come after it.
-    """
+    """See :func:`buzz.kernels.scored_prefill`."""
     batch, heads, queries, _ = query.shape
     kv_heads, keys = key.shape[1:3]
     group = heads // kv_heads
@@ -57,7 +53,7 @@ def scored_prefill(
             counted = weights[:, :, :, max(0, first_observed - low) :]
             if decay != 1:
                 age = torch.arange(queries - 1 - low, queries - 1 - high, -1, device=q.device)
-                counted = counted * (decay**age)[-counted.shape[3] :, None]
+                counted = counted * (decay**age)[high - low - counted.shape[3] :, None]
             received[:, own, :seen] += counted.sum((2, 3))
             mixed = weights.flatten(2, 3) @ v[:, :, :seen]
             output[:, members, low:high] = mixed.view(batch, group, high - low, -1)

@@ -19,6 +19,7 @@ that includes PyTorch's flash attention and its log-sum-exp.
 # mypy: disallow-untyped-defs=False
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -380,6 +381,7 @@ def scored_prefill(
     scale: float,
     *,
     observe: int | None = None,
+    decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
     query, key, value = _dense(query), _dense(key), _dense(value)
@@ -390,6 +392,9 @@ def scored_prefill(
         output, lse = _flash(query, key, value, scale)
     else:
         output, lse = _attend(query, key, value, scale)
+    if decay != 1:  # exp(s - lse) of a query times decay to the power of its age
+        age = torch.arange(lse.shape[-1] - 1, -1, -1, device=lse.device)
+        lse = lse - (age - (lse.shape[-1] - queries)) * math.log(decay)
     received = query.new_empty(batch, kv_heads, keys, dtype=torch.float32)
     block = _block(key, 32)
     _received_kernel[(triton.cdiv(keys, block), batch * kv_heads)](

@@ -7,11 +7,12 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from buzz.errors import ConfigError
+from evals.results.records import unrolled
 from evals.results.schema import Record
 from evals.run.logger import Logger
 
@@ -33,11 +34,7 @@ class WandbLogger(Logger):
 
     project: str
     entity: str | None = None
-    mode: str | None = None
-
-    def check(self) -> None:
-        if self.mode not in (None, "online", "offline", "disabled"):
-            raise ConfigError("logger.mode", self.mode, "choose online, offline or disabled")
+    mode: Literal["online", "offline", "disabled"] | None = None
 
     def _log(
         self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
@@ -74,6 +71,7 @@ class TensorBoardLogger(Logger):
     service: ClassVar[str] = "TensorBoard"
 
     def check(self) -> None:
+        super().check()
         if find_spec("tensorboard") is None:
             remedy = "is not installed: pip install -e '.[tensorboard]'"
             raise ConfigError("logger", self.name, remedy)
@@ -97,8 +95,7 @@ class TensorBoardLogger(Logger):
 
 def cache_lengths(records: list[Record]) -> list[int]:
     """Entries held after every step of every sample, from the records' traces."""
-    runs = (run for record in records for run in record.get("trace", ()))
-    return [first + i * increment for first, count, increment in runs for i in range(count)]
+    return unrolled(run for record in records for run in record.get("trace", ()))
 
 
 def _cell(value: Any) -> Any:

@@ -13,12 +13,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from buzz.errors import ConfigError
 from evals.report.terminal import print_tables
-from evals.results.reading import read_summary
+from evals.results.reading import put_together, read_run, read_summary
 from evals.results.records import InUse, RunFailed, RunFolder, parse
 from evals.run.plan import Plan, expand
 from evals.run.runner import run
@@ -101,10 +103,18 @@ def _record_failure(plan: Plan, reason: str) -> Path:
     return folder.path
 
 
-class SweepCallback(Callback):
-    """Prints, when all jobs are over, the table and what was skipped or failed."""
+class ResultsCallback(Callback):
+    """Prints the table when a run or all jobs of a sweep are over, and what was skipped or failed.
+
+    Args:
+        picture: where a sweep's scores are drawn against their memory; None: nowhere.
+    """
 
     failed = 0  # of this process's runs; decides its exit status
+
+    def __init__(self, picture: str | None = None) -> None:
+        self.picture = picture
+        self.folders: list[Path] = []
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuses an output that cannot be written, in which Hydra makes a folder first of all."""
@@ -116,6 +126,15 @@ class SweepCallback(Callback):
             raise SystemExit(2) from None
 
     on_multirun_start = on_run_start
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        single = config.hydra.mode is not RunMode.MULTIRUN
+        if single and job_return.status is JobStatus.COMPLETED:
+            self.folders += map(Path, job_return.return_value)
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.folders:
+            print_tables(self.folders)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = read_jobs(Path(config.hydra.sweep.dir))
@@ -132,7 +151,12 @@ class SweepCallback(Callback):
         incomplete = sum(job.get("failed_samples", 0) > 0 for job in jobs)
         if incomplete:
             print(f"{incomplete} of the complete ones with samples that failed")
-        SweepCallback.failed = counts["failed"] + incomplete
+        ResultsCallback.failed = counts["failed"] + incomplete
+        if self.picture and done:
+            from evals.report.figures import draw_pareto  # with matplotlib, which is slow to import
+
+            draw_pareto(put_together(map(read_run, done)), Path(self.picture))
+            print(f"picture: {self.picture}   records: {config.output}/*/")
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

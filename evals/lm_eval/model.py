@@ -95,6 +95,7 @@ class EvictionLM(HFLM):
             pretrained, kwargs["tokenizer"] = load_model(settings, device or "auto")
             kwargs.setdefault("max_length", settings["max_length"])
         super().__init__(pretrained, batch_size=int(batch_size), **kwargs)
+        self.policy = self.policy.for_tokenizer(self.tokenizer)
         self.new_cache(self.policy)  # refuses a model that no cache can serve
 
     def fitted(self, prompt_tokens: int) -> Policy:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from buzz import BuzzPolicy
-from evals.results.compare import strata
+from evals.results.compare import same_sample, strata
 from evals.results.runs import Run, reference_of
 from evals.results.schema import Record
 
 BUDGETED = ("window", "threshold")  # sizes that a budget sets unless the user fixed them
-SAME = ("prompt_sha256", "sample_sha256")  # in records of one sample that may be compared
 
 
 def is_papers(run: Run) -> bool:
@@ -53,8 +52,7 @@ def together(
     parts: list[tuple[Record, list[tuple[float, ...]]]] = []
     for name, record in first.items():
         found = [record, *(other[name] for other in others if name in other)]
-        same = (one.get(key) == record.get(key) for one in found for key in SAME)
-        if len(found) == len(runs) and all(same):
+        if len(found) == len(runs) and all(same_sample(record, one) for one in found):
             rows = zip(*map(value, found), strict=True)
             if known := [row for row in rows if None not in row]:
                 parts.append((record, known))

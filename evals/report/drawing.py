@@ -1,4 +1,4 @@
-"""How figures look: colours and markers of methods, panels, legends, heat maps."""
+"""How figures look: colours and markers of methods, panels, legends."""
 
 from __future__ import annotations
 
@@ -52,26 +52,3 @@ def legend(figure: Any, axes: Sequence[Any]) -> None:
     rows = -(-len(names) // columns)
     figure.set_figheight(figure.get_figheight() + ROW * rows)
     figure.legend([entries[name] for name in names], names, **where)
-
-
-def heat(
-    axis: Any,
-    image: list[list[float]],
-    xs: Sequence[str],
-    ys: Sequence[str],
-    ends: Sequence[float],
-    marks: list[list[str]] | None = None,
-) -> Any:
-    """A heat map with its values, and what marks them, written in; `ends` are of the colours."""
-    low, high = ends
-    drawn = axis.imshow(image, cmap="cividis", aspect="auto", vmin=low, vmax=high)
-    for row, values in enumerate(image):
-        for column, value in enumerate(values):
-            color = "white" if value < low + 0.6 * (high - low) else "black"
-            style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
-            own = marks[row][column] if marks else ""
-            axis.text(column, row, f"{value:.3g}{own}", **style)
-    axis.set_xticks(range(len(xs)), xs)
-    axis.set_yticks(range(len(ys)), ys)
-    axis.grid(False)
-    return drawn

@@ -88,7 +88,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
         theirs = known[(known.task == task) & (known.budget == budget) & (known.budget_by == by)]
         theirs = theirs[theirs.method == RIVAL][["sample", "kl"]]
         pairs = group.merge(theirs, on="sample", suffixes=("", "_rival"))
-        gains = (pairs.kl - pairs.kl_rival).tolist()
+        gains = [] if method == RIVAL else (pairs.kl - pairs.kl_rival).tolist()
         low, high = bootstrap([group.kl.tolist()]) or (None, None)
         gain_low, gain_high = bootstrap([gains]) or (None, None)
         context = group.get("context_tokens", group.prompt_tokens)  # in older files all of it
@@ -201,7 +201,7 @@ def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
             axis.scatter(group.copied_distance / windows, group.kl, **style)
         axis.axvline(1, color="black", lw=0.7, ls=":")
         axis.set(xscale="log", yscale="log", title=task, ylabel="KL to full (nats)")
-        axis.set_xlabel("source's distance from the prompt's end, in BUZZ's windows")
+    figure.supxlabel("distance of the answer's source from the prompt's end, in BUZZ's windows")
     legend(figure, axes)
     return _save(figure, out / "sources.png")
 

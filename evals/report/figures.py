@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from evals.report.chosen import families, left_to_budget
-from evals.report.drawing import RC, heat, legend, panels, plt
+from evals.report.drawing import RC, legend, panels, plt
 from evals.report.kinds import kind
-from evals.report.marks import budget_text, held, label, mark, over_note, settings
+from evals.report.marks import budget_text, held, label, mark, over_note, varied
 from evals.report.methods import order, place, style_of
-from evals.report.runs import length_bin
 from evals.report.speed import alone
 from evals.report.tables import ordered
 from evals.results.compare import REFERENCE
-from evals.results.runs import Run
+from evals.results.runs import Run, length_bin
 from evals.results.schema import Record
 from evals.results.statistics import bootstrap
+from evals.tasks.picture import heat
 
 APART = 0.003  # of the axis, between methods of equal memory
 SWEPT = ("window", "sink", "threshold", "stride")
@@ -43,17 +43,29 @@ class Figure:
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     """Every figure for which there are runs, as PNG files in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = [run for run in ordered(runs) if run.scored]
+    kinds = (pareto, fidelity, pictures, positions, sensitivity, decode_time)
+    return [
+        one for draw in kinds for one in _saved(draw, runs, lambda name: folder / f"{name}.png")
+    ]
+
+
+def draw_pareto(runs: Sequence[Run], path: Path) -> None:
+    """Scores against KV memory alone, if there are two runs to compare."""
+    _saved(pareto, runs, lambda name: path)
+
+
+def _saved(
+    draw: Callable[[Sequence[Run]], Drawn], runs: Sequence[Run], where: Callable[[str], Path]
+) -> list[Figure]:
     figures = []
     with plt.rc_context(RC):
-        for draw in (pareto, fidelity, pictures, positions, sensitivity, decode_time):
-            for name, title, note, figure, shown in draw(chosen):
-                path = folder / f"{name}.png"
-                figure.savefig(path, dpi=150)
-                plt.close(figure)
-                note = " ".join(filter(None, [note, over_note((run, held(run)) for run in shown)]))
-                figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
+        for name, title, note, figure, shown in draw([run for run in ordered(runs) if run.scored]):
+            path = where(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
+            plt.close(figure)
+            note = " ".join(filter(None, [note, over_note((run, held(run)) for run in shown)]))
+            figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
 
 
@@ -168,11 +180,7 @@ def pictures(runs: Sequence[Run]) -> Drawn:
         most = 3 if len(shown) <= 6 else 5
         figure, axes = panels(len(shown), 2.4, 2.3, most)
         for axis, run in zip(axes, shown, strict=True):
-            cells = picture.cells(run.ran)
-            xs, ys = (sorted(set(values)) for values in zip(*cells, strict=True))
-            image = [[cells.get((x, y), float("nan")) for x in xs] for y in ys]
-            names = map(picture.column.format, xs), map(picture.row.format, ys)
-            drawn = heat(axis, image, *map(list, names), (0, 1))
+            drawn = picture.draw(axis, run.ran)
             axis.set_title(label(run, shown).replace(" ", "\n", 1), fontsize=8)
         figure.supxlabel(picture.x, fontsize=9)
         figure.supylabel(picture.y, fontsize=9)
@@ -232,7 +240,7 @@ def positions(runs: Sequence[Run]) -> Drawn:
             tokens = statistics.fmean(record["prompt_tokens"] for record in run.ran)
             places = [tokens * (i + 0.5) / len(curve) for i in range(len(curve))]
             _, color, marker = style_of(run.method)
-            name = f"{run.method}{mark(run)} {settings(run, shown)}".strip()
+            name = f"{run.method}{mark(run)} {varied(run, shown)}".strip()
             axis.plot(places, curve, color=color, marker=marker, ms=4, lw=1.2, label=name)
         axis.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
         axis.set_title(f"{_title(group[0])}\n{_budget_title(group)}", fontsize=9)

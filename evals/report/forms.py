@@ -1,8 +1,7 @@
-"""What a table looks like as Markdown, LaTeX, CSV and HTML."""
+"""What a table looks like as Markdown, LaTeX and CSV; pages draw it by their template."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,13 @@ import pandas as pd
 from evals.results.equal_memory import MARK
 
 NOT_RUN, NOT_PUBLISHED = "not run", "not published here"
-LONG = 45  # characters of a cell that may wrap
+FORMS = ((10, ".3f"), (100, ".2f"), (1000, ".1f"), (1e6, ",.0f"))  # of numbers below each
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", MARK: r"\textdagger{}"}
+    | {"≥": r"$\geq$", "≤": r"$\leq$"}
+)
 
 
 @dataclass(frozen=True)
@@ -78,34 +83,10 @@ class Table:
 
     def latex(self) -> str:
         """A booktabs table."""
-        shown = self.shown()
-        body = [" & ".join(map(_latex, row)) + r" \\" for row in shown.itertuples(index=False)]
-        return "\n".join(
-            [
-                r"\begin{table}",
-                rf"\caption{{{_latex(self.title)}. {_latex(self.notes)}}}",
-                rf"\begin{{tabular}}{{{'l' * len(shown.columns)}}}",
-                r"\toprule",
-                " & ".join(map(_latex, shown.columns)) + r" \\",
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
-
-    def html(self) -> str:
-        shown = self.shown()
-
-        def row(cells: Iterable[str], tag: str) -> str:
-            kinds = (f"{tag} class=long" if len(c) > LONG else tag for c in cells)
-            filled = zip(kinds, cells, strict=True)
-            return "<tr>" + "".join(f"<{k}>{html.escape(c)}</{tag}>" for k, c in filled) + "</tr>"
-
-        body = "".join(row(cells, "td") for cells in shown.itertuples(index=False))
-        return f"<table><thead>{row(shown.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+        shown = self.shown().map(lambda cell: cell.translate(LATEX))
+        names = [name.translate(LATEX) for name in shown]
+        caption = f"{self.title}. {self.notes}".translate(LATEX)
+        return shown.to_latex(index=False, header=names, caption=caption)
 
     def write(self, folder: Path) -> None:
         """NAME.md, NAME.tex and NAME.csv (raw values)."""
@@ -120,31 +101,5 @@ def text(value: Any) -> str:
     if value is None or (isinstance(value, float) and pd.isna(value)):
         return "-"
     if isinstance(value, float):
-        size = abs(value)
-        form = (
-            ".3f"
-            if size < 10
-            else ".2f"
-            if size < 100
-            else ".1f"
-            if size < 1000
-            else ",.0f"
-            if size < 1e6
-            else ".3g"
-        )
-        return format(value, form)
+        return format(value, next((form for end, form in FORMS if abs(value) < end), ".3g"))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _latex(value: str) -> str:
-    escapes = {c: f"\\{c}" for c in "&%$#_{}"} | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "≥": r"$\geq$",
-        "≤": r"$\leq$",
-        MARK: r"\textdagger{}",
-    }
-    return "".join(escapes.get(c, c) for c in value)

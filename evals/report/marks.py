@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import baselines  # noqa: F401  (registers its policies)
 from buzz import POLICIES
 from evals.report.chosen import left_to_budget
-from evals.report.runs import settings_text
 from evals.results.compare import REFERENCE
 from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget, is_over
 from evals.results.runs import Run
@@ -44,16 +43,27 @@ def label(run: Run, runs: Sequence[Run]) -> str:
     parts = [run.method]
     if run.budget is not None:
         parts.append(f"@{budget_text(run, held(run))}")
-    parts.append(settings(run, [other for other in runs if other.setting == run.setting]))
+    parts.append(varied(run, [other for other in runs if other.setting == run.setting]))
+    if len({other.compress for other in runs}) > 1:
+        parts.append(f"compress={run.compress}")
     if len({other.model for other in runs}) > 1:
         parts.append(f"({run.model})")
     return " ".join(filter(None, parts))
 
 
-def settings(run: Run, runs: Iterable[Run]) -> str:
-    """As :func:`evals.report.runs.settings_text`, without sizes that a budget chose."""
-    parts = settings_text(run, runs).split(" ")
-    return " ".join(part for part in parts if not left_to_budget(run, part.partition("=")[0]))
+def varied(run: Run, runs: Iterable[Run]) -> str:
+    """The parameters in which runs of the same method differ, without sizes that a budget chose.
+
+    So is which of them a budget left alone (`fixed`), where that is all that differs.
+    """
+    alike = [other for other in runs if other.method == run.method]
+    own = run.parameters
+    varying = [key for key in own if any(one.parameters.get(key) != own[key] for one in alike)]
+    parts = [f"{key}={own[key]}" for key in varying if not left_to_budget(run, key)]
+    twins = [one for one in alike if one.parameters == own and one.budget == run.budget]
+    if any(one.fixed != run.fixed for one in twins):
+        parts.append(f"fixed={'+'.join(run.fixed) or 'none'}")
+    return " ".join(parts)
 
 
 def over_note(rows: Iterable[tuple[Run, float | None]]) -> str:

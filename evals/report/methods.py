@@ -30,7 +30,11 @@ STYLES = {
     "buzz_fast": Style("BUZZ, one step's attention", "#CC79A7", "X"),
     "honeycomb": Style("honeycomb", "#F0E442", "H"),
 }
-MORE = [("#882255", "*"), ("#117733", "h"), ("#AA4499", "p"), ("#88CCEE", "d"), ("#661100", "8")]
+COLORS = ("#882255", "#117733", "#AA4499", "#88CCEE", "#661100", "#DDCC77", "#6699CC")
+MARKERS = ("*", "h", "p", "d", "8", "1", "2", "3", "4", "x", "+")
+MORE = [  # no two alike before all pairs are used, as the numbers have no common divisor
+    (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i in range(len(COLORS) * len(MARKERS))
+]
 
 
 def order() -> list[str]:

@@ -14,8 +14,8 @@ from evals.report.chosen import families, is_papers, together, with_full
 from evals.report.intervals import Means, least_lead, widest_gap
 from evals.report.kinds import about, kind
 from evals.report.marks import budget_text, held, is_papers_model, limits, mark
-from evals.report.verdicts import Measurement, verdict
-from evals.results.compare import REFERENCE, units
+from evals.report.verdicts import LEAST_N, Measurement, verdict
+from evals.results.compare import REFERENCE, draws
 from evals.results.equal_memory import at_equal_memory, is_equal
 from evals.results.runs import Run, reference_of
 from evals.results.schema import Record
@@ -23,7 +23,6 @@ from evals.results.statistics import Floats, Interval, bootstrap, mean
 
 QUALITY, MEMORY = 0.99, 2.5
 BEYOND = 32_768  # tokens of a prompt
-LEAST_N = 30
 
 
 def measured(
@@ -69,7 +68,7 @@ def quality(
         groups: which to take; None for all.
     """
     headline = run.summary["headline"]
-    found = together([run, full], lambda r: units(r, headline) if keep(r) else [])
+    found = together([run, full], lambda r: draws(r, headline) if keep(r) else [])
     values = [v for group, v in found.items() if groups is None or group in groups]
     own, theirs = np.eye(2) if run.summary["higher_is_better"] else np.eye(2)[::-1]
     value, interval = _of(values, run, lambda m: (m.value(own, theirs), m.bounds(own, theirs)))
@@ -95,7 +94,7 @@ def reduction(run: Run, full: Run) -> Measurement:
         return means[..., 1] / means[..., 0]
 
     value = float(ratio(np.mean(pairs, axis=0))) if pairs else None
-    return measured(run, value, bootstrap([pairs], ratio), len(pairs), described(run))
+    return measured(run, value, bootstrap([pairs], of=ratio), len(pairs), described(run))
 
 
 def allocated(record: Record) -> float | None:
@@ -223,7 +222,7 @@ def sensitivity(parameter: str) -> Callable[[Sequence[Run]], Iterator[Measuremen
             if full is None:
                 continue
             headline = swept[0].summary["headline"]
-            values = list(together([*swept, full], lambda r, h=headline: units(r, h)).values())
+            values = list(together([*swept, full], lambda r, h=headline: draws(r, h)).values())
             if values:
                 yield _gap(swept, values, parameter)
 

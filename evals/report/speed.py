@@ -16,10 +16,9 @@ import numpy as np
 from evals.report.chosen import is_papers, with_full
 from evals.report.intervals import over_processes
 from evals.report.quality import described, measured
-from evals.report.runs import length_bin
 from evals.report.verdicts import Measurement
 from evals.results.records import digest
-from evals.results.runs import Run
+from evals.results.runs import Run, length_bin
 from evals.results.schema import Record
 
 LONG = 30_000  # tokens of a prompt that counts as one of 32K
@@ -87,7 +86,7 @@ def _against_full(
                 if all(keep(r) and not r.get("loaded") and r[name] for r in both):
                     rows.append(({r.get("process") for r in both}, (own[name], other[name])))
     if rows:
-        means = [np.mean(unit, axis=0) for unit in units(rows)]
+        means = [np.mean(unit, axis=0) for unit in by_process(rows)]
         yield _measured(pool[0][0], [own / full for own, full in means], len(rows), more)
 
 
@@ -97,7 +96,7 @@ def _measured(run: Run, ratios: Sequence[float], n: int, more: str) -> Measureme
     return measured(run, value, interval, n, of, processes=len(ratios))
 
 
-def units(rows: Iterable[tuple[set[Any], Row]]) -> list[list[Row]]:
+def by_process(rows: Iterable[tuple[set[Any], Row]]) -> list[list[Row]]:
     """Rows, each with the processes behind it, put together so that no two units share a process.
 
     Processes that are not known (records of earlier versions) count as one.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.report.chosen import families, together
+from evals.report.chosen import families
 from evals.report.forms import NOT_RUN, Table
 from evals.report.kinds import kind, sections
 from evals.report.marks import (
@@ -16,18 +16,16 @@ from evals.report.marks import (
     held,
     label,
     over_note,
-    settings,
     thins_only_the_prompt,
+    varied,
 )
 from evals.report.methods import place
 from evals.report.quality import mean_allocated
-from evals.report.runs import length_bin
 from evals.report.verdicts import PROCESSES, UNEQUAL, Judged
-from evals.results.compare import REFERENCE
+from evals.results.compare import REFERENCE, compare
 from evals.results.equal_memory import MARK, TOLERANCE, held_over_budget
-from evals.results.runs import Run, reference_of
+from evals.results.runs import Run, compression, length_bin, reference_of
 from evals.results.schema import Record
-from evals.results.statistics import bootstrap
 from evals.tasks.base import Section
 
 GROWTH = "growth"
@@ -66,9 +64,15 @@ def _head(run: Run, runs: Sequence[Run], share: float | None) -> dict[str, Any]:
         "task": run.task,
         "model": run.model,
         "method": run.method,
-        "settings": settings(run, alike),
+        "settings": varied(run, alike),
+        **({"compress": run.compress} if any(_split(other) for other in runs) else {}),
         "budget": budget_text(run, share),
     }
+
+
+def _split(run: Run) -> bool:
+    """Whether the context is compressed before its question is read."""
+    return bool(compression(run.config))
 
 
 def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], text: str) -> Table:
@@ -94,15 +98,11 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], t
 
 
 def _difference(run: Run, full: Run | None) -> dict[str, Any]:
-    if full is None or run.method == REFERENCE or run.summary["statistic"] != "mean":
-        return _with_interval("score - full", None, None)
-    headline = run.summary["headline"]
-    groups = list(together([run, full], lambda r: [r["scores"][headline]]).values())
-    if not groups:
-        return _with_interval("score - full", None, None)
-    means = [[sum(c) / len(c) for c in zip(*group, strict=True)] for group in groups]
-    value = sum(own - theirs for own, theirs in means) / len(means)
-    return _with_interval("score - full", value, bootstrap(groups, lambda m: m[:, 0] - m[:, 1]))
+    found: dict[str, Any] = {}
+    if full and run.method != REFERENCE and run.summary["statistic"] == "mean":
+        found = compare(run.by_id, full.by_id, run.summary, {})
+    ends = found.get("difference_ci95")
+    return _with_interval("score - full", found.get("difference"), ends)
 
 
 def _memory(run: Run, own: Sequence[Record]) -> dict[str, Any]:
@@ -195,6 +195,7 @@ def costs(runs: Sequence[Run]) -> Table:
                 **_budget(run, records, grows),
                 "memory peak MB": max(record["memory_peak_nbytes"] for record in records) / 1e6,
                 "TTFT s": run.mean("ttft_s", records),
+                **(_of_question(run, records) if any(map(_split, runs)) else {}),
                 "decode tok/s": run.mean("decode_tokens_per_s", records),
                 "tok/s / full": _quotient(run, "decode_tokens_per_s", records, theirs),
                 "ITL p50 ms": run.mean("itl_p50_ms", records),
@@ -206,6 +207,15 @@ def costs(runs: Sequence[Run]) -> Table:
     text = "Prompt lengths to the nearest power of two. Memory peak includes the model."
     note = _notes(text, shown, grows)
     return Table("costs", "Memory and speed by prompt length", pd.DataFrame(rows), note)
+
+
+def _of_question(run: Run, records: Sequence[Record]) -> dict[str, Any]:
+    """What of a prompt's cost comes with the question, where its context is compressed before."""
+    found = {"question s": run.mean("question_s", records)}
+    for part in ("context", "question"):
+        peaks = [r[name] for r in records if (name := f"{part}_peak_nbytes") in r]
+        found[f"{part} peak MB"] = _scaled(max(peaks, default=None), 1e-6)
+    return found
 
 
 def _scaled(value: float | None, scale: float) -> float | None:

@@ -20,7 +20,7 @@ from buzz.errors import ConfigError
 from evals.report.beside import Setting, Summary
 from evals.results.compare import REFERENCE, paired
 from evals.results.equal_memory import MARK, is_over
-from evals.results.runs import DISTURBED, Run, differing_settings
+from evals.results.runs import DISTURBED, Run, compression, differing_settings
 
 
 def tables(folders: Sequence[Path]) -> list[Table | str]:
@@ -86,7 +86,10 @@ def _labels(settings: list[Setting]) -> list[str]:
     """The settings' names: the task, and whatever else tells them apart."""
     rows = [setting.rows[0] for setting in settings]
     varying = [key for key in ("model", "seed") if len({row[key] for row in rows}) > 1]
-    labels = [" ".join(str(row[key]) for key in ("task", *varying)) for row in rows]
+    labels = [
+        " ".join([*(str(row[key]) for key in ("task", *varying)), *_compressed(setting)])
+        for row, setting in zip(rows, settings, strict=True)
+    ]
     apart: dict[int, list[str]] = {}
     for label in set(labels):
         alike = [i for i, other in enumerate(labels) if other == label]
@@ -95,6 +98,12 @@ def _labels(settings: list[Setting]) -> list[str]:
             for i, value in zip(alike, values, strict=True):
                 apart.setdefault(i, []).append(f"{name.removeprefix('task.')}={value}")
     return [" ".join([label, *apart.get(i, [])]) for i, label in enumerate(labels)]
+
+
+def _compressed(setting: Setting) -> list[str]:
+    """What of the prompts is compressed, if not all."""
+    run = setting.runs[0]
+    return [f"compress={run.compress}"] if compression(run.config) else []
 
 
 def _heading(text: str) -> str:
@@ -136,7 +145,7 @@ def _costs(settings: list[Setting], labels: list[str]) -> Table:
                 f"{entries}/{_number(row['kv_entries_peak'], 'd')}",
                 "/".join(sizes),
                 _ratio(row, full, "kv_nbytes_mean"),
-                _timing(_number(row["ttft_s"], ".2f"), row),
+                _timing(_number(row["ttft_s"], ".2f"), row) + _of_question(row),
                 _timing(_number(row["decode_tokens_per_s"], ".1f"), row),
                 _timing(_ratio(row, near, "decode_tokens_per_s"), row, near),
                 f"{row['n']}{_missing(row)}",
@@ -150,6 +159,11 @@ def _missing(row: Summary) -> str:
     size = f" of {_number(asked, '.1f', 1e-9)} GB" if asked else ""
     oom = f" (+{row['oom']} oom{size})" if row["oom"] else ""
     return oom + (f" (+{row['failed']} FAILED)" if row["failed"] else "")
+
+
+def _of_question(row: Summary) -> str:
+    """What of the time to the first token passed from the question on."""
+    return f" ({row['question_s']:.2f})" if row.get("question_s") else ""
 
 
 def _timing(cell: str, *rows: Summary | None) -> str:

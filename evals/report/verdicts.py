@@ -13,6 +13,7 @@ HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided at this 
 UNEQUAL = "not at equal memory"
 ELSEWHERE = f"not run on {PAPERS_MODEL}"
 PROCESSES = 5  # that a verdict on speed needs
+LEAST_N = 30  # samples that one on scores needs
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Claim:
     statement: str
     unit: str
     bar: float
-    at_least: bool
-    least_n: int
     source: str
     measure: Callable[[Sequence[Run]], Iterator[Measurement]]
+    at_least: bool = True
+    least_n: int = LEAST_N
     of_papers_model: bool = False
     top: float | None = None
 

@@ -10,14 +10,22 @@ import numpy as np
 
 from evals.results.records import sha256
 from evals.results.schema import Record
-from evals.results.statistics import INVERSES, bootstrap_difference, mean, score_of
+from evals.results.statistics import INVERSES, bootstrap, lead, mean, score_of
 
 REFERENCE = "full"  # the method that the others are compared with
 
 
-def units(record: Record, headline: str) -> list[float]:
-    """What of a sample the bootstrap draws: one value, or its blocks' where a text has many."""
+def draws(record: Record, headline: str) -> list[float]:
+    """What of a sample the bootstrap draws: its score, or its blocks' losses where a text has many.
+
+    Several samples of one unit are drawn as one, see :func:`strata`.
+    """
     return record.get("blocks") or [record["scores"][headline]]
+
+
+def drawn(records: Iterable[Record], headline: str) -> list[list[float]]:
+    """What the bootstrap draws from, by group."""
+    return list(strata((record, draws(record, headline)) for record in records).values())
 
 
 def values_of(records: Iterable[Record], metric: str, statistic: str) -> list[list[float]]:
@@ -79,7 +87,7 @@ def compare(
     }
     parts = []
     for name in ids:
-        both = (units(run[name], summary["headline"]) for run in (records, full))
+        both = (draws(run[name], summary["headline"]) for run in (records, full))
         parts.append((records[name], list(zip(*both, strict=True))))
     pairs = list(strata(parts).values())
     sign = 1 if summary["higher_is_better"] else -1
@@ -97,7 +105,7 @@ def compare(
     return {
         "n": len(ids),
         "difference": own - theirs if both_known else None,
-        "difference_ci95": bootstrap_difference(pairs, summary["statistic"]),
+        "difference_ci95": bootstrap(pairs, summary["statistic"], lead),
         "relative": own / theirs if both_known and theirs else None,
         "wins": sum(gain > 0 for gain in gains),
         "ties": sum(gain == 0 for gain in gains),
@@ -138,7 +146,7 @@ def paired(
     return {
         **{key: found[key] for key in ("n", "difference", "difference_ci95")},
         "kl": mean(own - other for own, other in kls),
-        "kl_ci95": bootstrap_difference([kls], "mean"),
+        "kl_ci95": bootstrap([kls], of=lead),
         "kl_n": len(kls),
     }
 

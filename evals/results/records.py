@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -247,3 +247,8 @@ def arithmetic_runs(values: list[int]) -> list[tuple[int, int, int]]:
                 continue
         runs.append((value, 1, 0))
     return runs
+
+
+def unrolled(runs: Iterable[Sequence[int]]) -> list[int]:
+    """What :func:`arithmetic_runs` made runs of."""
+    return [first + i * increment for first, count, increment in runs for i in range(count)]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.results.compare import REFERENCE, strata, units, values_of
+from evals.results.compare import REFERENCE, drawn, values_of
 from evals.results.environment import machine
 from evals.results.records import digest
 from evals.results.schema import FORMAT, Asked, Environment, Record
-from evals.results.statistics import STATISTICS, Interval, bootstrap, mean, score_of
+from evals.results.statistics import Interval, bootstrap, mean, score_of
 
 # What runs must share for their scores to be compared. Not the device: the same model answers the
 # same on all, but for rounding. Speed is compared between runs of one machine only.
 COMPARABLE = ("task", "task_version", "model", "model_digest", "seed")
-COMPRESS = {"compress": "prompt", "compress_chunk": None}  # as in runs that are older than these
+COMPRESS: dict[str, Any] = {
+    "compress": "prompt",
+    "compress_chunk": None,
+}  # as in runs that are older than these
 # Settings that say where and how a run was made, not what of.
 DISTURBED = "~"  # behind timings of samples during which other processes kept the machine busy
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
@@ -64,6 +68,11 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[A
     names = dict.fromkeys(name for one in all_flat for name in one if name != "task.shard")
     columns = {name: [one.get(name) for one in all_flat] for name in names}
     return {name: values for name, values in columns.items() if any(v != values[0] for v in values)}
+
+
+def length_bin(tokens: int) -> int:
+    """The power of two nearest to a prompt's length."""
+    return 2 ** round(math.log2(max(1, tokens)))
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,13 @@ class Run:
     def parameters(self) -> dict[str, Any]:
         """What the method was configured with; a budget changes those that were not set by hand."""
         own = {k: v for k, v in self.config["method"].items() if k not in ("name", "_target_")}
-        return own | {"positions": "cache"} | self.config["cache"]
+        cache = {"positions": "cache"} | self.config["cache"]
+        return own | cache | compression(self.config)
+
+    @property
+    def compress(self) -> str:
+        """What of a prompt is compressed; of a stream with the tokens of its steps."""
+        return " ".join(map(str, compression(self.config).values())) or COMPRESS["compress"]
 
     @property
     def fixed(self) -> tuple[str, ...]:
@@ -221,8 +236,8 @@ class Run:
 
     def score_interval(self, groups: Iterable[str] | None = None) -> Interval:
         """95% bootstrap interval of :meth:`score`."""
-        parts = strata((r, units(r, self.summary["headline"])) for r in self._of(groups))
-        return bootstrap(list(parts.values()), STATISTICS[self.summary["statistic"]])
+        found = drawn(self._of(groups), self.summary["headline"])
+        return bootstrap(found, self.summary["statistic"])
 
     def _of(self, groups: Iterable[str] | None) -> list[Record]:
         chosen = None if groups is None else set(groups)
@@ -232,7 +247,7 @@ class Run:
         """One of the task's metrics over the samples, with its interval."""
         statistic = self.summary["statistic"]
         found = values_of(self.ran, name, statistic)
-        return score_of(found, statistic), bootstrap(found, STATISTICS[statistic])
+        return score_of(found, statistic), bootstrap(found, statistic)
 
     def kl(self) -> tuple[float | None, Interval]:
         """Mean divergence of the next-token distribution from the full cache's, in nats.
@@ -262,8 +277,11 @@ def _differing(environments: Sequence[Environment]) -> str:
 
 
 def reference_of(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The full-cache run of the same setting with plain attention, of the same machine if there."""
-    full = [other for other in runs if other.is_reference and other.scored]
-    found = [other for other in full if other.setting == run.setting]
-    near = [other for other in found if other.machine == run.machine]
-    return next(iter(near + found), None)
+    """The full-cache run to compare a run with, of the same machine if there is one."""
+    return reference(run.setting, runs, lambda other: other.machine != run.machine)
+
+
+def reference(setting: str, runs: Iterable[Run], apart: Callable[[Run], Any]) -> Run | None:
+    """The full-cache run of a setting, with plain attention; of several the one least apart."""
+    full = [run for run in runs if run.is_reference and run.scored and run.setting == setting]
+    return min(full, key=apart, default=None)

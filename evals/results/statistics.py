@@ -24,13 +24,27 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def means_by(key: str, records: Iterable[Mapping[str, Any]], metric: str) -> dict[str, float]:
-    """Means of a metric by what the samples' `meta` has under `key`; those that lack it are out."""
-    values: dict[str, list[float]] = {}
+def means_by(
+    key: Callable[[Mapping[str, Any]], Any], records: Iterable[Mapping[str, Any]], metric: str
+) -> dict[Any, float]:
+    """Means of a metric by what `key` makes of samples; those of which it makes None are out."""
+    values: dict[Any, list[float]] = {}
     for record in records:
-        if (name := record["meta"].get(key)) is not None:
-            values.setdefault(str(name), []).append(record["scores"][metric])
-    return {name: statistics.fmean(values[name]) for name in sorted(values)}
+        if (name := key(record)) is not None:
+            values.setdefault(name, []).append(record["scores"][metric])
+    return {name: statistics.fmean(found) for name, found in values.items()}
+
+
+def means_by_meta(
+    keys: Iterable[str], records: Sequence[Mapping[str, Any]], metric: str
+) -> dict[str, dict[str, float]]:
+    """For each key that the samples' `meta` has, means of a metric by its value, in order."""
+    found = {key: means_by(lambda r, key=key: r["meta"].get(key), records, metric) for key in keys}
+    return {
+        key: {str(name): means[name] for name in sorted(means)}
+        for key, means in found.items()
+        if means
+    }
 
 
 def score_of(groups: Sequence[Sequence[float]], statistic: str = "mean") -> float | None:
@@ -40,55 +54,39 @@ def score_of(groups: Sequence[Sequence[float]], statistic: str = "mean") -> floa
     return float(STATISTICS[statistic](np.mean([np.mean(group) for group in groups])))
 
 
-def bootstrap(groups: Sequence[Sequence[Any]], finish: Statistic = STATISTICS["mean"]) -> Interval:
-    """95% percentile bootstrap interval of a function of the mean of the groups' means.
+def bootstrap(
+    groups: Sequence[Sequence[Any]],
+    statistic: str = "mean",
+    of: Statistic = lambda values: values,
+    resamples: int = 2000,
+) -> Interval:
+    """95% percentile bootstrap interval of a function of a statistic of the mean of groups' means.
 
     Each group is resampled by itself. The seed is fixed: the same data give the same interval.
+
+    Args:
+        groups: of values, or of several values of a sample, which stay together.
+        statistic: see :func:`score_of`.
+        of: what of it, [resamples] from [resamples, ...]; for pairs e.g. :func:`lead`.
 
     Returns:
         None when nothing can be resampled: no group, or one of a single value; or if the function
         overflows, as exp of large losses does.
-    """
-    means = resampled(groups)
-    if means is None:
-        return None
-    with np.errstate(over="ignore", invalid="ignore"):
-        return interval_of(finish(means))
-
-
-def bootstrap_interval(groups: Sequence[Sequence[float]], statistic: str = "mean") -> Interval:
-    """Of :func:`score_of`."""
-    return bootstrap(groups, STATISTICS[statistic])
-
-
-def bootstrap_difference(
-    pairs: Sequence[Sequence[tuple[float, float]]], statistic: str = "mean"
-) -> Interval:
-    """Of the first's statistic less the second's, kept in pairs.
-
-    Args:
-        pairs: groups of (first, second) values of the same sample.
-    """
-    return bootstrap(pairs, lambda means: -np.diff(STATISTICS[statistic](means))[:, 0])
-
-
-def resampled(groups: Sequence[Sequence[Any]], resamples: int = 2000) -> Floats | None:
-    """Means of the groups' means [resamples, ...] of groups [samples, ...].
-
-    Returns:
-        None when nothing can be resampled: no group, or one of a single value.
     """
     if not groups or min(map(len, groups)) < 2:
         return None
     rng = np.random.default_rng(0)
     values = [np.asarray(group, float) for group in groups]
     picks = (group[rng.integers(len(group), size=(resamples, len(group)))] for group in values)
-    return sum(pick.mean(axis=1) for pick in picks) / len(values)
-
-
-def interval_of(values: Floats | None) -> Interval:
-    """The middle 95% of resampled values; None where some are not finite."""
-    if values is None or not np.isfinite(values).all():
+    means = sum(pick.mean(axis=1) for pick in picks) / len(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = of(STATISTICS[statistic](means))
+    if not np.isfinite(found).all():
         return None
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
+
+
+def lead(pairs: Floats) -> Floats:
+    """The first less the second, of [..., 2]."""
+    return pairs[..., 0] - pairs[..., 1]

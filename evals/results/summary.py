@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from evals.results.compare import strata, units, values_of
+from evals.results.compare import drawn, values_of
 from evals.results.equal_memory import held_over_budget
 from evals.results.records import digest
 from evals.results.runs import comparable
 from evals.results.schema import FORMAT, Record
-from evals.results.statistics import bootstrap_interval, mean, score_of
+from evals.results.statistics import bootstrap, mean, score_of
 
 MEASURED = (
     "prompt_tokens",
@@ -20,12 +20,20 @@ MEASURED = (
     "kv_entries_mean",
     "kv_nbytes_mean",
     "ttft_s",
+    "question_s",
     "decode_tokens_per_s",
     "itl_p50_ms",
     "itl_p95_ms",
     "evictions",
 )
-PEAKS = ("kv_entries_peak", "kv_nbytes_peak", "allocated_nbytes", "memory_peak_nbytes")
+PEAKS = (
+    "kv_entries_peak",
+    "kv_nbytes_peak",
+    "allocated_nbytes",
+    "memory_peak_nbytes",
+    "context_peak_nbytes",
+    "question_peak_nbytes",
+)
 
 
 class Scored(Protocol):
@@ -61,8 +69,8 @@ def summarize(
     names = sorted({name for record in ran for name in record["scores"]})
     values = {name: values_of(ran, name, task.statistic) for name in names}
     scores = {name: score_of(found, task.statistic) for name, found in values.items()}
-    drawn = values | {task.headline: _drawn(ran, task.headline)}
-    intervals = {name: bootstrap_interval(found, task.statistic) for name, found in drawn.items()}
+    parts = values | {task.headline: drawn(ran, task.headline)}
+    intervals = {name: bootstrap(found, task.statistic) for name, found in parts.items()}
     return {
         "status": "complete",
         "format": FORMAT,
@@ -90,7 +98,7 @@ def summarize(
             name: {
                 "n": len(found),
                 "score": score_of(values_of(found, task.headline, task.statistic), task.statistic),
-                "ci95": bootstrap_interval(_drawn(found, task.headline), task.statistic),
+                "ci95": bootstrap(drawn(found, task.headline), task.statistic),
             }
             for name, found in groups.items()
         },
@@ -112,11 +120,6 @@ def summarize(
 
 def _peak(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
-
-
-def _drawn(records: list[Record], headline: str) -> list[list[float]]:
-    """What the bootstrap draws from."""
-    return list(strata((record, units(record, headline)) for record in records).values())
 
 
 def _conditions(records: list[Record]) -> dict[str, Any]:

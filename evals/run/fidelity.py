@@ -13,10 +13,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -35,11 +36,10 @@ from evals.run.generate import eos_ids
 from evals.run.interrupt import deferred_signals
 from evals.run.lengths import Lengths
 from evals.run.models import load_model, load_tokenizer
-from evals.run.plan import Plan, expand
+from evals.run.plan import Plan, expand, policy_of, with_class
 from evals.run.prompts import Prompt, load_prompts
 from evals.run.runner import console
-from evals.tasks.base import StreamTask, at_least
-from evals.tasks.build import build
+from evals.tasks.build import check
 
 FORKS = "forks.jsonl"
 
@@ -77,9 +77,11 @@ def run_all(cfg: DictConfig) -> list[Path]:
 
 def _run(cfg: DictConfig) -> Path:
     settings: Any = OmegaConf.to_container(cfg.fidelity, resolve=True)
-    at_least(2, "fidelity.tokens", settings["tokens"])
+    check("fidelity.tokens", settings["tokens"], Annotated[int, Field(ge=2)])
+    for label, method in settings["methods"].items():
+        settings["methods"][label] = with_class(f"fidelity.methods.{label}", method)
     plan = Plan.of(cfg)
-    if isinstance(plan.task, StreamTask):
+    if plan.task.mode == "read":
         raise ConfigError("task", plan.task.name, "has no answers to compare; take another")
     by = plan.config["budget_by"]
     forks = [
@@ -100,6 +102,9 @@ def _run(cfg: DictConfig) -> Path:
         folder.write("config.yaml", OmegaConf.to_yaml(plan.config | {"fidelity": settings}))
         made = {"environment": folder.note(environment(str(model.device), plan.config["seed"], 0))}
         eos = eos_ids(model, tokenizer)
+        forks = [
+            dataclasses.replace(fork, policy=fork.policy.for_tokenizer(tokenizer)) for fork in forks
+        ]
 
         def compared(rows: list[Prompt]) -> list[Record]:
             start = time.perf_counter()
@@ -137,11 +142,10 @@ def _run(cfg: DictConfig) -> Path:
 
 
 def _methods(configured: dict[str, dict[str, Any]]) -> dict[str, Policy]:
-    policies = {}
-    for label, config in configured.items():
-        method = {key: value for key, value in config.items() if key != "name"}
-        policies[label] = build(f"fidelity.methods.{label}", method, Policy)
-    return policies
+    return {
+        label: policy_of(f"fidelity.methods.{label}", method)
+        for label, method in configured.items()
+    }
 
 
 def _missing(record: Record | None, prompt: Prompt) -> bool:

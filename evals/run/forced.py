@@ -20,7 +20,7 @@ from baselines import FullPolicy
 from buzz import EvictionCache, Policy
 from evals.run.compress import forward, read_context
 from evals.run.faults import NotFinite
-from evals.run.generate import Generation, left_padded, synchronize
+from evals.run.generate import Measurements, left_padded, synchronize
 from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 
@@ -52,7 +52,7 @@ def read(
     chunk: int,
     cache_options: dict[str, Any],
     starts: Sequence[int] = (0,),
-) -> tuple[Generation, list[float]]:
+) -> tuple[Measurements, list[float]]:
     """Reads a text, or several one after another, in steps of `chunk` tokens with one cache.
 
     A token is scored by the step before the one that feeds it, so before it can influence which
@@ -93,12 +93,8 @@ def read(
         raise NotFinite("the loss was", wrong[0], model.dtype)
     latencies = np.diff(times)
     p50, p95 = np.percentile(latencies, [50, 95]) * 1e3
-    generation = Generation(
-        text="",
-        tokens=[],
+    measured = Measurements(
         prompt_tokens=len(ids),
-        generated_tokens=0,
-        stop_reason="end",
         lengths=held,
         evictions=cache.evictions[0],
         entry_nbytes=cache.entry_nbytes,
@@ -109,7 +105,7 @@ def read(
         itl_p95_ms=p95,
         memory_peak_nbytes=memory_peak(device),
     )
-    return generation, values
+    return measured, values
 
 
 def fed_and_scored(ids: Sequence[int], starts: Sequence[int] = (0,)) -> tuple[list[int], list[int]]:

@@ -6,6 +6,8 @@ k tokens the cache has seen the prompt and k - 1 of them: the last is never fed 
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,21 +26,20 @@ from transformers import (
 )
 
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
+from evals.results.records import arithmetic_runs
+from evals.results.schema import Record
 from evals.run.compress import read_context
 from evals.run.faults import NotFinite
 from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What one row of the batch produced, and what it cost.
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What it cost to answer a prompt, or to read a text.
 
     Attributes:
-        text: the answer, without special tokens.
-        tokens: its token ids, the one that ended it included.
-        prompt_tokens, generated_tokens: without padding; the end-of-sequence token counts.
-        stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
+        prompt_tokens: without padding.
         lengths: cache entries per layer and KV head after each step of this row, of a prompt that
             is read in several from the one that ends its context on; of a method whose layers hold
             different numbers, their mean.
@@ -57,11 +58,7 @@ class Generation:
             context, and from the question on.
     """
 
-    text: str
-    tokens: list[int]
     prompt_tokens: int
-    generated_tokens: int
-    stop_reason: str
     lengths: list[float]
     evictions: int
     entry_nbytes: int
@@ -75,8 +72,45 @@ class Generation:
     context_peak_nbytes: int | None = None
     question_peak_nbytes: int | None = None
 
+    def record(self) -> Record:
+        """The fields of a record that were measured."""
+        record = dataclasses.asdict(self)
+        if self.question_s is None:
+            for name in ("question_s", "context_peak_nbytes", "question_peak_nbytes"):
+                del record[name]
+        lengths, entry = record.pop("lengths"), record.pop("entry_nbytes")
+        average, peak = statistics.fmean(lengths), max(lengths)
+        return record | {
+            "kv_entries_mean": average,
+            "kv_entries_peak": peak,
+            "kv_nbytes_mean": average * entry,
+            "kv_nbytes_peak": peak * entry,
+            "trace": arithmetic_runs([round(held) for held in lengths]),
+        }
 
-class _Trace(StoppingCriteria):
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Measurements):
+    """An answer, and what it cost.
+
+    Attributes:
+        text: without special tokens.
+        tokens: its token ids, the one that ended it included.
+        generated_tokens: how many; the end-of-sequence token counts.
+        stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
+    """
+
+    text: str
+    tokens: list[int]
+    generated_tokens: int
+    stop_reason: str
+
+    def record(self) -> Record:
+        record = super().record()
+        return {"prediction": record.pop("text")} | record
+
+
+class Trace(StoppingCriteria):
     """Never stops; notes the time and the cache lengths of each step."""
 
     def __init__(self, cache: EvictionCache) -> None:
@@ -128,7 +162,7 @@ def generate(
     """
     device = model.device
     cache = EvictionCache(model, policy, **(cache_options or {}))
-    trace, finite = _Trace(cache), _Finite()
+    trace, finite = Trace(cache), _Finite()
     ends_answer = eos_ids(model, tokenizer)
     # As LongBench does: a stop string acts through its last token.
     stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}

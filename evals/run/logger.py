@@ -9,6 +9,7 @@ from threading import Thread
 from typing import Any, ClassVar
 
 from evals.results.schema import Record
+from evals.tasks.build import check_fields
 
 PATIENCE = 300.0  # seconds that a logger may take
 
@@ -31,6 +32,7 @@ class Logger:
         Raises:
             ConfigError: a setting is wrong, or a package is not installed.
         """
+        check_fields("logger", self)
 
     def log(
         self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]

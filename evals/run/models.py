@@ -17,11 +17,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import huggingface_hub
 import torch
 from omegaconf import OmegaConf
+from pydantic import BaseModel, Field, PositiveInt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -38,7 +39,9 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from buzz.adapter import why_unsupported
 from buzz.errors import ConfigError
+from evals.run.config import Seed, Text
 from evals.run.weights import file_digest, folder_digest
+from evals.tasks.build import STRICT, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
@@ -46,14 +49,33 @@ DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SOURCE = "converted_from"  # of a converted GGUF file: what it was made from and what it was then
 SPECIAL = ("<bos>", "<eos>", "<pad>")
-SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
+
+
+class Model(BaseModel):
+    """What every model config has."""
+
+    model_config = STRICT
+    max_length: PositiveInt
+    dtype: Literal[tuple(DTYPES)]
+    attn_implementation: Literal[ATTENTION]
+    name_or_path: Text | None = None
+    gguf_file: Text | None = None
+
+
+class Shape(BaseModel):
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    vocab_size: Annotated[int, Field(ge=len(SPECIAL) + 256)]
+
+
+SHAPE = tuple(Shape.model_fields)
+
+
+class RandomModel(Model, Shape):
+    seed: Seed
 
 
 def named_config(name: str) -> dict[str, Any]:
@@ -69,8 +91,7 @@ def check_model(cfg: Mapping[str, Any]) -> None:
         ConfigError: unknown dtype or attention, size below 1, missing folder or file, hub name that
             cannot be had, no RoPE, flash attention that cannot run here.
     """
-    _choice("dtype", cfg.get("dtype"), DTYPES)
-    _choice("attn_implementation", cfg.get("attn_implementation"), ATTENTION)
+    validate(RandomModel if "hidden_size" in cfg else Model, cfg, "model")
     if cfg["attn_implementation"] == "flash_attention_2":
         if not is_flash_attn_2_available():
             raise ConfigError(
@@ -80,7 +101,6 @@ def check_model(cfg: Mapping[str, Any]) -> None:
             )
         if cfg["dtype"] == "float32":
             raise ConfigError("model.dtype", "float32", "flash_attention_2 needs bfloat16/float16")
-    _at_least(1, "max_length", cfg.get("max_length"))
     if "hidden_size" in cfg:
         _random_config(cfg)
     else:
@@ -180,17 +200,11 @@ def model_digest(cfg: Mapping[str, Any]) -> str | None:
 
 
 def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
-    for name in SHAPE:
-        _at_least(1, name, cfg.get(name))
-    _at_least(0, "seed", cfg.get("seed"))
     hidden, heads, kv_heads = (cfg[name] for name in (SHAPE[0], SHAPE[3], SHAPE[4]))
-    smallest = len(SPECIAL) + 256
     if hidden % (2 * heads):
         raise ConfigError("model.hidden_size", hidden, f"give a multiple of {2 * heads}")
     if heads % kv_heads:
         raise ConfigError("model.num_key_value_heads", kv_heads, f"give a divisor of {heads}")
-    if cfg["vocab_size"] < smallest:
-        raise ConfigError("model.vocab_size", cfg["vocab_size"], f"give at least {smallest}")
     return LlamaConfig(
         **{name: cfg[name] for name in SHAPE},
         max_position_embeddings=cfg["max_length"],
@@ -326,13 +340,3 @@ def _device(device: str | torch.device) -> torch.device:
             "device", str(device), "write auto, or a device of this machine"
         ) from error
     return found
-
-
-def _choice(name: str, value: object, choices: Any) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"model.{name}", value, f"choose one of {', '.join(choices)}")
-
-
-def _at_least(minimum: int, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"model.{name}", value, f"give a whole number of at least {minimum}")

@@ -12,18 +12,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from buzz import Budget, Policy
+import baselines  # noqa: F401  (registers its methods)
+from buzz import POLICIES, Budget, Policy
 from buzz.errors import ConfigError
 from evals.results.compare import REFERENCE
 from evals.results.reading import find_references, nearest_reference, put_together
 from evals.results.records import digest
-from evals.results.runs import Run, comparable
+from evals.results.runs import Run, comparable, reference
+from evals.run.config import check_config
 from evals.run.forced import reading_steps
 from evals.run.logger import Logger
 from evals.run.models import check_model, model_digest
-from evals.run.settings import check_settings
-from evals.tasks.base import StreamTask, Task
-from evals.tasks.build import build
+from evals.tasks.base import Task
+from evals.tasks.build import build, check_fields
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Plan:
             ConfigError: something in `cfg` cannot be served.
         """
         config = _plain(cfg)
-        method = {key: value for key, value in config["method"].items() if key != "name"}
+        config["method"] = with_class("method", config["method"])
         plan = cls(
-            policy=build("method", method, Policy),
+            policy=policy_of("method", config["method"]),
             task=build("task", config["task"], Task),
             logger=build("logger", config["logger"], Logger),
             budget=_budget(config),
@@ -69,6 +70,7 @@ class Plan:
         return plan
 
     def _check(self) -> None:
+        check_fields("method", self.policy)
         self.task.check()
         self.logger.check()
         context, task = self.config["model"]["max_length"], self.task
@@ -102,12 +104,13 @@ class Plan:
                     + "".join(f" ({one})" for one in beside[:1]),
                 )
         self._check_budget(longest)
-        if isinstance(task, StreamTask):
+        if task.mode == "read":
             if self.config["compress"] != "prompt":
                 remedy = f"{task.name} asks nothing of the texts that it reads; leave it out"
                 raise ConfigError("compress", self.config["compress"], remedy)
             if task.tokens is not None:
                 self.check_reading(task.tokens)
+        task.prepare()
 
     def _check_budget(self, longest: int) -> None:
         if self.budget is None:
@@ -123,7 +126,6 @@ class Plan:
 
     def check_reading(self, tokens: int) -> None:
         """Refuses a text during which the cache outgrows the model's positions."""
-        assert isinstance(self.task, StreamTask)
         policy, _ = self.fit(tokens)
         most = max(policy.lengths(reading_steps(tokens, self.task.chunk)))
         context = self.config["model"]["max_length"]
@@ -145,7 +147,7 @@ class Plan:
     def compares(self) -> bool:
         """Whether answers are compared with the full cache's, token by token."""
         of_full = self.config["method"]["name"] == REFERENCE
-        return self.config["kl"] and not of_full and not isinstance(self.task, StreamTask)
+        return self.config["kl"] and not of_full and self.task.mode == "answer"
 
     def reference(self) -> tuple[Run | None, list[str]]:
         """The finished full-cache run of the same setting, and what beside it cannot be read.
@@ -158,9 +160,11 @@ class Plan:
         shard, device = self.config["task"].get("shard"), self.config["device"]
         candidates = [run for run in found if run.shard == shard]
         candidates += [run for run in put_together(found) if not run.shard]
-        candidates = [run for run in candidates if run.scored]
-        candidates.sort(key=lambda run: (run.shard != shard, run.config.get("device") != device))
-        return candidates[0] if candidates else None, unreadable
+
+        def apart(run: Run) -> tuple[bool, bool]:
+            return run.shard != shard, run.config.get("device") != device
+
+        return reference(self.setting, candidates, apart), unreadable
 
     def _others(self) -> list[Path]:
         return [path for path in self.folder.parent.glob("*/") if path != self.folder]
@@ -225,6 +229,30 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     return single
 
 
+def with_class(section: str, method: dict[str, Any]) -> dict[str, Any]:
+    """A method's section with its class, which is the one of its name unless it says another.
+
+    Raises:
+        ConfigError: no method has this name.
+    """
+    if "_target_" in method:
+        return method
+    found = POLICIES.get(name := method.get("name"))
+    if found is None:
+        raise ConfigError(f"{section}.name", name, f"choose one of {', '.join(POLICIES)}")
+    return {"_target_": f"{found.__module__.partition('.')[0]}.{found.__name__}"} | method
+
+
+def policy_of(section: str, method: dict[str, Any]) -> Policy:
+    """The policy that a section's settings are of.
+
+    Raises:
+        ConfigError: they are of none.
+    """
+    config = {k: v for k, v in with_class(section, method).items() if k != "name"}
+    return build(section, config, Policy)
+
+
 def _budget(config: dict[str, Any]) -> Budget | None:
     if config["budget"] is None:
         return None
@@ -237,5 +265,5 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
         config: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError("config", error.full_key, str(error).splitlines()[0]) from error
-    check_settings(config)
+    check_config(config)
     return config

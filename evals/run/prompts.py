@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from evals.results.records import sha256
 from evals.results.schema import Record
 from evals.run.compress import steps_before
 from evals.run.plan import Plan
-from evals.tasks.base import Sample, StreamTask
+from evals.tasks.base import Sample
 from evals.tasks.encoding import encode_prompt
 
 
@@ -72,24 +72,16 @@ class Prompt:
         return sha256([*self.question.values(), *references, self.scoring])
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What a run is of.
 
     Attributes:
         prompts: in the task's order; of a shard, its own.
-        of: samples of the whole task.
-        data: names them all.
+        stored: prompts.json.
     """
 
     prompts: list[Prompt]
-    of: int
-    data: str
-
-    def stored(self) -> schema.Asked:
-        """For prompts.json."""
-        known = {prompt.sample.id: prompt.sample_sha256 for prompt in self.prompts}
-        return {"samples": known, "of": self.of, "data": self.data}
+    stored: schema.Asked
 
 
 def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
@@ -103,13 +95,10 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
     samples = plan.task.load(tokenizer)
     compress = plan.config["compress"], plan.config["compress_chunk"]
     for sample in plan.task.of_shard(samples):
-        if isinstance(plan.task, StreamTask):
-            assert sample.ids is not None
-            plan.check_reading(len(sample.ids) - len(sample.starts) + 1)
-            prompts.append(Prompt(sample, list(sample.ids), 0, False, 0, scoring))
-            continue
-        answer = plan.task.max_new_tokens or sample.max_new_tokens
+        answer = plan.task.max_new_tokens or sample.max_new_tokens or 0
         if sample.ids is not None:
+            if plan.task.mode == "read":
+                plan.check_reading(len(sample.ids) - len(sample.starts) + 1)
             before = steps_before(*compress, sample, None, tokenizer)
             prompts.append(Prompt(sample, list(sample.ids), 0, False, answer, scoring, before))
             continue
@@ -126,7 +115,8 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
         prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring, before))
     if not prompts:
         raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
-    return Asked(prompts, len(samples), _digest(samples))
+    known = {prompt.sample.id: prompt.sample_sha256 for prompt in prompts}
+    return Asked(prompts, {"samples": known, "of": len(samples), "data": _digest(samples)})
 
 
 def _digest(samples: Sequence[Sample]) -> str:
@@ -137,18 +127,18 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 
 def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Batches of equal generation settings, of neighbouring lengths when they hold several rows.
+    """Batches that are generated alike, of neighbouring lengths when they hold several rows.
 
     Rows whose questions, or chunks, have other lengths are in other batches: nothing would tell the
     padding between a context and its question.
 
     They depend on all prompts and not on which are done, so that a resumed run is the same run.
     """
-    settings: dict[Any, list[Prompt]] = {}
+    kinds: dict[Any, list[Prompt]] = {}
     for prompt in prompts:
         key = prompt.max_new_tokens, prompt.sample.stop, prompt.before and prompt.later
-        settings.setdefault(key, []).append(prompt)
-    for alike in settings.values():
+        kinds.setdefault(key, []).append(prompt)
+    for alike in kinds.values():
         if size > 1:
             alike.sort(key=lambda prompt: len(prompt.ids))
         for start in range(0, len(alike), size):

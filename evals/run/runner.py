@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +25,27 @@ from rich.progress import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buzz import Policy
-from buzz.errors import ConfigError
 from evals.results.compare import compare
 from evals.results.environment import Neighbours, busy, environment, process
 from evals.results.records import (
     FIDELITY,
     RunFailed,
     RunFolder,
-    arithmetic_runs,
     digest,
     sha256,
     writing,
 )
 from evals.results.runs import Run
-from evals.results.schema import FORMAT, Record
+from evals.results.schema import Record
 from evals.results.statistics import mean
-from evals.results.summary import summarize
 from evals.run.faults import LengthMismatch, attempt
 from evals.run.forced import Fidelity, compare_with_full, read
-from evals.run.generate import Generation, generate
+from evals.run.generate import generate
 from evals.run.interrupt import deferred_signals
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
-from evals.run.prompts import Asked, Prompt, batches, load_prompts
-from evals.tasks.base import StreamTask
+from evals.run.prompts import Prompt, batches, load_prompts
+from evals.run.work import Work, finished, identity
 
 console = Console(stderr=True)
 
@@ -80,47 +75,16 @@ def run_all(cfg: DictConfig, fixed: Iterable[str] = ()) -> list[Path]:
     return [_execute(plan) for plan in [Plan.of(one, fixed) for one in expand(cfg)]]
 
 
-@dataclass
-class Work:
-    """A run under way: what its steps (prompts, answers, comparison, summary) hand on.
-
-    Attributes:
-        records: by sample id, those that are not of this run's data among them.
-        done: ids of the samples that need not run again.
-    """
-
-    plan: Plan
-    folder: RunFolder
-    asked: Asked
-    records: dict[str, Record]
-    done: set[str]
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        return self.asked.prompts
-
-    @property
-    def ordered(self) -> list[Record]:
-        """The records that are there, in the order of their prompts."""
-        names = (prompt.sample.id for prompt in self.prompts)
-        return [self.records[name] for name in names if name in self.records]
-
-    @property
-    def stale(self) -> int:
-        """Records of other data."""
-        return len(self.records.keys() - {prompt.sample.id for prompt in self.prompts})
-
-    def summary(self) -> dict[str, Any]:
-        return summarize(self.plan.config, self.plan.task, self.ordered, self.stale)
-
-
 def _execute(plan: Plan) -> Path:
     folder = RunFolder(plan.folder)
     with folder.lock():
         work = _begin(plan, folder)
-        rescored = _rescore(work)
+        rescored = work.rescore()
+        if rescored:
+            _say(
+                f"{folder.path}: {rescored} answers scored again, their references or metrics are"
+                " others"
+            )
         if work.stale:
             _say(f"{folder.path}: {work.stale} more records are of other data and do not count")
         before = len(work.done)
@@ -141,12 +105,13 @@ def _begin(plan: Plan, folder: RunFolder) -> Work:
     for tokens in (min(lengths), max(lengths)):
         plan.fit(tokens)  # refuse a budget that cannot be met now, not later
     model, tokenizer = _load(plan)
-    done = _finished(folder, records, asked.prompts)
+    plan = dataclasses.replace(plan, policy=plan.policy.for_tokenizer(tokenizer))
+    done = finished(folder, records, asked.prompts)
     if done:
         _say(f"{folder.path}: {len(done)} of {len(asked.prompts)} samples are there already")
     folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
-    folder.write("prompts.json", asked.stored())
-    return Work(plan, folder, asked, records, done, model, tokenizer)
+    folder.write("prompts.json", asked.stored)
+    return Work(plan, folder, asked.prompts, records, done, model, tokenizer)
 
 
 def _make(work: Work) -> Run | None:
@@ -237,58 +202,6 @@ def _key(plan: Plan) -> str:
     return digest([plan.config[name] for name in ("model", "model_digest", "device")])
 
 
-def _finished(folder: RunFolder, records: dict[str, Record], prompts: list[Prompt]) -> set[str]:
-    """Ids of the samples that need not run again."""
-    done = set()
-    for prompt in prompts:
-        record = records.get(prompt.sample.id)
-        if record is None or record["status"] == "failed":
-            continue
-        if any(record.get(key) != value for key, value in prompt.question.items()):
-            raise ConfigError(
-                "output",
-                str(folder.path),
-                f"sample {prompt.sample.id} had another prompt then; give another output, or"
-                " remove the folder",
-            )
-        done.add(prompt.sample.id)
-    return done
-
-
-def _rescore(work: Work) -> int:
-    """Scores answers again whose references, or the version of what scores them, were changed.
-
-    Losses of a text that was read are not on file: it is read again.
-
-    Returns:
-        How many it scored.
-    """
-    count = 0
-    for prompt in work.prompts:
-        record = work.records.get(prompt.sample.id, {})
-        if prompt.sample.id not in work.done or record.get("sample_sha256") == prompt.sample_sha256:
-            continue
-        if isinstance(work.plan.task, StreamTask):
-            work.done.remove(prompt.sample.id)
-            continue
-        record = record | _identity(prompt)
-        if record["status"] == "ok":
-            try:
-                record["scores"] = _finite(work.plan.task.score_record(prompt.sample, record))
-            except Exception:  # it is run again, and recorded as what it then is
-                work.done.remove(prompt.sample.id)
-                continue
-        work.folder.append(record)
-        work.records[record["id"]] = record
-        count += 1
-    if count:
-        _say(
-            f"{work.folder.path}: {count} answers scored again, their references or metrics are"
-            " others"
-        )
-    return count
-
-
 def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     if len(work.done) == len(work.prompts):
         return
@@ -318,8 +231,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
             conditions = made | _load_of(neighbours, work.model.device)
             for record in found:
                 if record["id"] not in work.done:
-                    work.folder.append(record | conditions)
-                    work.records[record["id"]] = record | conditions
+                    work.add(record | conditions)
                     progress.advance(bar)
             stop_here()
             ran = [record for record in work.ordered if record["status"] == "ok"]
@@ -347,21 +259,24 @@ def _run_batch(work: Work, batch: list[Prompt]) -> list[Record]:
         "batch_size": 1,  # of a row that fails: see attempt()
     }
 
+    make = _read if work.plan.task.mode == "read" else _answer
+
     def results(rows: list[Prompt]) -> list[Record]:
-        if isinstance(work.plan.task, StreamTask):
-            found = [_read(work, work.plan.task, prompt, policy) for prompt in rows]
-        else:
-            found = _answer(work, rows, policy)
-        return [{"batch_size": len(rows), "status": "ok"} | one for one in found]
+        found = make(work, rows, policy)
+        for prompt, record in zip(rows, found, strict=True):
+            record |= {"status": "ok", "batch_size": len(rows)}
+            record["scores"] = work.score(prompt, record)
+            record.pop("losses", None)  # as long as the text
+        return found
 
     try:
         found = attempt(batch, results, work.model.device)
     except LengthMismatch as error:
         failed = {"batch_size": len(batch), "status": "failed", "error": str(error)}
         for prompt in batch:
-            work.folder.append(_identity(prompt) | frame | failed)
+            work.folder.append(identity(prompt) | frame | failed)
         raise
-    return [_identity(p) | frame | result for p, result in zip(batch, found, strict=True)]
+    return [identity(p) | frame | result for p, result in zip(batch, found, strict=True)]
 
 
 def _answer(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
@@ -375,27 +290,21 @@ def _answer(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
         work.plan.config["cache"],
         batch[0].later,
     )
-    measured = [_measurements(generation) for generation in generations]
-    return [
-        {"scores": _finite(work.plan.task.score_record(prompt.sample, record))} | record
-        for prompt, record in zip(batch, measured, strict=True)
-    ]
+    return [generation.record() for generation in generations]
 
 
-def _read(work: Work, task: StreamTask, prompt: Prompt, policy: Policy) -> Record:
-    options, starts = work.plan.config["cache"], prompt.sample.starts
-    measured, losses = read(work.model, prompt.ids, policy, task.chunk, options, starts)
-    blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
-    scores = _finite(task.score_losses(prompt.sample, losses))
-    return {"scores": scores, "blocks": blocks} | _measurements(measured)
+NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason": "end"}
 
 
-def _finite(scores: dict[str, float]) -> dict[str, float]:
-    """The scores, none of which may be NaN or infinite."""
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            raise ArithmeticError(f"the score {name} is {value}")
-    return scores
+def _read(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
+    task, options = work.plan.task, work.plan.config["cache"]
+    found = []
+    for prompt in batch:
+        starts = prompt.sample.starts
+        measured, losses = read(work.model, prompt.ids, policy, task.chunk, options, starts)
+        blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
+        found.append(NO_ANSWER | measured.record() | {"losses": losses, "blocks": blocks})
+    return found
 
 
 def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], None]) -> None:
@@ -432,39 +341,3 @@ def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], Non
             identity = {"id": prompt.sample.id, "answer_sha256": sha256(answer(prompt))}
             work.folder.append(identity | unknown | result, FIDELITY)
         stop_here()
-
-
-def _identity(prompt: Prompt) -> Record:
-    sample = prompt.sample
-    return {
-        "format": FORMAT,
-        "id": sample.id,
-        "group": sample.group,
-        "unit": sample.unit,
-        "meta": sample.meta,
-        "references": list(sample.references),
-        **prompt.question,
-        "sample_sha256": prompt.sample_sha256,
-        "prompt_tokens": len(prompt.ids),
-        "truncated_tokens": prompt.truncated,
-        "chat_template": prompt.chat,
-        **({"context_tokens": prompt.context} if prompt.before else {}),
-    }
-
-
-def _measurements(generation: Generation) -> Record:
-    record = dataclasses.asdict(generation)
-    if generation.question_s is None:
-        for name in ("question_s", "context_peak_nbytes", "question_peak_nbytes"):
-            del record[name]
-    lengths, entry = record.pop("lengths"), record.pop("entry_nbytes")
-    average, peak = statistics.fmean(lengths), max(lengths)
-    return {
-        "prediction": record.pop("text"),
-        **record,
-        "kv_entries_mean": average,
-        "kv_entries_peak": peak,
-        "kv_nbytes_mean": average * entry,
-        "kv_nbytes_peak": peak * entry,
-        "trace": arithmetic_runs([round(held) for held in lengths]),
-    }

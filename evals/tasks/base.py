@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import string
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field, PositiveInt, StringConstraints
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.environment import package_version
 from evals.results.schema import Record
+from evals.tasks.build import check_fields
+from evals.tasks.picture import Picture
+
+Shard = Annotated[str, StringConstraints(pattern=r"^\d+/[1-9]\d*$")]
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,6 @@ class Section:
     averages: Averages | None = None
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A heat map of reports, a panel a run.
-
-    Attributes:
-        cells: value by (column, row), from records.
-        x, y, value: what columns, rows and values are.
-        column, row: formats of their names.
-    """
-
-    title: str
-    cells: Callable[[Sequence[Record]], dict[tuple[float, float], float]]
-    x: str
-    y: str
-    value: str
-    column: str = "{:,}"
-    row: str = "{:g}"
-
-
 OTHERS = Section(
     "other_tasks",
     "Passkeys and other tasks",
@@ -113,11 +96,12 @@ class Task(ABC):
         name: the task's name in run folders and tables.
         samples: at most so many samples are run; None for all.
         shard: "0/8" runs every eighth of them from the first on; the report puts shards together.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; None, where a task allows it: samples bring their own.
         batch_size: prompts per batch.
         chat_template: whether prompts go through the tokenizer's chat template, if it has one.
         headline: the metric that summaries and tables show; every score has it.
-        own_lengths: whether `max_new_tokens` may be None, as samples bring their own.
+        mode: whether the model is to ``answer`` a prompt, or to ``read`` a text to its end, see
+            :class:`StreamTask`.
         statistic: what becomes of the headline's mean, a key of
             :data:`evals.tasks.text.STATISTICS`.
         higher_is_better: of the headline.
@@ -131,7 +115,7 @@ class Task(ABC):
     """
 
     headline: ClassVar[str]  # or a field, where there is a choice
-    own_lengths: ClassVar[bool] = False
+    mode: ClassVar[Literal["answer", "read"]] = "answer"
     statistic: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = True
     grouped_by: ClassVar[str] = "group"
@@ -142,24 +126,27 @@ class Task(ABC):
     scorers: ClassVar[tuple[str, ...]] = ()
 
     name: str
-    samples: int | None = None
-    shard: str | None = None
-    max_new_tokens: int | None = 64
-    batch_size: int = 1
+    samples: PositiveInt | None = None
+    shard: Shard | None = None
+    max_new_tokens: PositiveInt = 64
+    batch_size: PositiveInt = 1
     chat_template: bool = True
 
     def check(self) -> None:
-        """What can be checked before a model is loaded.
+        """Checks the settings, each against its type; in subclasses also against each other.
 
         Raises:
-            ConfigError: a size below 1; in subclasses also missing or malformed data.
+            ConfigError: one is wrong.
         """
-        if self.samples is not None:
-            at_least(1, "task.samples", self.samples)
-        if self.max_new_tokens is not None or not self.own_lengths:
-            at_least(1, "task.max_new_tokens", self.max_new_tokens)
-        at_least(1, "task.batch_size", self.batch_size)
+        check_fields("task", self)
         self.of_shard([])
+
+    def prepare(self) -> None:  # noqa: B027
+        """Reads the data that :meth:`load` makes samples of, before a model is loaded.
+
+        Raises:
+            ConfigError: they are missing or malformed.
+        """
 
     def of_shard(self, samples: list[Sample]) -> list[Sample]:
         """Those of `samples` that :attr:`shard` names.
@@ -169,10 +156,10 @@ class Task(ABC):
         """
         if self.shard is None:
             return samples
-        match = re.fullmatch(r"(\d+)/(\d+)", str(self.shard))
-        if not match or int(match[1]) >= int(match[2]):
+        number, count = map(int, self.shard.split("/"))
+        if number >= count:
             raise ConfigError("task.shard", self.shard, "give e.g. 0/8, up to 7/8")
-        return samples[int(match[1]) :: int(match[2])]
+        return samples[number::count]
 
     @property
     def scoring(self) -> str:
@@ -189,28 +176,31 @@ class Task(ABC):
         """At most :attr:`samples` samples, in a fixed order."""
 
     @abstractmethod
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        """Metrics of one prediction by name, :attr:`headline` among them."""
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        """Metrics by name, :attr:`headline` among them.
 
-    def score_record(self, sample: Sample, record: Record) -> dict[str, float]:
-        """As :meth:`score`, from all that was measured of an answer, its text among it."""
-        return self.score(sample, record["prediction"])
+        Args:
+            record: what was measured of an answer, its text (`prediction`) among it; of a text that
+                was read also `losses`: the negative log-likelihood in nats of each token predicted.
+        """
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Means by anything but the group, as {title: {row: value}}, for summary and table."""
         return {}
 
     @classmethod
-    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
         """What claims about a topic may read of its runs: groups, None for all of them.
 
         Args:
-            settings: those of the task in a run's configuration.
+            config: the task's section of a run's configuration.
         """
         return {}
 
-    def draw(self, records: Sequence[Record], folder: Path) -> None:  # noqa: B027
-        """Puts the task's picture, if it has one, into the run's folder."""
+    def draw(self, records: Sequence[Record], folder: Path) -> None:
+        """Puts the task's picture, if it has one, into the run's folder as heatmap.png."""
+        if self.picture and records:
+            self.picture.save(records, folder.name.rpartition("-")[0], folder / "heatmap.png")
 
 
 @dataclass(kw_only=True)
@@ -226,71 +216,22 @@ class StreamTask(Task):
             position and as what the bootstrap resamples.
     """
 
-    own_lengths: ClassVar[bool] = True
+    mode: ClassVar[Literal["answer", "read"]] = "read"
 
-    tokens: int | None = None
-    chunk: int = 1
-    blocks: int = 16
-    max_new_tokens: int | None = None
-    chat_template: bool = False
+    tokens: PositiveInt | None = None
+    chunk: PositiveInt = 1
+    blocks: Annotated[int, Field(ge=2)] = 16
+    max_new_tokens: None = None
+    batch_size: Literal[1] = 1
+    chat_template: Literal[False] = False
 
     def check(self) -> None:
         super().check()
-        at_least(1, "task.chunk", self.chunk)
-        at_least(2, "task.blocks", self.blocks)
-        if self.tokens is not None:
-            at_least(self.blocks + 1, "task.tokens", self.tokens)
-        if self.batch_size != 1:
-            raise ConfigError("task.batch_size", self.batch_size, "texts are read one by one")
-        for name, none in (("max_new_tokens", None), ("chat_template", False)):
-            if (value := getattr(self, name)) != none:
-                raise ConfigError(f"task.{name}", value, "there is no answer; leave it out")
-
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        raise TypeError(f"{self.name} scores losses and not predictions")
-
-    @abstractmethod
-    def score_losses(self, sample: Sample, losses: Sequence[float]) -> dict[str, float]:
-        """Metrics by name, from the negative log-likelihood in nats of each token but the first."""
+        if self.tokens is not None and self.tokens <= self.blocks:
+            remedy = f"give more than its {self.blocks} blocks"
+            raise ConfigError("task.tokens", self.tokens, remedy)
 
 
 def after(body: str, prompt: str) -> str:
     """What follows the last `body` in a prompt."""
     return prompt[prompt.rindex(body) + len(body) :]
-
-
-def at_least(minimum: int, name: str, value: object) -> None:
-    """Raises ConfigError unless `value` is a whole number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(name, value, f"give a whole number of at least {minimum}")
-
-
-def distinct(name: str, values: Iterable[object]) -> None:
-    """Raises ConfigError if one of `values` is there twice: their samples would share an id."""
-    for value, count in Counter(values).items():
-        if count > 1:
-            raise ConfigError(name, value, "is there twice; give each once")
-
-
-def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises ConfigError unless `value` is one of `choices`."""
-    known = list(choices)
-    if value not in known:
-        raise ConfigError(name, value, f"choose one of {', '.join(known)}")
-
-
-def template(name: str, value: str, must: Sequence[str], may: Sequence[str] = ()) -> None:
-    """Raises ConfigError unless `value` has all of `must` in braces, and nothing else but `may`.
-
-    Other braces are written twice, as in :meth:`str.format`.
-    """
-    try:
-        parts = list(string.Formatter().parse(value))
-    except ValueError as error:
-        raise ConfigError(name, value, f"{error}; write {{{{ or }}}} for a brace") from error
-    found = {field for _, field, _, _ in parts if field is not None}
-    plain = not any(spec or conversion for _, _, spec, conversion in parts)
-    if not plain or not set(must) <= found <= {*must, *may}:
-        needed, optional = (", ".join(f"{{{one}}}" for one in names) for names in (must, may))
-        remedy = f"must have {needed}, may have {optional} and nothing else in braces"
-        raise ConfigError(name, value, remedy)

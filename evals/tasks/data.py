@@ -52,6 +52,18 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
     return rows
 
 
+def read_json(path: Path, field: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return json.loads(_utf8(path, field))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(field, str(path), f"is not JSON ({error})") from error
+
+
 def read_text(path: str | Path, field: str) -> str:
     """A text file in UTF-8, or in UTF-16 with its mark.
 

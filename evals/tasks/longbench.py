@@ -20,10 +20,12 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from jinja2 import Environment
+from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
+from evals.results.statistics import means_by
 from evals.tasks.base import Sample, Section, Task, after
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
@@ -111,7 +113,6 @@ class LongBench(Task):
 
     headline: ClassVar[str] = "score"
     grouped_by: ClassVar[str] = "data set"
-    own_lengths: ClassVar[bool] = True
     section: ClassVar[Section] = Section(
         "longbench",
         "LongBench",
@@ -123,16 +124,15 @@ class LongBench(Task):
     extended: bool = False
     subsets: Sequence[str] | None = None
     hub_revision: str | None = None
-    max_new_tokens: int | None = None
+    max_new_tokens: PositiveInt | None = None
     _rows: dict[str, list[dict[str, Any]]] = field(init=False, repr=False, default_factory=dict)
 
     @classmethod
-    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
         names = {"summaries": "summarization", "documents": "multi_doc_qa"}
         return {topic: set(CATEGORIES[name]) for topic, name in names.items()}
 
-    def check(self) -> None:
-        super().check()
+    def prepare(self) -> None:
         known = dataset_names(self.extended)
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ConfigError("task.data_dir", self.data_dir, "no such folder")
@@ -198,9 +198,9 @@ class LongBench(Task):
             stop=STOP.get(name, ()),
         )
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        classes = sample.meta["all_classes"]
-        return {"score": score(sample.group, prediction, sample.references, classes)}
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        given = record["prediction"], sample.references, sample.meta["all_classes"]
+        return {"score": score(sample.group, *given)}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Averages over data sets; of LongBench-E also by length, which the benchmark reports."""
@@ -221,10 +221,7 @@ def bucket_of(words: int) -> str:
 
 
 def _dataset_means(records: Iterable[Record]) -> dict[str, float]:
-    scores: dict[str, list[float]] = {}
-    for record in records:
-        scores.setdefault(record["group"], []).append(record["scores"]["score"])
-    return {name: statistics.fmean(values) for name, values in scores.items()}
+    return means_by(lambda record: record["group"], records, "score")
 
 
 def prompt_of(name: str, row: dict[str, Any]) -> str:

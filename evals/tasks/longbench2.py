@@ -6,22 +6,22 @@ prompt; here the model answers, and the letter is read from what it says.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jinja2 import Environment
+from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Task, one_of
-from evals.tasks.data import are_texts, load_hub, read_jsonl
+from evals.results.statistics import means_by_meta
+from evals.tasks.base import Sample, Task
+from evals.tasks.data import are_texts, load_hub, read_json, read_jsonl
 from evals.tasks.definitions import definitions, read_definition
 
 REMEDY = "LongBench v2 needs lm-eval: pip install -e '.[longbench]'"
@@ -53,13 +53,11 @@ class LongBench2(Task):
 
     data_file: str | None = None
     hub_revision: str | None = None
-    answer: str = "sentence"
-    max_new_tokens: int | None = 128
+    answer: Literal["sentence", "letter"] = "sentence"
+    max_new_tokens: PositiveInt = 128
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
 
-    def check(self) -> None:
-        super().check()
-        one_of("task.answer", self.answer, FORMS)
+    def prepare(self) -> None:
         self._rows = [
             _row(number, row) for number, row in enumerate(self._read()[: self.samples], start=1)
         ]
@@ -92,18 +90,15 @@ class LongBench2(Task):
             meta={key: row.get(key) for key in known},
         )
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
         # The benchmark's code takes asterisks out first.
-        found = FORMS[self.answer][1].search(prediction.replace("*", ""))
+        found = FORMS[self.answer][1].search(record["prediction"].replace("*", ""))
         right = found is not None and found[1] in sample.references
         return {"accuracy": float(right), "answered": float(found is not None)}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By domain, difficulty and length, as far as the data have them."""
-        found = {
-            key: means_by(key, records, self.headline) for key in ("domain", "difficulty", "length")
-        }
-        return {key: means for key, means in found.items() if means}
+        return means_by_meta(("domain", "difficulty", "length"), records, self.headline)
 
 
 def prompt_of(row: dict[str, Any]) -> str:
@@ -135,10 +130,7 @@ def _definitions() -> Path:
 def _read_file(path: Path) -> list[dict[str, Any]]:
     if path.suffix != ".json" or not path.is_file():
         return read_jsonl(path, "task.data_file")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("task.data_file", str(path), f"is not JSON ({error})") from error
+    rows = read_json(path, "task.data_file")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ConfigError("task.data_file", str(path), "must be a list of objects")
     return rows

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from unittest.mock import patch
 
 from jinja2 import Environment
+from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Task, one_of
+from evals.results.statistics import means_by_meta
+from evals.tasks.base import Sample, Task
 from evals.tasks.data import load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
 
@@ -52,18 +53,16 @@ class Math(Task):
     headline: ClassVar[str] = "pass@1"
     scorers: ClassVar[tuple[str, ...]] = ("lm-eval", "math-verify", "sympy")
 
-    benchmark: str = MINERVA
-    fewshot: int | None = None
+    benchmark: Literal[tuple(BENCHMARKS)] = MINERVA
+    fewshot: NonNegativeInt | None = None
     data_file: str | None = None
     hub_revision: str | None = None
-    max_new_tokens: int | None = 1024
+    max_new_tokens: PositiveInt = 1024
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
 
-    def check(self) -> None:
-        super().check()
-        one_of("task.benchmark", self.benchmark, BENCHMARKS)
+    def prepare(self) -> None:
         most = len(self._examples())
-        if self.fewshot is not None and not 0 <= self.fewshot <= most:
+        if self.fewshot is not None and self.fewshot > most:
             remedy = f"{self.benchmark} has {most} worked examples"
             raise ConfigError("task.fewshot", self.fewshot, remedy)
         _, *keys = BENCHMARKS[self.benchmark]
@@ -110,13 +109,12 @@ class Math(Task):
     def _examples(self) -> list[dict[str, Any]]:
         return scorer(MINERVA).list_fewshot_samples() if self.benchmark == MINERVA else []
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"pass@1": score(self.benchmark, prediction, sample.references[0])}
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        return {"pass@1": score(self.benchmark, record["prediction"], sample.references[0])}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By subject and level, where the data have them."""
-        found = {key: means_by(key, records, self.headline) for key in ("subject", "level")}
-        return {key: means for key, means in found.items() if means}
+        return means_by_meta(("subject", "level"), records, self.headline)
 
 
 def score(benchmark: str, prediction: str, reference: str) -> float:

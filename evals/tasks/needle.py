@@ -11,14 +11,17 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Picture, Sample, Task, at_least, distinct, one_of
+from evals.results.statistics import means_by
+from evals.tasks.base import Sample, Task
+from evals.tasks.picture import Picture
+from evals.tasks.types import Grid, Percent
 
 INTRO = (
     "There is a pass key hidden in the following text. Find it and remember it."
@@ -72,11 +75,8 @@ FILLER = (
 
 def grid(records: Sequence[Record]) -> dict[tuple[int, float], float]:
     """Mean accuracy by (length, depth)."""
-    cells: dict[tuple[int, float], list[float]] = {}
-    for record in records:
-        cell = (record["meta"]["length"], record["meta"]["depth"])
-        cells.setdefault(cell, []).append(record["scores"]["accuracy"])
-    return {cell: statistics.fmean(values) for cell, values in sorted(cells.items())}
+    cells = means_by(lambda r: (r["meta"]["length"], r["meta"]["depth"]), records, "accuracy")
+    return dict(sorted(cells.items()))
 
 
 @dataclass(kw_only=True)
@@ -105,34 +105,16 @@ class Needle(Task):
         row="{:g}%",
     )
 
-    variant: str = "single"
-    needles: int = 4
-    lengths: Sequence[int] = (1024,)
-    depths: Sequence[float] = (0, 25, 50, 75, 100)
-    repeats: int = 4
+    variant: Literal["single", "multikey", "multivalue"] = "single"
+    needles: Annotated[int, Field(ge=2, le=len(TOWNS))] = 4
+    lengths: Grid[Annotated[int, Field(ge=128)]] = (1024,)
+    depths: Grid[Percent] = (0, 25, 50, 75, 100)
+    repeats: PositiveInt = 4
     seed: int = 0
 
     @classmethod
-    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
-        return {"spread facts": None} if settings.get("variant", "single") != "single" else {}
-
-    def check(self) -> None:
-        super().check()
-        one_of("task.variant", self.variant, ("single", "multikey", "multivalue"))
-        at_least(2, "task.needles", self.needles)
-        if self.needles > len(TOWNS):
-            raise ConfigError("task.needles", self.needles, f"give at most {len(TOWNS)}")
-        at_least(1, "task.repeats", self.repeats)
-        for name in ("lengths", "depths"):
-            if not (values := getattr(self, name)) or isinstance(values, str):
-                raise ConfigError(f"task.{name}", values, "give a list, e.g. [1024]")
-        for length in self.lengths:
-            at_least(128, "task.lengths", length)
-        for depth in self.depths:
-            if not isinstance(depth, int | float) or not 0 <= depth <= 100:
-                raise ConfigError("task.depths", depth, "give percentages from 0 to 100")
-        distinct("task.lengths", self.lengths)
-        distinct("task.depths", self.depths)
+    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
+        return {"spread facts": None} if config.get("variant", "single") != "single" else {}
 
     def longest_prompt(self) -> int:
         return max(self.lengths)
@@ -197,47 +179,18 @@ class Needle(Task):
         needles = [MANY_NEEDLE.format(town=town, key=key) for town, key in pairs]
         return MANY_INTRO, needles, question, asked
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"accuracy": statistics.fmean(key in prediction for key in sample.references)}
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        said = record["prediction"]
+        return {"accuracy": statistics.fmean(key in said for key in sample.references)}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By length, and by length and depth, where there are several lengths."""
         if len(self.lengths) == 1:
             return {}
-        lengths = {
-            f"{length}": statistics.fmean(
-                value for (n, _), value in grid(records).items() if n == length
-            )
-            for length in sorted({record["meta"]["length"] for record in records})
-        }
-        cells = {f"{n} at {depth:g}%": value for (n, depth), value in grid(records).items()}
-        return {"length": lengths, "length and depth": cells}
-
-    def draw(self, records: Sequence[Record], folder: Path) -> None:
-        """heatmap.png: accuracy by length and depth."""
-        if not records:
-            return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         cells = grid(records)
-        lengths, depths = (sorted(set(values)) for values in zip(*cells, strict=True))
-        image = [[cells.get((n, depth), float("nan")) for n in lengths] for depth in depths]
-        size = (2.4 + 0.7 * len(lengths), 1.6 + 0.4 * len(depths))
-        figure, axis = plt.subplots(figsize=size, layout="constrained")
-        shown = axis.imshow(image, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        for row, values in enumerate(image):
-            for column, value in enumerate(values):
-                ink = "black" if 0.2 < value < 0.8 else "white"
-                style = {"ha": "center", "va": "center", "fontsize": 8, "color": ink}
-                axis.text(column, row, f"{value:.2f}", **style)
-        axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths])
-        axis.set_title(folder.name.rpartition("-")[0], fontsize=9)
-        axis.set_xlabel("prompt (tokens)")
-        axis.set_ylabel("depth of the passkey")
-        figure.colorbar(shown, label="accuracy")
-        figure.savefig(folder / "heatmap.png", dpi=150)
-        plt.close(figure)
+        lengths = {
+            f"{length}": statistics.fmean(value for (n, _), value in cells.items() if n == length)
+            for length in dict.fromkeys(n for n, _ in cells)
+        }
+        named = {f"{n} at {depth:g}%": value for (n, depth), value in cells.items()}
+        return {"length": lengths, "length and depth": named}

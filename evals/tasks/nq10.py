@@ -7,23 +7,26 @@ https://github.com/nelson-liu/lost-in-the-middle), the instruction is in other w
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import NonNegativeInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Section, Task, after, distinct, one_of, template
+from evals.results.statistics import means_by_meta
+from evals.tasks.base import Sample, Section, Task, after
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, normalized, word_f1
+from evals.tasks.types import Grid, template
 
 INSTRUCTION = (
     "Answer the question at the end from the documents below. Some of them have nothing to do with"
     " it. Give the answer alone, in a few words."
 )
+METRICS = ("best_subspan", "exact_match", "f1", "strict_match")
 
 
 @dataclass(kw_only=True)
@@ -54,16 +57,20 @@ class NQ10(Task):
     section: ClassVar[Section] = Section(
         "nq10",
         "Questions over ten documents (10-QA)",
-        ("best_subspan", "exact_match", "f1", "strict_match"),
+        METRICS,
         "Shares from 0 to 1. best_subspan is the data's owners' metric, strict_match BUZZ's.",
     )
     version: ClassVar[int] = 3
 
-    headline: str = "best_subspan"
-    prompt: str = "{instruction}\n\n{documents}\nQuestion: {question}\nAnswer:"
-    document: str = "Document [{number}](Title: {title}) {text}\n"
+    headline: Literal[METRICS] = "best_subspan"
+    prompt: Annotated[str, template(["documents", "question"], ["instruction"])] = (
+        "{instruction}\n\n{documents}\nQuestion: {question}\nAnswer:"
+    )
+    document: Annotated[str, template(["text"], ["title", "number"])] = (
+        "Document [{number}](Title: {title}) {text}\n"
+    )
     instruction: str | None = None
-    gold_at: Sequence[int] | None = None
+    gold_at: Grid[NonNegativeInt] | None = None
     data_file: str | None = None
     hub: str | None = None
     hub_config: str | None = None
@@ -72,17 +79,16 @@ class NQ10(Task):
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
 
     @classmethod
-    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
+    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
         return {"10-QA": None, "documents": None}
 
     def check(self) -> None:
         super().check()
-        one_of("task.headline", self.headline, score("", "", ("",)))
-        template("task.prompt", self.prompt, ["documents", "question"], ["instruction"])
-        template("task.document", self.document, ["text"], ["title", "number"])
         if self.instruction is not None and "{instruction}" not in self.prompt:
             remedy = "task.prompt has no {instruction} in which to put it; leave it out"
             raise ConfigError("task.instruction", self.instruction, remedy)
+
+    def prepare(self) -> None:
         needed = ("question", "answers", "ctxs")
         if self.data_file is not None:
             rows = read_jsonl(self.data_file, "task.data_file", needed)
@@ -98,9 +104,8 @@ class NQ10(Task):
                 raise ConfigError("task.data_file", f"sample {number}", problem)
         fewest = min(len(row["ctxs"]) for row in rows)
         for place in self.gold_at or ():
-            if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < fewest:
+            if place >= fewest:
                 raise ConfigError("task.gold_at", place, f"give places from 0 to {fewest - 1}")
-        distinct("task.gold_at", self.gold_at or ())
         self._rows = [row | {"gold_index": _gold_index(row)} for row in rows]
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
@@ -133,18 +138,14 @@ class NQ10(Task):
             meta={"gold_at": place},
         )
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return score(prediction, sample.references[0], sample.references)
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        return score(record["prediction"], sample.references[0], sample.references)
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By the gold document's place where the data chose it; else the groups are that."""
         if self.gold_at:
             return {}
-        places: dict[int, list[float]] = {}
-        for record in records:
-            value = record["scores"][self.headline]
-            places.setdefault(record["meta"]["gold_at"], []).append(value)
-        return {self.grouped_by: {str(p): statistics.fmean(places[p]) for p in sorted(places)}}
+        return {self.grouped_by: means_by_meta(("gold_at",), records, self.headline)["gold_at"]}
 
 
 def score(prediction: str, first: str, references: Sequence[str]) -> dict[str, float]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 from typing import ClassVar
 
+from pydantic import PositiveInt
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.tasks.base import Sample, Task, at_least
+from evals.results.schema import Record
+from evals.tasks.base import Sample, Task
 
 QUESTION = "Summarize the text above in one or two sentences."
 
@@ -36,14 +38,14 @@ class Pydoc(Task):
     headline: ClassVar[str] = "rouge2"
     scorers: ClassVar[tuple[str, ...]] = ("rouge-score",)
 
-    shortest: int = 400
-    longest: int = 1100
+    shortest: PositiveInt = 400
+    longest: PositiveInt = 1100
     seed: int = 0
 
     def check(self) -> None:
         super().check()
-        at_least(1, "task.shortest", self.shortest)
-        at_least(self.shortest, "task.longest", self.longest)
+        if self.longest < self.shortest:
+            raise ConfigError("task.longest", self.longest, f"give at least {self.shortest}")
 
     def longest_prompt(self) -> int:
         return self.longest
@@ -69,6 +71,7 @@ class Pydoc(Task):
             for name in names[: self.samples]
         ]
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        scores = RougeScorer(["rouge1", "rouge2"]).score(sample.references[0], prediction)
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        page, summary = sample.references[0], record["prediction"]
+        scores = RougeScorer(["rouge1", "rouge2"]).score(page, summary)
         return {name: score.precision for name, score in scores.items()}

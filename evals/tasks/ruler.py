@@ -6,24 +6,19 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Task, at_least, distinct, one_of
+from evals.results.statistics import means_by
+from evals.tasks.base import Sample, Task
 from evals.tasks.encoding import encode
-from evals.tasks.ruler_texts import (
-    ANSWER,
-    QA,
-    SUBTASKS,
-    Drawn,
-    family,
-    generate,
-    modules,
-    read_data,
-)
+from evals.tasks.ruler_data import QA, SUBTASKS, family, modules, read_data
+from evals.tasks.ruler_texts import ANSWER, Drawn, generate
+from evals.tasks.types import Grid
 
 # Those that need no data.
 SYNTHETIC = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
@@ -48,32 +43,22 @@ class Ruler(Task):
 
     headline: ClassVar[str] = "score"
     grouped_by: ClassVar[str] = "subtask"
-    own_lengths: ClassVar[bool] = True
     scorers: ClassVar[tuple[str, ...]] = ("lm-eval",)
 
-    subtasks: Sequence[str] | None = SYNTHETIC
-    lengths: Sequence[int] = (4096,)
-    samples: int | None = 20
+    subtasks: Grid[Literal[SUBTASKS]] | None = SYNTHETIC
+    lengths: Grid[Annotated[int, Field(ge=256)]] = (4096,)
+    samples: PositiveInt = 20
     seed: int = 0
     data_dir: str | None = None
-    max_new_tokens: int | None = None
+    max_new_tokens: PositiveInt | None = None
     _data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
     def check(self) -> None:
         super().check()
-        if self.samples is None:
-            remedy = "give the number of samples of each subtask and length"
-            raise ConfigError("task.samples", None, remedy)
-        for name, values in (("lengths", self.lengths), ("subtasks", self.subtasks)):
-            if values is not None and (not values or isinstance(values, str)):
-                raise ConfigError(f"task.{name}", values, "give a list, e.g. [4096] or [vt,cwe]")
-            distinct(f"task.{name}", values or ())
-        for length in self.lengths:
-            at_least(256, "task.lengths", length)
-        for subtask in self._subtasks:
-            one_of("task.subtasks", subtask, SUBTASKS)
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ConfigError("task.data_dir", self.data_dir, "no such folder")
+
+    def prepare(self) -> None:
         modules()
         self._data = {name: read_data(name, self.data_dir) for name in self._subtasks}
 
@@ -99,8 +84,8 @@ class Ruler(Task):
             return len(tokenizer(text)["input_ids"])
 
         template = _tokens(tokenizer, "x", self._chat(tokenizer)) - count("x")
-        room, samples = length - template, self.samples or 0
-        return generate(subtask, count, length, room, samples, self.seed, self._data[subtask])
+        room, data = length - template, self._data[subtask]
+        return generate(subtask, count, length, room, self.samples, self.seed, data)
 
     def _sample(
         self,
@@ -131,8 +116,8 @@ class Ruler(Task):
     def _chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         return self.chat_template and tokenizer.chat_template is not None
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"score": score(sample.meta["subtask"], prediction, sample.references)}
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        return {"score": score(sample.meta["subtask"], record["prediction"], sample.references)}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Of several lengths, by length, by subtask, and the benchmark's averages over lengths.
@@ -172,11 +157,7 @@ def score(subtask: str, prediction: str, answers: Sequence[str]) -> float:
 
 def means(records: Iterable[Record]) -> dict[tuple[str, int], float]:
     """Mean score by (subtask, length)."""
-    cells: dict[tuple[str, int], list[float]] = {}
-    for record in records:
-        cell = (record["meta"]["subtask"], record["meta"]["length"])
-        cells.setdefault(cell, []).append(record["scores"]["score"])
-    return {cell: statistics.fmean(values) for cell, values in cells.items()}
+    return means_by(lambda r: (r["meta"]["subtask"], r["meta"]["length"]), records, "score")
 
 
 def averages(by_length: Sequence[float | None]) -> dict[str, float | None]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.tasks.base import Sample, Section, Task, after, at_least, one_of, template
+from evals.results.schema import Record
+from evals.tasks.base import Sample, Section, Task, after
 from evals.tasks.data import load_hub, read_jsonl
 from evals.tasks.text import as_buzz_writes, package_rouge, rouge, self_bleu
+from evals.tasks.types import template
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+METRICS = (*ROUGE, *(f"pkg_{name}" for name in ROUGE), "self_bleu")
 
 ARTICLE_FIELDS = ("document", "article")
 SUMMARY_FIELDS = ("summary", "highlights", "summary_gt")
@@ -42,16 +48,18 @@ class Summarization(Task):
     section: ClassVar[Section] = Section(
         "summarization",
         "Summaries of news: CNN/DailyMail and XSUM",
-        ("rouge1", "rouge2", "rougeL", "pkg_rougeL"),
+        (*ROUGE, "pkg_rougeL"),
         "ROUGE F-measure, 0 to 100; rouge1, rouge2, rougeL by rouge-score with stemming, pkg_rougeL"
         " by the package rouge. Intervals: 95% bootstrap over samples.",
     )
     version: ClassVar[int] = 2
     scorers: ClassVar[tuple[str, ...]] = ("rouge", "rouge-score", "nltk")
 
-    headline: str = "rougeL"
-    prompt: str = "{article}\n\nSummarize the above article in {words} words."
-    words: int = 50
+    headline: Literal[METRICS] = "rougeL"
+    prompt: Annotated[str, template(["article"], ["words"])] = (
+        "{article}\n\nSummarize the above article in {words} words."
+    )
+    words: PositiveInt = 50
     data_file: str | None = None
     hub: str
     hub_config: str | None = None
@@ -64,14 +72,10 @@ class Summarization(Task):
         return self.headline != "self_bleu"
 
     @classmethod
-    def topics(cls, settings: Mapping[str, Any]) -> dict[str, set[str] | None]:
-        return {} if settings.get("headline") == "self_bleu" else {"summaries": None}
+    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
+        return {} if config.get("headline") == "self_bleu" else {"summaries": None}
 
-    def check(self) -> None:
-        super().check()
-        at_least(1, "task.words", self.words)
-        template("task.prompt", self.prompt, ["article"], ["words"])
-        one_of("task.headline", self.headline, self.score_texts("x", "x"))
+    def prepare(self) -> None:
         if self.data_file is None:
             source = (self.hub, self.hub_config, self.split)
             self._rows = load_hub(*source, "task.data_file", self.hub_revision)
@@ -95,14 +99,9 @@ class Summarization(Task):
             meta={"id": row.get("id")},
         )
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return self.score_texts(sample.references[0], prediction)
-
-    @staticmethod
-    def score_texts(reference: str, prediction: str) -> dict[str, float]:
-        """All scores of a summary."""
-        written = as_buzz_writes(prediction)
-        scores = rouge(reference, prediction) | package_rouge(reference, written)
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        reference, written = sample.references[0], as_buzz_writes(record["prediction"])
+        scores = rouge(reference, record["prediction"]) | package_rouge(reference, written)
         return scores | {"self_bleu": self_bleu(written)}
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
-from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Task, at_least, distinct
+from evals.tasks.base import Sample, Task
+from evals.tasks.types import Grid
 
 MEASURES = {
     "decode tokens/s": "decode_tokens_per_s",
@@ -40,22 +41,10 @@ class Throughput(Task):
     timed: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
-    lengths: list[int] = field(default_factory=lambda: [1024])
-    samples: int | None = 3
+    lengths: Grid[PositiveInt] = (1024,)
+    samples: PositiveInt = 3
     seed: int = 0
-    chat_template: bool = False
-
-    def check(self) -> None:
-        super().check()
-        if self.samples is None:
-            raise ConfigError("task.samples", None, "give the number of prompts of each length")
-        if not self.lengths:
-            raise ConfigError("task.lengths", self.lengths, "give at least one number of tokens")
-        for length in self.lengths:
-            at_least(1, "task.lengths", length)
-        distinct("task.lengths", self.lengths)
-        if self.chat_template:
-            raise ConfigError("task.chat_template", True, "prompts are random tokens; leave it out")
+    chat_template: Literal[False] = False  # prompts are random tokens
 
     def longest_prompt(self) -> int:
         return max(self.lengths)
@@ -73,13 +62,10 @@ class Throughput(Task):
                 ids=tuple(draw.choices(plain, k=length)),
             )
             for length in self.lengths
-            for number in range(self.samples or 0)
+            for number in range(self.samples)
         ]
 
-    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        raise TypeError(f"{self.name} scores numbers of tokens and not predictions")
-
-    def score_record(self, sample: Sample, record: Record) -> dict[str, float]:
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
         return {"answer_tokens": float(record["generated_tokens"])}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import ClassVar
 
+from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.schema import Record
-from evals.tasks.base import Sample, Section, StreamTask, at_least
+from evals.tasks.base import Sample, Section, StreamTask
 from evals.tasks.data import load_hub, read_text
 
 
@@ -48,8 +49,8 @@ class Wikitext(StreamTask):
         "Lower is better. Intervals of the score: bootstrap over the text's blocks.",
     )
 
-    samples: int | None = 1
-    rows: int | None = None
+    samples: PositiveInt | None = 1
+    rows: PositiveInt | None = None
     data_file: str | None = None
     hub: str = "Salesforce/wikitext"
     hub_config: str | None = "wikitext-2-raw-v1"
@@ -60,12 +61,13 @@ class Wikitext(StreamTask):
     def check(self) -> None:
         super().check()
         if self.rows is not None:
-            at_least(1, "task.rows", self.rows)
             if self.tokens is not None:
                 remedy = "task.rows are read whole; write null for one of the two"
                 raise ConfigError("task.tokens", self.tokens, remedy)
             if self.samples not in (None, 1):
                 raise ConfigError("task.samples", self.samples, "task.rows are one sample; write 1")
+
+    def prepare(self) -> None:
         if self.data_file is not None:
             text = read_text(self.data_file, "task.data_file")
             self._lines = list(io.StringIO(text))  # which end at newlines only
@@ -120,7 +122,8 @@ class Wikitext(StreamTask):
             starts=tuple(accumulate(map(len, rows[:-1]), initial=0)),
         )
 
-    def score_losses(self, sample: Sample, losses: Sequence[float]) -> dict[str, float]:
+    def score(self, sample: Sample, record: Record) -> dict[str, float]:
+        losses = record["losses"]
         scores = {"token_perplexity": math.exp(statistics.fmean(losses))}
         # A text of a few "words", as in Chinese, has none that a float could hold.
         with suppress(OverflowError):

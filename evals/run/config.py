@@ -1,14 +1,14 @@
-"""The types of settings, checked by pydantic without any conversion: `no` is no boolean."""
+"""The types of a configuration, checked by pydantic without any conversion: `no` is no boolean."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PositiveInt, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 
 from buzz.cache import positions_of
 from evals.run.compress import Compress
-from evals.tasks.build import STRICT, refusal
+from evals.tasks.build import STRICT, validate
 
 # Run folders are named by these, and must stay inside `output`.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+@-]{1,60}$")]
@@ -19,13 +19,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Group(BaseModel):
     model_config = STRICT
     name: Name
-
-
-class Model(Group):
-    max_length: PositiveInt
-    name_or_path: Text | None = None
-    gguf_file: Text | None = None
-    seed: Seed = 0
 
 
 class Protocol(Group):
@@ -39,13 +32,13 @@ class Cache(BaseModel):
     logn_clamp: bool
 
 
-class Settings(BaseModel):
-    """What every configuration has. The rest belongs to the method, the task and the model."""
+class Config(BaseModel):
+    """What every configuration has; method, task and model check the rest of their sections."""
 
     model_config = STRICT
     method: Group
     task: Group
-    model: Model
+    model: Group
     logger: Group
     protocol: Protocol
     cache: Cache
@@ -61,14 +54,10 @@ class Settings(BaseModel):
     objectives: list[str] | None = None
 
 
-def check_settings(config: dict[str, Any]) -> None:
-    """Raises ConfigError unless a configuration has all of :class:`Settings`.
+def check_config(config: dict[str, Any]) -> None:
+    """Raises ConfigError unless a configuration has all of :class:`Config`.
 
-    `cache.positions` is written as the name that it stands for, so that equal settings are equal.
+    `cache.positions` is written as the name that it stands for, so that equal ones are equal.
     """
-    try:
-        Settings.model_validate(config)
-    except ValidationError as error:
-        name = ".".join(map(str, error.errors()[0]["loc"]))
-        raise refusal(name, error) from error
+    validate(Config, config)
     config["cache"]["positions"] = positions_of(config["cache"]["positions"])

@@ -1,0 +1,106 @@
+"""Copies of a cache: each goes on as if it were alone, and costs nothing until it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tiny import prompt, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from baselines import FullPolicy, H2OPolicy, SnapKVPolicy, StreamingLLMPolicy
+from buzz import BuzzPolicy, EvictionCache, ForkedCache
+
+METHODS = {
+    "full": FullPolicy(),
+    "streaming_llm": StreamingLLMPolicy(sink=2, window=20),
+    "h2o": H2OPolicy(heavy=12, recent=12),
+    "snapkv": SnapKVPolicy(capacity=24, window=8),
+    "buzz": BuzzPolicy(window=10, sink=2, threshold=24, stride=3),
+}
+
+
+def feed(model: PreTrainedModel, cache: EvictionCache, steps: Sequence[Tensor], pad: int) -> Tensor:
+    """Logits [steps, rows, vocab]; the first row has `pad` tokens of padding."""
+    logits = []
+    for ids in steps:
+        seen = cache.get_seq_length() + ids.shape[1]
+        mask = torch.ones(len(ids), seen, dtype=torch.int64)
+        mask[0, :pad] = 0
+        with torch.inference_mode():
+            logits.append(model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+    return torch.stack(logits)
+
+
+def tokens(count: int, seed: int) -> list[Tensor]:
+    return list(prompt(count, batch=2, seed=seed).split(1, dim=1))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-dynamic", "gemma3-mixed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_both_go_on_as_if_alone(family: str, method: str) -> None:
+    """After evictions, in half precision whose residents are kept as they came, with padding."""
+    model = tiny(family, dtype=torch.bfloat16)
+    before = [prompt(40, batch=2), *tokens(9, 1)]
+    questions = [[prompt(7, batch=2, seed=seed), *tokens(12, seed)] for seed in (2, 3)]
+    alone = []
+    for question in questions:
+        cache = EvictionCache(model, METHODS[method])
+        feed(model, cache, before, 5)
+        alone.append((feed(model, cache, question, 5), cache))
+
+    cache = EvictionCache(model, METHODS[method])
+    feed(model, cache, before, 5)
+    twin = cache.copy()
+    assert [one.store.keys.data_ptr() for one in twin.evicting] == [
+        one.store.keys.data_ptr() for one in cache.evicting
+    ]
+    assert twin.trace() == cache.trace()
+    for step, both in enumerate(zip(*questions, strict=True)):  # by turns
+        for ids, one, (logits, _) in zip(both, (cache, twin), alone, strict=True):
+            assert torch.equal(feed(model, one, [ids], 5)[0], logits[step])
+    for one, (_, other) in zip((cache, twin), alone, strict=True):
+        assert one.evictions == other.evictions and one.trace() == other.trace()
+        assert torch.equal(one.kept_positions(-1), other.kept_positions(-1))
+
+
+@pytest.mark.parametrize("first", ["cache", "twin"])
+def test_a_reset_leaves_the_other(first: str) -> None:
+    model, question = tiny(), tokens(6, 2)
+    cache = EvictionCache(model, METHODS["h2o"])
+    feed(model, cache, [prompt(40, batch=2)], 0)
+    expected = feed(model, cache.copy(), question, 0)
+    twin = cache.copy()
+    gone, other = (cache, twin) if first == "cache" else (twin, cache)
+    gone.reset()
+    feed(model, gone, [prompt(50, batch=2, seed=9)], 0)  # into buffers that nobody else reads
+    torch.testing.assert_close(feed(model, other, question, 0), expected, rtol=0, atol=0)
+
+
+def test_copies_of_a_copy() -> None:
+    model, question = tiny(), tokens(6, 2)
+    cache = EvictionCache(model, METHODS["buzz"])
+    feed(model, cache, [prompt(40, batch=2)], 0)
+    copies = [cache.copy() for _ in range(2)]
+    copies.append(copies[0].copy())
+    found = [feed(model, one, question, 0) for one in (*copies, cache)]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_forks_are_copied_together() -> None:
+    model, ids = tiny(), prompt(40)
+    forked = ForkedCache(model, [METHODS["h2o"], METHODS["buzz"]])
+    model(ids, past_key_values=forked)
+    found = []
+    for seed in (1, 2):
+        question = prompt(5, seed=seed)
+        logits = model(question.expand(2, -1), past_key_values=forked.copy()).logits[:, -1]
+        for row, method in enumerate(("h2o", "buzz")):
+            cache = EvictionCache(model, METHODS[method])
+            model(ids, past_key_values=cache)
+            own = model(question, past_key_values=cache).logits[0, -1]
+            torch.testing.assert_close(logits[row], own, atol=1e-4, rtol=1e-4)
+        found.append(logits)
+    assert not torch.equal(*found) and forked.get_seq_length() == 40
