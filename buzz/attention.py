@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from buzz import kernels
 from buzz.adapter import Attention
@@ -160,6 +161,8 @@ def _mask(backend: str, query: Tensor, key: Tensor, starts: Tensor | None) -> Te
         new == 1 or (new == held and backend == "sdpa") or backend.startswith("flash")
     ):
         return None
+    if starts is None and backend == "sdpa" and not torch.compiler.is_compiling():
+        return causal_lower_right(new, held)  # flash attention, where a device has it; no matrix
     slots = torch.arange(held, device=key.device)
     if backend.startswith("flash"):
         assert starts is not None

@@ -93,7 +93,8 @@ def measure(job: Job) -> dict[str, Any]:
     with torch.inference_mode():
         # On a GPU the first prompt of a length also chooses, or compiles, its kernels.
         run = Run(job, model, 1)
-        run.decode(run.prefill(ids[:1] if device.type == "cuda" else ids[:1, :WARM]), 4)
+        token = run.prefill(ids[:1] if device.type == "cuda" else ids[:1, :WARM])
+        first_step = run.decode(token, 4)[0]  # in which a graph is compiled
         del run
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         reset_memory_peak(device)
@@ -106,9 +107,6 @@ def measure(job: Job) -> dict[str, Any]:
         if copies:
             run.cache.batch_repeat_interleave(batch)
             token = token.expand(batch, -1).contiguous()
-        start = time.perf_counter()
-        run.decode(token, 1)
-        first_step = time.perf_counter() - start
         run.decode(token, job.settle)
         latencies = run.decode(token, job.new)
         entries, entry, allocated = run.held()

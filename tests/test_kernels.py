@@ -16,8 +16,9 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
-from buzz import kernels
+from buzz import attention, kernels
 from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
 
@@ -208,6 +209,28 @@ def test_repeated_runs_agree_to_the_bit(impl: ModuleType) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("padding", [None, [0, 7]])
+@pytest.mark.parametrize("scored", [True, False])
+def test_append_writes_one_slot(impl: ModuleType, scored: bool, padding: list[int] | None) -> None:
+    if impl is cpu:
+        pytest.skip("served by the reference")
+    random = seeded(0)
+    buffers = [
+        torch.randn(2, 3, 12, 20, generator=random)[:, :, 1:],
+        torch.randn(2, 3, 11, 5, generator=random),
+        torch.full((2, 3, 11), 3, dtype=torch.int32),
+        torch.rand(2, 3, 11, generator=random),
+    ][: 3 + scored]
+    key, value = torch.randn(2, 3, 1, 20), torch.randn(2, 3, 1, 5)
+    want = [tensor.clone() for tensor in buffers]
+    want[0][:, :, 6:7], want[1][:, :, 6:7] = key, value
+    want[2][:, :, 6] = 41 - torch.tensor(padding or [0, 0])[:, None]
+    for tensor in want[3:]:
+        tensor[:, :, 6] = 0
+    impl.append(buffers, key, value, 6, 41, None if padding is None else torch.tensor(padding))
+    assert all(torch.equal(x, y) for x, y in zip(buffers, want, strict=True))
+
+
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("adds", [True, False])
 def test_a_step_appends_attends_and_scores(impl: ModuleType, scored: bool, adds: bool) -> None:
@@ -331,6 +354,15 @@ def test_two_build_at_once_and_a_third_finds_the_library(
     assert cpu.build().stat().st_mtime_ns == stamp
 
 
+def test_a_chunk_without_scores_needs_no_matrix_of_its_own() -> None:
+    """Aligned at the bottom right, which flash attention serves where a device has it."""
+    query, key, value = draw(q=7, n=30, heads=2, kv_heads=2)
+    bias = attention._mask("sdpa", query, key, None)
+    assert isinstance(bias, CausalBias)
+    got = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=0.125)
+    torch.testing.assert_close(got.double(), full(query, key, value, 0.125)[0])
+
+
 @triton
 def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever device is the current one: Triton would take that."""
@@ -369,6 +401,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     store = [key, value, torch.zeros(1, 2, 20, dtype=torch.int32)]
     bounds = torch.tensor([[0], [20], [19]])
     module.step(query[:, :, :1], key[:, :, :1], value[:, :, :1], *store, None, bounds, 1.0, True)
+    module.append(store, key[:, :, :1], value[:, :, :1], 3, 3)
     module.move(store, store, torch.zeros(1, 2, 1, dtype=torch.int64), 2, 2)
     assert set(launched) == set(kernels_of) and not current
 

@@ -28,7 +28,7 @@ from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
 
 NAMES = ("triton", "cpu", "reference")
-__all__ = ["NAMES", "implementation", "move", "scored_decode", "scored_prefill", "step"]
+__all__ = ["NAMES", "append", "implementation", "move", "scored_decode", "scored_prefill", "step"]
 
 
 @functools.cache
@@ -127,6 +127,30 @@ def scored_decode(
     if torch.compiler.is_compiling():
         return _compiled(query, key, value, scale, None, 1.0, starts)
     return implementation(query).scored_decode(query, key, value, scale, starts)
+
+
+def append(
+    buffers: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    slot: int,
+    token: int,
+    padding: Tensor | None = None,
+) -> None:
+    """Write a token's entry into its slot.
+
+    Args:
+        buffers: keys [B, H, C, D], values, positions int32 [B, H, C], and scores float32 [B, H, C]
+            if there are any, changed in place.
+        key, value: [B, H, 1, D] and [B, H, 1, Dv].
+        slot: where, the same in all rows.
+        token: tokens before it, padding included.
+        padding: int64 [B], of each row; None: none.
+    """
+    chosen = reference if torch.compiler.is_compiling() else implementation(buffers[0])
+    if not hasattr(chosen, "append"):  # four copies are no slower on a CPU
+        chosen = reference
+    chosen.append(buffers, key, value, slot, token, padding)
 
 
 def step(

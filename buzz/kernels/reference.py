@@ -75,6 +75,23 @@ def scored_decode(
     return output.to(query.dtype), weights.sum(2).float()
 
 
+def append(
+    buffers: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    slot: int,
+    token: int,
+    padding: Tensor | None = None,
+) -> None:
+    """See :func:`buzz.kernels.append`."""
+    keys, values, positions, *scores = buffers
+    keys[:, :, slot] = key[:, :, 0]
+    values[:, :, slot] = value[:, :, 0]
+    positions[:, :, slot] = token if padding is None else (token - padding)[:, None]
+    for tensor in scores:
+        tensor[:, :, slot] = 0
+
+
 def step(
     query: Tensor,
     key: Tensor,

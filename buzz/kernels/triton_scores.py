@@ -238,25 +238,34 @@ def _combine_kernel(
         tl.store(received, share, mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot", "token"])
 def _append_kernel(
-    key, value, keys, values, positions, bounds,
-    snb, snh, swb, swh, skb, skh, skt, svb, svh, svt, spb, sph,
-    batch, heads,
+    key, value, keys, values, positions, scores, bounds,
+    snb, snh, swb, swh, skb, skh, skt, svb, svh, svt, spb, sph, ssb, ssh,
+    batch, heads, slot, token,
+    BOUNDED: tl.constexpr, PADDED: tl.constexpr, SCORED: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The new entry of one row and head, into the last slot that `bounds` names."""
+    """The new entry of one row and head, into `slot` or, if BOUNDED, the last that `bounds` names.
+
+    If PADDED, `bounds` holds the padding of each row.
+    """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
-    slot = tl.load(bounds + batch + b) - 1
+    if BOUNDED:
+        slot = tl.load(bounds + batch + b) - 1
+        token = tl.load(bounds + 2 * batch + b)
+    elif PADDED:
+        token = token - tl.load(bounds + b)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     k = tl.load(key + b * snb + h * snh + d, mask=d < DIM)
     tl.store(keys + b * skb + h * skh + slot * skt + d, k, mask=d < DIM)
     v = tl.load(value + b * swb + h * swh + dv, mask=dv < VALUE_DIM)
     tl.store(values + b * svb + h * svh + slot * svt + dv, v, mask=dv < VALUE_DIM)
-    token = tl.load(bounds + 2 * batch + b).to(tl.int32)
     tl.store(positions + b * spb + h * sph + slot, token)
+    if SCORED:
+        tl.store(scores + b * ssb + h * ssh + slot, 0.0)
 
 
 @triton.jit(do_not_specialize=["count", "to", "shift"])
@@ -417,6 +426,41 @@ def scored_decode(
 
 
 @_on_device
+def append(
+    buffers: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    slot: int,
+    token: int,
+    padding: Tensor | None = None,
+) -> None:
+    """See :func:`buzz.kernels.append`."""
+    _append(buffers, key, value, padding, slot, token)
+
+
+def _append(
+    buffers: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    slot: int,
+    token: int,
+    bounded: bool = False,
+) -> None:
+    key, value = _dense(key), _dense(value)
+    keys, values, positions, scores = [*buffers, buffers[2]][:4]
+    batch, heads, _, dim = keys.shape
+    value_dim = values.shape[-1]
+    _append_kernel[(batch * heads,)](
+        key, value, keys, values, positions, scores, bounds,
+        *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+        *positions.stride()[:2], *scores.stride()[:2], batch, heads, slot, token,
+        BOUNDED=bounded, PADDED=bounds is not None, SCORED=len(buffers) > 3,
+        DIM=dim, VALUE_DIM=value_dim, BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim),
+    )  # fmt: skip
+
+
+@_on_device
 def step(
     query: Tensor,
     key: Tensor,
@@ -430,15 +474,7 @@ def step(
     adds: bool,
 ) -> Tensor:
     """See :func:`buzz.kernels.step`."""
-    key, value = _dense(key), _dense(value)
-    batch, heads, _, dim = keys.shape
-    value_dim = values.shape[-1]
-    _append_kernel[(batch * heads,)](
-        key, value, keys, values, positions, bounds,
-        *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-        *positions.stride()[:2], batch, heads,
-        DIM=dim, VALUE_DIM=value_dim, BLOCK_D=_wide(dim), BLOCK_V=_wide(value_dim),
-    )  # fmt: skip
+    _append([keys, values, positions], key, value, bounds, 0, 0, bounded=True)
     return _decode(query, keys, values, scale, bounds, scores, bounded=True, adds=adds)
 
 

@@ -208,7 +208,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     # What runs once per process (kernels, allocator pools) must not count in the first sample.
     # Should it fail, the first sample will and is recorded.
     with suppress(Exception):
-        first, options = [work.prompts[0].ids[:32]], work.plan.config["cache"]
+        first, options = [work.prompts[0].ids[:32]], work.plan.cache_options
         generate(work.model, work.tokenizer, first, work.plan.policy, 2, (), options)
     parameters = sum(weights.numel() for weights in work.model.parameters())
     now = environment(str(work.model.device), work.plan.config["seed"], parameters)
@@ -287,7 +287,7 @@ def _answer(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
         policy,
         batch[0].max_new_tokens,
         batch[0].sample.stop,
-        work.plan.config["cache"],
+        work.plan.cache_options,
         batch[0].later,
     )
     return [generation.record() for generation in generations]
