@@ -111,6 +111,7 @@ def evict(
                 scores = policy.score(look(group, rows))
                 with _default(store.device):
                     chosen = policy.select(group.held, group.state, scores)
+                chosen = chosen.to(store.device, non_blocking=True)
                 group.evictions += 1
                 group.cut = group.seen
             else:

@@ -47,7 +47,7 @@ def test_rows_are_what_methods_give_alone(family, positions) -> None:
 def test_comparison_is_that_of_separate_runs() -> None:
     """To 1e-5: the divergences of every method, on the answer that the full cache gives."""
     model, policies, ids = tiny(), fitted(), prompt(TOKENS)[0].tolist()
-    answer, found = compare(model, ids, policies, 12, set(), {})
+    answer, found, own = compare(model, ids, policies, 12, set(), {}, (), 8)
     greedy = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     assert answer == greedy[0, TOKENS:].tolist()
     for policy, one in zip(policies, found, strict=True):
@@ -57,13 +57,22 @@ def test_comparison_is_that_of_separate_runs() -> None:
         each = [policy.for_layer(layer, 3).lengths([TOKENS] + [1] * 11) for layer in range(3)]
         assert one["entries_peak"] == max(sum(held) / 3 for held in zip(*each, strict=True))
     assert any(one["kl"] > 0.01 for one in found)
+    for policy, tokens in zip([FullPolicy(), *policies], own, strict=True):
+        cache = EvictionCache(model, policy)
+        greedy = model.generate(
+            torch.tensor([ids]), past_key_values=cache, max_new_tokens=8, do_sample=False
+        )
+        assert tokens == greedy[0, TOKENS:].tolist(), policy.name
+    assert len({tuple(tokens) for tokens in own}) > 1
 
 
 def test_answers_end_where_the_full_cache_ends_them() -> None:
     model, ids = tiny(), prompt(TOKENS)[0].tolist()
-    answer, _ = compare(model, ids, [FullPolicy()], 12, set(), {})
-    ended, (found,) = compare(model, ids, [FullPolicy()], 12, {answer[0]}, {})
-    assert ended == answer[:1] and found["kl"] is None and found["top1"] is None
+    answer, *_ = compare(model, ids, [FullPolicy()], 12, set(), {})
+    ended, (found,), own = compare(model, ids, [FullPolicy()], 12, {answer[0]}, {}, (), 12)
+    assert ended == own[0] == own[1] == answer[:1] and found["kl"] is None and found["top1"] is None
+    *_, own = compare(model, ids, [FullPolicy()], 12, set(), {}, (), 12, {answer[0]})
+    assert own[0] == own[1] == answer[:1]
 
 
 def test_what_is_refused() -> None:
@@ -92,6 +101,7 @@ def test_where_an_answer_comes_from() -> None:
 def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     """Resumes without work, is put together from shards, and is rebuilt from its numbers alone."""
     shared = [*MODEL, *NEEDLE, "+experiment=fidelity", "task=needle", "fidelity.tokens=6"]
+    shared += ["fidelity.answers=true"]
     shared += ["fidelity.budgets=[0.25]", f"output={tmp_path}/runs"]
     for shard in ("0/2", "1/2", "1/2"):
         assert main(*shared, f"task.shard={shard}") == 0
@@ -107,6 +117,8 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     lines = before["fidelity.csv"].decode().splitlines()
     methods = {line.split(",")[1] for line in lines[1:]}
     assert methods == {one["method"] for one in records[0]["forks"]} and "h2o" in methods
+    assert all(0 <= one["score"] <= 1 for record in records for one in record["forks"])
+    assert "score,full_score" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_generate import METHODS
+from methods import METHODS
 from tiny import SHAPE, from_config, prompt
 from transformers import DynamicCache, LlamaConfig
 

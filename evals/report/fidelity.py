@@ -23,16 +23,14 @@ from buzz import Budget, BuzzPolicy
 from buzz.errors import ConfigError
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.forms import Table
-from evals.report.methods import place, style_of
+from evals.report.methods import CONTRASTED, RIVAL, place, style_of
 from evals.results.equal_memory import MARK, TOLERANCE
 from evals.results.records import RunFolder
 from evals.results.runs import compression
 from evals.results.statistics import bootstrap
 
 FORKS, SAMPLES, SUMMARY = "forks.jsonl", "samples.csv.gz", "fidelity.csv"
-RIVAL = "h2o"  # whom the others are compared with, in pairs
 SAME = ["task", "sample", "budget", "budget_by"]  # of comparisons that are paired
-SHOWN = ("streaming_llm", "h2o", "buzz", "snapkv")  # in the figure of sources
 BUDGET = 0.25  # there
 
 
@@ -69,6 +67,7 @@ def _rows(record: dict[str, Any], config: dict[str, Any]) -> Iterator[dict[str, 
         "context_tokens": record.get("context_tokens", record["prompt_tokens"]),
         "answer_tokens": record["answer_tokens"],
         "answer": record["answer_sha256"],
+        "full_score": record.get("full_score"),
         **{f"copied_{name}": value for name, value in record["copied"].items()},
     }
     for fork in record["forks"]:
@@ -100,6 +99,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
                 "budget": budget,
                 "budget_by": by,
                 "n": len(group),
+                **{name: group[name].mean() for name in ("score", "full_score") if name in group},
                 "kl": group.kl.mean(),
                 "kl_low": low,
                 "kl_high": high,
@@ -140,6 +140,9 @@ def tables(summary: pd.DataFrame) -> list[Table]:
                 "n": group.n,
             }
         )
+        if "score" in group and group.score.notna().any():
+            frame.insert(2, "score", group.score)
+            frame.insert(3, "full's score", group.full_score)
         note = (
             "KL(full || method) in nats a token on the full cache's own answer, mean over prompts"
             f" with its 95% interval. {MARK}: held more than {TOLERANCE:.0%} above the budget"
@@ -188,7 +191,7 @@ def _draw_method(axes: Sequence[Any], method: str, line: pd.DataFrame, prompt: f
 def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
     """KL of each prompt by where the answer's longest match begins, in BUZZ's windows."""
     chosen = samples[(samples.budget == BUDGET) & samples.kl.notna()]
-    chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(SHOWN)]
+    chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(CONTRASTED)]
     tasks = sorted(chosen.task.unique())
     if not tasks:
         return None

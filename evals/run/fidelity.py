@@ -12,6 +12,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from pydantic import Field
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines import FullPolicy
 from buzz import CACHE_ARGUMENT, Budget, ForkedCache, Policy
@@ -39,6 +40,7 @@ from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand, policy_of, with_class
 from evals.run.prompts import Prompt, load_prompts
 from evals.run.runner import console
+from evals.tasks.base import Task
 from evals.tasks.build import check
 
 FORKS = "forks.jsonl"
@@ -78,6 +80,7 @@ def run_all(cfg: DictConfig) -> list[Path]:
 def _run(cfg: DictConfig) -> Path:
     settings: Any = OmegaConf.to_container(cfg.fidelity, resolve=True)
     check("fidelity.tokens", settings["tokens"], Annotated[int, Field(ge=2)])
+    check("fidelity.answers", settings["answers"], bool)
     for label, method in settings["methods"].items():
         settings["methods"][label] = with_class(f"fidelity.methods.{label}", method)
     plan = Plan.of(cfg)
@@ -109,14 +112,26 @@ def _run(cfg: DictConfig) -> Path:
         def compared(rows: list[Prompt]) -> list[Record]:
             start = time.perf_counter()
             policies = [fork.fitted(rows[0].context, by, frozenset()) for fork in forks]
-            options, later = plan.config["cache"], rows[0].later
-            answer, found = compare(
-                model, rows[0].ids, policies, settings["tokens"], eos, options, later
+            prompt, longest = rows[0], rows[0].max_new_tokens if settings["answers"] else 0
+            answer, found, own_answers = compare(
+                model,
+                prompt.ids,
+                policies,
+                settings["tokens"],
+                eos,
+                plan.config["cache"],
+                prompt.later,
+                longest,
+                {tokenizer.encode(end, add_special_tokens=False)[-1] for end in prompt.sample.stop},
             )
+            scores = [_score(plan.task, prompt, tokenizer, one) for one in own_answers]
+            for one, score in zip(found, scores[1:], strict=bool(scores)):
+                one["score"] = score
             own = {
                 "answer_tokens": len(answer),
                 "answer_sha256": sha256(answer),
-                "copied": dataclasses.asdict(copied(rows[0].ids, answer)),
+                "copied": dataclasses.asdict(copied(prompt.ids, answer)),
+                "full_score": scores[0] if scores else None,
                 "seconds": time.perf_counter() - start,
             }
             own["forks"] = [
@@ -141,6 +156,13 @@ def _run(cfg: DictConfig) -> Path:
     return folder.path
 
 
+def _score(
+    task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+) -> float:
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return task.score(prompt.sample, {"prediction": text})[task.headline]  # type: ignore[typeddict-item]
+
+
 def _methods(configured: dict[str, dict[str, Any]]) -> dict[str, Policy]:
     return {
         label: policy_of(f"fidelity.methods.{label}", method)
@@ -163,15 +185,69 @@ def _folder(plan: Plan, settings: dict[str, Any]) -> Path:
     return Path(config["output"]) / name
 
 
+class _Rows:
+    """The full cache and other methods that have read a prompt, each a row of one batch.
+
+    Attributes:
+        logits: of the last token read, [rows, vocab], or [1, vocab] while it is the same for all.
+    """
+
+    def __init__(self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any) -> None:
+        self.model = model
+        self.cache = ForkedCache(model, [FullPolicy(), *policies], **options)
+        self.lengths = [Lengths(fork) for fork in self.cache.forks]
+        self.logits = torch.empty(0)
+
+    def read(self, prompt: Sequence[int], later: Sequence[int]) -> None:
+        """Reads a prompt; `later` are the tokens of the steps behind the first."""
+        start = 0
+        for new in (len(prompt) - sum(later), *later):
+            part = torch.tensor([list(prompt[start : start + new])], device=self.model.device)
+            self.step(part if not start else part.expand(len(self.lengths), new))
+            start += new
+
+    def feed(self, token: int) -> None:
+        """One token to every row."""
+        self.step(torch.full((len(self.lengths), 1), token, device=self.model.device))
+
+    def step(self, ids: Tensor) -> None:
+        given: dict[str, Any] = {CACHE_ARGUMENT: self.cache}
+        with torch.inference_mode():
+            self.logits = self.model(ids, **given, logits_to_keep=1).logits[:, -1]
+        for held in self.lengths:
+            held.note()
+
+    def answers(self, tokens: int, eos: AbstractSet[int]) -> list[list[int]]:
+        """Every row's own greedy answer, by a copy: the rows stay where they are."""
+        cache, logits = self.cache.copy(), self.logits
+        given: dict[str, Any] = {CACHE_ARGUMENT: cache}
+        found: list[list[int]] = [[] for _ in self.lengths]
+        ends = torch.tensor(sorted(eos), device=logits.device)
+        over = torch.zeros(len(found), dtype=torch.bool, device=logits.device)
+        for _ in range(tokens):
+            chosen = logits.argmax(-1).expand(len(found))
+            for row, token in enumerate(chosen.tolist()):
+                if not over[row]:
+                    found[row].append(token)
+            over = over | torch.isin(chosen, ends)
+            if over.all() or len(found[0]) == tokens:
+                break
+            with torch.inference_mode():
+                logits = self.model(chosen[:, None], **given, logits_to_keep=1).logits[:, -1]
+        return found
+
+
 def compare(
     model: PreTrainedModel,
     prompt: Sequence[int],
     policies: Sequence[Policy],
     tokens: int,
-    eos: set[int],
+    eos: AbstractSet[int],
     cache_options: dict[str, Any],
     later: Sequence[int] = (),
-) -> tuple[list[int], list[Record]]:
+    own_tokens: int = 0,
+    stop: AbstractSet[int] = frozenset(),
+) -> tuple[list[int], list[Record], list[list[int]]]:
     """One prompt, read once; then `policies` beside the full cache, on its greedy answer.
 
     The full cache takes part at its own positions: `cache_options` are the methods'. Where the
@@ -181,54 +257,40 @@ def compare(
     Args:
         later: tokens of the steps behind the first in which the prompt is read, see
             :mod:`evals.run.compress`.
+        own_tokens: of each row's own greedy answer, at most; 0: none is made.
+        stop: tokens that end own answers too.
 
     Returns:
-        The answer, at most `tokens`, the token that ended it included; and for each policy kl,
+        The answer, at most `tokens`, the token that ended it included; for each policy kl,
         kl_median, top1 (see :class:`evals.run.forced.Fidelity`; None of an answer of one token),
-        kl_tokens, entries_mean, entries_peak (held after each step), evictions.
+        kl_tokens, entries_mean, entries_peak (held after each step), evictions; and the own
+        answers, the full cache's first.
 
     Raises:
         LengthMismatch: a cache held another number of entries than its policy's recurrence says.
         NotFinite: a divergence is NaN or infinite.
     """
-    device = model.device
-    every = [FullPolicy(), *policies]
-    cache = ForkedCache(model, every, **cache_options)
-    lengths = [Lengths(fork) for fork in cache.forks]
+    rows = _Rows(model, policies, **cache_options)
     kls: list[Tensor] = []
     same: list[Tensor] = []
 
-    def step(ids: Tensor) -> Tensor:
-        """Logits [rows, vocab] of the last token."""
-        given: dict[str, Any] = {CACHE_ARGUMENT: cache}
-        logits = model(ids, **given, logits_to_keep=1).logits[:, -1]
-        for held in lengths:
-            held.note()
-        return logits
-
-    def next_token(logits: Tensor) -> int:
+    def next_token() -> int:
         """The full cache's, with which the others' distributions are compared."""
-        found = log_softmax(logits, dim=-1, dtype=torch.float32)
+        found = log_softmax(rows.logits, dim=-1, dtype=torch.float32)
         full, own = found[:1], found[1:]
         if len(own):
             kls.append((full.exp() * (full - own)).sum(-1))
             same.append(full.argmax(-1) == own.argmax(-1))
         return int(full.argmax())
 
-    first = len(prompt) - sum(later)
-    with torch.inference_mode():
-        logits = step(torch.tensor([list(prompt[:first])], device=device))
-        read = first
-        for new in later:
-            part = torch.tensor([list(prompt[read : read + new])], device=device)
-            logits = step(part.expand(len(every), new))
-            read += new
-        answer = [next_token(logits)]
-        while len(answer) < tokens and answer[-1] not in eos:
-            logits = step(torch.full((len(every), 1), answer[-1], device=device))
-            answer.append(next_token(logits))
-    steps = [first, *later] + [1] * (len(answer) - 1)
-    entries = [held.verified(0, steps) for held in lengths]
+    rows.read(prompt, later)
+    answers = rows.answers(own_tokens, eos | stop) if own_tokens else []
+    answer = [next_token()]
+    while len(answer) < tokens and answer[-1] not in eos:
+        rows.feed(answer[-1])
+        answer.append(next_token())
+    steps = [len(prompt) - sum(later), *later] + [1] * (len(answer) - 1)
+    entries = [held.verified(0, steps) for held in rows.lengths]
     results: list[Record] = []
     for row in range(len(policies)):
         kl = [float(nats[row]) for nats in kls]
@@ -242,10 +304,10 @@ def compare(
                 "kl_tokens": [float(f"{nats:.4g}") for nats in kl],
                 "entries_mean": statistics.fmean(held),
                 "entries_peak": max(held),
-                "evictions": cache.forks[row + 1].evictions[0],
+                "evictions": rows.cache.forks[row + 1].evictions[0],
             }
         )
-    return answer, results
+    return answer, results, answers
 
 
 @dataclasses.dataclass(frozen=True)
