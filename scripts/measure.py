@@ -280,7 +280,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 # Launches that a kernel of this project takes on CUDA; on the CPU they are calls that PyTorch does
 # not see.
-LAUNCHES = {"scored_decode": 2, "scored_prefill": 2, "move": 1, "step": 3, "append": 1}
+LAUNCHES = {
+    "scored_decode": 2,
+    "scored_prefill": 2,
+    "move": 1,
+    "step": 3,
+    "append": 1,
+    "originals": 1,
+}
 # What only describes memory, or makes a place for results.
 FREE = (
     "view", "reshape", "expand", "slice", "select", "transpose", "t", "permute", "unsqueeze",

@@ -21,6 +21,7 @@ from torch.nn.attention.bias import CausalBias
 from buzz import attention, kernels
 from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
+from buzz.kernels.reference import Leading
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see the last test
 TRITON = importlib.util.find_spec("triton") is not None
@@ -304,6 +305,44 @@ def test_move_turns_keys_and_survives_overlap(
     assert torch.equal(target[1], want[1]) and torch.equal(target[2], want[2])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", [None, [0, 2]])
+def test_leading_keys_are_turned_from_how_they_came(
+    impl: ModuleType, rows: list[int] | None, interleaved: bool
+) -> None:
+    """One entry leaves in each of three steps: keys are as if turned once."""
+    if impl is cpu:
+        pytest.skip("served by the reference")
+    random, dtype, half = seeded(0), torch.float16, 4
+    chosen = list(range(3)) if rows is None else rows
+    at = None if rows is None else torch.tensor(rows)
+    frequencies = torch.rand(half, generator=random)
+    keys = torch.randn(3, 2, 40, 12, generator=random).to(dtype)
+    store = [keys, keys[..., :5].clone(), torch.zeros(3, 2, 40, dtype=torch.int32)]
+    came, known, held, seen = keys[:, :, :30].clone(), None, 30, 30
+    names = torch.arange(30).expand(len(chosen), 2, 30)
+    for leaves in (7, 0, 3):
+        stay = torch.arange(held)
+        stay = stay[stay != leaves].expand(len(chosen), 2, held - 1)
+        first, kept = 30 - held, held - 1
+        lead = stay[..., :20]
+        known = impl.originals(store[0], lead, first, seen - held, known, rows=at)
+        leading = Leading(*known, seen - kept, frequencies)
+        angle = torch.arange(2)[:, None] * frequencies.double()
+        impl.move(
+            store, store, first + stay, 30 - kept, first + 1, (angle.cos(), angle.sin()),
+            rows=at, interleaved=interleaved, leading=leading,
+        )  # fmt: skip
+        names, held = names.gather(2, stay), kept
+    moved = torch.arange(3, 23) - names[..., :20]  # from where it came to where it is
+    angle = moved[..., None] * frequencies.double()
+    batch = torch.tensor(chosen)[:, None, None]
+    want = came[batch, torch.arange(2)[:, None], names[..., :20]].double()
+    want = reference.rotate(want, angle.cos(), angle.sin(), interleaved)
+    got = store[0][chosen, :, 3:23].double()
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
 def test_gradients_take_the_reference() -> None:
     query, key, value = draw(q=20, n=20)
     query.requires_grad_()
@@ -401,6 +440,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     store = [key, value, torch.zeros(1, 2, 20, dtype=torch.int32)]
     bounds = torch.tensor([[0], [20], [19]])
     module.step(query[:, :, :1], key[:, :, :1], value[:, :, :1], *store, None, bounds, 1.0, True)
+    module.originals(key, torch.zeros(1, 2, 1, dtype=torch.int64), 0, 0)
     module.append(store, key[:, :, :1], value[:, :, :1], 3, 3)
     module.move(store, store, torch.zeros(1, 2, 1, dtype=torch.int64), 2, 2)
     assert set(launched) == set(kernels_of) and not current
