@@ -113,9 +113,9 @@ class Generation(Measurements):
 class Trace(StoppingCriteria):
     """Never stops; notes the time and the cache lengths of each step."""
 
-    def __init__(self, cache: EvictionCache) -> None:
+    def __init__(self, cache: EvictionCache, policy: Policy) -> None:
         self.times: list[float] = []
-        self.lengths = Lengths(cache)
+        self.lengths = Lengths(cache, policy)
 
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
@@ -162,7 +162,7 @@ def generate(
     """
     device = model.device
     cache = EvictionCache(model, policy, **(cache_options or {}))
-    trace, finite = Trace(cache), _Finite()
+    trace, finite = Trace(cache, policy), _Finite()
     ends_answer = eos_ids(model, tokenizer)
     # As LongBench does: a stop string acts through its last token.
     stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}
