@@ -126,7 +126,8 @@ class Run:
 
     @property
     def model(self) -> str:
-        return self.config["model"]["name"]
+        model = self.config["model"]
+        return model["name"] + (", compiled" if model.get("compile") else "")
 
     @property
     def shard(self) -> str | None:
