@@ -108,7 +108,8 @@ def evict(
             tail = min(policy.protected, kept)
             if kept < group.held:
                 scores = policy.score(look(group, rows))
-                chosen = policy.select(group.held, group.state, scores).to(store.device)
+                chosen = policy.select(group.held, group.state, scores)
+                chosen = chosen.to(store.device, non_blocking=True)
                 group.evictions += 1
                 group.cut = group.seen
             else:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_generate import METHODS
+from methods import METHODS
 from tiny import prompt, tiny
 
 from buzz import ConfigError, EvictionCache, Policy, compiled
@@ -14,6 +14,12 @@ from buzz import ConfigError, EvictionCache, Policy, compiled
 EIGHT = ("full", "local", "streaming_llm", "h2o", "buzz", "buzz_strided", "buzz_fast", "tova")
 MORE = {name: policy for name, policy in METHODS.items() if name not in EIGHT}
 graphs = torch._dynamo.utils.counters["stats"]
+
+
+def some(*quick: str) -> pytest.MarkDecorator:
+    """The eight, of which all but these are slow."""
+    each = [pytest.param(n, marks=[] if n in quick else pytest.mark.slow) for n in EIGHT]
+    return pytest.mark.parametrize("name", each)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +68,7 @@ def same(model, policy: Policy, rows: int, new: int, seed: int = 0, **options) -
     return graph
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@some("full", "h2o", "buzz", "tova")
 def test_tokens_are_the_eager_caches_from_one_graph(name: str) -> None:
     model = tiny("llama")
     same(model, METHODS[name], 1, 60)
@@ -71,7 +77,7 @@ def test_tokens_are_the_eager_caches_from_one_graph(name: str) -> None:
     assert graphs["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@some("streaming_llm", "h2o", "buzz", "buzz_fast")
 def test_padded_batches_decode_alike(name: str) -> None:
     model = tiny("llama")
     same(model, METHODS[name], 3, 40)
@@ -89,10 +95,13 @@ def test_a_thousand_steps_with_all_their_evictions(name: str, rows: int) -> None
     assert name == "full" or min(cache.evictions) > 80
 
 
-@pytest.mark.parametrize("name", ["buzz", "h2o", "streaming_llm"])
 @pytest.mark.parametrize(
-    "options",
-    [{"positions": "true"}, {"logn_base": 16.0}, {"logn_base": 16.0, "logn_clamp": True}],
+    ("name", "options"),
+    [
+        ("buzz", {"positions": "true"}),
+        ("h2o", {"logn_base": 16.0}),
+        ("streaming_llm", {"logn_base": 16.0, "logn_clamp": True}),
+    ],
     ids=["true", "logn", "clamp"],
 )
 def test_with_the_caches_options(name: str, options) -> None:

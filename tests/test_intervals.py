@@ -9,7 +9,7 @@ import pytest
 from scipy.special import ndtri
 
 from evals.report.intervals import Means, least_lead, over_processes, widest_gap
-from evals.results.statistics import Floats
+from evals.results.statistics import Floats, bootstrap, lead
 
 BAR = 0.1  # of the full cache's score
 REPEATS = 400
@@ -30,6 +30,18 @@ def shares(scores: Floats) -> tuple[float, float]:
     """How often the settings (all runs but the last) are said to be apart, and to be alike."""
     low, high = widest_gap(Means.of([scores]), scores.shape[-1] - 1)
     return float(np.mean(low > BAR)), float(np.mean(high <= BAR))
+
+
+def test_a_difference_is_drawn_in_pairs() -> None:
+    """What both share of a sample is no uncertainty of their difference."""
+    theirs = np.random.default_rng(0).normal(0, 10, 40)
+    own = theirs + np.tile([0.9, 1.1], 20)
+    low, high = bootstrap([list(zip(own, theirs, strict=True))], of=lead)
+    assert (low, high) == pytest.approx(
+        (1 - 1.96 * 0.1 / 40**0.5, 1 + 1.96 * 0.1 / 40**0.5), abs=0.01
+    )
+    alone = bootstrap([own])
+    assert alone[1] - alone[0] > 4
 
 
 CASES = [

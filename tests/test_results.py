@@ -26,6 +26,7 @@ from evals.report.beside import Setting
 from evals.report.claims import judge
 from evals.report.marks import varied
 from evals.report.terminal import paired_table, tables
+from evals.results.compare import same_sample
 from evals.results.reading import read_run, read_runs, read_summary
 from evals.results.records import RunFolder
 from evals.results.runs import differing_settings
@@ -634,6 +635,15 @@ def test_a_distance_to_answers_that_are_no_more_is_none(news) -> None:
 
 
 # --- paired differences ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["status", "prompt_sha256", "sample_sha256"])
+def test_answers_to_another_question_are_no_pair(other: str) -> None:
+    """`sample_sha256` is also of the references."""
+    record = {"status": "ok", "prompt_sha256": "p", "sample_sha256": "s"}
+    assert same_sample(record, dict(record))
+    assert not same_sample(record, record | {other: "another"})
+    assert not same_sample(record | {other: "another"}, record)
 
 
 def test_paired_differences_are_those_of_the_files(news, capsys) -> None:

@@ -23,16 +23,14 @@ from buzz import Budget, BuzzPolicy
 from buzz.errors import ConfigError
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.forms import Table
-from evals.report.methods import place, style_of
+from evals.report.methods import CONTRASTED, RIVAL, place, style_of
 from evals.results.equal_memory import MARK, TOLERANCE
 from evals.results.records import RunFolder
 from evals.results.runs import compression
 from evals.results.statistics import bootstrap
 
 FORKS, SAMPLES, SUMMARY = "forks.jsonl", "samples.csv.gz", "fidelity.csv"
-RIVAL = "h2o"  # whom the others are compared with, in pairs
 SAME = ["task", "sample", "budget", "budget_by"]  # of comparisons that are paired
-SHOWN = ("streaming_llm", "h2o", "buzz", "snapkv")  # in the figure of sources
 BUDGET = 0.25  # there
 
 
@@ -193,7 +191,7 @@ def _draw_method(axes: Sequence[Any], method: str, line: pd.DataFrame, prompt: f
 def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
     """KL of each prompt by where the answer's longest match begins, in BUZZ's windows."""
     chosen = samples[(samples.budget == BUDGET) & samples.kl.notna()]
-    chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(SHOWN)]
+    chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(CONTRASTED)]
     tasks = sorted(chosen.task.unique())
     if not tasks:
         return None

@@ -36,6 +36,9 @@ MORE = [  # no two alike before all pairs are used, as the numbers have no commo
     (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i in range(len(COLORS) * len(MARKERS))
 ]
 
+RIVAL = "h2o"  # whom the others are compared with, in pairs
+CONTRASTED = ("streaming_llm", "h2o", "buzz", "snapkv")  # where a picture has room for a few
+
 
 def order() -> list[str]:
     """All methods that are registered, in the order in which they are shown."""

@@ -74,7 +74,7 @@ def read(
     fed, scored = (torch.tensor(tokens, device=device) for tokens in fed_and_scored(ids, starts))
     steps = reading_steps(len(fed) + 1, chunk)
     losses: list[Tensor] = []
-    lengths = Lengths(cache)
+    lengths = Lengths(cache, policy)
     reset_memory_peak(device)
     synchronize(device)
     times = [time.perf_counter()]

@@ -14,16 +14,20 @@ class Lengths:
 
     Layers under the same policy hold the same, so only one of each is looked at in every step, and
     all of them at the end.
+
+    Args:
+        policy: what the cache was told to follow; None: what its layers follow.
     """
 
-    def __init__(self, cache: EvictionCache) -> None:
+    def __init__(self, cache: EvictionCache, policy: Policy | None = None) -> None:
         self._cache = cache
+        self._policy = policy
         self._layers = cache.distinct
         self._steps: list[list[list[int]]] = []  # by step and layer: entries of each row
 
     def of_copy(self, cache: EvictionCache) -> Lengths:
         """Those of a copy of the cache, which goes on by itself."""
-        other = Lengths(cache)
+        other = Lengths(cache, self._policy)
         other._steps = list(self._steps)
         return other
 
@@ -44,7 +48,8 @@ class Lengths:
         totals = [0] * len(steps)
         for number, layer in enumerate(self._layers):
             measured = [step[number][row] for step in self._steps[: len(steps)]]
-            verify_lengths(layer.policy, steps, measured)
+            told = self._policy and self._policy.for_layer(layer.index, len(self._cache.evicting))
+            verify_lengths(told or layer.policy, steps, measured)
             for step, held in enumerate(measured):
                 totals[step] += held * count[layer.policy]
         by_policy = {layer.policy: layer.lengths for layer in self._layers}
