@@ -147,9 +147,9 @@ def test_by_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("aime24", ROWS["aime24"], {"fewshot": 1}, "has 0 worked examples"),
         ("aime26", {}, {}, "choose one of"),
         ("aime24", ROWS["aime24"], {"attempts": 2}, "same every time"),
-        ("aime24", ROWS["aime24"], {"attempts": 0}, "at least 1"),
-        ("aime24", ROWS["aime24"], {"temperature": -1.0}, "from 0 to 10"),
-        ("aime24", ROWS["aime24"], {"temperature": 1.0, "top_p": 0.0}, "above 0"),
+        ("aime24", ROWS["aime24"], {"attempts": 0}, "greater than 0"),
+        ("aime24", ROWS["aime24"], {"temperature": -1.0}, "greater than or equal to 0"),
+        ("aime24", ROWS["aime24"], {"temperature": 1.0, "top_p": 0.0}, "greater than 0"),
     ],
 )
 def test_bad_input_is_refused(
