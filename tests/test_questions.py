@@ -14,7 +14,8 @@ from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.results.reading import read_summary
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
-from evals.run.prompts import Prompt, batches
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches
 from evals.run.questions import answer, follow_up, share_contexts
 from evals.tasks.base import Sample
 from evals.tasks.needle import Needle

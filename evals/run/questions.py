@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,10 +18,8 @@ from buzz import Policy
 from buzz.errors import ConfigError
 from evals.run.compress import Compress, in_steps
 from evals.run.generate import Generation, eos_ids, generate, left_padded, read
+from evals.run.prompt import Prompt
 from evals.tasks.base import Sample
-
-if TYPE_CHECKING:
-    from evals.run.prompts import Prompt
 
 MARKER = "@ANSWER@"
 

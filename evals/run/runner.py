@@ -44,7 +44,8 @@ from evals.run.generate import generate
 from evals.run.interrupt import deferred_signals
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
-from evals.run.prompts import Prompt, batches, load_prompts
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches, load_prompts
 from evals.run.questions import answer
 from evals.run.sampling import Sampling
 from evals.run.work import Work, finished, identity
