@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import baselines  # noqa: F401  (registers its policies)
 from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
 from evals.run.generate import Trace
+from evals.run.lengths import Lengths
 
 TOLERANCE = 2e-3
 
@@ -67,7 +68,7 @@ def main() -> int:
         logits, tokens = arrays[f"{run}/logits"], arrays[f"{run}/tokens"]
         policy = policy_of(run, params)
         cache = EvictionCache(model, policy)
-        trace = Trace(cache, policy)
+        trace = Trace(Lengths(cache, policy))
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

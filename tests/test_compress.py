@@ -18,7 +18,8 @@ from evals.run.compress import steps_before
 from evals.run.forced import compare_with_full
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
-from evals.run.prompts import Prompt, batches
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches
 from evals.tasks.base import Sample
 from evals.tasks.encoding import encode_prompt
 
@@ -156,7 +157,7 @@ def test_kl_is_of_what_follows_the_compressed_context(model, later: tuple[int, .
     assert found.kl_to_full == pytest.approx(kl, rel=1e-3) and kl > 0.01
 
     # and beside each other, on the full cache's own answer
-    answer, (beside,) = fidelity.compare(model, ids[0].tolist(), [policy], 6, set(), {}, later)
+    answer, (beside,), _ = fidelity.compare(model, ids[0].tolist(), [policy], 6, set(), {}, later)
     (found,) = compare_with_full(model, ids.tolist(), [answer], policy, 0, {}, later)
     assert beside["kl"] == pytest.approx(found.kl_to_full, rel=1e-3)
     assert beside["top1"] == found.top1_to_full and len(beside["kl_tokens"]) == len(answer)

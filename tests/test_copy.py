@@ -10,7 +10,13 @@ from tiny import prompt, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from baselines import FullPolicy, H2OPolicy, SnapKVPolicy, StreamingLLMPolicy
+from baselines import (
+    ExpectedAttentionPolicy,
+    FullPolicy,
+    H2OPolicy,
+    SnapKVPolicy,
+    StreamingLLMPolicy,
+)
 from buzz import BuzzPolicy, EvictionCache, ForkedCache
 
 METHODS = {
@@ -19,6 +25,7 @@ METHODS = {
     "h2o": H2OPolicy(heavy=12, recent=12),
     "snapkv": SnapKVPolicy(capacity=24, window=8),
     "buzz": BuzzPolicy(window=10, sink=2, threshold=24, stride=3),
+    "expected_attention": ExpectedAttentionPolicy(capacity=30),
 }
 
 
@@ -38,13 +45,22 @@ def tokens(count: int, seed: int) -> list[Tensor]:
     return list(prompt(count, batch=2, seed=seed).split(1, dim=1))
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-dynamic", "gemma3-mixed"])
-@pytest.mark.parametrize("method", METHODS)
-def test_both_go_on_as_if_alone(family: str, method: str) -> None:
-    """After evictions, in half precision whose residents are kept as they came, with padding."""
-    model = tiny(family, dtype=torch.bfloat16)
-    before = [prompt(40, batch=2), *tokens(9, 1)]
-    questions = [[prompt(7, batch=2, seed=seed), *tokens(12, seed)] for seed in (2, 3)]
+@pytest.mark.parametrize(
+    ("family", "method", "dtype"),
+    [
+        *(("llama", method, torch.float32) for method in METHODS),
+        # residents' keys are kept as they came
+        ("llama", "buzz", torch.bfloat16),
+        ("llama-dynamic", "buzz", torch.float32),
+        # layers with a window of their own
+        ("gemma3-mixed", "h2o", torch.float32),
+    ],
+)
+def test_both_go_on_as_if_alone(family: str, method: str, dtype: torch.dtype) -> None:
+    """By turns, after evictions, and with padding."""
+    model = tiny(family, dtype=dtype)
+    before = [prompt(40, batch=2), *tokens(3, 1)]
+    questions = [[prompt(7, batch=2, seed=seed), *tokens(5, seed)] for seed in (2, 3)]
     alone = []
     for question in questions:
         cache = EvictionCache(model, METHODS[method])

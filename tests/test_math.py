@@ -96,14 +96,29 @@ def test_results_by_subject_and_level(tmp_path: Path) -> None:
     row = ROWS["minerva_math500"]
     task = load(tmp_path, "minerva_math500", row, row | {"level": 5}, row | {"subject": "Geometry"})
     records = [
-        {"meta": sample.meta, "scores": {"pass@1": value}}
-        for sample, value in zip(task.load(byte_tokenizer()), (1.0, 0.0, 1.0), strict=True)
+        {"meta": sample.meta, "scores": {"pass@1": value}, "generated_tokens": tokens}
+        for sample, value, tokens in zip(
+            task.load(byte_tokenizer()), (1.0, 0.0, 1.0), (64, 65, 200), strict=True
+        )
     ]
     assert task.breakdown(records) == {
         "subject": {"Algebra": 0.5, "Geometry": 1},
         "level": {"1": 1, "5": 0},
+        # accuracy against tokens decoded
+        "right within tokens": {"64": 1 / 3, "128": 1 / 3, "256": 2 / 3},
     }
-    assert load(tmp_path, "aime").breakdown([{"meta": {}, "scores": {"pass@1": 1.0}}]) == {}
+    record = {"meta": {}, "scores": {"pass@1": 1.0}, "generated_tokens": 9}
+    assert load(tmp_path, "aime").breakdown([record]) == {"right within tokens": {"64": 1}}
+
+
+def test_attempts_at_a_problem_are_drawn_each_by_its_own_seed(tmp_path: Path) -> None:
+    task = load(tmp_path, "aime24", *[ROWS["aime24"]] * 2, attempts=3, temperature=0.6, top_p=0.9)
+    samples = task.load(byte_tokenizer())
+    assert [one.unit for one in samples] == ["aime24-0"] * 3 + ["aime24-1"] * 3
+    temperature, top_p, seeds = task.sampling(samples)
+    assert (temperature, top_p) == (0.6, 0.9) and len({*seeds}) == 6
+    assert seeds == task.sampling(samples)[2]
+    assert load(tmp_path, "aime24").sampling(samples) is None
 
 
 def test_by_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +146,10 @@ def test_by_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("minerva_math500", ROWS["minerva_math500"], {"fewshot": 5}, "has 4 worked examples"),
         ("aime24", ROWS["aime24"], {"fewshot": 1}, "has 0 worked examples"),
         ("aime26", {}, {}, "choose one of"),
+        ("aime24", ROWS["aime24"], {"attempts": 2}, "same every time"),
+        ("aime24", ROWS["aime24"], {"attempts": 0}, "greater than 0"),
+        ("aime24", ROWS["aime24"], {"temperature": -1.0}, "greater than or equal to 0"),
+        ("aime24", ROWS["aime24"], {"temperature": 1.0, "top_p": 0.0}, "greater than 0"),
     ],
 )
 def test_bad_input_is_refused(
@@ -158,9 +177,12 @@ def test_a_run_reports_pass_at_1(go, tmp_path: Path) -> None:
         "task.benchmark=aime24",
         f"task.data_file={tmp_path}/data.jsonl",
         "task.max_new_tokens=6",
+        "task.attempts=2",
+        "task.temperature=1",
         "method=h2o",
         needle=False,
     )
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["headline"] == "pass@1" and summary["score"] == 0
-    assert [record["unit"] for record in read(folder)] == ["aime24-0", "aime24-1"]
+    assert [record["unit"] for record in read(folder)] == ["aime24-0"] * 2 + ["aime24-1"] * 2
+    assert read(folder)[0]["tokens"] != read(folder)[1]["tokens"]

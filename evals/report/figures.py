@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.report.chosen import families, left_to_budget
+from evals.report.curves import by_length, by_question
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.kinds import kind
 from evals.report.marks import budget_text, held, label, mark, over_note, varied
@@ -43,15 +44,18 @@ class Figure:
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     """Every figure for which there are runs, as PNG files in `folder`."""
-    kinds = (pareto, fidelity, pictures, positions, sensitivity, decode_time)
+    kinds = (
+        *(pareto, fidelity, pictures, by_question, by_length),
+        *(positions, sensitivity, decode_time),
+    )
     return [
         one for draw in kinds for one in _saved(draw, runs, lambda name: folder / f"{name}.png")
     ]
 
 
-def draw_pareto(runs: Sequence[Run], path: Path) -> None:
+def draw_pareto(runs: Sequence[Run], path: Path) -> list[Figure]:
     """Scores against KV memory alone, if there are two runs to compare."""
-    _saved(pareto, runs, lambda name: path)
+    return _saved(pareto, runs, lambda name: path)
 
 
 def _saved(

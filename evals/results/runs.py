@@ -22,6 +22,9 @@ COMPRESS: dict[str, Any] = {
     "compress": "prompt",
     "compress_chunk": None,
 }  # as in runs that are older than these
+# Settings of tasks that came later, with what runs did before: those are runs of today's.
+LATER = {"questions": 1, "asked": "copies", "attempts": 1, "temperature": 0.0, "top_p": 1.0}
+LATER |= {"spread": None}
 # Settings that say where and how a run was made, not what of.
 DISTURBED = "~"  # behind timings of samples during which other processes kept the machine busy
 INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", "device")
@@ -30,7 +33,13 @@ INCIDENTAL = ("output", "logger", "sweep_name", "objectives", "kl", "protocol", 
 def comparable(config: Mapping[str, Any]) -> str:
     """Equal for runs whose scores may be compared, whatever part of the samples they are of."""
     known = {key: config.get(key) for key in COMPARABLE} | compression(config)
-    return digest([FORMAT, known | {"task": known["task"] | {"shard": None}}])
+    return digest([FORMAT, known | {"task": settings_of(config) | {"shard": None}}])
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The task's, without those of :data:`LATER` that ask for nothing new."""
+    task = config["task"]
+    return {key: task[key] for key in task if key not in LATER or task[key] != LATER[key]}
 
 
 def compression(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +57,7 @@ def identity(config: Mapping[str, Any]) -> str:
     known |= compression(config)
     if known["method"]["name"] == REFERENCE:  # no budget changes it
         known = {key: value for key, value in known.items() if not key.startswith("budget")}
-    return digest(known | {"task": known["task"] | {"shard": None}})
+    return digest(known | {"task": settings_of(known) | {"shard": None}})
 
 
 def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -117,7 +126,8 @@ class Run:
 
     @property
     def model(self) -> str:
-        return self.config["model"]["name"]
+        model = self.config["model"]
+        return model["name"] + (", compiled" if model.get("compile") else "")
 
     @property
     def shard(self) -> str | None:

@@ -57,6 +57,11 @@ def steps_before(
         reason = "its question was cut" if encoded.truncated else "there is no context"
         remedy = f"sample {sample.id} cannot be split: {reason}; write compress=prompt"
         raise ConfigError("compress", compress, remedy)
+    return in_steps(context, compress, chunk)
+
+
+def in_steps(context: int, compress: Compress, chunk: int) -> tuple[int, ...]:
+    """Tokens of the steps that read a context of so many."""
     if compress == "context":
         return (context,)
     whole, rest = divmod(context, chunk)

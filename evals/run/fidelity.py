@@ -29,7 +29,7 @@ from buzz import CACHE_ARGUMENT, Budget, ForkedCache, Policy
 from buzz.errors import ConfigError
 from evals.results.environment import environment
 from evals.results.records import RunFolder, digest, sha256
-from evals.results.runs import compression
+from evals.results.runs import compression, settings_of
 from evals.results.schema import Record
 from evals.run.faults import attempt
 from evals.run.forced import fidelity_of
@@ -38,7 +38,8 @@ from evals.run.interrupt import deferred_signals
 from evals.run.lengths import Lengths
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand, policy_of, with_class
-from evals.run.prompts import Prompt, load_prompts
+from evals.run.prompt import Prompt
+from evals.run.prompts import load_prompts
 from evals.run.runner import console
 from evals.tasks.base import Task
 from evals.tasks.build import check
@@ -179,7 +180,14 @@ def _missing(record: Record | None, prompt: Prompt) -> bool:
 def _folder(plan: Plan, settings: dict[str, Any]) -> Path:
     """Named by what determines the result."""
     task, model, config = plan.config["task"], plan.config["model"], plan.config
-    own = [settings, task, model, config["cache"], config["budget_by"], config["seed"]]
+    own = [
+        settings,
+        settings_of(config),
+        model,
+        config["cache"],
+        config["budget_by"],
+        config["seed"],
+    ]
     own += compression(config).values()
     name = f"{task['name']}-{model['name']}-{digest([*own, config['model_digest']])}"
     return Path(config["output"]) / name
@@ -194,8 +202,9 @@ class _Rows:
 
     def __init__(self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any) -> None:
         self.model = model
-        self.cache = ForkedCache(model, [FullPolicy(), *policies], **options)
-        self.lengths = [Lengths(fork) for fork in self.cache.forks]
+        every = [FullPolicy(), *policies]
+        self.cache = ForkedCache(model, every, **options)
+        self.lengths = [Lengths(*pair) for pair in zip(self.cache.forks, every, strict=True)]
         self.logits = torch.empty(0)
 
     def read(self, prompt: Sequence[int], later: Sequence[int]) -> None:

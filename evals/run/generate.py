@@ -32,6 +32,7 @@ from evals.run.compress import read_context
 from evals.run.faults import NotFinite
 from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
+from evals.run.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +114,9 @@ class Generation(Measurements):
 class Trace(StoppingCriteria):
     """Never stops; notes the time and the cache lengths of each step."""
 
-    def __init__(self, cache: EvictionCache, policy: Policy) -> None:
+    def __init__(self, lengths: Lengths) -> None:
         self.times: list[float] = []
-        self.lengths = Lengths(cache, policy)
+        self.lengths = lengths
 
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
@@ -140,6 +141,61 @@ class _Finite(LogitsProcessor):
         return scores
 
 
+@dataclass
+class Reading:
+    """A cache that has read the beginning of a prompt, or nothing yet, and what that took.
+
+    Attributes:
+        lengths: what it held after each step.
+        steps: by row, tokens fed by each step.
+        seconds, peak: time, and bytes of memory at the peak; None of nothing.
+    """
+
+    cache: EvictionCache
+    lengths: Lengths
+    steps: list[list[int]]
+    seconds: float
+    peak: int | None
+
+    def copy(self) -> Reading:
+        cache = self.cache.copy()
+        steps = [list(row) for row in self.steps]
+        return Reading(cache, self.lengths.of_copy(cache), steps, self.seconds, self.peak)
+
+    def go_on(self, prompt: int, answer: int) -> None:
+        """Count in a prompt of one row, with what was read before, and all but its answer's end."""
+        (steps,) = self.steps
+        steps += [prompt - sum(steps)] + [1] * (answer - 1)
+        self.seconds = 0.0
+
+
+def read(
+    model: PreTrainedModel,
+    inputs: torch.Tensor,
+    policy: Policy,
+    later: Sequence[int],
+    cache_options: dict[str, Any] | None = None,
+) -> Reading:
+    """Reads all steps of prompts but the last, with a new cache.
+
+    Args:
+        inputs: of :func:`left_padded`.
+        later: tokens of the steps behind the first; if there are none, nothing is read.
+    """
+    device = model.device
+    cache = EvictionCache(model, policy, **(cache_options or {}))
+    lengths = Lengths(cache, policy)
+    reset_memory_peak(device)
+    synchronize(device)
+    start = time.perf_counter()
+    read_context(model, cache, *inputs, later, lengths.note)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    tokens = inputs[1].sum(-1).tolist()
+    steps = [[row - sum(later), *later[:-1]] if later else [] for row in tokens]
+    return Reading(cache, lengths, steps, seconds, memory_peak(device) if later else None)
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,20 +205,23 @@ def generate(
     stop: tuple[str, ...] = (),
     cache_options: dict[str, Any] | None = None,
     later: Sequence[int] = (),
+    reading: Reading | None = None,
+    sampling: Sampling | None = None,
 ) -> list[Generation]:
-    """Greedy answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
+    """Answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
 
     Args:
         later: tokens of the steps behind the first in which every prompt is read, see
             :mod:`evals.run.compress`; none: it is read as one.
+        reading: a cache that has read the prompts' beginning, instead of a new one.
+        sampling: None: the likeliest tokens.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
         NotFinite: an answer was made of NaN or infinite logits.
     """
     device = model.device
-    cache = EvictionCache(model, policy, **(cache_options or {}))
-    trace, finite = Trace(cache, policy), _Finite()
+    finite = _Finite()
     ends_answer = eos_ids(model, tokenizer)
     # As LongBench does: a stop string acts through its last token.
     stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}
@@ -174,15 +233,13 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
     )
     inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
+    if reading is None:
+        reading = read(model, inputs, policy, later, cache_options)
+    cache, split = reading.cache, reading.peak is not None
+    trace = Trace(reading.lengths)
+    processors = [finite] if sampling is None else [finite, *sampling.processors(device)]
     reset_memory_peak(device)
     synchronize(device)
-    start = time.perf_counter()
-    read_context(model, cache, *inputs, later, trace.lengths.note)
-    context_peak = None
-    if later:
-        synchronize(device)
-        context_peak = memory_peak(device)
-        reset_memory_peak(device)
     asked = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -190,7 +247,7 @@ def generate(
             attention_mask=inputs[1],
             **{CACHE_ARGUMENT: cache},
             generation_config=config,
-            logits_processor=LogitsProcessorList([finite]),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([trace]),
         )
     peak = memory_peak(device)
@@ -205,7 +262,8 @@ def generate(
         if False in sound[row][:count]:
             raise NotFinite("the logits were", sound[row].index(False), model.dtype)
         reason = "length" if end is None else "eos" if answer[end] in ends_answer else "stop"
-        steps = [len(prompt) - sum(later), *later] + [1] * (count - 1)
+        before = reading.steps[row]
+        steps = [*before, len(prompt) - sum(before)] + [1] * (count - 1)
         lengths = trace.lengths.verified(row, steps)
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
@@ -216,18 +274,18 @@ def generate(
                 prompt_tokens=len(prompt),
                 generated_tokens=count,
                 stop_reason=reason,
-                lengths=lengths[max(0, len(later) - 1) :],
+                lengths=lengths[max(0, len(before) - 1) :],
                 evictions=cache.evictions[row],
                 entry_nbytes=cache.entry_nbytes,
                 allocated_nbytes=cache.nbytes(allocated=True) // len(prompts),
-                ttft_s=trace.times[0] - start,
+                ttft_s=(reading.seconds if split else 0) + trace.times[0] - asked,
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
                 itl_p95_ms=p95,
-                memory_peak_nbytes=max(peak, context_peak or 0),
-                question_s=trace.times[0] - asked if later else None,
-                context_peak_nbytes=context_peak,
-                question_peak_nbytes=peak if later else None,
+                memory_peak_nbytes=max(peak, reading.peak or 0),
+                question_s=trace.times[0] - asked if split else None,
+                context_peak_nbytes=reading.peak,
+                question_peak_nbytes=peak if split else None,
             )
         )
     return generations

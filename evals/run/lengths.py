@@ -25,6 +25,12 @@ class Lengths:
         self._layers = cache.distinct
         self._steps: list[list[list[int]]] = []  # by step and layer: entries of each row
 
+    def of_copy(self, cache: EvictionCache) -> Lengths:
+        """Those of a copy of the cache, which goes on by itself."""
+        other = Lengths(cache, self._policy)
+        other._steps = list(self._steps)
+        return other
+
     def note(self) -> None:
         self._steps.append([list(layer.lengths) for layer in self._layers])
 

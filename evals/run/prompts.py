@@ -1,4 +1,4 @@
-"""A task's samples as the model sees them: token ids, cut to its context, in batches."""
+"""A task's prompts: its samples in token ids, cut to the model's context, in batches."""
 
 from __future__ import annotations
 
@@ -6,70 +6,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results import schema
-from evals.results.records import sha256
-from evals.results.schema import Record
 from evals.run.compress import steps_before
 from evals.run.plan import Plan
+from evals.run.prompt import Prompt
+from evals.run.questions import share_contexts
 from evals.tasks.base import Sample
 from evals.tasks.encoding import encode_prompt
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A sample as the model sees it.
-
-    Attributes:
-        scoring: names the version of what scores the answer.
-        before: tokens of the steps that read it up to its question, see
-            :mod:`evals.run.compress`; () if it is read as one.
-    """
-
-    sample: Sample
-    ids: list[int]
-    truncated: int
-    chat: bool
-    max_new_tokens: int
-    scoring: str = ""
-    before: tuple[int, ...] = ()
-
-    @property
-    def context(self) -> int:
-        """Tokens that a fractional budget is of: those that are compressed together."""
-        return sum(self.before) or len(self.ids)
-
-    @property
-    def later(self) -> tuple[int, ...]:
-        """Tokens of the steps in which it is read, without the first."""
-        return (*self.before, len(self.ids) - sum(self.before))[1:]
-
-    @property
-    def question(self) -> Record:
-        """What decides the answer. A record in which it differs is of another prompt."""
-        return {
-            "prompt_sha256": self.sha256,
-            "max_new_tokens": self.max_new_tokens,
-            "stop": list(self.sample.stop),
-        }
-
-    @cached_property
-    def sha256(self) -> str:
-        """Names the token ids."""
-        return sha256(self.ids)
-
-    @cached_property
-    def sample_sha256(self) -> str:
-        """Names all that decides the record: the question, the references, how it is scored."""
-        own = self.sample
-        references = [list(own.references), own.group, own.unit, own.meta]
-        return sha256([*self.question.values(), *references, self.scoring])
 
 
 class Asked(NamedTuple):
@@ -115,6 +63,8 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
         prompts.append(Prompt(sample, ids, truncated, chat, answer, scoring, before))
     if not prompts:
         raise ConfigError("task.shard", plan.task.shard, "there are fewer samples than shards")
+    whole = plan.config["model"]["max_length"] if plan.task.conversation else None
+    prompts = share_contexts(prompts, *compress, tokenizer, whole)
     known = {prompt.sample.id: prompt.sample_sha256 for prompt in prompts}
     return Asked(prompts, {"samples": known, "of": len(samples), "data": _digest(samples)})
 
@@ -122,7 +72,10 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
 def _digest(samples: Sequence[Sample]) -> str:
     found = hashlib.sha256()
     for sample in samples:
-        found.update(json.dumps(dataclasses.asdict(sample)).encode())
+        known = dataclasses.asdict(sample)
+        if not known["shared"]:  # which came later: shards of before go with those of today
+            del known["shared"]
+        found.update(json.dumps(known).encode())
     return found.hexdigest()[:16]
 
 
@@ -130,12 +83,16 @@ def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Batches that are generated alike, of neighbouring lengths when they hold several rows.
 
     Rows whose questions, or chunks, have other lengths are in other batches: nothing would tell the
-    padding between a context and its question.
+    padding between a context and its question. Questions on one context are together.
 
     They depend on all prompts and not on which are done, so that a resumed run is the same run.
     """
     kinds: dict[Any, list[Prompt]] = {}
+    contexts: dict[str, list[Prompt]] = {}
     for prompt in prompts:
+        if prompt.sample.shared:
+            contexts.setdefault(prompt.sample.shared, []).append(prompt)
+            continue
         key = prompt.max_new_tokens, prompt.sample.stop, prompt.before and prompt.later
         kinds.setdefault(key, []).append(prompt)
     for alike in kinds.values():
@@ -143,3 +100,4 @@ def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
             alike.sort(key=lambda prompt: len(prompt.ids))
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
+    yield from contexts.values()

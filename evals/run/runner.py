@@ -44,7 +44,10 @@ from evals.run.generate import generate
 from evals.run.interrupt import deferred_signals
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
-from evals.run.prompts import Prompt, batches, load_prompts
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches, load_prompts
+from evals.run.questions import answer
+from evals.run.sampling import Sampling
 from evals.run.work import Work, finished, identity
 
 console = Console(stderr=True)
@@ -208,7 +211,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     # What runs once per process (kernels, allocator pools) must not count in the first sample.
     # Should it fail, the first sample will and is recorded.
     with suppress(Exception):
-        first, options = [work.prompts[0].ids[:32]], work.plan.config["cache"]
+        first, options = [work.prompts[0].ids[:32]], work.plan.cache_options
         generate(work.model, work.tokenizer, first, work.plan.policy, 2, (), options)
     parameters = sum(weights.numel() for weights in work.model.parameters())
     now = environment(str(work.model.device), work.plan.config["seed"], parameters)
@@ -262,7 +265,7 @@ def _run_batch(work: Work, batch: list[Prompt]) -> list[Record]:
     make = _read if work.plan.task.mode == "read" else _answer
 
     def results(rows: list[Prompt]) -> list[Record]:
-        found = make(work, rows, policy)
+        found = make(work, rows, policy, batch)
         for prompt, record in zip(rows, found, strict=True):
             record |= {"status": "ok", "batch_size": len(rows)}
             record["scores"] = work.score(prompt, record)
@@ -279,24 +282,39 @@ def _run_batch(work: Work, batch: list[Prompt]) -> list[Record]:
     return [identity(p) | frame | result for p, result in zip(batch, found, strict=True)]
 
 
-def _answer(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
-    generations = generate(
-        work.model,
-        work.tokenizer,
-        [prompt.ids for prompt in batch],
-        policy,
-        batch[0].max_new_tokens,
-        batch[0].sample.stop,
-        work.plan.config["cache"],
-        batch[0].later,
-    )
+def _answer(
+    work: Work, batch: list[Prompt], policy: Policy, together: list[Prompt]
+) -> list[Record]:
+    """Records of a batch's answers. Of a conversation, all that is asked is answered again.
+
+    Args:
+        together: the whole batch, of which some rows may run alone.
+    """
+    task, options = work.plan.task, work.plan.cache_options
+    if batch[0].sample.shared:
+        asked = together if task.conversation else batch
+        found = answer(work.model, work.tokenizer, asked, policy, options, task.conversation)
+        generations = [found[asked.index(prompt)] for prompt in batch]
+    else:
+        sampled = task.sampling([prompt.sample for prompt in batch])
+        generations = generate(
+            work.model,
+            work.tokenizer,
+            [prompt.ids for prompt in batch],
+            policy,
+            batch[0].max_new_tokens,
+            batch[0].sample.stop,
+            options,
+            batch[0].later,
+            **({} if sampled is None else {"sampling": Sampling(*sampled)}),
+        )
     return [generation.record() for generation in generations]
 
 
 NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason": "end"}
 
 
-def _read(work: Work, batch: list[Prompt], policy: Policy) -> list[Record]:
+def _read(work: Work, batch: list[Prompt], policy: Policy, together: list[Prompt]) -> list[Record]:
     task, options = work.plan.task, work.plan.config["cache"]
     found = []
     for prompt in batch:
@@ -311,33 +329,34 @@ def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], Non
     """Teacher-forces the method over the full run's answers, as far as that was not done before."""
     before = work.folder.read(FIDELITY)
 
-    def answer(prompt: Prompt) -> list[int] | None:
+    def theirs(prompt: Prompt) -> list[int] | None:
         """The full cache's answer, if there is something left to compare it for."""
-        own, theirs = work.records[prompt.sample.id], full.get(prompt.sample.id, {})
-        if own["status"] != "ok" or theirs.get("prompt_sha256") != own["prompt_sha256"]:
+        own, other = work.records[prompt.sample.id], full.get(prompt.sample.id, {})
+        if own["status"] != "ok" or other.get("prompt_sha256") != own["prompt_sha256"]:
             return None
-        tokens = theirs.get("tokens")
+        tokens = other.get("tokens")
         earlier = before.get(prompt.sample.id, {})
         done = earlier.get("answer_sha256") == sha256(tokens) and "status" not in earlier
         return None if done else tokens
 
     def results(rows: list[Prompt]) -> list[Record]:
         policy = dataclasses.replace(work.plan.policy, **work.records[rows[0].sample.id]["policy"])
-        ids, answers = [prompt.ids for prompt in rows], [answer(prompt) or [] for prompt in rows]
+        ids, answers = [prompt.ids for prompt in rows], [theirs(prompt) or [] for prompt in rows]
         pad, options = work.tokenizer.pad_token_id, work.plan.config["cache"]
         later = rows[0].later
         found = compare_with_full(work.model, ids, answers, policy, pad, options, later)
         return [dataclasses.asdict(one) for one in found]
 
     todo = [
-        [prompt for prompt in batch if answer(prompt)]
+        [prompt for prompt in part if theirs(prompt)]
         for batch in batches(work.prompts, work.plan.task.batch_size)
+        for part in ([[one] for one in batch] if batch[0].sample.shared else [batch])
     ]
     unknown = dataclasses.asdict(Fidelity(None, None))
     for batch in track(
         [batch for batch in todo if batch], "KL to full", console=console, transient=True
     ):
         for prompt, result in zip(batch, attempt(batch, results, work.model.device), strict=True):
-            identity = {"id": prompt.sample.id, "answer_sha256": sha256(answer(prompt))}
+            identity = {"id": prompt.sample.id, "answer_sha256": sha256(theirs(prompt))}
             work.folder.append(identity | unknown | result, FIDELITY)
         stop_here()

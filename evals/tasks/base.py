@@ -38,6 +38,8 @@ class Sample:
         max_new_tokens, chat_template: override the task's, where data sets differ.
         stop: strings whose last token ends the generation (never as its first token).
         ids: the prompt's token ids, where the task tokenized it; they are used as they are.
+        shared: names the context, where several samples have the same one, and differ in their
+            question: they follow each other.
         starts: places in `ids` where a text of its own begins, of a :class:`StreamTask`: nothing
             predicts its first token, and its last is not fed.
     """
@@ -53,6 +55,7 @@ class Sample:
     max_new_tokens: int | None = None
     chat_template: bool | None = None
     stop: tuple[str, ...] = ()
+    shared: str = ""
     ids: tuple[int, ...] | None = None
     starts: tuple[int, ...] = (0,)
 
@@ -159,7 +162,18 @@ class Task(ABC):
         number, count = map(int, self.shard.split("/"))
         if number >= count:
             raise ConfigError("task.shard", self.shard, "give e.g. 0/8, up to 7/8")
-        return samples[number::count]
+        contexts = list(dict.fromkeys(sample.shared or sample.id for sample in samples))
+        own = set(contexts[number::count])
+        return [sample for sample in samples if (sample.shared or sample.id) in own]
+
+    @property
+    def conversation(self) -> bool:
+        """Whether questions on one context follow each other on one cache."""
+        return False
+
+    def sampling(self, samples: Sequence[Sample]) -> tuple[float, float, list[int]] | None:
+        """Temperature, top-p and each sample's seed; None: answers are of the likeliest tokens."""
+        return None
 
     @property
     def scoring(self) -> str:

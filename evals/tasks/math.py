@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from unittest.mock import patch
 
 from jinja2 import Environment
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
@@ -39,6 +41,8 @@ BENCHMARKS = {
 class Math(Task):
     """Score: whether the final answer is right, 0 or 1; their mean is pass@1.
 
+    Of several answers to a problem that is the mean of theirs; intervals are over problems.
+
     What follows the first of lm-eval's stop strings is not scored; generation goes on beyond it.
 
     Attributes:
@@ -46,6 +50,10 @@ class Math(Task):
             the others by the text in a normal form.
         fewshot: worked examples before the problem, 0 to 4; None for lm-eval's own, which are 4 of
             `minerva_math500` and else none.
+        attempts: answers to each problem.
+        temperature: of the distribution that they are drawn from; 0: the likeliest tokens.
+        top_p: the likeliest tokens of this probability together are drawn from.
+        seed: what they are drawn from, with the problem and the number of the attempt.
         data_file: JSON lines in the schema of lm-eval's data set; None: the hub.
         hub_revision: of that data set; None: its main branch.
     """
@@ -55,10 +63,20 @@ class Math(Task):
 
     benchmark: Literal[tuple(BENCHMARKS)] = MINERVA
     fewshot: NonNegativeInt | None = None
+    attempts: PositiveInt = 1
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int = 0
     data_file: str | None = None
     hub_revision: str | None = None
     max_new_tokens: PositiveInt = 1024
     _rows: list[dict[str, Any]] = field(init=False, repr=False, default_factory=list)
+
+    def check(self) -> None:
+        super().check()
+        if self.temperature == 0 and (self.attempts > 1 or self.top_p < 1):
+            remedy = "likeliest tokens are the same every time; give e.g. task.temperature=0.6"
+            raise ConfigError("task.temperature", self.temperature, remedy)
 
     def prepare(self) -> None:
         most = len(self._examples())
@@ -82,7 +100,19 @@ class Math(Task):
                 raise ConfigError("task.data_file", f"sample {number}", remedy)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        return [self._sample(number, row) for number, row in enumerate(self._rows)]
+        samples = [self._sample(number, row) for number, row in enumerate(self._rows)]
+        if self.attempts == 1:
+            return samples
+        return [
+            replace(sample, id=f"{sample.id}-{attempt}")
+            for sample in samples
+            for attempt in range(self.attempts)
+        ]
+
+    def sampling(self, samples: Sequence[Sample]) -> tuple[float, float, list[int]] | None:
+        if self.temperature == 0:
+            return None
+        return self.temperature, self.top_p, [seed_of(self.seed, one.id) for one in samples]
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
         name = f"{self.benchmark}-{number}"
@@ -113,8 +143,30 @@ class Math(Task):
         return {"pass@1": score(self.benchmark, record["prediction"], sample.references[0])}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """By subject and level, where the data have them."""
-        return means_by_meta(("subject", "level"), records, self.headline)
+        """By subject and level, where the data have them; right within so many tokens."""
+        found = means_by_meta(("subject", "level"), records, self.headline)
+        return found | {"right within tokens": right_within(records, self.headline)}
+
+
+def right_within(records: Sequence[Record], metric: str) -> dict[str, float]:
+    """Accuracy against tokens decoded: the mean score if longer answers did not count.
+
+    At powers of two, up to the first that holds all answers.
+    """
+    longest = max((record["generated_tokens"] for record in records), default=0)
+    found, tokens = {}, 64
+    while records:
+        right = (one["scores"][metric] * (one["generated_tokens"] <= tokens) for one in records)
+        found[f"{tokens}"] = statistics.fmean(right)
+        if tokens >= longest:
+            break
+        tokens *= 2
+    return found
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed for each name, the same in every process."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
 def score(benchmark: str, prediction: str, reference: str) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from buzz.errors import ConfigError
 from evals.results.schema import Record
 from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Task
+from evals.tasks.base import Sample
 from evals.tasks.picture import Picture
+from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.types import Grid, Percent
 
 INTRO = (
@@ -29,6 +30,11 @@ INTRO = (
 )
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? Answer with the five digits of the pass key."
+
+ONCE = "The pass key is {key}."
+DIGIT = "The {place} digit of the pass key is {digit}."
+PLACES = ("first", "second", "third", "fourth", "fifth")
+SPREADS = ("cell", "neighbours", "prompt")
 
 MANY_INTRO = (
     "There are pass keys hidden in the following text. Find them and remember them."
@@ -80,8 +86,10 @@ def grid(records: Sequence[Record]) -> dict[tuple[int, float], float]:
 
 
 @dataclass(kw_only=True)
-class Needle(Task):
+class Needle(QuestionsTask):
     """Score: the share of the passkeys asked for that appear in the answer. Groups: depths.
+
+    With several questions on a text of the variant ``multikey``, each asks for another of its keys.
 
     Attributes:
         variant: ``single``: one passkey; ``multikey``: passkeys of several towns, one of which is
@@ -90,6 +98,10 @@ class Needle(Task):
         needles: passkeys in the text, for the variants with several.
         lengths: prompt lengths in tokens, chat template not counted; kept to within a sentence.
         depths: where the (first) passkey asked for stands, in percent of the filler.
+        spread: how far apart the five digits of a single passkey stand; None: as a number, in a
+            sentence that has it twice. ``cell``: as a number, once; ``neighbours``: each in a
+            sentence of its own, side by side; ``prompt``: these sentences spread evenly over the
+            filler, the first at the depth.
         repeats: samples per length and depth, each with filler and passkey of its own.
         seed: what they are drawn from.
     """
@@ -109,6 +121,7 @@ class Needle(Task):
     needles: Annotated[int, Field(ge=2, le=len(TOWNS))] = 4
     lengths: Grid[Annotated[int, Field(ge=128)]] = (1024,)
     depths: Grid[Percent] = (0, 25, 50, 75, 100)
+    spread: Literal[SPREADS] | None = None
     repeats: PositiveInt = 4
     seed: int = 0
 
@@ -116,28 +129,41 @@ class Needle(Task):
     def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
         return {"spread facts": None} if config.get("variant", "single") != "single" else {}
 
+    def check(self) -> None:
+        super().check()
+        if self.spread is not None and self.variant != "single":
+            remedy = "is of a single passkey; write task.variant=single"
+            raise ConfigError("task.spread", self.spread, remedy)
+        if self.questions > (self.needles if self.variant == "multikey" else 1):
+            remedy = "of task.variant=multikey there are up to task.needles, of the others one"
+            raise ConfigError("task.questions", self.questions, remedy)
+
     def longest_prompt(self) -> int:
         return max(self.lengths)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        samples = [
-            self._sample(tokenizer, length, depth, repeat)
+        cells = [
+            (length, depth, repeat)
             for repeat in range(self.repeats)
             for length in self.lengths
             for depth in self.depths
         ]
-        return samples[: self.samples]
+        return [
+            sample for cell in cells[: self.samples] for sample in self._samples(tokenizer, *cell)
+        ]
 
-    def _sample(
+    def _samples(
         self, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, repeat: int
-    ) -> Sample:
+    ) -> list[Sample]:
+        """The questions on one text."""
         rng = random.Random(f"{self.seed}/{length}/{depth}/{repeat}")
-        intro, needles, question, asked = self._needles(rng)
+        intro, needles, questions = self._needles(rng)
 
         def tokens(text: str) -> int:
             return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        frame = "\n\n".join([intro, needles[0], question])
+        longest = max((question for question, _ in questions), key=tokens)
+        frame = "\n\n".join([intro, needles[0], longest])
         room = length - tokens(frame) - sum(tokens(f" {needle}") for needle in needles[1:])
         if room < 0:
             raise ConfigError("task.lengths", length, f"too short for {len(needles)} passkeys")
@@ -150,34 +176,57 @@ class Needle(Task):
                     break
                 filler.append(sentence)
         places = [round(depth / 100 * len(filler))]
-        places += [rng.randint(0, len(filler)) for _ in needles[1:]]
+        if self.spread is None:
+            places += [rng.randint(0, len(filler)) for _ in needles[1:]]
+        else:
+            rest, gaps = len(filler) - places[0], len(needles)
+            apart = self.spread == "prompt"
+            places += [places[0] + apart * round(rest * i / gaps) for i in range(1, gaps)]
         # From the back, so that no insertion moves the place of a later one.
         for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
             filler.insert(place, needle)
-        return Sample(
-            id=f"{length}-{depth:g}-{repeat}",
-            prompt=f"{intro}\n\n{' '.join(filler)}\n\n{question}",
-            references=tuple(asked),
+        name = f"{length}-{depth:g}-{repeat}"
+        sample = Sample(
+            id=name,
+            prompt="",
+            references=(),
             group=f"{depth:g}%",
-            question=question,
             meta={"length": length, "depth": depth},
         )
+        found = []
+        for number, (question, asked) in enumerate(questions, start=1):
+            text = f"{intro}\n\n{' '.join(filler)}\n\n{question}"
+            one = replace(sample, prompt=text, references=tuple(asked), question=question)
+            if self.questions > 1:
+                meta = sample.meta | {NUMBER: number}
+                one = replace(one, id=f"{name}-q{number}", meta=meta, unit=name, shared=name)
+            found.append(one)
+        return found
 
-    def _needles(self, rng: random.Random) -> tuple[str, list[str], str, list[str]]:
-        """Introduction, needles (that of the depth first), question and the passkeys asked for."""
+    def _needles(self, rng: random.Random) -> tuple[str, list[str], list[tuple[str, list[str]]]]:
+        """Introduction, needles (that of the depth first), questions with their passkeys."""
         if self.variant == "single":
             key = f"{rng.randrange(10_000, 100_000)}"
-            return INTRO, [NEEDLE.format(key=key)], QUESTION, [key]
+            if self.spread is None:
+                return INTRO, [NEEDLE.format(key=key)], [(QUESTION, [key])]
+            if self.spread == "cell":
+                return INTRO, [ONCE.format(key=key)], [(QUESTION, [key])]
+            digits = [
+                DIGIT.format(place=place, digit=digit)
+                for place, digit in zip(PLACES, key, strict=True)
+            ]
+            return INTRO, digits, [(QUESTION, [key])]
         keys = [f"{key}" for key in rng.sample(range(10_000, 100_000), self.needles)]
         towns = rng.sample(TOWNS, self.needles)
         if self.variant == "multivalue":
-            question = ALL_OF_MANY.format(count=self.needles, town=towns[0])
-            towns, asked = [towns[0]] * self.needles, keys
+            questions = [(ALL_OF_MANY.format(count=self.needles, town=towns[0]), keys)]
+            towns = [towns[0]] * self.needles
         else:
-            question, asked = ONE_OF_MANY.format(town=towns[0]), keys[:1]
+            both = list(zip(towns, keys, strict=True))[: self.questions]
+            questions = [(ONE_OF_MANY.format(town=town), [key]) for town, key in both]
         pairs = zip(towns, keys, strict=True)
         needles = [MANY_NEEDLE.format(town=town, key=key) for town, key in pairs]
-        return MANY_INTRO, needles, question, asked
+        return MANY_INTRO, needles, questions
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:
         said = record["prediction"]
@@ -186,11 +235,11 @@ class Needle(Task):
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By length, and by length and depth, where there are several lengths."""
         if len(self.lengths) == 1:
-            return {}
+            return self.by_question(records)
         cells = grid(records)
         lengths = {
             f"{length}": statistics.fmean(value for (n, _), value in cells.items() if n == length)
             for length in dict.fromkeys(n for n, _ in cells)
         }
         named = {f"{n} at {depth:g}%": value for (n, depth), value in cells.items()}
-        return {"length": lengths, "length and depth": named}
+        return {"length": lengths, "length and depth": named} | self.by_question(records)

@@ -7,8 +7,10 @@ https://github.com/nelson-liu/lost-in-the-middle), the instruction is in other w
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt
@@ -17,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from buzz.errors import ConfigError
 from evals.results.schema import Record
 from evals.results.statistics import means_by_meta
-from evals.tasks.base import Sample, Section, Task, after
+from evals.tasks.base import Sample, Section, after
 from evals.tasks.data import are_texts, load_hub, read_jsonl
+from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.text import as_buzz_writes, normalized, word_f1
 from evals.tasks.types import Grid, template
 
@@ -30,7 +33,7 @@ METRICS = ("best_subspan", "exact_match", "f1", "strict_match")
 
 
 @dataclass(kw_only=True)
-class NQ10(Task):
+class NQ10(QuestionsTask):
     """Scores, 0 or 1 (F1: 0..1), of the answer's first line as the owners do. Groups: `gold_at`.
 
     `best_subspan`: any reference stands in the answer (the owners' metric); `exact_match`: the
@@ -38,6 +41,9 @@ class NQ10(Task):
     form. `strict_match` (of the BUZZ paper's code): the whole answer, as that code writes it
     (:func:`evals.tasks.text.as_buzz_writes`), is the first reference but for case and white space
     around them. A question asked for several places counts once in intervals.
+
+    Several questions on one context are those of neighbouring lines: it holds the documents that
+    answer them and, in turn, others of theirs, to as many as the first has, in an order of its own.
 
     Attributes:
         headline: which of them summaries and tables show.
@@ -87,6 +93,9 @@ class NQ10(Task):
         if self.instruction is not None and "{instruction}" not in self.prompt:
             remedy = "task.prompt has no {instruction} in which to put it; leave it out"
             raise ConfigError("task.instruction", self.instruction, remedy)
+        if self.questions > 1 and self.gold_at:
+            remedy = "documents of several questions have an order of their own; leave it out"
+            raise ConfigError("task.gold_at", self.gold_at, remedy)
 
     def prepare(self) -> None:
         needed = ("question", "answers", "ctxs")
@@ -106,14 +115,44 @@ class NQ10(Task):
         for place in self.gold_at or ():
             if place >= fewest:
                 raise ConfigError("task.gold_at", place, f"give places from 0 to {fewest - 1}")
+        if self.questions > min(fewest, len(rows)):
+            remedy = f"a context has {fewest} documents, and there are {len(rows)} questions"
+            raise ConfigError("task.questions", self.questions, remedy)
         self._rows = [row | {"gold_index": _gold_index(row)} for row in rows]
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        if self.questions > 1:
+            return self._together()
         return [
             self._sample(number, row, place)
             for number, row in enumerate(self._rows[: self.samples])
             for place in self.gold_at or [row["gold_index"]]
         ]
+
+    def _together(self) -> list[Sample]:
+        """All questions on every context; what is left of the lines is not asked."""
+        size, found = self.questions, []
+        for number in range(len(self._rows) // size)[: self.samples]:
+            rows = self._rows[number * size : (number + 1) * size]
+            gold = [row["ctxs"][row["gold_index"]] for row in rows]
+            others = zip_longest(*(row["ctxs"] for row in rows))
+            flat = [one for several in others for one in several if one is not None]
+            rest = [one for i, one in enumerate(flat) if one not in gold and one not in flat[:i]]
+            documents = gold + rest[: max(0, len(rows[0]["ctxs"]) - size)]
+            random.Random(number).shuffle(documents)
+            for question, (row, own) in enumerate(zip(rows, gold, strict=True), start=1):
+                place = documents.index(own)
+                row = row | {"ctxs": documents, "gold_index": place}
+                sample = self._sample(number, row, place)
+                found.append(
+                    replace(
+                        sample,
+                        id=f"{number}-q{question}",
+                        shared=f"{number}",
+                        meta=sample.meta | {NUMBER: question},
+                    )
+                )
+        return found
 
     def _sample(self, number: int, row: dict[str, Any], place: int) -> Sample:
         documents = list(row["ctxs"])
@@ -144,8 +183,9 @@ class NQ10(Task):
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By the gold document's place where the data chose it; else the groups are that."""
         if self.gold_at:
-            return {}
-        return {self.grouped_by: means_by_meta(("gold_at",), records, self.headline)["gold_at"]}
+            return self.by_question(records)
+        means = means_by_meta(("gold_at",), records, self.headline)["gold_at"]
+        return {self.grouped_by: means} | self.by_question(records)
 
 
 def score(prediction: str, first: str, references: Sequence[str]) -> dict[str, float]:

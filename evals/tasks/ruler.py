@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from buzz.errors import ConfigError
 from evals.results.schema import Record
 from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Task
+from evals.tasks.base import Sample
 from evals.tasks.encoding import encode
+from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.ruler_data import QA, SUBTASKS, family, modules, read_data
-from evals.tasks.ruler_texts import ANSWER, Drawn, generate
+from evals.tasks.ruler_texts import ANSWER, ASKABLE, Drawn, generate, more_questions
 from evals.tasks.types import Grid
 
 # Those that need no data.
@@ -25,7 +26,7 @@ SYNTHETIC = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe",
 
 
 @dataclass(kw_only=True)
-class Ruler(Task):
+class Ruler(QuestionsTask):
     """Score: the share of the answers that stand in the model's, 0..100. Groups: the subtasks.
 
     Of several lengths, groups are subtasks at a length. As in the benchmark's tables the score is
@@ -57,6 +58,10 @@ class Ruler(Task):
         super().check()
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ConfigError("task.data_dir", self.data_dir, "no such folder")
+        for subtask in self._subtasks:
+            if self.questions > 1 and subtask not in ASKABLE:
+                remedy = f"{subtask} has one question; several have {', '.join(ASKABLE)}"
+                raise ConfigError("task.questions", self.questions, remedy)
 
     def prepare(self) -> None:
         modules()
@@ -71,11 +76,32 @@ class Ruler(Task):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         return [
-            self._sample(tokenizer, subtask, length, number, drawn)
+            sample
             for length in self.lengths
             for subtask in self._subtasks
             for number, drawn in enumerate(self._generate(tokenizer, subtask, length))
+            for sample in self._asked(tokenizer, subtask, length, number, drawn)
         ]
+
+    def _asked(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        subtask: str,
+        length: int,
+        number: int,
+        drawn: Drawn,
+    ) -> list[Sample]:
+        """The samples of one text."""
+        if self.questions == 1:
+            return [self._sample(tokenizer, subtask, length, number, drawn)]
+        found = []
+        asked = more_questions(subtask, drawn, self.questions, f"{self.seed}/{length}/{number}")
+        for question, one in enumerate(asked, start=1):
+            sample = self._sample(tokenizer, subtask, length, number, one)
+            shared, meta = sample.id, sample.meta | {NUMBER: question}
+            name = f"{shared}-q{question}"
+            found.append(replace(sample, id=name, shared=shared, unit=shared, meta=meta))
+        return found
 
     def _generate(
         self, tokenizer: PreTrainedTokenizerBase, subtask: str, length: int
@@ -126,7 +152,7 @@ class Ruler(Task):
         """
         cells = means(records)
         if len(self.lengths) == 1:
-            return {}
+            return self.by_question(records)
         lengths = {
             f"{length}": _mean(cells.get((name, length)) for name in self._subtasks)
             for length in sorted(self.lengths)
@@ -136,10 +162,11 @@ class Ruler(Task):
             for name in self._subtasks
         }
         found = {"length": lengths, "subtask": subtasks, "average": averages([*lengths.values()])}
-        return {
+        known = {
             title: {row: value for row, value in rows.items() if value is not None}
             for title, rows in found.items()
         }
+        return known | self.by_question(records)
 
 
 def score(subtask: str, prediction: str, answers: Sequence[str]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from evals.tasks.ruler_data import NIAH, QA, modules
 
 # The benchmark's answer lengths in tokens.
 ANSWER = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+
+# Subtasks whose texts hold several keys with one value each, and a sentence with one of them.
+ASKABLE = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multiquery")
+KEY = re.compile(r"special magic (number|uuid)s? for (\S+) is: ([\w-]+)")
 
 SPREAD = 1.1  # see _largest()
 
@@ -78,6 +83,35 @@ def generate(
     if not found:
         remedy = f"too short for {subtask} with this tokenizer; give a longer one"
         raise ConfigError("task.lengths", length, remedy)
+    return found
+
+
+def more_questions(subtask: str, drawn: Drawn, count: int, seed: str) -> list[Drawn]:
+    """`count` prompts on one text, each for another of its keys, the one asked for first.
+
+    The question is the benchmark's for one key; of niah_multiquery no key is the first.
+
+    Raises:
+        ConfigError: there are fewer keys.
+    """
+    keys = {key: (kind, value) for kind, key, value in KEY.findall(drawn.text)}
+    asked = [key for key, (_, value) in keys.items() if value in drawn.answers]
+    rng = random.Random(seed)
+    if subtask == "niah_multiquery":
+        names = rng.sample(asked, min(count, len(asked)))
+    else:
+        others = [key for key in keys if key not in asked]
+        names = asked[:1] + rng.sample(others, min(count - 1, len(others)))
+    if len(names) < count:
+        remedy = f"a text of {subtask} has {len(names)} keys to ask for; ask fewer questions"
+        raise ConfigError("task.questions", count, remedy)
+    context = drawn.text[: -len(drawn.question)]
+    found = []
+    for name in names:
+        kind, value = keys[name]
+        question = f"What is the special magic {kind} for {name} mentioned in the provided text?"
+        prefix = f"The special magic {kind} for {name} mentioned in the provided text is"
+        found.append(Drawn(context + question, question, prefix, (value,)))
     return found
 
 
