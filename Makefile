@@ -30,6 +30,7 @@ demo: setup
 	@$(BIN)/python run.py +experiment=demo
 
 tables: $(VENV)/.ready
+	@$(BIN)/python -m evals.report.fidelity
 	@$(BIN)/python scripts/make_tables.py
 
 test: setup lint

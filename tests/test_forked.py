@@ -110,10 +110,15 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert sorted(record["status"] for record in records) == ["ok"] * 3
     out = tmp_path / "out"
-    assert report.main([f"runs={tmp_path}/runs", f"out={out}"]) == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert report.main([f"out={out}"]) == 0
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    written = [f"out={out}", f"pictures={out}"]
+
+    def files_of() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    assert report.main([f"runs={tmp_path}/runs", *written]) == 0
+    before = files_of()
+    assert len(before) == 5 and report.main(written) == 0
+    assert files_of() == before
     lines = before["fidelity.csv"].decode().splitlines()
     methods = {line.split(",")[1] for line in lines[1:]}
     assert methods == {one["method"] for one in records[0]["forks"]} and "h2o" in methods

@@ -3,8 +3,8 @@
     python -m evals.report.fidelity runs=results/fidelity  # of what +experiment=fidelity wrote
     python -m evals.report.fidelity                        # again, from results/embedded alone
 
-Writes OUT/samples.csv.gz (numbers of every prompt, nobody's texts), OUT/fidelity.csv, OUT/*.md and
-OUT/*.png. Runs of other methods on the same answers may lie beside each other: they are put
+Writes OUT/samples.csv.gz (numbers of every prompt, nobody's texts), OUT/fidelity.csv, tables into
+OUT/tables and figures into PICTURES (docs/img). Runs of other methods on the same answers may lie beside each other: they are put
 together, prompt by prompt.
 """
 
@@ -226,8 +226,11 @@ def shown(folders: Sequence[Path]) -> str:
     return "\n".join(table.markdown() for table in tables(summarize(collect(folders))))
 
 
-def build(out: Path, runs: Path | None = None) -> list[Path]:
+def build(out: Path, pictures: Path, runs: Path | None = None) -> list[Path]:
     """Writes everything; of no `runs`, from the numbers that are in `out`.
+
+    Returns:
+        The figures.
 
     Raises:
         ConfigError: there are no numbers.
@@ -243,21 +246,23 @@ def build(out: Path, runs: Path | None = None) -> list[Path]:
     samples = pd.read_csv(stored, dtype={"sample": str})
     summary = summarize(samples)
     summary.to_csv(out / SUMMARY, index=False, float_format="%.5g")
+    (out / "tables").mkdir(exist_ok=True)
     for table in tables(summary):
-        (out / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
-    return draw(samples, summary, out)
+        (out / "tables" / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
+    pictures.mkdir(parents=True, exist_ok=True)
+    return draw(samples, summary, pictures)
 
 
 def main(arguments: Sequence[str]) -> int:
-    options: dict[str, Path | None] = {"runs": None, "out": Path("results/embedded")}
+    options = {"runs": "", "out": "results/embedded", "pictures": "docs/img"}
     try:
         for argument in arguments:
             name, _, value = argument.partition("=")
             if name not in options or not value:
                 raise ConfigError(name, value, f"give NAME=FOLDER, NAME of {', '.join(options)}")
-            options[name] = Path(value)
-        out = options["out"] or Path()
-        build(out, options["runs"])
+            options[name] = value
+        out, pictures, runs = (Path(options[name]) for name in ("out", "pictures", "runs"))
+        build(out, pictures, runs if options["runs"] else None)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
