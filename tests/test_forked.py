@@ -117,7 +117,8 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
 
     assert report.main([f"runs={tmp_path}/runs", *written]) == 0
     before = files_of()
-    assert len(before) == 5 and report.main(written) == 0
+    assert {"samples.csv.gz", "fidelity.csv", "sources.png"} <= before.keys()
+    assert report.main(written) == 0
     assert files_of() == before
     lines = before["fidelity.csv"].decode().splitlines()
     methods = {line.split(",")[1] for line in lines[1:]}

@@ -4,8 +4,8 @@
     python -m evals.report.fidelity                        # again, from results/embedded alone
 
 Writes OUT/samples.csv.gz (numbers of every prompt, nobody's texts), OUT/fidelity.csv, tables into
-OUT/tables and figures into PICTURES (docs/img). Runs of other methods on the same answers may lie beside each other: they are put
-together, prompt by prompt.
+OUT/tables and figures into PICTURES (docs/img). Runs of other methods on the same answers may lie
+beside each other: they are put together, prompt by prompt.
 """
 
 from __future__ import annotations
