@@ -127,7 +127,7 @@ def test_shards_hold_whole_contexts() -> None:
 
 def test_needles_are_asked_for_one_by_one() -> None:
     task = Needle(name="needle", variant="multikey", needles=3, questions=3, depths=[50], repeats=1)
-    task.check()
+    task.check(), task.prepare()
     samples = task.load(TOKENIZER)
     (whole,) = Needle(name="needle", variant="multikey", needles=3, depths=[50], repeats=1).load(
         TOKENIZER
@@ -146,7 +146,8 @@ def test_ruler_asks_for_other_keys_in_its_own_words(subtask: str) -> None:
     smollm2 = load_tokenizer(named_config("smollm2"))
     options = {"name": "ruler", "subtasks": [subtask], "lengths": [1024], "samples": 1}
     one, several = Ruler(**options), Ruler(**options, questions=3)
-    one.prepare(), several.prepare()
+    for task in (one, several):
+        task.check(), task.prepare()
     (whole,), samples = one.load(smollm2), several.load(smollm2)
     first = samples[0]
     assert (first.prompt, first.answer_prefix) == (whole.prompt, whole.answer_prefix)
@@ -170,7 +171,7 @@ def test_nq10_shares_the_documents_that_answer(tmp_path) -> None:
 
     write_lines(tmp_path / "nq", [row(number) for number in range(5)])
     task = NQ10(name="nq10", data_file=str(tmp_path / "nq"), questions=2)
-    task.prepare()
+    task.check(), task.prepare()
     samples = task.load(TOKENIZER)
     assert [one.shared for one in samples] == ["0", "0", "1", "1"]
     for one, number in zip(samples, range(4), strict=True):

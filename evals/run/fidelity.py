@@ -201,8 +201,9 @@ class _Rows:
 
     def __init__(self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any) -> None:
         self.model = model
-        self.cache = ForkedCache(model, [FullPolicy(), *policies], **options)
-        self.lengths = [Lengths(fork) for fork in self.cache.forks]
+        every = [FullPolicy(), *policies]
+        self.cache = ForkedCache(model, every, **options)
+        self.lengths = [Lengths(*pair) for pair in zip(self.cache.forks, every, strict=True)]
         self.logits = torch.empty(0)
 
     def read(self, prompt: Sequence[int], later: Sequence[int]) -> None:

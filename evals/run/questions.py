@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buzz import Policy
+from buzz import EvictionCache, Policy
 from buzz.errors import ConfigError
 from evals.run.compress import Compress, in_steps
 from evals.run.generate import Generation, eos_ids, generate, left_padded, read
@@ -103,7 +103,8 @@ def answer(
     """
     ids, eos = prompts[0].ids, eos_ids(model, tokenizer)
     inputs = left_padded([ids], tokenizer.pad_token_id).to(model.device)
-    reading = read(model, inputs, policy, prompts[0].later, cache_options)
+    cache = EvictionCache(model, policy, **cache_options)
+    reading = read(cache, policy, model, inputs, prompts[0].later)
     found: list[Generation] = []
     for prompt in prompts:
         if not conversation:
