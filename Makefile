@@ -8,7 +8,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help setup model demo tables test bench docs lint format clean
+.PHONY: help setup model demo tables test bench gpu-check gpu-bench docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make tables  tables, figures and results/report.html from results/runs"
 	@echo "make test    lint, types and tests"
 	@echo "make bench   speed and memory beside two full caches, under an hour"
+	@echo "make gpu-check   what a CUDA card must show, in ten minutes; gpu-bench: Llama-2-7B's shape"
 	@echo "make docs    the documentation as a site: build/site/index.html"
 	@echo "make setup   only the environment (.venv) and the model (models/)"
 	@echo "make lint    ruff, mypy, who imports whom        make format   let ruff rewrite"
@@ -37,6 +38,17 @@ test: setup lint
 
 bench: $(VENV)/.ready
 	@$(BIN)/python scripts/bench.py
+
+gpu-check: $(VENV)/.ready
+	@$(BIN)/python scripts/gpu_check.py
+
+gpu-bench: $(VENV)/.ready
+	@$(BIN)/python scripts/bench.py --llama-7b --device cuda --resume --new 128 \
+		--lengths 4096 8192 16384 32768 --batch 1 --methods stock stock-compiled full full-compiled \
+		streaming_llm streaming_llm-compiled h2o h2o-compiled buzz buzz-compiled buzz-chunked
+	@$(BIN)/python scripts/bench.py --llama-7b --device cuda --resume --new 128 \
+		--lengths 4096 --batch max --out results/hardware/largest-batch \
+		--methods full streaming_llm h2o buzz
 
 # The variable silences a notice of MkDocs Material about its future.
 docs: $(VENV)/.docs

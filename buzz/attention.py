@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from buzz import kernels
 from buzz.adapter import Attention
 from buzz.errors import ConfigError
+from buzz.inputs import on
 from buzz.layer import EvictionLayer
 
 Scored = tuple[Tensor, Tensor | None]  # output, and what each entry received
@@ -159,6 +161,8 @@ def _mask(backend: str, query: Tensor, key: Tensor, starts: Tensor | None) -> Te
         new == 1 or (new == held and backend == "sdpa") or backend.startswith("flash")
     ):
         return None
+    if starts is None and backend == "sdpa" and not torch.compiler.is_compiling():
+        return causal_lower_right(new, held)  # flash attention, where a device has it; no matrix
     slots = torch.arange(held, device=key.device)
     if backend.startswith("flash"):
         assert starts is not None
@@ -179,7 +183,7 @@ def _scaled_by_log_n(layer: EvictionLayer, query: Tensor) -> Tensor:
     if layer.logn_base is None:
         return query
     new = query.shape[2]
-    held = torch.tensor(layer.lengths, device=query.device)
+    held = on(query.device, layer.lengths)
     attended = held[:, None] - torch.arange(new - 1, -1, -1, device=query.device)
     scale = attended.clamp(min=1).float().log() / math.log(layer.logn_base)
     if layer.logn_clamp:

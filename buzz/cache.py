@@ -449,7 +449,8 @@ def _make_layers(
 def _replay(
     decoder: nn.Module, model: PreTrainedModel, layers: list[Any], policy: Policy
 ) -> compiled.Replay:
-    compiled.check(model, layers, policy)
+    compiled.check_policy(policy)
+    compiled.check_model(model, layers)
     adapter.intercept(decoder, _run_compiled)
     return compiled.replay_of(decoder, len(layers))
 

@@ -33,28 +33,35 @@ BACKEND = "inductor"
 _replays: weakref.WeakKeyDictionary[nn.Module, Replay] = weakref.WeakKeyDictionary()
 
 
-def check(model: nn.Module, layers: Sequence[Any], policy: Policy) -> None:
-    """Refuses what no graph can serve.
+def check_policy(policy: Policy) -> None:
+    """Refuses a method that no graph can serve.
 
     Raises:
-        ConfigError: a method that reads queries or lets scores decay, or differs from layer to
-            layer; layers that do not evict; frequencies that change; a model on several devices.
+        ConfigError: it reads queries, lets scores decay, or differs from layer to layer.
     """
-
-    def refuse(what: str) -> ConfigError:
-        return ConfigError("model.compile", True, f"{what}; leave it out")
-
     if policy.queries or policy.decay != 1 or policy.moments_from is not None:
-        raise refuse(f"{policy.name} needs more of a step than what its entries receive")
-    if any(layer.policy != policy for layer in layers if hasattr(layer, "policy")):
-        raise refuse(f"{policy.name} has a budget for each layer")
+        raise _refusal(f"{policy.name} needs more of a step than what its entries receive")
+    if type(policy).for_layer is not Policy.for_layer and policy.for_layer(0, 2) != policy:
+        raise _refusal(f"{policy.name} has a budget for each layer")
+
+
+def check_model(model: nn.Module, layers: Sequence[Any]) -> None:
+    """Refuses a model that no graph can serve.
+
+    Raises:
+        ConfigError: layers that do not evict; frequencies that change; several devices.
+    """
     for layer in layers:
         if not hasattr(layer, "rope"):
-            raise refuse(f"{type(model).__name__} has layers with a window of their own")
+            raise _refusal(f"{type(model).__name__} has layers with a window of their own")
         if not layer.rope.static:
-            raise refuse(f"{type(model).__name__} rotates by frequencies that change")
+            raise _refusal(f"{type(model).__name__} rotates by frequencies that change")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise refuse("the model lies on several devices")
+        raise _refusal("the model lies on several devices")
+
+
+def _refusal(what: str) -> ConfigError:
+    return ConfigError("model.compile", True, f"{what}; leave it out")
 
 
 class ReplayLayer(CacheLayerMixin):

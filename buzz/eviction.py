@@ -7,6 +7,7 @@ is a place in the store's buffers. A row's first entry lies in slot `store.end -
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,8 @@ def evict(
             tail = min(policy.protected, kept)
             if kept < group.held:
                 scores = policy.score(look(group, rows))
-                chosen = policy.select(group.held, group.state, scores)
+                with _default(store.device):
+                    chosen = policy.select(group.held, group.state, scores)
                 chosen = chosen.to(store.device, non_blocking=True)
                 group.evictions += 1
                 group.cut = group.seen
@@ -118,6 +120,11 @@ def evict(
             _move(store, target, group, rows, chosen, tail, policy.resident, rope)
         group.held, group.state = kept, state
     return target, idle
+
+
+def _default(device: torch.device) -> AbstractContextManager[Any]:
+    """Tensors of a policy are made where the entries are, and not sent there step by step."""
+    return nullcontext() if device.type == "cpu" else device
 
 
 def _move(
@@ -142,10 +149,14 @@ def _move(
     if kept == tail and target is store:
         return  # what is left stays where it is
     first = store.end - group.held  # slot of the group's first entry
-    leading = _resident_keys(store, group, rows, chosen, kept, residents, rope)
     to = target.end - kept
     dropped = group.held - kept
-    turns = rope.table(dropped + 1) if dropped and rope.static else None
+    leading = anew = None
+    if rope.module is not None and not rope.static:
+        anew = _turned_anew(store, group, rows, chosen, kept, rope)
+    elif rope.module is not None and store.keys.dtype in (torch.float16, torch.bfloat16):
+        leading = _residents(store, group, rows, chosen[..., :residents], kept, rope)
+    turns = rope.table(dropped + 1, store.device) if dropped and rope.static else None
     tensors = store.tensors(), target.tensors()
     kernels.move(
         *tensors,
@@ -155,59 +166,68 @@ def _move(
         turns,
         rows=None if isinstance(rows, slice) else rows,
         interleaved=rope.interleaved,
+        leading=leading,
     )
-    if leading is not None:
-        target.keys[rows, :, to : to + leading.shape[2]] = leading
+    if anew is not None:
+        target.keys[rows, :, to : to + anew.shape[2]] = anew
     if target is not store:
         for source, destination in zip(*tensors, strict=True):
             recent = source[rows, :, store.end - tail : store.end]
             destination[rows, :, target.end - tail : target.end] = recent
 
 
-def _resident_keys(
-    store: Store,
-    group: Group,
-    rows: Rows,
-    chosen: Tensor,
-    kept: int,
-    residents: int,
-    rope: Rope,
-) -> Tensor | None:
-    """The keys that must not be turned step by step, turned at once from how they came.
+def _residents(
+    store: Store, group: Group, rows: Rows, chosen: Tensor, kept: int, rope: Rope
+) -> kernels.Leading | None:
+    """Keys of half precision that must not be turned step by step: rounding errors would add up.
 
-    These are, in half precision, the residents of the policy, whose rounding errors would add up;
-    and all keys where frequencies change, because turns do not add up then.
+    Args:
+        chosen: int64 [rows, kv_heads, residents], the leading entries that stay for long.
+        kept: all that stay.
+    """
+    if not chosen.shape[-1]:
+        return None
+    _remember(store, group, rows, chosen)
+    assert group.source is not None and group.source_positions is not None
+    position = group.first_position + group.seen - kept
+    frequencies = rope.frequencies().to(store.device)
+    return kernels.Leading(group.source, group.source_positions, position, frequencies)
+
+
+def _turned_anew(
+    store: Store, group: Group, rows: Rows, chosen: Tensor, kept: int, rope: Rope
+) -> Tensor | None:
+    """All keys where frequencies change, because turns do not add up then.
 
     Args:
         chosen: int64 [rows, kv_heads, older], entries that stay.
         kept: with those that do not move.
 
     Returns:
-        [rows, kv_heads, residents, head_dim], or None if there are none.
+        [rows, kv_heads, older, head_dim], or None if there are none.
     """
     older = chosen.shape[-1]
-    if not rope.static:
-        residents = older
-    elif store.keys.dtype in (torch.float16, torch.bfloat16):
-        residents = min(residents, older)
-    else:
-        residents = 0
-    if not residents or rope.module is None:
+    if not older:
         return None
-    chosen, device = chosen[..., :residents], store.device
-    batch = on(device, group.rows) if isinstance(rows, slice) else rows
-    heads = torch.arange(chosen.shape[1], device=device)[:, None]
-    where = batch[:, None, None], heads, store.end - group.held + chosen
-    keys, arrival = store.keys[where], store.positions[where] + group.padding
-    newest = group.first_position + group.seen
-    old = newest - group.held + chosen
+    batch = on(store.device, group.rows)[:, None, None]
+    heads = torch.arange(chosen.shape[1], device=store.device)[:, None]
+    arrival = store.positions[batch, heads, store.end - group.held + chosen] + group.padding
+    _remember(store, group, rows, chosen)
+    assert group.source is not None and group.source_positions is not None
+    now = group.first_position + group.seen - kept + torch.arange(older, device=store.device)
+    return rope.rotate(group.source, rope.turn(now, group.source_positions, arrival))
+
+
+def _remember(store: Store, group: Group, rows: Rows, chosen: Tensor) -> None:
+    """Keep the keys of `chosen` as they came."""
+    known = None
     if group.source is not None and group.source_positions is not None:
-        known = group.source.shape[2]
-        place = chosen.clamp(max=known - 1)
-        has_source = chosen < known
-        source = group.source.gather(2, place[..., None].expand_as(keys))
-        keys = torch.where(has_source[..., None], source, keys)
-        old = torch.where(has_source, group.source_positions.gather(2, place), old)
-    group.source, group.source_positions = keys, old
-    new = newest - kept + torch.arange(residents, device=device)
-    return rope.rotate(keys, rope.turn(new, old, arrival))
+        known = group.source, group.source_positions
+    group.source, group.source_positions = kernels.originals(
+        store.keys,
+        chosen,
+        store.end - group.held,
+        group.first_position + group.seen - group.held,
+        known,
+        rows=None if isinstance(rows, slice) else rows,
+    )

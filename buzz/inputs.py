@@ -9,6 +9,7 @@ for that device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -99,5 +100,13 @@ def jumps(position_ids: Tensor, seen: int, padding: Sequence[int], first: Sequen
 
 
 def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """Whole numbers as int64 on a device, without waiting for it."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
+    """Whole numbers as int64 on a device; not to be changed, as they are sent there but once."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, device=device)
+    return _sent(device, tuple(numbers))
+
+
+@lru_cache(maxsize=256)
+def _sent(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)

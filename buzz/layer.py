@@ -111,11 +111,15 @@ class EvictionLayer(CacheLayerMixin):
             self.groups = [Group(list(range(batch)))]
         self.check_batch(batch)
         self.rope.observe(self.cumulative_length)
-        positions = self._positions(new).expand(batch, keys.shape[1], new)
         if self.store is None:  # a prompt is attended where it lies and thinned before it is kept
+            positions = self._positions(new).expand(batch, keys.shape[1], new)
             self.store = Store(keys, values, positions, scores=None, end=new, owned=False)
+        elif new == 1:
+            self._make_room(new)
+            self.store.append_token(keys, values, self.cumulative_length, self._padding())
         else:
             self._make_room(new)
+            positions = self._positions(new).expand(batch, keys.shape[1], new)
             self.store.append(keys, values, positions)
         self._count(new)
         self.awaits_attention = True
@@ -419,6 +423,11 @@ class EvictionLayer(CacheLayerMixin):
             dtype=torch.int32,
             device=self.device,
         ).view(1, 1, new)
+        padding = self._padding()
+        return slots if padding is None else slots - padding.to(torch.int32)[:, None, None]
+
+    def _padding(self) -> Tensor | None:
+        """Padding of each row, int64 [batch]; None if there is none."""
         if len(self.groups) == 1 and not self.groups[0].padding:
-            return slots
-        return slots - on(self.device, self.per_row("padding")).to(torch.int32)[:, None, None]
+            return None
+        return on(self.device, self.per_row("padding"))

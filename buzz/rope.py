@@ -13,6 +13,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from buzz.inputs import on
 from buzz.kernels.reference import rotate
 
 Rotation = tuple[Tensor, Tensor]
@@ -43,7 +44,8 @@ class Rope:
             rope_type = rope_type[layer_type]
         # Whether frequencies may change from one forward pass to the next.
         self.static = "dynamic" not in rope_type and rope_type != "longrope"
-        self._table: Rotation | None = None
+        self._tables: dict[torch.device, Rotation] = {}
+        self._observed: Tensor | None = None  # the buffer that was looked at last
         self._history: list[tuple[int, Tensor]] = []
 
     def frequencies(self) -> Tensor:
@@ -55,6 +57,9 @@ class Rope:
         if self.static or self.module is None:
             return
         current = self.frequencies()
+        if self._history and current is self._observed:
+            return  # a change comes as another buffer; to compare numbers waits for the device
+        self._observed = current
         if not self._history or not torch.equal(self._history[-1][1], current):
             self._history.append((slot, current.clone()))
 
@@ -84,31 +89,36 @@ class Rope:
         """
         if self.module is None:
             return None
-        frequencies = self.frequencies().double()
+        frequencies = self.frequencies().to(new.device).double()
         if self.static or not self._history:
             angle = (new - old)[..., None] * frequencies
         else:
-            starts = torch.tensor([slot for slot, _ in self._history], device=slots.device)
+            starts = on(slots.device, [slot for slot, _ in self._history])
             tables = torch.stack([table for _, table in self._history]).double()
             used = tables[torch.bucketize(slots, starts, right=True) - 1]
             angle = new[..., None] * frequencies - old[..., None] * used
         angle = angle.remainder(2 * torch.pi).float()
         return angle.cos(), angle.sin()
 
-    def table(self, turns: int) -> Rotation | None:
+    def table(self, turns: int, device: torch.device | None = None) -> Rotation | None:
         """cos and sin of moves by 0, 1, ... positions: float64 [at least `turns`, R / 2].
 
         None for a layer without RoPE. Only where frequencies are static.
+
+        Args:
+            device: where the keys lie, in case a model's layers lie on several; else that of the
+                frequencies.
         """
         if self.module is None:
             return None
-        rows = 0 if self._table is None else self._table[0].shape[0]
-        if self._table is None or not turns <= rows <= max(2 * turns, SMALL_TABLE):
-            frequencies = self.frequencies().double()
-            moves = torch.arange(max(turns, SMALL_TABLE), device=frequencies.device)
-            angles = moves[:, None] * frequencies
-            self._table = angles.cos(), angles.sin()
-        return self._table
+        device = device or self.frequencies().device
+        known = self._tables.get(device)
+        rows = 0 if known is None else known[0].shape[0]
+        if known is None or not turns <= rows <= max(2 * turns, SMALL_TABLE):
+            moves = torch.arange(max(turns, SMALL_TABLE), device=device)
+            angles = moves[:, None] * self.frequencies().to(device).double()
+            known = self._tables[device] = angles.cos(), angles.sin()
+        return known
 
     def rotate(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
         """Turn `keys` [..., D] by cos and sin [..., R / 2]."""

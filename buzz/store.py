@@ -17,6 +17,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from buzz import kernels
+
 
 def with_spare(entries: int) -> int:
     """Capacity for `entries`: sliding or growing then costs a few copied entries per token."""
@@ -122,6 +124,11 @@ class Store:
         """The same entries once more, in the same buffers: who appends first moves out of them."""
         self.owned = False
         return dataclasses.replace(self)
+
+    def append_token(self, key: Tensor, value: Tensor, token: int, padding: Tensor | None) -> None:
+        """Write one entry of each row, see :func:`buzz.kernels.append`."""
+        kernels.append(self.tensors(), key, value, self.end, token, padding)
+        self.end += 1
 
     def select_rows(self, rows: Tensor) -> Store:
         """A store whose row i is row `rows[i]` of this one."""

@@ -1,15 +1,21 @@
 """Speed and memory of every method beside two full caches, as ratios measured in one run.
 
     make bench                                   # 2K, 8K and 32K tokens, under an hour on 2 cores
-    python scripts/bench.py --lengths 2048 --methods stock full buzz
-    python scripts/bench.py --llama-7b --lengths 4096 8192 16384 32768 --batch 1 max  # one GPU
+    python scripts/bench.py --lengths 2048 --methods stock full buzz buzz-compiled
+    python scripts/bench.py --ops                # operations of a step, counted
+    python scripts/bench.py --kv-limit 512MB --lengths 2048 --model smollm2
+    python scripts/bench.py --llama-7b --device cpu --lengths 4096 8192 12288
+    make gpu-bench                               # Llama-2-7B's shape on one GPU, 4K to 32K tokens
 
-Rows are measured in turn, each in a process of its own, so that one's peak of memory is not
-another's: `stock` is transformers' DynamicCache with SDPA, `full` this project's full cache
-(buffers written in place, the same SDPA): the strong baseline. `buzz-chunked` evicts while it
-reads the prompt, in chunks of 2,048. A row's figures are medians over the repeats, with the spread
-(largest over smallest). `--batch max` doubles the batch until memory ends. Nothing is asserted
-here: the table says what was measured, and what ran out of memory.
+Rows are measured in turn, each in a process of its own (`scripts/measure.py`), so that one's peak
+of memory is not another's: `stock` is transformers' DynamicCache with SDPA, `full` this project's
+full cache (buffers written in place, the same SDPA): the strong baseline. `buzz-chunked` evicts
+while it reads the prompt, in chunks of 2,048. `-compiled` decodes by a graph; of `stock` it is
+transformers' StaticCache. A row's figures are medians over the repeats, with the spread (largest
+over smallest). `--batch max` searches for the largest batch, `--kv-limit` computes it; ratios of
+times are printed only beside rows of equal batch. Nothing is asserted here: the table says what was
+measured, and what ran out of memory. What a CSV of the same setting already has is not measured
+again with `--resume`.
 """
 
 from __future__ import annotations
@@ -17,10 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,133 +42,17 @@ METHODS = (
     "h2o",
     "buzz-chunked",
 )
+PAPER = ("stock", "full", "streaming_llm", "h2o", "buzz")  # of --llama-7b
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/method"
 MORE = tuple(sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {*METHODS}))  # when asked
-CHUNK = 2048
+KNOWN = METHODS + MORE
+KNOWN += tuple(f"{name}-compiled" for name in KNOWN)
+MEASURE = Path(__file__).with_name("measure.py")
 LONG = 16384  # tokens, beyond which rows are repeated a third as often
 # Without it, glibc keeps freed blocks of up to 32 MB, and the peak of one and the same run varies
-# by a third. It is the same for all rows.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-
-
-def measure(
-    method: str, prompt: int, batch: int, new: int, shape: dict[str, int], threads: int
-) -> dict[str, Any]:
-    """One row's raw figures: seconds, bytes. Runs in a process of its own."""
-    import torch
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-
-    import baselines  # noqa: F401  (registers its policies)
-    from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
-    from buzz.layer import EvictionLayer
-    from evals.run.generate import synchronize
-    from evals.run.memory import memory_peak, reset_memory_peak
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    config = LlamaConfig(**shape, max_position_embeddings=2 * prompt + new)
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype).eval()
-    ids = torch.randint(0, shape["vocab_size"], (batch, prompt), device=device)
-    evicting = 0.0
-
-    def cache() -> Any:
-        if method == "stock":
-            return DynamicCache()
-        return EvictionCache(model, POLICIES[method.removesuffix("-chunked")]())
-
-    def forward(tokens: Any, cache: Any) -> Any:
-        return model(tokens, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
-
-    def timed_eviction(self: EvictionLayer, received: Any) -> None:
-        nonlocal evicting
-        start = time.perf_counter()
-        evict(self, received)
-        synchronize(device)
-        evicting += time.perf_counter() - start
-
-    def decode(held: Any, token: Any, steps: int) -> list[float]:
-        latencies = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            token = forward(token, held)
-            synchronize(device)
-            latencies.append(time.perf_counter() - start)
-        return latencies
-
-    with torch.inference_mode():
-        warm = cache()
-        decode(warm, forward(ids[:, :1024], warm), 20)
-        del warm
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        reset_memory_peak(device)
-        before = memory_peak(device)
-        held = cache()
-        start = time.perf_counter()
-        for chunk in ids.split(CHUNK if method.endswith("-chunked") else prompt, dim=1):
-            token = forward(chunk, held)
-        synchronize(device)
-        prefill = time.perf_counter() - start
-        peak = memory_peak(device)
-        decode(held, token, 8)  # the first steps settle buffers
-        latencies = decode(held, token, new)
-        evict = EvictionLayer.after_attention
-        EvictionLayer.after_attention = timed_eviction
-        with_timer = 0.0 if method == "stock" else sum(decode(held, token, new))
-        if method == "stock":
-            entries = held.get_seq_length()
-            entry = sum(2 * x.keys[0, :, 0].numel() * x.keys.element_size() for x in held.layers)
-        else:
-            entries, entry = held.lengths[0], held.entry_nbytes
-    return {
-        "prefill_s": prefill,
-        "peak_bytes": peak,
-        "peak_beyond_start_bytes": peak - before,
-        "decode_ms": 1e3 * statistics.fmean(latencies),
-        "decode_p50_ms": 1e3 * statistics.median(latencies),
-        "eviction_share": evicting / with_timer if with_timer else 0.0,
-        "tokens_per_s": batch / statistics.fmean(latencies),
-        "read_bytes": weights + batch * entries * entry,
-        "kv_bytes": batch * entries * entry,
-        "copy_bytes_per_s": copy_bandwidth(device),
-    }
-
-
-def copy_bandwidth(device: Any) -> float:
-    """Bytes read per second when a buffer larger than every cache level is read once (summed)."""
-    import torch
-
-    buffer = torch.ones(2**27 if device.type == "cpu" else 2**29, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        float(buffer.sum())
-        best = min(best, time.perf_counter() - start)
-    return buffer.numel() * buffer.element_size() / best
-
-
-def child(arguments: argparse.Namespace, method: str, prompt: int, batch: str) -> dict[str, Any]:
-    """Measures a row in a new process; a failure is a result."""
-    if batch == "max":
-        row, rows = child(arguments, method, prompt, "1"), 1
-        while "failed" not in (larger := child(arguments, method, prompt, str(2 * rows))):
-            row, rows = larger, 2 * rows
-        return {**row, "batch": rows}
-    command = [sys.executable, __file__, "--child", method, "--lengths", str(prompt)]
-    command += ["--batch", batch]
-    command += ["--new", str(arguments.new), "--threads", str(arguments.threads)]
-    for name, value in shape_of(arguments).items():
-        command += ["--" + name.replace("_", "-"), str(value)]
-    env = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode == 0:
-        return {"batch": int(batch), **json.loads(done.stdout.splitlines()[-1])}
-    told = [line for line in done.stderr.splitlines() if line.strip()]
-    out = done.returncode == -9 or "out of memory" in done.stderr or "allocate" in done.stderr
-    return {"failed": "OOM" if out else told[-1]}
-
+# by a third. It is the same for all rows. cuDNN's attention plans anew for every length of a cache
+# that grows, which would slow down the methods that do not evict.
+SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
 
 SHAPE = {
     "hidden_size": 512,
@@ -190,6 +80,102 @@ def shape_of(arguments: argparse.Namespace) -> dict[str, int]:
     return LLAMA_7B if arguments.llama_7b else SHAPE | given
 
 
+def job(arguments: argparse.Namespace, method: str, prompt: int, batch: int) -> dict[str, Any]:
+    """What `scripts/measure.py` is asked."""
+    return {
+        "method": method,
+        "prompt": prompt,
+        "batch": batch,
+        "new": arguments.new,
+        "shape": shape_of(arguments),
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "chunk": arguments.chunk,
+        "kv_limit": arguments.kv_limit,
+    }
+
+
+def child(arguments: argparse.Namespace, method: str, prompt: int, batch: str) -> dict[str, Any]:
+    """Measures a row in a new process; a failure is a result."""
+    if batch == "max":
+        return largest(arguments, method, prompt)
+    asked = job(arguments, method, prompt, int(batch))
+    if reason := does_not_fit(asked):
+        return {"failed": reason}
+    env = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": str(arguments.threads)}
+    command = [sys.executable, str(MEASURE), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    told = [line for line in done.stderr.splitlines() if line.strip()]
+    out = done.returncode == -9 or re.search("out of memory|allocate|MemoryError", done.stderr)
+    return {"failed": "OOM" if out else told[-1] if told else f"exit status {done.returncode}"}
+
+
+def largest(arguments: argparse.Namespace, method: str, prompt: int) -> dict[str, Any]:
+    """The row of the largest batch: doubled until memory ends, then once more half-way.
+
+    What fails otherwise is tried a second time: memory alone ends the search.
+    """
+
+    def attempt(rows: int) -> dict[str, Any]:
+        row = child(arguments, method, prompt, str(rows))
+        if row.get("failed", "OOM") != "OOM":
+            row = child(arguments, method, prompt, str(rows))
+        return row
+
+    best, rows = attempt(1), 1
+    while "failed" not in best and "failed" not in (larger := attempt(2 * rows)):
+        best, rows = larger, 2 * rows
+    if rows > 1 and "failed" not in (between := attempt(rows + rows // 2)):
+        best = between
+    return best
+
+
+def available() -> int:
+    """Bytes that a process may still take; 0 where nobody says."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"MemAvailable:\s+(\d+)", text)
+    return int(found[1]) * 1024 if found else 0
+
+
+def needs(asked: dict[str, Any]) -> int:
+    """Bytes of weights, of the KV of a prompt that is held until its end, and of one layer's work.
+
+    A chunk's work is that of an MLP and of keys and values widened to float32.
+    """
+    shape, size = asked["shape"], 4 if asked["dtype"] == "float32" else 2
+    hidden, inner, layers = (
+        shape[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    kv = 2 * hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    block = 2 * hidden * hidden + hidden * kv + 3 * hidden * inner
+    weights = size * (layers * block + 2 * shape["vocab_size"] * hidden)
+    tokens = asked["prompt"] + 2 * asked["new"]
+    held = tokens if asked["chunk"] or asked["method"].startswith(("stock", "full")) else 0
+    copied = tokens + tokens // 8 if asked["chunk"] else 0  # a layer's buffer grows by copying
+    work = (asked["chunk"] or asked["prompt"]) * (4 * inner + 4 * hidden) * size
+    work += tokens * kv * 4 + copied * kv * size
+    return weights + asked["batch"] * (held * kv * layers * size + work)
+
+
+def does_not_fit(asked: dict[str, Any]) -> str | None:
+    """Why a row on the CPU need not be started."""
+    free = available()
+    if asked["device"] != "cpu" or asked["model"] or asked["kv_limit"] or not free:
+        return None
+    needed = needs(asked)
+    if needed <= free:
+        return None
+    return f"does not fit: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+
+
 def summarize(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds, and how far they spread."""
     if any("failed" in row for row in rounds):
@@ -202,7 +188,8 @@ def summarize(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratio(row: dict[str, Any], other: dict[str, Any] | None, key: str) -> str:
-    if other is None or "failed" in other:
+    """`row` over `other`; rows of another batch are not to be compared."""
+    if other is None or "failed" in other or row["batch"] != other["batch"]:
         return "-"
     return f"{row[key] / other[key]:.2f}"
 
@@ -224,13 +211,16 @@ def table(rows: dict[str, dict[str, Any]], prompt: int, batch: str) -> Any:
         "/stock",
         "beyond\nstart MB",
         "KV\nMB",
+        "alloc.\nMB",
         "decode\nms/step",
         "tokens\n/s",
         "spread",
-        "stock/\nit",
-        "full/\nit",
+        "/stock",
+        "/full",
+        "linear\nms",
+        "bytes/\nbandwidth\nms",
         "eviction\n% of decode",
-        "% of\nbandwidth",
+        "first\nstep s",
     ):
         out.add_column(heading, justify="right", no_wrap=True)
     stock, full = rows.get("stock"), rows.get("full")
@@ -238,11 +228,6 @@ def table(rows: dict[str, dict[str, Any]], prompt: int, batch: str) -> Any:
         if "failed" in row:
             out.add_row(method, row["failed"])
             continue
-        faster = [
-            "-" if o is None or "failed" in o else f"{o['decode_ms'] / row['decode_ms']:.2f}"
-            for o in (stock, full)
-        ]
-        bound = row["read_bytes"] / row["copy_bytes_per_s"] * 1e3
         out.add_row(
             method,
             f"{row['batch']:.0f}",
@@ -253,27 +238,83 @@ def table(rows: dict[str, dict[str, Any]], prompt: int, batch: str) -> Any:
             ratio(row, stock, "peak_bytes"),
             f"{row['peak_beyond_start_bytes'] / 1e6:.0f}",
             f"{row['kv_bytes'] / 1e6:.1f}",
+            f"{row['kv_allocated_bytes'] / 1e6:.1f}",
             f"{row['decode_ms']:.2f}",
             f"{row['tokens_per_s']:.1f}",
             f"{row['decode_ms_spread']:.2f}",
-            *faster,
-            "-" if method == "stock" else f"{100 * row['eviction_share']:.1f}",
-            f"{100 * bound / row['decode_ms']:.0f}",
+            ratio(row, stock, "decode_ms"),
+            ratio(row, full, "decode_ms"),
+            f"{row['linear_ms']:.2f}",
+            f"{row['read_bytes'] / row['copy_bytes_per_s'] * 1e3:.2f}",
+            f"{100 * row['eviction_share']:.1f}" if row["eviction_share"] else "-",
+            f"{row['first_step_s']:.2f}",
         )
     return out
+
+
+def count_operations(methods: Sequence[str]) -> Any:
+    """A table of what a decoding step launches, per layer: of eight layers less that of four."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    sys.path.insert(0, str(MEASURE.parent))
+    import measure
+    import torch
+
+    out = Table(title="operations of a decoding step", box=SIMPLE_HEAD, title_justify="left")
+    for heading in ("method", "dtype", "per layer", "/ stock", "the whole step", "waits"):
+        out.add_column(heading, no_wrap=True)
+    for dtype in ("float32", "bfloat16"):
+        stock = 0.0
+        for method in methods:
+            counted = []
+            for layers in (8, 4):
+                shape = SHAPE | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+                asked = measure.Job(
+                    method, prompt=640, shape=shape | {"num_hidden_layers": layers}, dtype=dtype
+                )
+                model = measure.make_model(asked)
+                run = measure.Run(asked, model, 1)
+                with torch.no_grad():
+                    token = run.prefill(torch.zeros(1, asked.prompt, dtype=torch.int64))
+                    run.decode(token, 6)
+                counted.append(measure.operations(model, run.cache, token))
+            whole, less = (counts.launches.total() for counts in counted)
+            per_layer = (whole - less) / 4
+            stock = per_layer if method == "stock" else stock
+            waits = ", ".join(counted[0].waits) or "none"
+            more = f"{per_layer - stock:+.1f}" if stock else "-"
+            out.add_row(method, dtype, f"{per_layer:.1f}", more, str(whole), waits)
+    return out
+
+
+def nbytes(text: str) -> int:
+    """512MB, 0.5GB: a number of bytes."""
+    found = re.fullmatch(r"([\d.]+)\s*(k|M|G)?i?B?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text}: write a size, such as 512MB")
+    return int(float(found[1]) * {"k": 1e3, "M": 1e6, "G": 1e9, None: 1}[found[2]])
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS + MORE)
+    parser.add_argument("--methods", nargs="+", choices=KNOWN, metavar="METHOD")
     parser.add_argument("--batch", nargs="+", default=["1"], help="rows, or max")
+    parser.add_argument("--kv-limit", type=nbytes, default=0, help="KV of all rows: 512MB")
     parser.add_argument("--llama-7b", action="store_true", help="the shape of Llama-2-7B")
-    parser.add_argument("--new", type=int, default=320, help="decoded tokens per row")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", help="one of configs/model instead of random weights")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--chunk", type=int, help="read prompts in chunks, evict at their end")
+    parser.add_argument("--new", type=int, help="decoded tokens per row")
+    parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("results/hardware"))
-    parser.add_argument("--child", choices=METHODS + MORE, help=argparse.SUPPRESS)
+    parser.add_argument("--ops", action="store_true", help="count the operations of a step")
+    parser.add_argument("--resume", action="store_true", help="go on where a run was ended")
     for name, value in SHAPE.items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=int, metavar="N", help=f"default: {value}")
@@ -281,69 +322,115 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     for name in SHAPE if arguments.llama_7b else ():
         if getattr(arguments, name) is not None:
             parser.error(f"argument --llama-7b: not allowed with --{name.replace('_', '-')}")
+    if arguments.kv_limit and arguments.batch != ["1"]:
+        parser.error("argument --kv-limit: not allowed with --batch")
+    if arguments.device is None:
+        arguments.device = "cuda" if cuda() else "cpu"
+    on_cpu, large = arguments.device == "cpu", arguments.llama_7b
+    defaults = {
+        "methods": PAPER if large and on_cpu else METHODS,
+        "dtype": "bfloat16" if large or not on_cpu else "float32",
+        "chunk": 1024 if large and on_cpu else 0,
+        "new": 32 if large and on_cpu else 320,
+        "repeats": 1 if large or arguments.kv_limit else 3,
+    }
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     return arguments
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    arguments = parse(given)
-    if arguments.child:
-        prompt = arguments.lengths[0]
-        row = measure(
-            arguments.child,
-            prompt,
-            int(arguments.batch[0]),
-            arguments.new,
-            shape_of(arguments),
-            arguments.threads,
-        )
-        print(json.dumps(row))
-        return 0
+def cuda() -> bool:
+    import torch
 
-    import pandas
+    return torch.cuda.is_available()
+
+
+def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that decides the figures, beside method, prompt and batch."""
     import torch
     import transformers
-    from rich.console import Console
-    from rich.progress import Progress
 
     from evals.results.environment import cpu_name
 
-    cpu = f"{cpu_name()} {os.cpu_count()} cores"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    setting = {
-        "device": device,
+    on_cpu = arguments.device == "cpu"
+    return {
+        "device": f"{cpu_name()} {os.cpu_count()} cores"
+        if on_cpu
+        else torch.cuda.get_device_name(),
         "threads": arguments.threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "shape": shape_of(arguments),
+        "cudnn": None if on_cpu else torch.backends.cudnn.version(),
+        "model": arguments.model,
+        "shape": None if arguments.model else shape_of(arguments),
+        "dtype": arguments.dtype,
+        "chunk": arguments.chunk,
+        "kv_limit": arguments.kv_limit,
         "new_tokens": arguments.new,
         "repeats": arguments.repeats,
         "policies": "defaults: sink 4, window 160, stride 5, threshold 400; h2o 280 + 280;"
         " tova 512; snapkv 1,024",
-        "allocator": ALLOCATOR if not torch.cuda.is_available() else {},
+        "environment": SETTINGS,
     }
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print_json(json.dumps(setting))
+
+
+def stem_of(arguments: argparse.Namespace, device: str) -> str:
+    """A file name for the run: the device, and what the defaults are not."""
     name = "".join(c if c.isalnum() else "-" for c in device).strip("-").lower()
     name += "-llama-7b" if arguments.llama_7b else ""
+    name += f"-{arguments.model}" if arguments.model else ""
+    return name + (f"-kv-{arguments.kv_limit // 10**6}mb" if arguments.kv_limit else "")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parse(given)
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    if arguments.ops:
+        console.print(count_operations(arguments.methods))
+        return 0
+
+    import pandas
+    from rich.progress import Progress
+
+    setting = setting_of(arguments)
+    console.print_json(json.dumps(setting))
+    stem = stem_of(arguments, setting["device"])
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(setting, indent=1) + "\n")
+    file, about = arguments.out / f"{stem}.csv", arguments.out / f"{stem}.json"
     results: list[dict[str, Any]] = []
+    if arguments.resume and file.exists() and json.loads(about.read_text()) == setting:
+        found = pandas.read_csv(file).astype(object)
+        results = [row.dropna().to_dict() for _, row in found.iterrows()]
+    about.write_text(json.dumps(setting, indent=1) + "\n")
     for prompt in arguments.lengths:
         for batch in arguments.batch:
-            rounds: dict[str, list[dict[str, Any]]] = {method: [] for method in arguments.methods}
+            asked = {"prompt": prompt, "asked_batch": batch}
+            ready = {
+                row["method"]: row
+                for row in results
+                if row["prompt"] == prompt and str(row.get("asked_batch")) == batch
+            }
+            rounds: dict[str, list[dict[str, Any]]] = {
+                method: [] for method in arguments.methods if method not in ready
+            }
             # Prefill grows with the square of the prompt, its spread does not.
             repeats = arguments.repeats if prompt <= LONG else max(1, arguments.repeats // 3)
             with Progress(console=console, transient=True) as progress:
                 bar = progress.add_task(f"{prompt:,}", total=repeats * len(rounds))
-                for _ in range(repeats):
+                for number in range(repeats):
                     for method, measured in rounds.items():
                         measured.append(child(arguments, method, prompt, batch))
                         progress.advance(bar)
-            rows = {method: summarize(measured) for method, measured in rounds.items()}
-            console.print(table(rows, prompt, batch))
-            results += [{"prompt": prompt, "method": name, **row} for name, row in rows.items()]
-            pandas.DataFrame(results).to_csv(arguments.out / f"{name}.csv", index=False)
-    console.print(f"saved: {arguments.out / name}.csv")
+                        if number + 1 == repeats:  # what is measured is kept, whatever comes
+                            row = {**asked, "method": method, **summarize(measured)}
+                            results.append(row)
+                            ready[method] = row
+                            pandas.DataFrame(results).to_csv(file, index=False)
+            console.print(table({m: ready[m] for m in arguments.methods}, prompt, batch))
+    console.print(f"saved: {file}")
     return 0
 
 

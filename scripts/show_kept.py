@@ -12,6 +12,8 @@ the page on the `with` statement of Python's manual is taken.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ from evals.tasks.encoding import encode
 EVICTED, SINK, HISTORY, WINDOW = range(4)
 SHADES = {  # kind -> its color and its name; shades that colorblind readers tell apart as well
     SINK: ("#D55E00", "sink"),
-    HISTORY: ("#08519C", "history: sampled, or heavy hitters"),
+    HISTORY: ("#08519C", "history: chosen"),
     WINDOW: ("#9ECAE1", "window: recent, not thinned yet"),
     EVICTED: ("#FFFFFF", "evicted"),
 }
@@ -51,7 +53,7 @@ class Kept:
         ids: token ids of prompt and answer; the last was never fed back, so the cache has not seen
             it.
         prompt_tokens: how many of them are the prompt's.
-        entries: held per head.
+        entries: held per head, on average over the layers.
         nbytes: of their keys and values.
         full_nbytes: of those of all tokens seen.
         evictions: steps that evicted.
@@ -62,7 +64,7 @@ class Kept:
     kv_heads: int
     ids: list[int]
     prompt_tokens: int
-    entries: int
+    entries: float
     nbytes: int
     full_nbytes: int
     evictions: int
@@ -74,14 +76,15 @@ class Kept:
 
     @property
     def parameters(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in vars(self.policy).items())
+        own = (field.name for field in dataclasses.fields(POLICIES[self.policy.name]))
+        return ", ".join(f"{name}={getattr(self.policy, name)}" for name in own)
 
     @property
     def described(self) -> str:
         """How much is held, in words."""
         evictions = f"{self.evictions} eviction{'' if self.evictions == 1 else 's'}"
         return (
-            f"{self.entries} of {self.kinds.shape[1]} entries, {self.nbytes / 1e6:.1f} MB of KV,"
+            f"{self.entries:g} of {self.kinds.shape[1]} entries, {self.nbytes / 1e6:.1f} MB of KV,"
             f" {self.nbytes / self.full_nbytes:.2f} of full, {evictions}"
         )
 
@@ -111,24 +114,24 @@ def keep(
         do_sample=False,
     )
     seen = cache.get_seq_length()
-    layers = [i for i, layer in enumerate(cache.layers) if layer in cache.evicting]
-    positions = torch.cat([cache.kept_positions(i)[0] for i in layers]).cpu().numpy()
-    held = positions.shape[1]
-    sink = min(getattr(policy, "sink", 0), held)
-    history = 0
-    if cache.evictions[0]:
-        sampled = cache.evicting[0].groups[0].state  # BUZZ's; what came since waits its turn
-        history = sampled or held - sink - policy.protected
-    kinds = np.zeros((len(positions), seen), dtype=np.uint8)
-    kind = np.repeat([SINK, HISTORY, WINDOW], [sink, history, held - sink - history])
-    np.put_along_axis(kinds, positions, kind[None].astype(np.uint8), axis=1)
+    kinds = []
+    for index, layer in enumerate(cache.layers):
+        if layer in cache.evicting:
+            positions = cache.kept_positions(index)[0].cpu().numpy()
+            # What an eviction has judged, and spared; the rest waits its turn, or always stays.
+            judged = layer.groups[0].cut - layer.policy.protected
+            kind = np.where(positions < judged, HISTORY, WINDOW)
+            kind[:, : getattr(policy, "sink", 0)] = SINK
+            own = np.zeros((len(positions), seen), dtype=np.uint8)
+            np.put_along_axis(own, positions, kind.astype(np.uint8), axis=1)
+            kinds.append(own)
     return Kept(
         policy=policy,
-        kinds=kinds,
-        kv_heads=len(positions) // len(layers),
+        kinds=np.concatenate(kinds),
+        kv_heads=len(kinds[0]),
         ids=output[0].tolist(),
         prompt_tokens=len(ids),
-        entries=held,
+        entries=statistics.fmean(cache.lengths),
         nbytes=cache.nbytes(),
         full_nbytes=seen * cache.entry_nbytes,
         evictions=cache.evictions[0],
@@ -146,7 +149,8 @@ def draw(kept: Sequence[Kept], path: Path) -> None:
 
     plt.rcParams.update({"font.size": 10, "axes.linewidth": 0.6})
     palette = np.array([to_rgb(SHADES[kind][0]) for kind in range(4)])
-    figure = plt.figure(figsize=(12, 1 + 2 * len(kept)), layout="constrained")
+    height = 2 if len(kept) <= 8 else 1.3  # of many methods each gets less
+    figure = plt.figure(figsize=(12, 1 + height * len(kept)), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.03, hspace=0)
     grid = figure.add_gridspec(2 * len(kept), 1, height_ratios=[1, 8] * len(kept))
     width = max(method.kinds.shape[1] for method in kept)
@@ -270,7 +274,9 @@ def show(args: argparse.Namespace) -> None:
     ids, cut = encode(tokenizer, text, chat=False, limit=room)
     if cut:
         print(f"{cut} tokens were cut from the middle of the prompt", file=sys.stderr)
-    policies = [budget.policy(POLICIES[name](), len(ids))[0] for name in names]
+    policies = [
+        budget.policy(POLICIES[name]().for_tokenizer(tokenizer), len(ids))[0] for name in names
+    ]
     kept = []
     for policy in policies:
         kept.append(keep(model, ids, policy, args.new_tokens, args.positions))

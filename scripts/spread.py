@@ -33,7 +33,8 @@ from evals.report.methods import style_of
 from evals.run.generate import eos_ids
 from evals.run.models import ROOT, load_model
 from evals.run.plan import Plan, policy_of
-from evals.run.prompts import Prompt, load_prompts
+from evals.run.prompt import Prompt
+from evals.run.prompts import load_prompts
 from evals.tasks.needle import SPREADS
 
 DIGITS = {"cell": re.compile(r"pass key is (\d{5})"), "other": re.compile(r"pass key is (\d)\.")}

@@ -10,6 +10,7 @@ from methods import METHODS
 from tiny import prompt, tiny
 
 from buzz import ConfigError, EvictionCache, Policy, compiled
+from evals.results.reading import read_run
 
 EIGHT = ("full", "local", "streaming_llm", "h2o", "buzz", "buzz_strided", "buzz_fast", "tova")
 MORE = {name: policy for name, policy in METHODS.items() if name not in EIGHT}
@@ -202,3 +203,16 @@ def test_a_step_sends_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(40):  # evicts in each, and slides back at times
             model(prompt(1), past_key_values=cache)
     assert not sent
+
+
+def test_a_run_is_compiled_where_the_model_says_so(go) -> None:
+    asked = "method=buzz", "method.window=64", "method.threshold=64", "task.depths=[0]"
+    eager, graph = (read_run(go(*asked, f"model.compile={on}")) for on in ("false", "true"))
+    assert graphs["unique_graphs"] == 1
+    assert graph.records[0]["tokens"] == eager.records[0]["tokens"]
+    assert graph.records[0]["evictions"] == eager.records[0]["evictions"]
+    # Tables name both, and compare neither with the other.
+    assert graph.model == f"{eager.model}, compiled" and graph.setting != eager.setting
+    assert "compile" not in eager.config["model"]  # as runs were before one could ask for it
+    with pytest.raises(ConfigError, match=r"model\.compile.*r_kv"):
+        go("method=r_kv", "model.compile=true")

@@ -18,7 +18,8 @@ from evals.run.compress import steps_before
 from evals.run.forced import compare_with_full
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
-from evals.run.prompts import Prompt, batches
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches
 from evals.tasks.base import Sample
 from evals.tasks.encoding import encode_prompt
 

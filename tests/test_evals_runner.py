@@ -18,7 +18,8 @@ from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.report.beside import Setting
 from evals.results.reading import find_references, read_summary
 from evals.results.records import RunFailed, RunFolder, digest
-from evals.run.prompts import Prompt, batches
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches
 from evals.tasks.encoding import encode
 from evals.tasks.needle import FILLER
 

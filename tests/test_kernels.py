@@ -16,10 +16,12 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
-from buzz import kernels
+from buzz import attention, kernels
 from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
+from buzz.kernels.reference import Leading
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see the last test
 TRITON = importlib.util.find_spec("triton") is not None
@@ -208,6 +210,28 @@ def test_repeated_runs_agree_to_the_bit(impl: ModuleType) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("padding", [None, [0, 7]])
+@pytest.mark.parametrize("scored", [True, False])
+def test_append_writes_one_slot(impl: ModuleType, scored: bool, padding: list[int] | None) -> None:
+    if impl is cpu:
+        pytest.skip("served by the reference")
+    random = seeded(0)
+    buffers = [
+        torch.randn(2, 3, 12, 20, generator=random)[:, :, 1:],
+        torch.randn(2, 3, 11, 5, generator=random),
+        torch.full((2, 3, 11), 3, dtype=torch.int32),
+        torch.rand(2, 3, 11, generator=random),
+    ][: 3 + scored]
+    key, value = torch.randn(2, 3, 1, 20), torch.randn(2, 3, 1, 5)
+    want = [tensor.clone() for tensor in buffers]
+    want[0][:, :, 6:7], want[1][:, :, 6:7] = key, value
+    want[2][:, :, 6] = 41 - torch.tensor(padding or [0, 0])[:, None]
+    for tensor in want[3:]:
+        tensor[:, :, 6] = 0
+    impl.append(buffers, key, value, 6, 41, None if padding is None else torch.tensor(padding))
+    assert all(torch.equal(x, y) for x, y in zip(buffers, want, strict=True))
+
+
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("adds", [True, False])
 def test_a_step_appends_attends_and_scores(impl: ModuleType, scored: bool, adds: bool) -> None:
@@ -281,6 +305,44 @@ def test_move_turns_keys_and_survives_overlap(
     assert torch.equal(target[1], want[1]) and torch.equal(target[2], want[2])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", [None, [0, 2]])
+def test_leading_keys_are_turned_from_how_they_came(
+    impl: ModuleType, rows: list[int] | None, interleaved: bool
+) -> None:
+    """One entry leaves in each of three steps: keys are as if turned once."""
+    if impl is cpu:
+        pytest.skip("served by the reference")
+    random, dtype, half = seeded(0), torch.float16, 4
+    chosen = list(range(3)) if rows is None else rows
+    at = None if rows is None else torch.tensor(rows)
+    frequencies = torch.rand(half, generator=random)
+    keys = torch.randn(3, 2, 40, 12, generator=random).to(dtype)
+    store = [keys, keys[..., :5].clone(), torch.zeros(3, 2, 40, dtype=torch.int32)]
+    came, known, held, seen = keys[:, :, :30].clone(), None, 30, 30
+    names = torch.arange(30).expand(len(chosen), 2, 30)
+    for leaves in (7, 0, 3):
+        stay = torch.arange(held)
+        stay = stay[stay != leaves].expand(len(chosen), 2, held - 1)
+        first, kept = 30 - held, held - 1
+        lead = stay[..., :20]
+        known = impl.originals(store[0], lead, first, seen - held, known, rows=at)
+        leading = Leading(*known, seen - kept, frequencies)
+        angle = torch.arange(2)[:, None] * frequencies.double()
+        impl.move(
+            store, store, first + stay, 30 - kept, first + 1, (angle.cos(), angle.sin()),
+            rows=at, interleaved=interleaved, leading=leading,
+        )  # fmt: skip
+        names, held = names.gather(2, stay), kept
+    moved = torch.arange(3, 23) - names[..., :20]  # from where it came to where it is
+    angle = moved[..., None] * frequencies.double()
+    batch = torch.tensor(chosen)[:, None, None]
+    want = came[batch, torch.arange(2)[:, None], names[..., :20]].double()
+    want = reference.rotate(want, angle.cos(), angle.sin(), interleaved)
+    got = store[0][chosen, :, 3:23].double()
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
 def test_gradients_take_the_reference() -> None:
     query, key, value = draw(q=20, n=20)
     query.requires_grad_()
@@ -331,6 +393,15 @@ def test_two_build_at_once_and_a_third_finds_the_library(
     assert cpu.build().stat().st_mtime_ns == stamp
 
 
+def test_a_chunk_without_scores_needs_no_matrix_of_its_own() -> None:
+    """Aligned at the bottom right, which flash attention serves where a device has it."""
+    query, key, value = draw(q=7, n=30, heads=2, kv_heads=2)
+    bias = attention._mask("sdpa", query, key, None)
+    assert isinstance(bias, CausalBias)
+    got = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=0.125)
+    torch.testing.assert_close(got.double(), full(query, key, value, 0.125)[0])
+
+
 @triton
 def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever device is the current one: Triton would take that."""
@@ -369,6 +440,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     store = [key, value, torch.zeros(1, 2, 20, dtype=torch.int32)]
     bounds = torch.tensor([[0], [20], [19]])
     module.step(query[:, :, :1], key[:, :, :1], value[:, :, :1], *store, None, bounds, 1.0, True)
+    module.originals(key, torch.zeros(1, 2, 1, dtype=torch.int64), 0, 0)
+    module.append(store, key[:, :, :1], value[:, :, :1], 3, 3)
     module.move(store, store, torch.zeros(1, 2, 1, dtype=torch.int64), 2, 2)
     assert set(launched) == set(kernels_of) and not current
 

@@ -14,7 +14,8 @@ from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.results.reading import read_summary
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
-from evals.run.prompts import Prompt, batches
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches
 from evals.run.questions import answer, follow_up, share_contexts
 from evals.tasks.base import Sample
 from evals.tasks.needle import Needle
@@ -146,8 +147,7 @@ def test_ruler_asks_for_other_keys_in_its_own_words(subtask: str) -> None:
     smollm2 = load_tokenizer(named_config("smollm2"))
     options = {"name": "ruler", "subtasks": [subtask], "lengths": [1024], "samples": 1}
     one, several = Ruler(**options), Ruler(**options, questions=3)
-    for task in (one, several):
-        task.check(), task.prepare()
+    one.prepare(), several.prepare()
     (whole,), samples = one.load(smollm2), several.load(smollm2)
     first = samples[0]
     assert (first.prompt, first.answer_prefix) == (whole.prompt, whole.answer_prefix)
@@ -171,7 +171,7 @@ def test_nq10_shares_the_documents_that_answer(tmp_path) -> None:
 
     write_lines(tmp_path / "nq", [row(number) for number in range(5)])
     task = NQ10(name="nq10", data_file=str(tmp_path / "nq"), questions=2)
-    task.check(), task.prepare()
+    task.prepare()
     samples = task.load(TOKENIZER)
     assert [one.shared for one in samples] == ["0", "0", "1", "1"]
     for one, number in zip(samples, range(4), strict=True):

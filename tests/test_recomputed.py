@@ -9,6 +9,7 @@ from recomputed import check, check_long_decode, recompute, record
 from tiny import prompt, tiny
 from transformers import DynamicCache
 
+from baselines import SnapKVEveryPolicy
 from buzz import EvictionCache
 from buzz.adapter import attention_of
 from buzz.layer import EvictionLayer
@@ -25,6 +26,13 @@ SECOND_TURN = [60, *[1] * 20, 13, *[1] * 5]
 @both_positions
 def test_prompts_chunks_and_tokens(positions, policy) -> None:
     """Two rows, one of them padded: a prompt, tokens, a chunk as of a second turn, tokens."""
+    record(tiny("llama"), policy, [0, 7], SECOND_TURN, positions=positions).check("llama")
+
+
+@both_positions
+def test_queries_that_attended_other_entries_do_not_judge(positions) -> None:
+    """It evicts in every fourth step, and would ask the last eight queries."""
+    policy = SnapKVEveryPolicy(size=24, every=4, window=8)
     record(tiny("llama"), policy, [0, 7], SECOND_TURN, positions=positions).check("llama")
 
 

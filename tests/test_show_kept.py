@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import matplotlib.image
 import numpy as np
 import pytest
+from methods import METHODS
 from tiny import prompt, tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -74,6 +75,16 @@ def test_buzz_has_sampled_history_and_entries_that_wait():
 
 def test_layers_with_a_window_of_their_own_are_left_out():
     assert look(POLICIES[1], "gemma3-mixed").kinds.shape == (2 * 2, SEEN)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_shown(name):
+    """Also those whose layers hold different numbers."""
+    kept = look(METHODS[name])
+    held = (kept.kinds != EVICTED).reshape(3, -1, SEEN).sum(-1)
+    assert (held == held[:, :1]).all() and held.mean() == pytest.approx(kept.entries)
+    if name not in ("full", "local", "streaming_llm", "vatp"):  # all but sink and window
+        assert (kept.kinds == HISTORY).any()
 
 
 @pytest.mark.parametrize(

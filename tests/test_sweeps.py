@@ -48,6 +48,22 @@ def installed(group: str, name: str) -> bool:
     return f"{name}.yaml" in ConfigStore.instance().list(group)
 
 
+def test_the_demo_is_a_sweep_whose_scores_are_drawn(tmp_path: Path, capsys) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("config", ["+experiment=demo"], return_hydra_config=True)
+    assert cfg.hydra.mode.name == "MULTIRUN" and cfg.budget == 0.25
+    assert cfg.task.tasks == ["needle", "pydoc"] and cfg.task.settings.needle.repeats == 2
+    assert cfg.hydra.callbacks.results.picture == "results/figures/demo.png"
+    with_hydra = DictConfig({"hydra": {"sweep": {"dir": str(tmp_path)}}, "output": str(tmp_path)})
+    callback = sweep.ResultsCallback(picture=str(tmp_path / "figures/demo.png"))
+    small = ("task.depths=[0,100]", "task.repeats=1")
+    for drawn, method in enumerate(["full", "local"]):
+        job(tmp_path, f"method={method}", *small)
+        callback.on_multirun_end(with_hydra)
+        assert (tmp_path / "figures/demo.png").is_file() == bool(drawn)
+        assert ("picture: " in capsys.readouterr().out) == bool(drawn)
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_sweep_composes_and_names_itself(path: Path) -> None:
     if path.stem in ("optuna", "pareto") and not installed("hydra/sweeper", "optuna"):

@@ -26,9 +26,19 @@ from torch import Tensor
 
 from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
+from buzz.kernels.reference import Leading
 
 NAMES = ("triton", "cpu", "reference")
-__all__ = ["NAMES", "implementation", "move", "scored_decode", "scored_prefill", "step"]
+__all__ = [
+    "NAMES",
+    "append",
+    "implementation",
+    "move",
+    "originals",
+    "scored_decode",
+    "scored_prefill",
+    "step",
+]
 
 
 @functools.cache
@@ -129,6 +139,30 @@ def scored_decode(
     return implementation(query).scored_decode(query, key, value, scale, starts)
 
 
+def append(
+    buffers: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    slot: int,
+    token: int,
+    padding: Tensor | None = None,
+) -> None:
+    """Write a token's entry into its slot.
+
+    Args:
+        buffers: keys [B, H, C, D], values, positions int32 [B, H, C], and scores float32 [B, H, C]
+            if there are any, changed in place.
+        key, value: [B, H, 1, D] and [B, H, 1, Dv].
+        slot: where, the same in all rows.
+        token: tokens before it, padding included.
+        padding: int64 [B], of each row; None: none.
+    """
+    chosen = reference if torch.compiler.is_compiling() else implementation(buffers[0])
+    if not hasattr(chosen, "append"):  # four copies are no slower on a CPU
+        chosen = reference
+    chosen.append(buffers, key, value, slot, token, padding)
+
+
 def step(
     query: Tensor,
     key: Tensor,
@@ -176,6 +210,7 @@ def move(
     *,
     rows: Tensor | None = None,
     interleaved: bool = False,
+    leading: Leading | None = None,
 ) -> None:
     """Move kept entries to their new slots, and turn their keys to the new positions.
 
@@ -193,12 +228,44 @@ def move(
             leaves keys as they are.
         rows: int64 [rows], the batch rows to move in; None: all.
         interleaved: the layout of the rotary pairs (:func:`buzz.kernels.reference.rotate`).
+        leading: the keys of the first of them, which are turned from how they came.
     """
     chosen = reference if torch.compiler.is_compiling() else implementation(source[0])
     dense = all(tensor.stride(-1) == 1 for tensor in source[:2])
-    if not dense or (chosen is cpu and source[0].dtype != torch.float32):
+    other = leading is not None or source[0].dtype != torch.float32
+    if not dense or (chosen is cpu and other):
         chosen = reference
-    chosen.move(source, target, index, to, shift, turns, rows=rows, interleaved=interleaved)
+    more = {} if leading is None else {"leading": leading}
+    chosen.move(source, target, index, to, shift, turns, rows=rows, interleaved=interleaved, **more)
+
+
+def originals(
+    keys: Tensor,
+    index: Tensor,
+    first: int,
+    position: int,
+    known: tuple[Tensor, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The keys of leading entries as they came, and the positions that they are rotated to.
+
+    Args:
+        keys: [B, H, capacity, D].
+        index: int64 [rows, H, R], the entries, counted from `first`.
+        first: slot of entry 0.
+        position: of entry 0.
+        known: what this function returned before: originals of entries 0, 1, ...; the keys of
+            others are as they came.
+        rows: int64 [rows], the batch rows; None: all.
+
+    Returns:
+        [rows, H, R, D] and int64 [rows, H, R].
+    """
+    chosen = reference if torch.compiler.is_compiling() else implementation(keys)
+    if not hasattr(chosen, "originals"):
+        chosen = reference
+    return chosen.originals(keys, index, first, position, known, rows=rows)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

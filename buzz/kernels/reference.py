@@ -7,9 +7,27 @@ depend on how its logits were rounded. Blocks of query rows keep the extra memor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Leading(NamedTuple):
+    """Keys that a move turns at once from how they came, and not step by step.
+
+    Attributes:
+        source: [rows, H, R, D], as they came.
+        positions: int64 [rows, H, R], those that `source` is rotated to.
+        position: the one that the first of them moves to.
+        frequencies: float32 [R / 2].
+    """
+
+    source: Tensor
+    positions: Tensor
+    position: int
+    frequencies: Tensor
+
 
 BLOCK = 64  # queries whose scores exist at one time
 
@@ -75,6 +93,23 @@ def scored_decode(
     return output.to(query.dtype), weights.sum(2).float()
 
 
+def append(
+    buffers: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    slot: int,
+    token: int,
+    padding: Tensor | None = None,
+) -> None:
+    """See :func:`buzz.kernels.append`."""
+    keys, values, positions, *scores = buffers
+    keys[:, :, slot] = key[:, :, 0]
+    values[:, :, slot] = value[:, :, 0]
+    positions[:, :, slot] = token if padding is None else (token - padding)[:, None]
+    for tensor in scores:
+        tensor[:, :, slot] = 0
+
+
 def step(
     query: Tensor,
     key: Tensor,
@@ -115,6 +150,7 @@ def move(
     *,
     rows: Tensor | None = None,
     interleaved: bool = False,
+    leading: Leading | None = None,
 ) -> None:
     """See :func:`buzz.kernels.move`."""
     size, heads, count = index.shape
@@ -124,11 +160,42 @@ def move(
     if turns is not None:
         turn = shift + torch.arange(count, device=index.device) - index
         picked[0] = rotate(picked[0], turns[0][turn], turns[1][turn], interleaved)
+    if leading is not None:
+        residents = leading.source.shape[2]
+        now = leading.position + torch.arange(residents, device=index.device)
+        angle = (now - leading.positions)[..., None] * leading.frequencies.double()
+        angle = angle.remainder(2 * torch.pi).float()
+        turned = rotate(leading.source, angle.cos(), angle.sin(), interleaved)
+        picked[0][:, :, :residents] = turned
     for tensor, entries in zip(target, picked, strict=True):
         if rows is None:
             tensor[:, :, to : to + count] = entries
         else:
             tensor[rows, :, to : to + count] = entries
+
+
+def originals(
+    keys: Tensor,
+    index: Tensor,
+    first: int,
+    position: int,
+    known: tuple[Tensor, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`buzz.kernels.originals`."""
+    size, heads, _ = index.shape
+    batch = torch.arange(size, device=index.device) if rows is None else rows
+    head = torch.arange(heads, device=index.device)[:, None]
+    found = keys[batch[:, None, None], head, first + index]
+    positions = position + index
+    if known is not None:
+        place = index.clamp(max=known[0].shape[2] - 1)
+        is_known = index < known[0].shape[2]
+        earlier = known[0].gather(2, place[..., None].expand_as(found))
+        found = torch.where(is_known[..., None], earlier, found)
+        positions = torch.where(is_known, known[1].gather(2, place), positions)
+    return found, positions
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

@@ -155,8 +155,8 @@ class ResultsCallback(Callback):
         if self.picture and done:
             from evals.report.figures import draw_pareto  # with matplotlib, which is slow to import
 
-            draw_pareto(put_together(map(read_run, done)), Path(self.picture))
-            print(f"picture: {self.picture}   records: {config.output}/*/")
+            if draw_pareto(put_together(map(read_run, done)), Path(self.picture)):
+                print(f"picture: {self.picture}   records: {config.output}/*/")
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

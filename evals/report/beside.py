@@ -14,7 +14,7 @@ from evals.results.reading import find_references, left_out, put_together, read_
 from evals.results.runs import Run, reference_of
 from evals.results.summary import summarize
 from evals.tasks.base import Task
-from evals.tasks.build import build
+from evals.tasks.build import build, check_fields
 
 Summary = dict[str, Any]
 
@@ -26,6 +26,7 @@ def summary_of(run: Run) -> Summary:
         ConfigError: its task is not there any more, or reads what the records do not have.
     """
     task: Task = build("task", run.config["task"], Task)
+    check_fields("task", task)
     try:
         return summarize(run.config, task, run.records, run.stale)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:

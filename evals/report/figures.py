@@ -53,9 +53,9 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
     ]
 
 
-def draw_pareto(runs: Sequence[Run], path: Path) -> None:
+def draw_pareto(runs: Sequence[Run], path: Path) -> list[Figure]:
     """Scores against KV memory alone, if there are two runs to compare."""
-    _saved(pareto, runs, lambda name: path)
+    return _saved(pareto, runs, lambda name: path)
 
 
 def _saved(

@@ -38,7 +38,8 @@ from evals.run.interrupt import deferred_signals
 from evals.run.lengths import Lengths
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand, policy_of, with_class
-from evals.run.prompts import Prompt, load_prompts
+from evals.run.prompt import Prompt
+from evals.run.prompts import load_prompts
 from evals.run.runner import console
 from evals.tasks.base import Task
 from evals.tasks.build import check

@@ -170,20 +170,21 @@ class Reading:
 
 
 def read(
-    cache: EvictionCache,
-    policy: Policy,
     model: PreTrainedModel,
     inputs: torch.Tensor,
+    policy: Policy,
     later: Sequence[int],
+    cache_options: dict[str, Any] | None = None,
 ) -> Reading:
-    """Reads all steps of prompts but the last, with an empty cache.
+    """Reads all steps of prompts but the last, with a new cache.
 
     Args:
-        policy: what the cache was told to follow.
         inputs: of :func:`left_padded`.
         later: tokens of the steps behind the first; if there are none, nothing is read.
     """
-    device, lengths = model.device, Lengths(cache, policy)
+    device = model.device
+    cache = EvictionCache(model, policy, **(cache_options or {}))
+    lengths = Lengths(cache, policy)
     reset_memory_peak(device)
     synchronize(device)
     start = time.perf_counter()
@@ -233,8 +234,7 @@ def generate(
     )
     inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
     if reading is None:
-        empty = EvictionCache(model, policy, **(cache_options or {}))
-        reading = read(empty, policy, model, inputs, later)
+        reading = read(model, inputs, policy, later, cache_options)
     cache, split = reading.cache, reading.peak is not None
     trace = Trace(reading.lengths)
     processors = [finite] if sampling is None else [finite, *sampling.processors(device)]

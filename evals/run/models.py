@@ -2,6 +2,7 @@
 
 A model config has `name`, `max_length` (context in tokens), `dtype`, `attn_implementation`, and
 
+- `compile`: whether answers are decoded by one graph of torch.compile (false where it is not said);
 - `name_or_path`: a hub name or a folder, with `gguf_file` where the weights are such a file in it;
 - or the shape of a random Llama (:data:`SHAPE`, `seed`), which needs no download.
 
@@ -60,6 +61,7 @@ class Model(BaseModel):
     attn_implementation: Literal[ATTENTION]
     name_or_path: Text | None = None
     gguf_file: Text | None = None
+    compile: bool = False
 
 
 class Shape(BaseModel):

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import POLICIES, Budget, Policy
+from buzz.compiled import check_policy as check_compiled
 from buzz.errors import ConfigError
 from evals.results.compare import REFERENCE
 from evals.results.reading import find_references, nearest_reference, put_together
@@ -52,6 +53,8 @@ class Plan:
         """
         config = _plain(cfg)
         config["method"] = with_class("method", config["method"])
+        if config["model"].get("compile") is False:  # what runs had before it could be said
+            del config["model"]["compile"]
         plan = cls(
             policy=policy_of("method", config["method"]),
             task=build("task", config["task"], Task),
@@ -73,6 +76,8 @@ class Plan:
         check_fields("method", self.policy)
         self.task.check()
         self.logger.check()
+        if self.cache_options["compiled"]:
+            check_compiled(self.policy)
         context, task = self.config["model"]["max_length"], self.task
         answer = task.max_new_tokens or 0
         if task.conversation and (self.config["kl"] or "fidelity" in self.config):
@@ -186,6 +191,11 @@ class Plan:
         if self.budget is None:
             return self.policy, None
         return self.budget.policy(self.policy, prompt_tokens, self.fixed)
+
+    @property
+    def cache_options(self) -> dict[str, Any]:
+        """Of the cache that answers; compiled or not, a text is read alike."""
+        return {**self.config["cache"], "compiled": bool(self.config["model"].get("compile"))}
 
     @property
     def setting(self) -> str:

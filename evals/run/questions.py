@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buzz import EvictionCache, Policy
+from buzz import Policy
 from buzz.errors import ConfigError
 from evals.run.compress import Compress, in_steps
 from evals.run.generate import Generation, eos_ids, generate, left_padded, read
+from evals.run.prompt import Prompt
 from evals.tasks.base import Sample
-
-if TYPE_CHECKING:
-    from evals.run.prompts import Prompt
 
 MARKER = "@ANSWER@"
 
@@ -103,8 +101,7 @@ def answer(
     """
     ids, eos = prompts[0].ids, eos_ids(model, tokenizer)
     inputs = left_padded([ids], tokenizer.pad_token_id).to(model.device)
-    cache = EvictionCache(model, policy, **cache_options)
-    reading = read(cache, policy, model, inputs, prompts[0].later)
+    reading = read(model, inputs, policy, prompts[0].later, cache_options)
     found: list[Generation] = []
     for prompt in prompts:
         if not conversation:

@@ -44,7 +44,8 @@ from evals.run.generate import generate
 from evals.run.interrupt import deferred_signals
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
-from evals.run.prompts import Prompt, batches, load_prompts
+from evals.run.prompt import Prompt
+from evals.run.prompts import batches, load_prompts
 from evals.run.questions import answer
 from evals.run.sampling import Sampling
 from evals.run.work import Work, finished, identity
@@ -210,7 +211,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     # What runs once per process (kernels, allocator pools) must not count in the first sample.
     # Should it fail, the first sample will and is recorded.
     with suppress(Exception):
-        first, options = [work.prompts[0].ids[:32]], work.plan.config["cache"]
+        first, options = [work.prompts[0].ids[:32]], work.plan.cache_options
         generate(work.model, work.tokenizer, first, work.plan.policy, 2, (), options)
     parameters = sum(weights.numel() for weights in work.model.parameters())
     now = environment(str(work.model.device), work.plan.config["seed"], parameters)
@@ -289,7 +290,7 @@ def _answer(
     Args:
         together: the whole batch, of which some rows may run alone.
     """
-    task, options = work.plan.task, work.plan.config["cache"]
+    task, options = work.plan.task, work.plan.cache_options
     if batch[0].sample.shared:
         asked = together if task.conversation else batch
         found = answer(work.model, work.tokenizer, asked, policy, options, task.conversation)

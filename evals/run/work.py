@@ -13,7 +13,7 @@ from evals.results.records import RunFolder
 from evals.results.schema import FORMAT, Record
 from evals.results.summary import summarize
 from evals.run.plan import Plan
-from evals.run.prompts import Prompt
+from evals.run.prompt import Prompt
 
 
 @dataclass
