@@ -39,8 +39,8 @@ def test_curves_join_the_means_of_one_setting(tmp_path: Path) -> None:
     assert points(runs["a"], "length") == {256: 0.5, 1024: 0.75}
 
     ((name, _, _, figure, shown),) = by_question(list(runs.values()))
-    assert name == "by_question" and {run.name for run in shown} == {"a", "b", "c"}
-    assert [len(axis.lines) for axis in figure.axes] == [2, 1]  # never of two settings
+    assert name == "by_question" and len(shown) == 4
+    assert [len(axis.lines) for axis in figure.axes] == [2, 1, 1]  # never of two settings
     (first, second) = figure.axes[0].lines
     assert list(second.get_xdata()) == [1, 2] and list(second.get_ydata()) == [1.0, 0.0]
     assert "compress=stream" in figure.axes[1].get_title()

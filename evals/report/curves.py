@@ -22,8 +22,7 @@ def by_question(runs: Sequence[Run]) -> Drawn:
         "Every context is compressed once. In a conversation the questions follow each other on one"
         " cache; else each is put to a copy of it."
     )
-    own = [run for run in runs if run.config["task"].get("questions", 1) > 1]
-    yield from _curves(own, "question", "Score by question number", note)
+    yield from _curves(runs, "question", "Score by question number", note)
 
 
 def by_length(runs: Sequence[Run]) -> Drawn:

@@ -46,7 +46,7 @@ def compression(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a prompt is compressed, see :mod:`evals.run.compress`; empty of whole prompts."""
     compress = config.get("compress", "prompt")
     if compress == "stream":
-        return {key: config[key] for key in COMPRESS}
+        return {key: config.get(key) for key in COMPRESS}
     return {} if compress == "prompt" else {"compress": compress}
 
 

@@ -202,6 +202,8 @@ class Configuration(TypedDict, total=False):
     seed: Required[int]
     budget: Required[float | int | None]
     budget_by: Literal["peak", "mean"]
+    compress: Literal["prompt", "context", "stream"]
+    compress_chunk: int
     fixed: list[str]
     task_version: int
     model_digest: str | None

@@ -183,7 +183,10 @@ class Needle(QuestionsTask):
             apart = self.spread == "prompt"
             places += [places[0] + apart * round(rest * i / gaps) for i in range(1, gaps)]
         # From the back, so that no insertion moves the place of a later one.
-        for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
+        pairs = sorted(zip(places, needles, strict=True), reverse=True)
+        if self.spread is not None:  # those of one place in their own order
+            pairs.sort(key=lambda pair: (pair[0], needles.index(pair[1])), reverse=True)
+        for place, needle in pairs:
             filler.insert(place, needle)
         name = f"{length}-{depth:g}-{repeat}"
         sample = Sample(
