@@ -399,7 +399,8 @@ def test_a_chunk_without_scores_needs_no_matrix_of_its_own() -> None:
     bias = attention._mask("sdpa", query, key, None)
     assert isinstance(bias, CausalBias)
     got = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=0.125)
-    torch.testing.assert_close(got.double(), full(query, key, value, 0.125)[0])
+    expected = full(query, key, value, 0.125)[0]
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @triton

@@ -103,11 +103,12 @@ def append(
 ) -> None:
     """See :func:`buzz.kernels.append`."""
     keys, values, positions, *scores = buffers
-    keys[:, :, slot] = key[:, :, 0]
-    values[:, :, slot] = value[:, :, 0]
-    positions[:, :, slot] = token if padding is None else (token - padding)[:, None]
+    own = slice(slot, slot + 1)  # torch.compile makes a graph for every index, and one for slices
+    keys[:, :, own] = key
+    values[:, :, own] = value
+    positions[:, :, own] = token if padding is None else (token - padding)[:, None, None]
     for tensor in scores:
-        tensor[:, :, slot] = 0
+        tensor[:, :, own] = 0
 
 
 def step(
