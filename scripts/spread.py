@@ -1,12 +1,14 @@
-"""The same five digits in one cell, in neighbouring cells, and spread over the prompt.
+"""The same facts in one cell, in neighbouring cells, and spread over the prompt.
 
-    python scripts/spread.py --length 512 --samples 8 --out results/spread
+    python scripts/spread.py --samples 8 --out results/spread
 
-A passkey's digits stand side by side, each in a sentence of its own next to the others, or in these
-sentences spread over the filler (`task=needle task.spread=cell|neighbours|prompt`). Every method
-reads the same prompts at the same budget. Measured: how many of the digits a head keeps, and how
-often all five; KL to the full cache on the full cache's own answer; accuracy of the method's own
-answer. Writes OUT/spread.csv, a row for each prompt and method, and OUT/spread.png. Prompts that
+Of needle, the five digits of a passkey: side by side, each in a sentence of its own next to the
+others, or in these sentences spread over the filler. Of ruler's vt, the five assignments of a chain
+of variables: one right after the other, with a sentence of filler between two, or spread
+(`task.spread=cell|neighbours|prompt` of both). Every method reads the same prompts at the same
+budget. Measured: how many of the digits, or of the assigned names, a head keeps, and how often all
+five; KL to the full cache on the full cache's own answer; accuracy of the method's own answer.
+Writes OUT/spread.csv, a row for each prompt and method, and OUT/spread.png. Prompts that
 OUT/spread.csv has are not run again.
 """
 
@@ -15,7 +17,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +39,106 @@ from evals.run.models import ROOT, load_model
 from evals.run.plan import Plan, policy_of
 from evals.run.prompt import Prompt
 from evals.run.prompts import load_prompts
-from evals.tasks.needle import SPREADS
+from evals.tasks import ruler
+from evals.tasks.types import SPREADS
 
-DIGITS = {"cell": re.compile(r"pass key is (\d{5})"), "other": re.compile(r"pass key is (\d)\.")}
 METHODS = (
     "local,streaming_llm,h2o,tova,snapkv,chunk_kv,keydiff,buzz,buzz_strided,buzz_fast,honeycomb"
 )
 MEASURES = {
-    "kept": "digits kept, of 5",
+    "kept": "{} kept, of 5",
     "whole": "heads that keep all five",
     "kl": "KL to the full cache (nats)",
     "accuracy": "accuracy",
 }
 
 
-def digit_tokens(text: str, tokenizer: PreTrainedTokenizerBase, spread: str) -> list[int]:
-    """Where in a prompt's tokens its five digits stand."""
-    pattern = DIGITS["cell" if spread == "cell" else "other"]
-    places = [i for match in pattern.finditer(text) for i in range(*match.span(1))]
+def passkey_found(text: str, key: Sequence[str]) -> float:
+    # A key that was told digit by digit may be answered so.
+    return float(key[0] in re.sub(r"(?<=\d)[\s,]+(?=\d)", "", text))
+
+
+def names_found(text: str, names: Sequence[str]) -> float:
+    return ruler.score("vt", text, names) / 100
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A task that tells five facts.
+
+    Attributes:
+        what: they are called.
+        pattern: its groups are the facts, or five digits, where a prompt tells them.
+        accuracy: of an answer and the references, 0..1.
+        tokens: of an answer.
+        length: of a prompt, in tokens.
+        settings: of the task.
+    """
+
+    what: str
+    pattern: re.Pattern[str]
+    accuracy: Callable[[str, Sequence[str]], float]
+    tokens: int
+    length: int
+    settings: tuple[str, ...]
+
+
+TASKS = {
+    "needle": Facts(
+        "digits of a passkey",
+        re.compile(r"pass key is (\d)(?:\.|(\d)(\d)(\d)(\d))"),
+        passkey_found,
+        16,
+        512,
+        ("task=needle", "task.depths=[{depth}]", "task.repeats={samples}"),
+    ),
+    # Of an assignment the new name counts: the answer is made of these. The worked example before
+    # the text has shorter names.
+    "vt": Facts(
+        "names of a chain",
+        re.compile(r"VAR ([A-Z]{5}) ="),
+        names_found,
+        30,
+        1280,
+        ("task=ruler", "task.subtasks=[vt]", "task.samples={samples}"),
+    ),
+}
+
+
+def fact_tokens(text: str, tokenizer: PreTrainedTokenizerBase, task: str) -> list[list[int]]:
+    """Of each of the five facts, where in the prompt's tokens it stands."""
+    spans = [
+        match.span(group)
+        for match in TASKS[task].pattern.finditer(text)
+        for group in range(1, match.re.groups + 1)
+        if match[group]
+    ]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [end for _, end in encoded["offset_mapping"]]
-    return [next(i for i, end in enumerate(ends) if end > place) for place in places]
+    places = [*enumerate(encoded["offset_mapping"])]
+    return [[i for i, (b, e) in places if b < end and e > begin] for begin, end in spans]
 
 
-def kept(cache: Any, digits: Sequence[int]) -> tuple[float, float]:
-    """Digits that a head keeps, on average over heads and layers; the share of those with all."""
-    counts = []
+def kept(cache: Any, facts: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Facts that a head keeps, on average over heads and layers; the share of those with all.
+
+    Of a fact of several tokens a part may be kept.
+    """
+    shares, whole = [], []
     for index in range(len(cache.layers)):
         positions = cache.kept_positions(index)[0]
-        found = (positions[..., None] == torch.tensor(digits, device=positions.device)).any(1)
-        counts.append(found.sum(-1))
-    count = torch.cat(counts).float()
-    return float(count.mean()), float((count == len(digits)).float().mean())
+        found = torch.stack(
+            [
+                (positions[..., None] == torch.tensor(fact, device=positions.device))
+                .any(1)
+                .float()
+                .mean(-1)
+                for fact in facts
+            ],
+            dim=-1,
+        )
+        shares.append(found.sum(-1))
+        whole.append((found == 1).all(-1))
+    return float(torch.cat(shares).mean()), float(torch.cat(whole).float().mean())
 
 
 @torch.inference_mode()
@@ -74,9 +146,9 @@ def measure(
     model: PreTrainedModel,
     prompt: Prompt,
     policies: Sequence[Policy],
-    digits: Sequence[int],
+    facts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
+    task: Facts,
 ) -> list[dict[str, Any]]:
     """Every method on one prompt; the first is the full cache."""
     eos = eos_ids(model, tokenizer)
@@ -87,11 +159,11 @@ def measure(
         return model(ids.to(model.device), **given, logits_to_keep=1).logits[:, -1]
 
     first = step(cache, torch.tensor([prompt.ids])).argmax(-1).expand(len(policies))
-    found = [kept(fork, digits) for fork in cache.forks]
+    found = [kept(fork, facts) for fork in cache.forks]
     forced, free = cache.copy(), cache
     kls, own = [], [first]
     token = first
-    for _ in range(tokens - 1):
+    for _ in range(task.tokens - 1):
         own.append(step(free, own[-1][:, None]).argmax(-1))
         if int(token[0]) not in eos:
             logits = log_softmax(step(forced, token[:1].expand(len(policies))[:, None]).float(), -1)
@@ -101,10 +173,8 @@ def measure(
     for row, answer in enumerate(torch.stack(own, dim=1).tolist()):
         end = next((i for i, one in enumerate(answer) if one in eos), len(answer))
         text = tokenizer.decode(answer[:end], skip_special_tokens=True)
-        # A key that was told digit by digit may be answered so.
-        said = re.sub(r"(?<=\d)[\s,]+(?=\d)", "", text)
         kl = float(torch.stack(kls)[:, row].mean())
-        right = prompt.sample.references[0] in said
+        right = task.accuracy(text, prompt.sample.references)
         results.append({"kept": found[row][0], "whole": found[row][1], "kl": kl, "accuracy": right})
     return results
 
@@ -113,15 +183,15 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
     target = given.out / "spread.csv"
     frame = pd.read_csv(target) if target.exists() else pd.DataFrame()
     model = tokenizer = None
-    for spread in SPREADS:
+    for told, spread in product(given.tasks.split(","), SPREADS):
+        task = TASKS[told]
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
             settings = [
                 *(f"+method@tested.{name}={name}" for name in given.methods.split(",")),
+                *(one.format(depth=given.depth, samples=given.samples) for one in task.settings),
                 f"model={given.model}",
                 f"task.spread={spread}",
-                f"task.lengths=[{given.length}]",
-                f"task.depths=[{given.depth}]",
-                f"task.repeats={given.samples}",
+                f"task.lengths=[{given.length or task.length}]",
             ]
             cfg = compose("config", settings)
         plan = Plan.of(cfg)
@@ -129,18 +199,18 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
             model, tokenizer = load_model(plan.config["model"], given.device)
         tested = plan.config["tested"]
         for prompt in load_prompts(plan, tokenizer).prompts:
-            name = f"{spread}-{prompt.sample.id}-{given.budget}"
-            if len(frame) and name in set(frame["sample"]):
+            key = f"{spread}-{prompt.sample.id}-{given.budget}"
+            if len(frame) and key in set(frame["sample"]):
                 continue
             policies: list[Policy] = [FullPolicy()]
             for label, own in tested.items():
                 policy = policy_of(f"tested.{label}", own)
                 policies.append(Budget(given.budget).policy(policy, len(prompt.ids))[0])
-            digits = digit_tokens(tokenizer.decode(prompt.ids), tokenizer, spread)
-            if len(digits) != 5:
-                raise ConfigError("model", given.model, "its tokens do not tell digits apart")
-            found = measure(model, prompt, policies, digits, tokenizer, given.tokens)
-            shared = {"sample": name, "spread": spread, "budget": given.budget}
+            facts = fact_tokens(tokenizer.decode(prompt.ids), tokenizer, told)
+            if len(facts) != 5 or len({one[0] for one in facts}) != 5:
+                raise ConfigError("model", given.model, f"its tokens do not tell {task.what} apart")
+            found = measure(model, prompt, policies, facts, tokenizer, task)
+            shared = {"task": told, "sample": key, "spread": spread, "budget": given.budget}
             rows = [
                 shared | {"method": label} | one
                 for label, one in zip(["full", *tested], found, strict=True)
@@ -151,39 +221,47 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
     return frame
 
 
-def draw(frame: pd.DataFrame, path: Path) -> None:
-    """A panel a measure: methods over the three ways to spread the digits."""
+def draw(frame: pd.DataFrame, path: Path) -> Any:
+    """A row a task, a panel a measure: methods over the three ways to spread the facts."""
+    tasks = [name for name in TASKS if name in set(frame.task)]
     with plt.rc_context(RC):
-        figure, axes = panels(len(MEASURES), most=2)
-        for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
+        figure, axes = panels(len(MEASURES) * len(tasks), most=len(MEASURES))
+        for axis, (task, name) in zip(axes, product(tasks, MEASURES), strict=True):
+            own = frame[frame.task == task]
             for method in frame.method.unique():
                 if method == "full" and name == "kl":
                     continue
-                means = frame[frame.method == method].groupby("spread")[name].mean()
+                means = own[own.method == method].groupby("spread")[name].mean()
                 style = style_of(method)
                 look = {"color": style.color, "marker": style.marker, "markersize": 4}
                 axis.plot(SPREADS, [means.get(one) for one in SPREADS], label=style.label, **look)
-            axis.set_title(title)
+            axis.set_title(MEASURES[name].format(TASKS[task].what))
             axis.set_ylim(bottom=0)
+        for row, task in enumerate(tasks):
+            axes[row * len(MEASURES)].set_ylabel(task)
         legend(figure, axes)
         figure.savefig(path, dpi=150, bbox_inches="tight")
         plt.close(figure)
+    return figure
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 2 if something asked for cannot be served."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="of configs/model")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="or one of them")
     parser.add_argument("--methods", default=METHODS, help="beside the full cache")
     parser.add_argument("--budget", type=float, default=0.25, help="fraction of the prompt")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--length", type=int, help="tokens of a prompt; by default 512, of vt 1280")
     parser.add_argument("--depth", type=float, default=30, help="of the first digit, in percent")
     parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/spread"))
     given = parser.parse_args(arguments)
     try:
+        for name in given.tasks.split(","):
+            if name not in TASKS:
+                raise ConfigError("tasks", name, f"choose of {', '.join(TASKS)}")
         draw(run(given), given.out / "spread.png")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -44,9 +44,15 @@ def test_curves_join_the_means_of_one_setting(tmp_path: Path) -> None:
     (first, second) = figure.axes[0].lines
     assert list(second.get_xdata()) == [1, 2] and list(second.get_ydata()) == [1.0, 0.0]
     assert "compress=stream" in figure.axes[1].get_title()
+    assert figure.axes[0].get_xlabel() == "question; 3 samples a point"
+    assert second.get_linewidth() > first.get_linewidth() and second.zorder < first.zorder
+    figure.draw_without_rendering()
+    for axis in figure.axes:  # no title runs into the next panel's
+        assert axis.title.get_window_extent().width < axis.get_window_extent().width
     plt.close(figure)
     ((name, _, _, figure, shown),) = by_length(list(runs.values()))
     assert name == "by_length" and len(figure.axes) == 3
+    assert figure.axes[0].get_xlabel() == "prompt (tokens); 2 to 4 samples a point"
     plt.close(figure)
 
     table = overview(list(runs.values())).frame.set_index("folder")

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
+from runs import ROOT
 from tiny import prompt, tiny
 
 from baselines import StreamingLLMPolicy
 from buzz import BuzzStridedPolicy, ConfigError, EvictionCache
-from evals.run.models import byte_tokenizer
-from evals.tasks.needle import SPREADS, Needle
+from evals.run.models import byte_tokenizer, load_tokenizer, named_config
+from evals.tasks.needle import Needle
+from evals.tasks.ruler import Ruler
+from evals.tasks.types import SPREADS
 from scripts import spread as script
 
 TOKENIZER = byte_tokenizer()
+
+
+def facts(first: int) -> list[list[int]]:
+    """Five of a token each, side by side."""
+    return [[first + i] for i in range(5)]
 
 
 def needle(spread: str | None) -> Needle:
@@ -23,7 +35,7 @@ def needle(spread: str | None) -> Needle:
 def test_digits_stand_where_they_are_said_to(spread: str) -> None:
     (sample,) = needle(spread).load(TOKENIZER)
     (key,) = sample.references
-    places = script.digit_tokens(sample.prompt, TOKENIZER, spread)
+    places = [place for (place,) in script.fact_tokens(sample.prompt, TOKENIZER, "needle")]
     assert "".join(sample.prompt[place] for place in places) == key
     gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
     sentence = len("The second digit of the pass key is 7. ")
@@ -54,9 +66,71 @@ def test_of_five_digits_in_one_cell_one_is_kept() -> None:
     cache = EvictionCache(model, BuzzStridedPolicy(sink=2, window=10, stride=5, threshold=24))
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    assert script.kept(cache, range(20, 25)) == (1.0, 0.0)
+    assert script.kept(cache, facts(20)) == (1.0, 0.0)
     cache = EvictionCache(model, StreamingLLMPolicy(sink=2, window=10))
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    assert script.kept(cache, range(70, 75)) == (5.0, 1.0)
-    assert script.kept(cache, range(68, 73)) == (3.0, 0.0)
+    assert script.kept(cache, facts(70)) == (5.0, 1.0)
+    assert script.kept(cache, facts(68)) == (3.0, 0.0)
+    # Of facts of several tokens, parts: three whole ones and a half, then five in part.
+    assert script.kept(cache, [[66, 67], [69, 70], [71], [72], [73]]) == (3.5, 0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("wonderwords")
+    if not (ROOT / "models" / named_config("smollm2")["gguf_file"]).exists():
+        pytest.skip("the embedded model is not there: make model")
+    return load_tokenizer(named_config("smollm2"))
+
+
+def vt(spread: str | None) -> Ruler:
+    task = Ruler(name="ruler", subtasks=["vt"], lengths=[1600], samples=2, spread=spread, seed=3)
+    task.check()
+    task.prepare()
+    return task
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_assignments_stand_where_they_are_said_to(tokenizer, spread: str) -> None:
+    drawn, moved = (vt(one).load(tokenizer) for one in (None, spread))
+    for before, after in zip(drawn, moved, strict=True):
+        names = after.references
+        assert names == before.references and after.question == before.question
+        assert sorted(after.prompt) == sorted(before.prompt)  # nothing lost, nothing new
+        ids = tokenizer(after.prompt, add_special_tokens=False)["input_ids"]
+        found = script.fact_tokens(after.prompt, tokenizer, "vt")
+        assert [tokenizer.decode([ids[i] for i in one]).strip() for one in found] == [*names]
+        places = [after.prompt.index(name) for name in names]
+        assert places[0] == before.prompt.index(names[0])  # the first stays
+        between = [after.prompt[place:end].count(".") for place, end in itertools.pairwise(places)]
+        if spread == "prompt":
+            after_last = after.prompt[places[-1] :].count(".")
+            assert min(between) >= 8 and max([*between, after_last]) - min(between) <= 1
+        else:
+            assert between == [spread == "neighbours"] * 4
+        for name, source in itertools.pairwise(names):
+            assert f"VAR {source} = VAR {name} " in after.prompt
+        assert after.meta["depths"] == sorted(after.meta["depths"])
+
+
+def test_spread_is_of_vt() -> None:
+    for subtasks in (["vt", "cwe"], None):
+        with pytest.raises(ConfigError, match=r"task.spread='cell'.*task.subtasks=\[vt\]"):
+            Ruler(name="ruler", subtasks=subtasks, spread="cell").check()
+
+
+def test_both_tasks_in_one_figure(tmp_path: Path) -> None:
+    rows = [
+        {"task": task, "sample": f"{task}{spread}", "spread": spread, "method": method}
+        | {"budget": 0.25, "kept": 1, "whole": 0, "kl": 0.5, "accuracy": 0.2 * (method == "full")}
+        for task in script.TASKS
+        for spread in SPREADS
+        for method in ("full", "buzz")
+    ]
+    figure = script.draw(pd.DataFrame(rows), tmp_path / "spread.png")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 8 and "names of a chain kept, of 5" in titles
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2, 1, 2] * 2  # full has no KL
+    assert (tmp_path / "spread.png").stat().st_size > 10_000

@@ -13,6 +13,8 @@ from evals.report.methods import style_of
 from evals.results.compare import REFERENCE
 from evals.results.runs import Run
 
+XLABELS = {"question": "question", "length": "prompt (tokens)"}
+
 Drawn = Iterator[tuple[str, str, str, Any, Sequence[Run]]]  # as of evals.report.figures
 
 
@@ -40,21 +42,23 @@ def _curves(runs: Sequence[Run], key: str, title: str, note: str) -> Drawn:
         return
     figure, axes = panels(len(settings))
     for axis, group in zip(axes, settings.values(), strict=True):
-        for run in group:
+        for under, run in enumerate(group):
             style = style_of(run.method)
-            look = {"color": style.color, "marker": style.marker, "markersize": 4}
+            # Scores of few samples coincide: a curve under others is wider, so that it shows.
+            width = 1.2 + 4 * under / len(group)
+            look = {"color": style.color, "marker": style.marker, "clip_on": False}
+            look |= {"linewidth": width, "markersize": 3 + width, "zorder": 3 - under / len(group)}
             if run.method == REFERENCE:
                 look["linestyle"] = "--"
             values = points(run, key)
             axis.plot(list(values), list(values.values()), label=label(run, group), **look)
         first = group[0]
-        parts = [first.task, first.model]
-        if first.compress != "prompt":
-            parts.append(f"compress={first.compress}")
+        parts = [] if first.compress == "prompt" else [f"compress={first.compress}"]
         if (asked := first.config["task"].get("asked")) and key == "question":
             parts.append(asked)
-        axis.set_title(", ".join(parts))
-        axis.set_xlabel(key)
+        how = [", ".join(parts)] if parts else []
+        axis.set_title("\n".join([f"{first.task}, {first.model}", *how]))
+        axis.set_xlabel(f"{XLABELS[key]}; {_samples(group, key)}")
         axis.set_ylabel(first.summary["headline"])
         axis.set_xticks(list(points(first, key)))
         if key == "length":
@@ -69,8 +73,19 @@ def _curves(runs: Sequence[Run], key: str, title: str, note: str) -> Drawn:
 
 def points(run: Run, key: str) -> dict[int, float]:
     """Mean headline by a number in the samples' `meta`, ascending."""
+    return {number: statistics.fmean(scores) for number, scores in _scores(run, key).items()}
+
+
+def _scores(run: Run, key: str) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
     for record in run.ran:
         if isinstance(number := record.get("meta", {}).get(key), int):
             found.setdefault(number, []).append(record["scores"][run.summary["headline"]])
-    return {number: statistics.fmean(found[number]) for number in sorted(found)}
+    return {number: found[number] for number in sorted(found)}
+
+
+def _samples(runs: Sequence[Run], key: str) -> str:
+    """How many a point is the mean of."""
+    counts = {len(scores) for run in runs for scores in _scores(run, key).values()}
+    ends = dict.fromkeys(f"{end}" for end in (min(counts), max(counts)))
+    return f"{' to '.join(ends)} samples a point"

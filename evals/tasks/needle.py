@@ -22,7 +22,7 @@ from evals.results.statistics import means_by
 from evals.tasks.base import Sample
 from evals.tasks.picture import Picture
 from evals.tasks.questions import NUMBER, QuestionsTask
-from evals.tasks.types import Grid, Percent
+from evals.tasks.types import SPREADS, Grid, Percent
 
 INTRO = (
     "There is a pass key hidden in the following text. Find it and remember it."
@@ -34,7 +34,6 @@ QUESTION = "What is the pass key? Answer with the five digits of the pass key."
 ONCE = "The pass key is {key}."
 DIGIT = "The {place} digit of the pass key is {digit}."
 PLACES = ("first", "second", "third", "fourth", "fifth")
-SPREADS = ("cell", "neighbours", "prompt")
 
 MANY_INTRO = (
     "There are pass keys hidden in the following text. Find them and remember them."

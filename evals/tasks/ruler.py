@@ -18,8 +18,8 @@ from evals.tasks.base import Sample
 from evals.tasks.encoding import encode
 from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.ruler_data import QA, SUBTASKS, family, modules, read_data
-from evals.tasks.ruler_texts import ANSWER, ASKABLE, Drawn, generate, more_questions
-from evals.tasks.types import Grid
+from evals.tasks.ruler_texts import ANSWER, ASKABLE, Drawn, generate, more_questions, move_chain
+from evals.tasks.types import SPREADS, Grid
 
 # Those that need no data.
 SYNTHETIC = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
@@ -40,6 +40,10 @@ class Ruler(QuestionsTask):
         data_dir: folder of `PaulGrahamEssays.json`, `squad.json` and `hotpotqa.json`, as the
             benchmark's scripts fetch them; None: lm-eval's sources on the net.
         max_new_tokens: None for the benchmark's own.
+        spread: of vt, how far apart the assignments of the chain stand, from where the benchmark's
+            generator puts the first; None: all where it puts them. ``cell``: one right after the
+            other; ``neighbours``: with a sentence of filler between two; ``prompt``: evenly over
+            what follows. The same seed has the same chain and filler in each.
     """
 
     headline: ClassVar[str] = "score"
@@ -52,12 +56,16 @@ class Ruler(QuestionsTask):
     seed: int = 0
     data_dir: str | None = None
     max_new_tokens: PositiveInt | None = None
+    spread: Literal[SPREADS] | None = None
     _data: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
     def check(self) -> None:
         super().check()
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ConfigError("task.data_dir", self.data_dir, "no such folder")
+        if self.spread is not None and set(self._subtasks) != {"vt"}:
+            remedy = "is of vt alone; write task.subtasks=[vt]"
+            raise ConfigError("task.spread", self.spread, remedy)
         for subtask in self._subtasks:
             if self.questions > 1 and subtask not in ASKABLE:
                 remedy = f"{subtask} has one question; several have {', '.join(ASKABLE)}"
@@ -111,7 +119,8 @@ class Ruler(QuestionsTask):
 
         template = _tokens(tokenizer, "x", self._chat(tokenizer)) - count("x")
         room, data = length - template, self._data[subtask]
-        return generate(subtask, count, length, room, self.samples, self.seed, data)
+        drawn = generate(subtask, count, length, room, self.samples, self.seed, data)
+        return drawn if self.spread is None else [move_chain(one, self.spread) for one in drawn]
 
     def _sample(
         self,

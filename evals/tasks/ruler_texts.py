@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -29,6 +29,9 @@ ANSWER = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 
 # Subtasks whose texts hold several keys with one value each, and a sentence with one of them.
 ASKABLE = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multiquery")
+# What vt's generator writes between the lines of its filler, and a sentence of that filler.
+ASSIGNMENT = re.compile(r"VAR ([A-Z]{5}) = (?:\d{5}|VAR [A-Z]{5} ) ")
+SENTENCE = re.compile(r"[^.]+\.\s*")
 KEY = re.compile(r"special magic (number|uuid)s? for (\S+) is: ([\w-]+)")
 
 SPREAD = 1.1  # see _largest()
@@ -113,6 +116,26 @@ def more_questions(subtask: str, drawn: Drawn, count: int, seed: str) -> list[Dr
         prefix = f"The special magic {kind} for {name} mentioned in the provided text is"
         found.append(Drawn(context + question, question, prefix, (value,)))
     return found
+
+
+def move_chain(drawn: Drawn, spread: str) -> Drawn:
+    """A prompt of vt whose chain's assignments stand elsewhere; all else is what it was.
+
+    The first stays. Where the text is cut into tokens changes with what stands beside an
+    assignment, so the prompt may be a few tokens longer or shorter.
+
+    Args:
+        spread: one of :data:`SPREADS`, see :class:`evals.tasks.ruler.Ruler`.
+    """
+    # Before the text stands the worked example, whose names are shorter.
+    chain = [*ASSIGNMENT.finditer(drawn.text)]
+    begin, end = chain[0].start(), len(drawn.text) - len(drawn.question)
+    sentences = SENTENCE.findall(ASSIGNMENT.sub("", drawn.text[begin:end]))
+    apart = {"cell": 0.0, "neighbours": 1.0, "prompt": len(sentences) / len(chain)}[spread]
+    # From the back, so that no insertion moves the place of a later one.
+    for number, assignment in reversed([*enumerate(chain)]):
+        sentences.insert(round(apart * number), assignment.group())
+    return replace(drawn, text=drawn.text[:begin] + "".join(sentences) + drawn.question)
 
 
 @contextmanager

@@ -22,6 +22,9 @@ def _distinct(values: Any) -> Any:
 Grid = Annotated[Sequence[T], Field(min_length=1), AfterValidator(_distinct)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
+# How far apart the parts of one fact stand: within reach of a cell, in cells nearby, anywhere.
+SPREADS = ("cell", "neighbours", "prompt")
+
 
 def template(must: Sequence[str], may: Sequence[str] = ()) -> AfterValidator:
     """A text with all of `must` in braces, and nothing else there but `may`.
