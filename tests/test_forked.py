@@ -102,7 +102,7 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     """Resumes without work, is put together from shards, and is rebuilt from its numbers alone."""
     shared = [*MODEL, *NEEDLE, "+experiment=fidelity", "task=needle", "fidelity.tokens=6"]
     shared += ["fidelity.answers=true"]
-    shared += ["fidelity.budgets=[0.25]", f"output={tmp_path}/runs"]
+    shared += ["fidelity.budgets=[0.25,0.5]", f"output={tmp_path}/runs"]
     for shard in ("0/2", "1/2", "1/2"):
         assert main(*shared, f"task.shard={shard}") == 0
     assert "| 0.250 | h2o |" in capsys.readouterr().out
@@ -125,6 +125,8 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     assert methods == {one["method"] for one in records[0]["forks"]} and "h2o" in methods
     assert all(0 <= one["score"] <= 1 for record in records for one in record["forks"])
     assert "score,full_score" in lines[0]
+    table = before["answers_prompt.md"].decode()
+    assert "| method | mean | 0% | 100% | 50% |" in table and "| full | " in table
 
 
 @pytest.mark.parametrize(

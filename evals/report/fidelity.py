@@ -120,7 +120,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(summary: pd.DataFrame) -> list[Table]:
-    """One per data set: methods by rising divergence, at each budget."""
+    """One per data set: methods by rising divergence, at each budget; then :func:`answers`."""
     found = []
     for task, group in summary.groupby("task", sort=True):
         frame = pd.DataFrame(
@@ -149,6 +149,30 @@ def tables(summary: pd.DataFrame) -> list[Table]:
             " on average, as methods do that evict after the prompt alone."
         )
         found.append(Table(f"fidelity_{task}", str(task), frame, note))
+    return found + answers(summary)
+
+
+def answers(summary: pd.DataFrame) -> list[Table]:
+    """Scores of the methods' own answers: a table for each kind of compression, a column a task."""
+    if "score" not in summary or not summary.score.notna().any():
+        return []
+    scored = summary[summary.score.notna()]
+    split = scored.task.str.extract(r"^(.+?)(?:-(context|stream.*))?$")
+    found = []
+    for how, group in scored.groupby(split[1].fillna("prompt")):
+        columns = split[0][group.index]
+        wide = group.assign(column=columns).pivot_table("score", "method", "column")
+        full = group.assign(column=columns).groupby("column").full_score.first()
+        wide = pd.concat([full.to_frame("full").T, wide])
+        wide.insert(0, "mean", wide.mean(axis=1))
+        frame = wide.sort_values("mean", ascending=False).rename_axis("method").reset_index()
+        counts = ", ".join(f"{n}" for n in sorted(group.n.unique()))
+        budgets = ", ".join(f"{budget:g}" for budget in sorted(group.budget.unique()))
+        title = "Own answers" + ("" if how == "prompt" else f", compress={how}")
+        note = (
+            f"Scores of own answers; budget {budgets} of what is compressed; n = {counts} a column."
+        )
+        found.append(Table(f"answers_{how}", title, frame, note))
     return found
 
 
@@ -160,7 +184,8 @@ def draw(samples: pd.DataFrame, summary: pd.DataFrame, out: Path) -> list[Path]:
     """A figure of KL against memory for each data set, and one of KL against the source's place."""
     paths = []
     with plt.rc_context(RC):
-        for task, group in summary.groupby("task", sort=True):
+        several = summary.groupby("task").budget.transform("nunique") > 1
+        for task, group in summary[several].groupby("task", sort=True):
             figure, axes = panels(2, 4.4, 3.6)
             lengths = samples[samples.task == task].prompt_tokens.mean()
             for method, line in group.groupby("method", sort=False):
@@ -190,7 +215,8 @@ def _draw_method(axes: Sequence[Any], method: str, line: pd.DataFrame, prompt: f
 
 def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
     """KL of each prompt by where the answer's longest match begins, in BUZZ's windows."""
-    chosen = samples[(samples.budget == BUDGET) & samples.kl.notna()]
+    several = samples.groupby("task").budget.transform("nunique") > 1
+    chosen = samples[several & (samples.budget == BUDGET) & samples.kl.notna()]
     chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(CONTRASTED)]
     tasks = sorted(chosen.task.unique())
     if not tasks:
