@@ -17,7 +17,7 @@ LEAD = 8  # last tokens of the chunk before, which a later chunk is asked for by
 @register()
 @dataclass(frozen=True, kw_only=True)
 class KVzipPolicy(PromptPolicy):
-    """The ceiling: the prompt is read a second time, before anything of it is dropped.
+    """The prompt is read a second time, before anything of it is dropped.
 
     As NVIDIA/kvpress (8bb29b9c) `kvzip_press`, where a layer's heads, or all, share what is kept:
     here each KV head has its own capacity, so that memory is really freed. There a chat template's

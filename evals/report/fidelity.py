@@ -120,7 +120,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(summary: pd.DataFrame) -> list[Table]:
-    """One per data set: methods by rising divergence, at each budget; then :func:`answers`."""
+    """One per data set: methods by rising divergence, at each budget."""
     found = []
     for task, group in summary.groupby("task", sort=True):
         frame = pd.DataFrame(
@@ -149,7 +149,7 @@ def tables(summary: pd.DataFrame) -> list[Table]:
             " on average, as methods do that evict after the prompt alone."
         )
         found.append(Table(f"fidelity_{task}", str(task), frame, note))
-    return found + answers(summary)
+    return found
 
 
 def answers(summary: pd.DataFrame) -> list[Table]:
@@ -184,8 +184,7 @@ def draw(samples: pd.DataFrame, summary: pd.DataFrame, out: Path) -> list[Path]:
     """A figure of KL against memory for each data set, and one of KL against the source's place."""
     paths = []
     with plt.rc_context(RC):
-        several = summary.groupby("task").budget.transform("nunique") > 1
-        for task, group in summary[several].groupby("task", sort=True):
+        for task, group in _swept(summary).groupby("task", sort=True):
             figure, axes = panels(2, 4.4, 3.6)
             lengths = samples[samples.task == task].prompt_tokens.mean()
             for method, line in group.groupby("method", sort=False):
@@ -215,8 +214,8 @@ def _draw_method(axes: Sequence[Any], method: str, line: pd.DataFrame, prompt: f
 
 def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
     """KL of each prompt by where the answer's longest match begins, in BUZZ's windows."""
-    several = samples.groupby("task").budget.transform("nunique") > 1
-    chosen = samples[several & (samples.budget == BUDGET) & samples.kl.notna()]
+    chosen = _swept(samples)
+    chosen = chosen[(chosen.budget == BUDGET) & chosen.kl.notna()]
     chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(CONTRASTED)]
     tasks = sorted(chosen.task.unique())
     if not tasks:
@@ -235,6 +234,11 @@ def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
     return _save(figure, out / "sources.png")
 
 
+def _swept(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of data sets that were measured at several budgets."""
+    return frame[frame.groupby("task").budget.transform("nunique") > 1]
+
+
 def _window(prompt: int) -> int:
     policy, _ = Budget(BUDGET).policy(BuzzPolicy(), prompt)
     assert isinstance(policy, BuzzPolicy)
@@ -249,7 +253,8 @@ def _save(figure: Any, path: Path) -> Path:
 
 def shown(folders: Sequence[Path]) -> str:
     """The tables of some runs, as Markdown."""
-    return "\n".join(table.markdown() for table in tables(summarize(collect(folders))))
+    summary = summarize(collect(folders))
+    return "\n".join(table.markdown() for table in tables(summary) + answers(summary))
 
 
 def build(out: Path, pictures: Path, runs: Path | None = None) -> list[Path]:
@@ -273,7 +278,7 @@ def build(out: Path, pictures: Path, runs: Path | None = None) -> list[Path]:
     summary = summarize(samples)
     summary.to_csv(out / SUMMARY, index=False, float_format="%.5g")
     (out / "tables").mkdir(exist_ok=True)
-    for table in tables(summary):
+    for table in tables(_swept(summary)) + answers(summary):
         (out / "tables" / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
     pictures.mkdir(parents=True, exist_ok=True)
     return draw(samples, summary, pictures)
