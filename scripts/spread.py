@@ -222,11 +222,11 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, path: Path) -> Any:
-    """A row a task, a panel a measure: methods over the three ways to spread the facts."""
+    """A column a task, a row a measure: methods over the three ways to spread the facts."""
     tasks = [name for name in TASKS if name in set(frame.task)]
     with plt.rc_context(RC):
-        figure, axes = panels(len(MEASURES) * len(tasks), most=len(MEASURES))
-        for axis, (task, name) in zip(axes, product(tasks, MEASURES), strict=True):
+        figure, axes = panels(len(MEASURES) * len(tasks), height=2.3, most=len(tasks))
+        for axis, (name, task) in zip(axes, product(MEASURES, tasks), strict=True):
             own = frame[frame.task == task]
             for method in frame.method.unique():
                 if method == "full" and name == "kl":
@@ -235,10 +235,8 @@ def draw(frame: pd.DataFrame, path: Path) -> Any:
                 style = style_of(method)
                 look = {"color": style.color, "marker": style.marker, "markersize": 4}
                 axis.plot(SPREADS, [means.get(one) for one in SPREADS], label=style.label, **look)
-            axis.set_title(MEASURES[name].format(TASKS[task].what))
+            axis.set_title(f"{task}: {MEASURES[name].format(TASKS[task].what)}")
             axis.set_ylim(bottom=0)
-        for row, task in enumerate(tasks):
-            axes[row * len(MEASURES)].set_ylabel(task)
         legend(figure, axes)
         figure.savefig(path, dpi=150, bbox_inches="tight")
         plt.close(figure)

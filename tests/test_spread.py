@@ -131,6 +131,6 @@ def test_both_tasks_in_one_figure(tmp_path: Path) -> None:
     ]
     figure = script.draw(pd.DataFrame(rows), tmp_path / "spread.png")
     titles = [axis.get_title() for axis in figure.axes]
-    assert len(titles) == 8 and "names of a chain kept, of 5" in titles
-    assert [len(axis.lines) for axis in figure.axes] == [2, 2, 1, 2] * 2  # full has no KL
+    assert len(titles) == 8 and titles[1] == "vt: names of a chain kept, of 5"
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2, 2, 2, 1, 1, 2, 2]  # full has no KL
     assert (tmp_path / "spread.png").stat().st_size > 10_000
