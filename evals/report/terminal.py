@@ -212,7 +212,7 @@ def _of_fewer(other: dict[str, Any]) -> str:
 
 
 def _breakdowns(setting: Setting) -> list[Table | str]:
-    """A heading and a table per breakdown, methods side by side."""
+    """A heading and a table per breakdown; methods are columns, or rows where they are more."""
     columns = [
         {row["grouped_by"]: {name: group["score"] for name, group in row["groups"].items() if name}}
         | row["breakdown"]
@@ -224,9 +224,13 @@ def _breakdowns(setting: Setting) -> list[Table | str]:
         if not names:
             continue
         parts.append(_heading(f"{setting.rows[0]['task']} by {title}"))
-        table = _table(*(name.replace(" ", "\n") for name in setting.names))
-        for name in names:
-            table.add_row(name, *(_score(column.get(title, {}).get(name)) for column in columns))
+        cells = [[_score(column.get(title, {}).get(name)) for name in names] for column in columns]
+        rows, heads = (setting.names, names) if len(cells) > len(names) else (names, setting.names)
+        if rows is names:
+            cells = [list(row) for row in zip(*cells, strict=True)]
+        table = _table(*(head.replace(" ", "\n") for head in heads))
+        for name, row in zip(rows, cells, strict=True):
+            table.add_row(name, *row)
         parts.append(table)
     return parts
 
