@@ -25,7 +25,7 @@ class A2SFPolicy(H2OPolicy):
         decay: what is left of a query's attention one token later.
     """
 
-    scoring: ClassVar[str] = "sum"  # type: ignore[misc]
+    scoring: ClassVar[str] = "sum"  # type: ignore[misc]  # H2O's parameter is none here: sums fade
 
     decay: float = 0.9
 

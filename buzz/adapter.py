@@ -16,13 +16,18 @@ import functools
 import inspect
 import sys
 import types
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -153,6 +158,57 @@ def unread_mask(device: torch.device) -> Tensor:
 def _model_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """The eager attention of the module's own model file, which transformers does not register."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+class SelfAttending(CacheLayerMixin):
+    """A layer of another kind of cache, which :func:`buzz.attention.attend` asks to attend itself.
+
+    Who feeds a model such layers gives positions and a mask, so that nobody asks for lengths.
+
+    Attributes:
+        entry: the step's keys and values, between :meth:`update` and :meth:`attend`.
+    """
+
+    is_sliding = False
+    entry: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("positions are given")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("a mask is given")
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands on what it is given, each [batch, kv_heads, new, head_dim], and notes it."""
+        self.entry = key_states, value_states
+        return key_states, value_states
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """What the step brought, once."""
+        assert self.entry is not None
+        entry, self.entry = self.entry, None
+        return entry
+
+    @abstractmethod
+    def attend(self, attention: Callable[..., Any], query: Tensor, **kwargs: Any) -> Tensor:
+        """The step's output, and whatever else the layer does with a step.
+
+        Args:
+            attention: :func:`buzz.attention.attend` of the layer's module.
+            query: [batch, heads, new, head_dim].
+            kwargs: what transformers hands to an attention function.
+
+        Returns:
+            [batch, new, heads, head_dim].
+        """
 
 
 # --- what a model is made of ---------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from buzz import kernels
-from buzz.adapter import Attention
+from buzz.adapter import Attention, SelfAttending
 from buzz.errors import ConfigError
 from buzz.inputs import on
 from buzz.layer import EvictionLayer
@@ -61,9 +61,9 @@ def attend(
     """
     index: Any = module.layer_idx
     layer = None if eviction_layers is None else eviction_layers[index]
-    if (attend_itself := getattr(layer, "attend", None)) is not None:
+    if isinstance(layer, SelfAttending):
         own = functools.partial(attend, stock, backend, module)
-        return attend_itself(own, query, **kwargs), None
+        return layer.attend(own, query, **kwargs), None
     if not isinstance(layer, EvictionLayer):
         return stock(module, query, key, value, attention_mask, **kwargs)
     for option in ("dropout", "softcap", "s_aux"):

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -251,6 +252,7 @@ class EvictionCache(Cache):
         ]
         other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
         other._runs = [list(run) for run in self._runs]
+        other._prompt = list(self._prompt)
         return other
 
     def begin_step(
@@ -455,10 +457,14 @@ def _replay(
     return compiled.replay_of(decoder, len(layers))
 
 
+def _among(inputs: Iterable[Any]) -> EvictionCache | None:
+    """The cache of ours that a decoder is given, by type: its name may be the older one."""
+    return next((value for value in inputs if isinstance(value, EvictionCache)), None)
+
+
 def _run_compiled(decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
     """What stands before a decoder's own forward once one of its caches is compiled."""
-    passed = (value for value in inputs.values() if isinstance(value, EvictionCache))
-    cache = next(passed, None)
+    cache = _among(inputs.values())
     return None if cache is None else cache.replay(decoder, inputs)
 
 
@@ -466,9 +472,7 @@ def _announce(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> adapter.Inputs | None:
     """Forward pre-hook: tell the cache what a step is given, and :func:`attend` the layers."""
-    # By type and not by name, which may be the older one.
-    passed = (value for value in (*kwargs.values(), *args) if isinstance(value, EvictionCache))
-    cache = next(passed, None)
+    cache = _among((*kwargs.values(), *args))
     if cache is None:
         return None
     inputs = adapter.named_inputs(decoder, args, kwargs)
@@ -486,6 +490,6 @@ def _conclude(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Forward hook, for policies that read a prompt twice."""
-    for value in kwargs.values():
-        if isinstance(value, EvictionCache):
-            value.end_step(decoder, adapter.step_tokens(kwargs))
+    cache = _among(kwargs.values())
+    if cache is not None:
+        cache.end_step(decoder, adapter.step_tokens(kwargs))

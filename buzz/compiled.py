@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from buzz import adapter, kernels
 from buzz.errors import ConfigError
@@ -64,7 +63,7 @@ def _refusal(what: str) -> ConfigError:
     return ConfigError("model.compile", True, f"{what}; leave it out")
 
 
-class ReplayLayer(CacheLayerMixin):
+class ReplayLayer(adapter.SelfAttending):
     """One layer's buffers, as the graph sees them.
 
     Attributes:
@@ -75,7 +74,6 @@ class ReplayLayer(CacheLayerMixin):
         logn_base, logn_clamp: as of the cache.
     """
 
-    is_sliding = False
     keys: Tensor | None
     values: Tensor | None
     positions: Tensor | None = None
@@ -84,26 +82,6 @@ class ReplayLayer(CacheLayerMixin):
     adds: bool
     logn_base: float | None
     logn_clamp: bool
-    entry: tuple[Tensor, Tensor] | None = None  # the token's, on its way
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Hands on what it is given: :meth:`attend` appends it."""
-        self.entry = key_states, value_states
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        raise NotImplementedError("positions are given")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise NotImplementedError("a mask is given")
-
-    def get_max_length(self) -> int:
-        return -1
 
     def attend(
         self,
@@ -122,8 +100,7 @@ class ReplayLayer(CacheLayerMixin):
         Returns:
             [batch, 1, heads, head_dim].
         """
-        assert self.entry is not None
-        (key, value), self.entry = self.entry, None
+        key, value = self.taken()
         scale = scaling or query.shape[-1] ** -0.5
         if self.logn_base is not None:
             attended = (self.bounds[1] - self.bounds[0]).float()

@@ -15,23 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
+from buzz.adapter import SelfAttending
 from buzz.cache import EvictionCache
 from buzz.errors import ConfigError
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 
 
-class ForkedLayer(CacheLayerMixin):
+class ForkedLayer(SelfAttending):
     """One layer of every fork.
 
     Args:
         forks: their caches.
         index: the layer's.
     """
-
-    is_sliding = False
 
     def __init__(self, forks: Sequence[EvictionCache], index: int) -> None:
         super().__init__()
@@ -40,18 +38,11 @@ class ForkedLayer(CacheLayerMixin):
         self.layers: list[Any] = [fork.layers[index] for fork in forks]
         self.entries: list[tuple[Tensor, Tensor]] = []  # each fork's keys and values, in a step
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
     def get_seq_length(self) -> int:
         return self.layers[0].get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -61,7 +52,6 @@ class ForkedLayer(CacheLayerMixin):
         Returns:
             What it was given: :meth:`attend` has the entries.
         """
-        self.lazy_initialization(key_states, value_states)
         self.entries = [
             layer.update(_row(key_states, row), _row(value_states, row))
             for row, layer in enumerate(self.layers)
@@ -154,8 +144,8 @@ class ForkedCache(EvictionCache):
     def copy(self) -> ForkedCache:
         other = copy.copy(self)
         other.forks = [fork.copy() for fork in self.forks]
-        layers = [ForkedLayer(other.forks, index) for index in range(len(self.layers))]
-        other.layers = other.evicting = layers  # type: ignore[assignment]
+        layers: list[Any] = [ForkedLayer(other.forks, index) for index in range(len(self.layers))]
+        other.layers = other.evicting = layers
         return other
 
     def reset(self) -> None:

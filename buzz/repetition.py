@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from buzz import kernels
-from buzz.adapter import CACHE_ARGUMENT, unread_mask
+from buzz.adapter import CACHE_ARGUMENT, SelfAttending, unread_mask
 from buzz.errors import ConfigError
 from buzz.eviction import Group
 from buzz.layer import EvictionLayer
@@ -27,10 +26,8 @@ BLOCK = 256  # queries whose weights exist at a time
 SINK = 4  # first entries, which are attended with every chunk
 
 
-class _Repeated(CacheLayerMixin):
+class _Repeated(SelfAttending):
     """What one layer holds of a row of a group, and behind it what is read; that is never kept."""
-
-    is_sliding = False
 
     def __init__(self, layer: EvictionLayer, group: Group, row: int) -> None:
         super().__init__()
@@ -40,32 +37,13 @@ class _Repeated(CacheLayerMixin):
         self.entries = store.keys[own], store.values[own]
         self.scores = torch.zeros(self.entries[0].shape[1:3], device=store.device)
         self.chunk = slice(0, 0)  # the entries that are repeated now
-        self.read: tuple[Tensor, Tensor] | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        return self.entries[0].shape[2]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.read = key_states, value_states
-        return key_states, value_states
 
     def attend(self, attention: Callable[..., Any], query: Tensor, **kwargs: Any) -> Tensor:
         """Attention of what is read [1, heads, m, head_dim], and its scores of the chunk."""
-        assert self.read is not None
-        (keys, values), self.read = self.read, None
+        keys, values = self.taken()
         own = self.entries
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        # One layer's entries are copied, a chunk: next to nothing beside its attention.
         both = torch.cat([own[0], keys], 2), torch.cat([own[1], values], 2)
         output, _ = kernels.scored_prefill(query, *both, scale, observe=1)
         sink = min(SINK, self.chunk.start)

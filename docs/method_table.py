@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class Watched:
         policy = self.policy.for_layer(index, LAYERS)
         layer = EvictionLayer(policy, Rope(None), index, self.module)
         look = layer._look
-        layer._look = lambda *args: self.watch(look(*args))  # type: ignore[method-assign]
+        layer._look = lambda *args: self.watch(look(*args))
         for new in (PROMPT, 1, 1):
             entries = torch.randn(3, 1, HEADS, new, 4)
             layer.update(*entries[:2])
@@ -73,14 +72,13 @@ class Watched:
     def watch(self, entries: Entries) -> Any:
         seen = self.seen
 
-        class Watching(Entries):
-            def __getattribute__(self, name: str) -> Any:
-                if name in SEEN and sys._getframe(1).f_locals.get("self") is not self:
+        class Watching:
+            def __getattr__(self, name: str) -> Any:
+                if name in SEEN:
                     seen.append(name)
-                return super().__getattribute__(name)
+                return getattr(entries, name)
 
-        entries.__class__ = Watching
-        return entries
+        return Watching()
 
     @cached_property
     def needs(self) -> str:

@@ -240,11 +240,11 @@ class Run:
             synchronize(token.device)
             spent += time.perf_counter() - start
 
-        EvictionLayer.after_attention = timed  # type: ignore[method-assign]
+        EvictionLayer.after_attention = timed
         try:
             return spent / sum(self.decode(token, self.job.new))
         finally:
-            EvictionLayer.after_attention = evict  # type: ignore[method-assign]
+            EvictionLayer.after_attention = evict
 
 
 def linear_seconds(model: nn.Module, batch: int) -> float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,14 +27,12 @@ from typing import Any
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from torch import Tensor
-from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from baselines import FullPolicy
-from buzz import CACHE_ARGUMENT, Budget, ConfigError, ForkedCache, Policy
+from buzz import Budget, ConfigError, Policy
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.methods import style_of
+from evals.run.forked import Rows
 from evals.run.generate import eos_ids
 from evals.run.models import ROOT, load_model
 from evals.run.plan import Plan, policy_of
@@ -141,7 +140,6 @@ def kept(cache: Any, facts: Sequence[Sequence[int]]) -> tuple[float, float]:
     return float(torch.cat(shares).mean()), float(torch.cat(whole).float().mean())
 
 
-@torch.inference_mode()
 def measure(
     model: PreTrainedModel,
     prompt: Prompt,
@@ -150,32 +148,19 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     task: Facts,
 ) -> list[dict[str, Any]]:
-    """Every method on one prompt; the first is the full cache."""
+    """The full cache and every method on one prompt."""
     eos = eos_ids(model, tokenizer)
-    cache = ForkedCache(model, policies)
-
-    def step(cache: ForkedCache, ids: Tensor) -> Tensor:
-        given: dict[str, Any] = {CACHE_ARGUMENT: cache}
-        return model(ids.to(model.device), **given, logits_to_keep=1).logits[:, -1]
-
-    first = step(cache, torch.tensor([prompt.ids])).argmax(-1).expand(len(policies))
-    found = [kept(fork, facts) for fork in cache.forks]
-    forced, free = cache.copy(), cache
-    kls, own = [], [first]
-    token = first
-    for _ in range(task.tokens - 1):
-        own.append(step(free, own[-1][:, None]).argmax(-1))
-        if int(token[0]) not in eos:
-            logits = log_softmax(step(forced, token[:1].expand(len(policies))[:, None]).float(), -1)
-            kls.append((logits[:1].exp() * (logits[:1] - logits)).sum(-1))
-            token = logits.argmax(-1)
+    rows = Rows(model, policies)
+    rows.read(prompt.ids)
+    found = [kept(fork, facts) for fork in rows.cache.forks]
+    answers = rows.own_answers(task.tokens, eos)
+    _, kls, _ = rows.forced(task.tokens, eos)
     results = []
-    for row, answer in enumerate(torch.stack(own, dim=1).tolist()):
-        end = next((i for i, one in enumerate(answer) if one in eos), len(answer))
-        text = tokenizer.decode(answer[:end], skip_special_tokens=True)
-        kl = float(torch.stack(kls)[:, row].mean())
+    for (some, whole), kl, answer in zip(found, [[0.0], *kls], answers, strict=True):
+        text = tokenizer.decode(answer, skip_special_tokens=True)
         right = task.accuracy(text, prompt.sample.references)
-        results.append({"kept": found[row][0], "whole": found[row][1], "kl": kl, "accuracy": right})
+        nats = statistics.fmean(kl) if kl else None
+        results.append({"kept": some, "whole": whole, "kl": nats, "accuracy": right})
     return results
 
 
@@ -202,7 +187,7 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
             key = f"{spread}-{prompt.sample.id}-{given.budget}"
             if len(frame) and key in set(frame["sample"]):
                 continue
-            policies: list[Policy] = [FullPolicy()]
+            policies: list[Policy] = []
             for label, own in tested.items():
                 policy = policy_of(f"tested.{label}", own)
                 policies.append(Budget(given.budget).policy(policy, len(prompt.ids))[0])

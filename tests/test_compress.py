@@ -13,7 +13,7 @@ from baselines import FullPolicy, H2OPolicy, SnapKVPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.results.reading import read_summary
 from evals.results.runs import comparable, identity
-from evals.run import fidelity
+from evals.run import forked
 from evals.run.compress import steps_before
 from evals.run.forced import compare_with_full
 from evals.run.generate import generate
@@ -157,7 +157,7 @@ def test_kl_is_of_what_follows_the_compressed_context(model, later: tuple[int, .
     assert found.kl_to_full == pytest.approx(kl, rel=1e-3) and kl > 0.01
 
     # and beside each other, on the full cache's own answer
-    answer, (beside,), _ = fidelity.compare(model, ids[0].tolist(), [policy], 6, set(), {}, later)
+    answer, (beside,), _ = forked.compare(model, ids[0].tolist(), [policy], 6, set(), {}, later)
     (found,) = compare_with_full(model, ids.tolist(), [answer], policy, 0, {}, later)
     assert beside["kl"] == pytest.approx(found.kl_to_full, rel=1e-3)
     assert beside["top1"] == found.top1_to_full and len(beside["kl_tokens"]) == len(answer)

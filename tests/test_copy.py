@@ -14,6 +14,7 @@ from baselines import (
     ExpectedAttentionPolicy,
     FullPolicy,
     H2OPolicy,
+    KVzipPolicy,
     SnapKVPolicy,
     StreamingLLMPolicy,
 )
@@ -120,3 +121,17 @@ def test_forks_are_copied_together() -> None:
             torch.testing.assert_close(logits[row], own, atol=1e-4, rtol=1e-4)
         found.append(logits)
     assert not torch.equal(*found) and forked.get_seq_length() == 40
+
+
+def test_a_prompt_that_is_to_be_read_twice_belongs_to_one_of_them() -> None:
+    """Copied between two chunks: neither repeats what the other was fed."""
+    model, policy = tiny(), KVzipPolicy(capacity=12, chunk=16)
+    first, *others = prompt(100).split(20, dim=1)
+    cache, alone = (EvictionCache(model, policy, hold_until=60) for _ in range(2))
+    feed(model, cache, [first], 0)
+    other = cache.copy()
+    feed(model, cache, others[:2], 0)
+    feed(model, other, others[2:], 0)
+    feed(model, alone, [first, *others[2:]], 0)
+    assert torch.equal(other.kept_positions(1), alone.kept_positions(1))
+    assert not torch.equal(other.kept_positions(1), cache.kept_positions(1))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 import torch
-from runs import MODEL, NEEDLE
+from runs import MODEL, NEEDLE, ROOT
 from tiny import prompt, tiny
 
 from baselines import FullPolicy
 from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache
 from evals.report import fidelity as report
-from evals.run.fidelity import compare, copied
+from evals.run.fidelity import copied
 from evals.run.forced import compare_with_full
+from evals.run.forked import compare
 
 TOKENS = 60
 
@@ -137,9 +139,30 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
         ("fidelity.budgets=[0.001]", "budget"),
         ("fidelity.methods.h2o.scoring=none", "scoring"),
         ("task=wikitext", "task"),
+        ("cache.logn_base=512", "cache.logn_base"),
     ],
 )
 def test_refusals(main, capsys, override, reason) -> None:
     task = [] if override.startswith("task") else ["task=needle", *NEEDLE]
     assert main(*MODEL, "+experiment=fidelity", *task, override) == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    """Cell by cell."""
+    summary = pd.read_csv(ROOT / "results/embedded/fidelity.csv")
+    summary = summary[summary.budget == 0.25].set_index(["method", "task"])
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("| `")
+    ]
+    rows = [row for row in rows if len(row) == 6]
+    assert len(rows) > 10
+    for name, *cells, held, evictions in rows:
+        own = summary.loc[name.strip("`")]
+        for task, cell in zip(("nq10", "xsum", "multi_news"), cells, strict=True):
+            one = own.loc[task]
+            assert cell == f"{one.kl:.2f} [{one.kl_low:.2f}, {one.kl_high:.2f}]"
+        three = own.loc[["nq10", "xsum", "multi_news"]]
+        assert held == f"{three.held_over_budget.mean():.2f}"
+        assert evictions == f"{three.evictions.mean():.0f}"

@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,11 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def _function(name: str) -> Any:
+    """One of the library's; only asked for where it is :func:`available`."""
+    return getattr(library(), name)
+
+
 def available() -> bool:
     """Whether the kernels can run here; the first call compiles them."""
     return library() is not None
@@ -134,7 +140,7 @@ def _attend(
     received = query.new_zeros(batch, kv_heads, keys)
     observe = queries if observe is None else observe
     shape = (batch, heads, kv_heads, queries, keys, dim, value_dim, observe)
-    getattr(library(), function)(
+    _function(function)(
         *map(_pointer, (query, key, value, output, received, *starts)),
         (ctypes.c_int64 * len(shape))(*shape),
         _strides(query, key, value, output),
@@ -182,17 +188,16 @@ def step(
     of what is held."""
     if keys.dtype != torch.float32:
         first, last = int(bounds[0].min()), int(bounds[1, 0])
-        held = [
-            None if t is None else t[:, :, first:last] for t in (keys, values, positions, scores)
-        ]
+        keys, values, positions = (t[:, :, first:last] for t in (keys, values, positions))
+        scores = None if scores is None else scores[:, :, first:last]
         low = bounds - bounds.new_tensor([[first], [first], [0]])
-        return reference.step(query, key, value, *held, low, scale, adds)  # type: ignore[arg-type, call-arg]
+        return reference.step(query, key, value, keys, values, positions, scores, low, scale, adds)
     query, key, value = _dense(query), _dense(key), _dense(value)
     batch, heads, _, dim = query.shape
     output = query.new_zeros(batch, 1, heads, value.shape[-1]).transpose(1, 2)
     shape = (batch, heads, keys.shape[1], 1, keys.shape[2], dim, value.shape[-1], 1)
     tensors = (query, key, value, keys, values, positions, scores, output)
-    library().buzz_step(  # type: ignore[union-attr]
+    _function("buzz_step")(
         *map(_pointer, (*tensors, bounds)),
         (ctypes.c_int64 * len(shape))(*shape),
         _strides(*(query if tensor is None else tensor for tensor in tensors)),
@@ -235,7 +240,7 @@ def move(
     rows = torch.arange(size) if rows is None else rows
     half = 0 if turns is None else turns[0].shape[-1]
     threads = _threads(index.numel() * source[0].shape[-1])
-    getattr(library(), "buzz_move")(  # noqa: B009
+    _function("buzz_move")(
         (_Moved * len(moved))(*moved),
         ctypes.c_int64(len(moved)),
         *map(_pointer, (index, rows, *(turns or (None, None)))),

@@ -23,7 +23,7 @@ from buzz import Budget, BuzzPolicy
 from buzz.errors import ConfigError
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.forms import Table
-from evals.report.methods import CONTRASTED, RIVAL, place, style_of
+from evals.report.methods import CONTRASTED, RIVAL, style_of
 from evals.results.equal_memory import MARK, TOLERANCE
 from evals.results.records import RunFolder
 from evals.results.runs import compression
@@ -32,6 +32,10 @@ from evals.results.statistics import bootstrap
 FORKS, SAMPLES, SUMMARY = "forks.jsonl", "samples.csv.gz", "fidelity.csv"
 SAME = ["task", "sample", "budget", "budget_by"]  # of comparisons that are paired
 BUDGET = 0.25  # there
+OVER = (
+    f"{MARK}: held more than {TOLERANCE:.0%} above the budget on average, while the full cache's"
+    " answer was read, as methods do that evict after the prompt alone."
+)
 
 
 def collect(folders: Sequence[Path]) -> pd.DataFrame:
@@ -77,15 +81,16 @@ def _rows(record: dict[str, Any], config: dict[str, Any]) -> Iterator[dict[str, 
 def summarize(samples: pd.DataFrame) -> pd.DataFrame:
     """Means over prompts with 95% bootstrap intervals, and the paired difference to H2O.
 
-    Answers of one token, which nothing could change, do not count.
+    Answers of one token, which nothing could change, have no divergence; n counts the others.
     """
-    known = samples.dropna(subset="kl")
+    rivals = samples[samples.method == RIVAL].dropna(subset="kl")
     rows = []
-    for (task, method, budget, by), group in known.groupby(
+    for (task, method, budget, by), every in samples.groupby(
         ["task", "method", "budget", "budget_by"], sort=False
     ):
-        theirs = known[(known.task == task) & (known.budget == budget) & (known.budget_by == by)]
-        theirs = theirs[theirs.method == RIVAL][["sample", "kl"]]
+        group = every.dropna(subset="kl")
+        theirs = rivals[(rivals.task == task) & (rivals.budget == budget)]
+        theirs = theirs[theirs.budget_by == by][["sample", "kl"]]
         pairs = group.merge(theirs, on="sample", suffixes=("", "_rival"))
         gains = [] if method == RIVAL else (pairs.kl - pairs.kl_rival).tolist()
         low, high = bootstrap([group.kl.tolist()]) or (None, None)
@@ -99,7 +104,8 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
                 "budget": budget,
                 "budget_by": by,
                 "n": len(group),
-                **{name: group[name].mean() for name in ("score", "full_score") if name in group},
+                **{name: every[name].mean() for name in ("score", "full_score") if name in every},
+                "answers": every.score.count() if "score" in every else 0,
                 "kl": group.kl.mean(),
                 "kl_low": low,
                 "kl_high": high,
@@ -114,9 +120,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
                 f"kl_less_{RIVAL}_high": gain_high,
             }
         )
-    frame = pd.DataFrame(rows)
-    order = frame.method.map(place)
-    return frame.assign(order=order).sort_values(["task", "budget", "kl"]).drop(columns="order")
+    return pd.DataFrame(rows).sort_values(["task", "budget", "kl"])
 
 
 def tables(summary: pd.DataFrame) -> list[Table]:
@@ -145,8 +149,7 @@ def tables(summary: pd.DataFrame) -> list[Table]:
             frame.insert(3, "full's score", group.full_score)
         note = (
             "KL(full || method) in nats a token on the full cache's own answer, mean over prompts"
-            f" with its 95% interval. {MARK}: held more than {TOLERANCE:.0%} above the budget"
-            " on average, as methods do that evict after the prompt alone."
+            f" with its 95% interval. {OVER}"
         )
         found.append(Table(f"fidelity_{task}", str(task), frame, note))
     return found
@@ -161,16 +164,20 @@ def answers(summary: pd.DataFrame) -> list[Table]:
     found = []
     for how, group in scored.groupby(split[1].fillna("prompt")):
         columns = split[0][group.index]
-        wide = group.assign(column=columns).pivot_table("score", "method", "column")
-        full = group.assign(column=columns).groupby("column").full_score.first()
+        own = group.assign(column=columns)
+        over = own.groupby("method").held_over_budget.mean() > 1 + TOLERANCE
+        wide = own.pivot_table("score", "method", "column")
+        wide.index = pd.Index([f"{name}{MARK if over[name] else ''}" for name in wide.index])
+        full = own.groupby("column").full_score.first()
         wide = pd.concat([full.to_frame("full").T, wide])
         wide.insert(0, "mean", wide.mean(axis=1))
         frame = wide.sort_values("mean", ascending=False).rename_axis("method").reset_index()
-        counts = ", ".join(f"{n}" for n in sorted(group.n.unique()))
+        counts = ", ".join(f"{n}" for n in sorted(group.answers.unique()))
         budgets = ", ".join(f"{budget:g}" for budget in sorted(group.budget.unique()))
         title = "Own answers" + ("" if how == "prompt" else f", compress={how}")
         note = (
             f"Scores of own answers; budget {budgets} of what is compressed; n = {counts} a column."
+            f" {OVER}"
         )
         found.append(Table(f"answers_{how}", title, frame, note))
     return found
@@ -214,19 +221,16 @@ def _draw_method(axes: Sequence[Any], method: str, line: pd.DataFrame, prompt: f
 
 def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
     """KL of each prompt by where the answer's longest match begins, in BUZZ's windows."""
-    chosen = _swept(samples)
-    chosen = chosen[(chosen.budget == BUDGET) & chosen.kl.notna()]
-    chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(CONTRASTED)]
+    chosen = _sources(samples)
     tasks = sorted(chosen.task.unique())
     if not tasks:
         return None
     figure, axes = panels(len(tasks), 3.6, 3.2)
     for axis, task in zip(axes, tasks, strict=True):
         for method, group in chosen[chosen.task == task].groupby("method", sort=False):
-            windows = [_window(tokens) for tokens in group.prompt_tokens]
             label, color, marker = style_of(str(method))
             style = {"color": color, "marker": marker, "s": 12, "alpha": 0.7, "label": label}
-            axis.scatter(group.copied_distance / windows, group.kl, **style)
+            axis.scatter(group.windows, group.kl, **style)
         axis.axvline(1, color="black", lw=0.7, ls=":")
         axis.set(xscale="log", yscale="log", title=task, ylabel="KL to full (nats)")
     figure.supxlabel("distance of the answer's source from the prompt's end, in BUZZ's windows")
@@ -237,6 +241,31 @@ def _draw_sources(samples: pd.DataFrame, out: Path) -> Path | None:
 def _swept(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of data sets that were measured at several budgets."""
     return frame[frame.groupby("task").budget.transform("nunique") > 1]
+
+
+def _sources(samples: pd.DataFrame) -> pd.DataFrame:
+    """Prompts whose answer has a source, and how far before the end, in BUZZ's windows."""
+    chosen = _swept(samples)
+    chosen = chosen[(chosen.budget == BUDGET) & chosen.kl.notna()]
+    chosen = chosen[chosen.copied_distance.notna() & chosen.method.isin(CONTRASTED)]
+    windows = [_window(tokens) for tokens in chosen.prompt_tokens]
+    return chosen.assign(windows=chosen.copied_distance / windows)
+
+
+def sources(samples: pd.DataFrame) -> list[Table]:
+    """KL where an answer's longest match begins inside BUZZ's window, and where it does not."""
+    chosen = _sources(samples)
+    if chosen.empty:
+        return []
+    where = chosen.windows.le(1).map({True: "inside", False: "outside"})
+    groups = chosen.assign(source=where).groupby(["task", "source", "method"])
+    frame = groups.kl.agg(["mean", "median", "count"]).reset_index()
+    frame = frame.rename(columns={"mean": "KL", "count": "n", "source": "begins"})
+    note = (
+        f"Budget {BUDGET:g}. Where in the prompt the longest run of the answer's tokens begins that"
+        " stands there: inside BUZZ's window or not."
+    )
+    return [Table("sources", "Where an answer comes from", frame, note)]
 
 
 def _window(prompt: int) -> int:
@@ -278,7 +307,7 @@ def build(out: Path, pictures: Path, runs: Path | None = None) -> list[Path]:
     summary = summarize(samples)
     summary.to_csv(out / SUMMARY, index=False, float_format="%.5g")
     (out / "tables").mkdir(exist_ok=True)
-    for table in tables(_swept(summary)) + answers(summary):
+    for table in tables(_swept(summary)) + answers(summary) + sources(samples):
         (out / "tables" / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
     pictures.mkdir(parents=True, exist_ok=True)
     return draw(samples, summary, pictures)

@@ -9,33 +9,26 @@ One line of forks.jsonl a prompt, with the comparisons of all methods; texts are
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from rich.progress import track
-from torch import Tensor
-from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from baselines import FullPolicy
-from buzz import CACHE_ARGUMENT, Budget, ForkedCache, Policy
+from buzz import Budget, Policy
 from buzz.errors import ConfigError
 from evals.results.environment import environment
 from evals.results.records import RunFolder, digest, sha256
 from evals.results.runs import compression, settings_of
 from evals.results.schema import Record
 from evals.run.faults import attempt
-from evals.run.forced import fidelity_of
+from evals.run.forked import compare
 from evals.run.generate import eos_ids
 from evals.run.interrupt import deferred_signals
-from evals.run.lengths import Lengths
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand, policy_of, with_class
 from evals.run.prompt import Prompt
@@ -57,10 +50,61 @@ class Fork:
 
     label: str
     policy: Policy
-    budget: float | int
+    budget: Budget
 
-    def fitted(self, prompt: int, by: Any, fixed: frozenset[str]) -> Policy:
-        return Budget(self.budget, by).policy(self.policy, prompt, fixed)[0]
+    def fitted(self, context: int) -> Policy:
+        """For so many tokens that are compressed together."""
+        return self.budget.policy(self.policy, context)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is compared, with what; the tokens of an answer, and whether rows answer themselves."""
+
+    task: Task
+    forks: Sequence[Fork]
+    cache_options: dict[str, Any]
+    tokens: int
+    answers: bool
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def record(self, prompt: Prompt) -> Record:
+        """The comparisons of every fork on one prompt."""
+        start = time.perf_counter()
+        ends = (self.tokenizer.encode(end, add_special_tokens=False) for end in prompt.sample.stop)
+        answer, found, own = compare(
+            self.model,
+            prompt.ids,
+            [fork.fitted(prompt.context) for fork in self.forks],
+            self.tokens,
+            eos_ids(self.model, self.tokenizer),
+            self.cache_options,
+            prompt.later,
+            prompt.max_new_tokens if self.answers else 0,
+            {tokens[-1] for tokens in ends},
+        )
+        scores = [self._score(prompt, tokens) for tokens in own]
+        for one, score in zip(found, scores[1:], strict=False):
+            one["score"] = score
+        return {
+            "status": "ok",
+            "answer_tokens": len(answer),
+            "answer_sha256": sha256(answer),
+            "copied": dataclasses.asdict(copied(prompt.ids, answer)),
+            "full_score": scores[0] if scores else None,
+            "seconds": time.perf_counter() - start,
+            "forks": [
+                {"method": fork.label, "budget": fork.budget.size, "budget_by": fork.budget.by}
+                | one
+                for fork, one in zip(self.forks, found, strict=True)
+            ],
+        }
+
+    def _score(self, prompt: Prompt, tokens: list[int]) -> float:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        record: Record = {"prediction": text, "generated_tokens": len(tokens)}
+        return self.task.score(prompt.sample, record)[self.task.headline]
 
 
 def run_all(cfg: DictConfig) -> list[Path]:
@@ -79,89 +123,65 @@ def run_all(cfg: DictConfig) -> list[Path]:
 
 
 def _run(cfg: DictConfig) -> Path:
-    settings: Any = OmegaConf.to_container(cfg.fidelity, resolve=True)
-    check("fidelity.tokens", settings["tokens"], Annotated[int, Field(ge=2)])
-    check("fidelity.answers", settings["answers"], bool)
-    for label, method in settings["methods"].items():
-        settings["methods"][label] = with_class(f"fidelity.methods.{label}", method)
+    asked: Any = OmegaConf.to_container(cfg.fidelity, resolve=True)
+    check("fidelity.tokens", asked["tokens"], Annotated[int, Field(ge=2)])
+    check("fidelity.answers", asked["answers"], bool)
+    for label, method in asked["methods"].items():
+        asked["methods"][label] = with_class(f"fidelity.methods.{label}", method)
     plan = Plan.of(cfg)
     if plan.task.mode == "read":
         raise ConfigError("task", plan.task.name, "has no answers to compare; take another")
-    by = plan.config["budget_by"]
+    if (base := plan.config["cache"]["logn_base"]) is not None:
+        remedy = "methods share the full cache's prefill, which is not scaled; leave it out"
+        raise ConfigError("cache.logn_base", base, remedy)
     forks = [
-        Fork(label, policy, budget)
-        for label, policy in _methods(settings["methods"]).items()
-        for budget in settings["budgets"]
+        Fork(label, policy, Budget(size, plan.config["budget_by"]))
+        for label, policy in _methods(asked["methods"]).items()
+        for size in asked["budgets"]
     ]
-    folder = RunFolder(_folder(plan, settings))
+    folder = RunFolder(_folder(plan, asked))
     with folder.lock():
         prompts = load_prompts(plan, load_tokenizer(plan.config["model"])).prompts
         for fork in forks:  # refuse a budget that cannot be met now, not later
-            fork.fitted(min(prompt.context for prompt in prompts), by, frozenset())
+            fork.fitted(min(prompt.context for prompt in prompts))
         done = folder.read(FORKS)
         todo = [prompt for prompt in prompts if _missing(done.get(prompt.sample.id), prompt)]
-        if not todo:
-            return folder.path
-        model, tokenizer = load_model(plan.config["model"], plan.config["device"])
-        folder.write("config.yaml", OmegaConf.to_yaml(plan.config | {"fidelity": settings}))
-        made = {"environment": folder.note(environment(str(model.device), plan.config["seed"], 0))}
-        eos = eos_ids(model, tokenizer)
-        forks = [
-            dataclasses.replace(fork, policy=fork.policy.for_tokenizer(tokenizer)) for fork in forks
-        ]
-
-        def compared(rows: list[Prompt]) -> list[Record]:
-            start = time.perf_counter()
-            policies = [fork.fitted(rows[0].context, by, frozenset()) for fork in forks]
-            prompt, longest = rows[0], rows[0].max_new_tokens if settings["answers"] else 0
-            answer, found, own_answers = compare(
-                model,
-                prompt.ids,
-                policies,
-                settings["tokens"],
-                eos,
-                plan.config["cache"],
-                prompt.later,
-                longest,
-                {tokenizer.encode(end, add_special_tokens=False)[-1] for end in prompt.sample.stop},
-            )
-            scores = [_score(plan.task, prompt, tokenizer, one) for one in own_answers]
-            for one, score in zip(found, scores[1:], strict=bool(scores)):
-                one["score"] = score
-            own = {
-                "answer_tokens": len(answer),
-                "answer_sha256": sha256(answer),
-                "copied": dataclasses.asdict(copied(prompt.ids, answer)),
-                "full_score": scores[0] if scores else None,
-                "seconds": time.perf_counter() - start,
-            }
-            own["forks"] = [
-                {"method": fork.label, "budget": fork.budget, "budget_by": by} | one
-                for fork, one in zip(forks, found, strict=True)
-            ]
-            return [{"status": "ok"} | own]
-
-        with deferred_signals() as stop_here:
-            name = f"{plan.task.name}: {len(forks)} rows"
-            for prompt in track(todo, name, console=console):
-                found = attempt([prompt], compared, model.device)[0]
-                identity = {
-                    "id": prompt.sample.id,
-                    "group": prompt.sample.group,
-                    "prompt_sha256": prompt.sha256,
-                    "prompt_tokens": len(prompt.ids),
-                    "context_tokens": prompt.context,
-                }
-                folder.append(identity | made | found, FORKS)
-                stop_here()
+        if todo:
+            folder.write("config.yaml", OmegaConf.to_yaml(plan.config | {"fidelity": asked}))
+            _compare(plan, asked, forks, folder, todo)
     return folder.path
 
 
-def _score(
-    task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
-) -> float:
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return task.score(prompt.sample, {"prediction": text})[task.headline]  # type: ignore[typeddict-item]
+def _compare(
+    plan: Plan,
+    asked: dict[str, Any],
+    forks: Sequence[Fork],
+    folder: RunFolder,
+    prompts: Sequence[Prompt],
+) -> None:
+    """Adds the record of each prompt to the folder."""
+    model, tokenizer = load_model(plan.config["model"], plan.config["device"])
+    parameters = sum(weights.numel() for weights in model.parameters())
+    now = environment(str(model.device), plan.config["seed"], parameters)
+    made = {"environment": folder.note(now)}
+    told = [
+        dataclasses.replace(fork, policy=fork.policy.for_tokenizer(tokenizer)) for fork in forks
+    ]
+    options, sizes = plan.config["cache"], (asked["tokens"], asked["answers"])
+    experiment = Experiment(plan.task, told, options, *sizes, model, tokenizer)
+    with deferred_signals() as stop_here:
+        name = f"{plan.task.name}: {len(forks)} rows"
+        for prompt in track(prompts, name, console=console):
+            (found,) = attempt([prompt], lambda rows: [experiment.record(rows[0])], model.device)
+            identity = {
+                "id": prompt.sample.id,
+                "group": prompt.sample.group,
+                "prompt_sha256": prompt.sha256,
+                "prompt_tokens": len(prompt.ids),
+                "context_tokens": prompt.context,
+            }
+            folder.append(identity | made | found, FORKS)
+            stop_here()
 
 
 def _methods(configured: dict[str, dict[str, Any]]) -> dict[str, Policy]:
@@ -177,11 +197,11 @@ def _missing(record: Record | None, prompt: Prompt) -> bool:
     )
 
 
-def _folder(plan: Plan, settings: dict[str, Any]) -> Path:
+def _folder(plan: Plan, asked: dict[str, Any]) -> Path:
     """Named by what determines the result."""
     task, model, config = plan.config["task"], plan.config["model"], plan.config
     own = [
-        settings,
+        asked,
         settings_of(config),
         model,
         config["cache"],
@@ -191,132 +211,6 @@ def _folder(plan: Plan, settings: dict[str, Any]) -> Path:
     own += compression(config).values()
     name = f"{task['name']}-{model['name']}-{digest([*own, config['model_digest']])}"
     return Path(config["output"]) / name
-
-
-class _Rows:
-    """The full cache and other methods that have read a prompt, each a row of one batch.
-
-    Attributes:
-        logits: of the last token read, [rows, vocab], or [1, vocab] while it is the same for all.
-    """
-
-    def __init__(self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any) -> None:
-        self.model = model
-        every = [FullPolicy(), *policies]
-        self.cache = ForkedCache(model, every, **options)
-        self.lengths = [Lengths(*pair) for pair in zip(self.cache.forks, every, strict=True)]
-        self.logits = torch.empty(0)
-
-    def read(self, prompt: Sequence[int], later: Sequence[int]) -> None:
-        """Reads a prompt; `later` are the tokens of the steps behind the first."""
-        start = 0
-        for new in (len(prompt) - sum(later), *later):
-            part = torch.tensor([list(prompt[start : start + new])], device=self.model.device)
-            self.step(part if not start else part.expand(len(self.lengths), new))
-            start += new
-
-    def feed(self, token: int) -> None:
-        """One token to every row."""
-        self.step(torch.full((len(self.lengths), 1), token, device=self.model.device))
-
-    def step(self, ids: Tensor) -> None:
-        given: dict[str, Any] = {CACHE_ARGUMENT: self.cache}
-        with torch.inference_mode():
-            self.logits = self.model(ids, **given, logits_to_keep=1).logits[:, -1]
-        for held in self.lengths:
-            held.note()
-
-    def answers(self, tokens: int, eos: AbstractSet[int]) -> list[list[int]]:
-        """Every row's own greedy answer, by a copy: the rows stay where they are."""
-        cache, logits = self.cache.copy(), self.logits
-        given: dict[str, Any] = {CACHE_ARGUMENT: cache}
-        found: list[list[int]] = [[] for _ in self.lengths]
-        ends = torch.tensor(sorted(eos), device=logits.device)
-        over = torch.zeros(len(found), dtype=torch.bool, device=logits.device)
-        for _ in range(tokens):
-            chosen = logits.argmax(-1).expand(len(found))
-            for row, token in enumerate(chosen.tolist()):
-                if not over[row]:
-                    found[row].append(token)
-            over = over | torch.isin(chosen, ends)
-            if over.all() or len(found[0]) == tokens:
-                break
-            with torch.inference_mode():
-                logits = self.model(chosen[:, None], **given, logits_to_keep=1).logits[:, -1]
-        return found
-
-
-def compare(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    policies: Sequence[Policy],
-    tokens: int,
-    eos: AbstractSet[int],
-    cache_options: dict[str, Any],
-    later: Sequence[int] = (),
-    own_tokens: int = 0,
-    stop: AbstractSet[int] = frozenset(),
-) -> tuple[list[int], list[Record], list[list[int]]]:
-    """One prompt, read once; then `policies` beside the full cache, on its greedy answer.
-
-    The full cache takes part at its own positions: `cache_options` are the methods'. Where the
-    context is compressed before the question is read, every method reads the question by itself,
-    and the answer's first token is compared, too.
-
-    Args:
-        later: tokens of the steps behind the first in which the prompt is read, see
-            :mod:`evals.run.compress`.
-        own_tokens: of each row's own greedy answer, at most; 0: none is made.
-        stop: tokens that end own answers too.
-
-    Returns:
-        The answer, at most `tokens`, the token that ended it included; for each policy kl,
-        kl_median, top1 (see :class:`evals.run.forced.Fidelity`; None of an answer of one token),
-        kl_tokens, entries_mean, entries_peak (held after each step), evictions; and the own
-        answers, the full cache's first.
-
-    Raises:
-        LengthMismatch: a cache held another number of entries than its policy's recurrence says.
-        NotFinite: a divergence is NaN or infinite.
-    """
-    rows = _Rows(model, policies, **cache_options)
-    kls: list[Tensor] = []
-    same: list[Tensor] = []
-
-    def next_token() -> int:
-        """The full cache's, with which the others' distributions are compared."""
-        found = log_softmax(rows.logits, dim=-1, dtype=torch.float32)
-        full, own = found[:1], found[1:]
-        if len(own):
-            kls.append((full.exp() * (full - own)).sum(-1))
-            same.append(full.argmax(-1) == own.argmax(-1))
-        return int(full.argmax())
-
-    rows.read(prompt, later)
-    answers = rows.answers(own_tokens, eos | stop) if own_tokens else []
-    answer = [next_token()]
-    while len(answer) < tokens and answer[-1] not in eos:
-        rows.feed(answer[-1])
-        answer.append(next_token())
-    steps = [len(prompt) - sum(later), *later] + [1] * (len(answer) - 1)
-    entries = [held.verified(0, steps) for held in rows.lengths]
-    results: list[Record] = []
-    for row in range(len(policies)):
-        kl = [float(nats[row]) for nats in kls]
-        near = fidelity_of(kl, [float(one[row]) for one in same], model.dtype)
-        held = entries[row + 1]
-        results.append(
-            {
-                "kl": near.kl_to_full,
-                "kl_median": statistics.median(kl) if kl else None,
-                "top1": near.top1_to_full,
-                "kl_tokens": [float(f"{nats:.4g}") for nats in kl],
-                "entries_mean": statistics.fmean(held),
-                "entries_peak": max(held),
-                "evictions": rows.cache.forks[row + 1].evictions[0],
-            }
-        )
-    return answer, results, answers
 
 
 @dataclasses.dataclass(frozen=True)
