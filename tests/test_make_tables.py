@@ -17,7 +17,7 @@ from report_runs import BUZZ, B, Reader, write_run
 from baselines import SnapKVPolicy
 from evals.report import published, tables
 from evals.report.claims import CLAIMS
-from evals.report.figures import draw_all, front
+from evals.report.figures import draw_all, front, pareto
 from evals.report.forms import Table
 from evals.report.page import page
 from evals.report.verdicts import UNDECIDED, Judged, Measurement
@@ -253,6 +253,18 @@ def test_a_sweep_over_another_methods_window_makes_a_report(tmp_path: Path) -> N
     ablations = pd.read_csv(tmp_path / "tables/ablations.csv")
     assert list(ablations["factor"]) == ["Window"] * 2
     assert list(ablations["value"]) == [40, 80]
+
+
+def test_points_stand_at_the_memory_that_was_measured(tmp_path: Path) -> None:
+    """Methods of one budget are a little apart, so that both are seen, and no more."""
+    write_run(tmp_path, "full", "full", [1.0] * 3, kv=40e6)
+    for name in ("streaming_llm", "h2o", "vatp"):
+        write_run(tmp_path, name, name, [0.5] * 3, kv=10e6, budget=B)
+    ((_, _, _, figure, _),) = pareto(read_runs(tmp_path))
+    at = {line.get_label(): line.get_xdata()[0] for line in figure.axes[0].lines}
+    assert at["full"] == 40
+    drawn = [at[name] for name in ("streaming_llm", "h2o", "vatp")]
+    assert drawn == pytest.approx([9.7, 10, 10.3])
 
 
 def test_the_front_is_what_nothing_smaller_beats() -> None:

@@ -14,7 +14,7 @@ from evals.report.curves import by_length, by_question
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.kinds import kind
 from evals.report.marks import budget_text, held, label, mark, over_note, varied
-from evals.report.methods import order, place, style_of
+from evals.report.methods import place, style_of
 from evals.report.speed import alone
 from evals.report.tables import ordered
 from evals.results.compare import REFERENCE
@@ -23,7 +23,7 @@ from evals.results.schema import Record
 from evals.results.statistics import bootstrap
 from evals.tasks.picture import heat
 
-APART = 0.003  # of the axis, between methods of equal memory
+APART = 0.015  # of the axis, between the first and the last of methods that hold equally much
 SWEPT = ("window", "sink", "threshold", "stride")
 MANY = 12  # runs of which a figure shows one per method and budget
 
@@ -148,10 +148,12 @@ def _memory(run: Run) -> float:
 def _against_memory(axis: Any, group: Sequence[Run], values: Sequence[tuple[Any, Any]]) -> None:
     """Points and intervals of runs over their KV memory, those of one budget a little apart."""
     widest = max(map(_memory, group))
+    methods = sorted({run.method for run in group if run.budget is not None}, key=place)
     for run, (value, interval) in zip(group, values, strict=True):
         _, color, marker = style_of(run.method)
-        apart = 0 if run.budget is None else place(run.method) - len(order()) / 2
-        at = _memory(run) + apart * APART * widest
+        at = _memory(run)
+        if run.budget is not None and len(methods) > 1:
+            at += (methods.index(run.method) / (len(methods) - 1) - 0.5) * APART * widest
         if interval:
             axis.vlines(at, *interval, color=color, lw=1, alpha=0.5)
         style = {"ms": 6, "ls": "", "label": f"{run.method}{mark(run)}"}
