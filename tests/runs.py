@@ -68,9 +68,11 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
     real, asked = evals.run.runner.generate, []
     measured = []
 
-    def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], *rest: Any) -> list[Any]:
+    def generate(
+        model: Any, tokenizer: Any, prompts: Sequence[list[int]], *rest: Any, **more: Any
+    ) -> list[Any]:
         if not measured:
-            measured.extend(real(model, tokenizer, prompts[:1], *rest))
+            measured.extend(real(model, tokenizer, prompts[:1], *rest, **more))
         found = []
         for ids in prompts:
             asked.append(tokenizer.decode(ids))

@@ -205,6 +205,20 @@ def test_a_step_sends_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert not sent
 
 
+def test_a_text_is_read_by_the_graph_too(go, tmp_path, monkeypatch) -> None:
+    """So that its speed is that of what the run says it is."""
+    monkeypatch.delattr("evals.run.runner.generate")  # the warm-up, whose steps have a mask
+    (tmp_path / "text").write_text("A text that is long enough to be read. " * 9)
+    asked = "task=wikitext", f"task.data_file={tmp_path}/text", "task.tokens=200", "method=buzz"
+    sizes = "method.window=64", "method.threshold=64"
+    eager, graph = (
+        read_run(go(*asked, *sizes, f"model.compile={on}", needle=False))
+        for on in ("false", "true")
+    )
+    assert graphs["unique_graphs"] == 1
+    assert graph.score() == pytest.approx(eager.score(), rel=1e-4)
+
+
 def test_a_run_is_compiled_where_the_model_says_so(go) -> None:
     asked = "method=buzz", "method.window=64", "method.threshold=64", "task.depths=[0]"
     eager, graph = (read_run(go(*asked, f"model.compile={on}")) for on in ("false", "true"))

@@ -140,6 +140,7 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
         ("fidelity.methods.h2o.scoring=none", "scoring"),
         ("task=wikitext", "task"),
         ("cache.logn_base=512", "cache.logn_base"),
+        ("model.compile=true", "model.compile"),
     ],
 )
 def test_refusals(main, capsys, override, reason) -> None:

@@ -134,6 +134,9 @@ def _run(cfg: DictConfig) -> Path:
     if (base := plan.config["cache"]["logn_base"]) is not None:
         remedy = "methods share the full cache's prefill, which is not scaled; leave it out"
         raise ConfigError("cache.logn_base", base, remedy)
+    if plan.cache_options["compiled"]:
+        remedy = "rows that hold different numbers of entries are no graph; leave it out"
+        raise ConfigError("model.compile", True, remedy)
     forks = [
         Fork(label, policy, Budget(size, plan.config["budget_by"]))
         for label, policy in _methods(asked["methods"]).items()

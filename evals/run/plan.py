@@ -194,7 +194,7 @@ class Plan:
 
     @property
     def cache_options(self) -> dict[str, Any]:
-        """Of the cache that answers; compiled or not, a text is read alike."""
+        """Of the method's cache, whether it answers, reads a text, or is compared."""
         return {**self.config["cache"], "compiled": bool(self.config["model"].get("compile"))}
 
     @property

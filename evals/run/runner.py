@@ -306,7 +306,7 @@ def _answer(
             batch[0].sample.stop,
             options,
             batch[0].later,
-            **({} if sampled is None else {"sampling": Sampling(*sampled)}),
+            sampling=None if sampled is None else Sampling(*sampled),
         )
     return [generation.record() for generation in generations]
 
@@ -315,7 +315,7 @@ NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason
 
 
 def _read(work: Work, batch: list[Prompt], policy: Policy, together: list[Prompt]) -> list[Record]:
-    task, options = work.plan.task, work.plan.config["cache"]
+    task, options = work.plan.task, work.plan.cache_options
     found = []
     for prompt in batch:
         starts = prompt.sample.starts
@@ -342,7 +342,7 @@ def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], Non
     def results(rows: list[Prompt]) -> list[Record]:
         policy = dataclasses.replace(work.plan.policy, **work.records[rows[0].sample.id]["policy"])
         ids, answers = [prompt.ids for prompt in rows], [theirs(prompt) or [] for prompt in rows]
-        pad, options = work.tokenizer.pad_token_id, work.plan.config["cache"]
+        pad, options = work.tokenizer.pad_token_id, work.plan.cache_options
         later = rows[0].later
         found = compare_with_full(work.model, ids, answers, policy, pad, options, later)
         return [dataclasses.asdict(one) for one in found]
