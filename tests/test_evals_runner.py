@@ -149,12 +149,12 @@ def test_failed_run_exits_with_1(main, monkeypatch, capsys) -> None:
 
 
 def test_out_of_memory_is_a_result(go, monkeypatch) -> None:
-    def generate(model, tokenizer, prompts, *arguments):
+    def generate(model, tokenizer, prompts, *arguments, **named):
         if len(prompts[0]) > 200:  # not the warm-up
             calls.append(len(prompts[0]))
             if len(calls) == 2:
                 raise MemoryError
-        return original(model, tokenizer, prompts, *arguments)
+        return original(model, tokenizer, prompts, *arguments, **named)
 
     calls: list[int] = []
     original = evals.run.runner.generate

@@ -105,7 +105,7 @@ def test_a_combination_that_cannot_be_served_is_skipped_with_its_reason(tmp_path
 def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the disk is on fire\nand more")
 
     with monkeypatch.context() as patch:
