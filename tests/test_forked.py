@@ -128,7 +128,7 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     assert methods == {one["method"] for one in records[0]["forks"]} and "h2o" in methods
     assert all(0 <= one["score"] <= 1 for record in records for one in record["forks"])
     assert "score,full_score" in lines[0]
-    table = before["answers_prompt.md"].decode()
+    table = before["answers_prompt_0.25.md"].decode()
     assert "| method | mean | 0% | 100% | 50% |" in table and "| full | " in table
 
 

@@ -1,7 +1,7 @@
 """What eviction costs on one model: divergence from the full cache, by data set, method and budget.
 
     python -m evals.report.fidelity runs=results/fidelity  # of what +experiment=fidelity wrote
-    python -m evals.report.fidelity                        # again, from results/embedded alone
+    python -m evals.report.fidelity                        # again, all that results/embedded has
     python -m evals.report.fidelity runs=results/more beside=results/embedded  # more prompts
 
 Writes OUT/samples.csv.gz (numbers of every prompt, nobody's texts), OUT/environment.json,
@@ -31,6 +31,7 @@ from evals.results.runs import compression
 from evals.results.statistics import bootstrap
 
 FORKS, SAMPLES, SUMMARY = "forks.jsonl", "samples.csv.gz", "fidelity.csv"
+OUT, PICTURES = Path("results/embedded"), Path("docs/img")
 SAME = ["task", "sample", "budget", "budget_by"]  # of comparisons that are paired
 
 
@@ -104,7 +105,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
                 "budget_by": by,
                 "n": len(group),
                 **{name: every[name].mean() for name in ("score", "full_score") if name in every},
-                "answers": every.score.count() if "score" in every else 0,
+                **_answers(every),
                 "kl": group.kl.mean(),
                 "kl_low": low,
                 "kl_high": high,
@@ -120,6 +121,19 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).sort_values(["task", "budget", "kl"])
+
+
+def _answers(samples: pd.DataFrame) -> dict[str, Any]:
+    """How many answers were scored, and their score as a part of the full cache's."""
+    known = ["score", "full_score"]
+    pairs = samples.reindex(columns=known).dropna().to_numpy()
+    found: dict[str, Any] = {"answers": len(pairs), "of_full": None}
+    ends = (
+        bootstrap([pairs], of=lambda means: means[..., 0] / means[..., 1]) if len(pairs) else None
+    )
+    if ends:  # the full cache scores in every resample
+        found["of_full"] = float(np.divide(*pairs.mean(axis=0)))
+    return found | dict(zip(("of_full_low", "of_full_high"), ends or (None, None), strict=True))
 
 
 def shown(folders: Sequence[Path]) -> str:
@@ -173,24 +187,32 @@ def build(out: Path, pictures: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = {"runs": "", "beside": "", "out": "results/embedded", "pictures": "docs/img"}
+    options = {"runs": "", "beside": "", "out": "", "pictures": ""}
     try:
         for argument in arguments:
             name, _, value = argument.partition("=")
             if name not in options or not value:
                 raise ConfigError(name, value, f"give NAME=FOLDER, NAME of {', '.join(options)}")
             options[name] = value
-        runs, beside, out, pictures = (
-            Path(folder) if folder else None for folder in options.values()
-        )
-        assert out is not None and pictures is not None
-        if runs is not None:
-            gather(out, runs, beside)
+        if not any(options.values()):
+            return _again()
+        out, pictures = Path(options["out"] or OUT), Path(options["pictures"] or PICTURES)
+        if options["runs"]:
+            beside = Path(options["beside"]) if options["beside"] else None
+            gather(out, Path(options["runs"]), beside)
         build(out, pictures)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"fidelity: {out}")
+    return 0
+
+
+def _again() -> int:
+    """All that is committed, each folder's pictures in one of their own."""
+    for file in sorted(OUT.rglob(SAMPLES)):
+        build(file.parent, PICTURES / file.parent.relative_to(OUT))
+        print(f"fidelity: {file.parent}")
     return 0
 
 

@@ -10,6 +10,7 @@ from evals.report.methods import CONTRASTED, RIVAL
 from evals.results.equal_memory import MARK, TOLERANCE
 
 BUDGET = 0.25  # at which an answer's source is looked at
+ENOUGH = 20  # answers, for the interval of a ratio
 OVER = (
     f"{MARK}: held more than {TOLERANCE:.0%} above the budget on average, while the full cache's"
     " answer was read, as methods do that evict after the prompt alone."
@@ -21,6 +22,7 @@ def every(samples: pd.DataFrame, summary: pd.DataFrame) -> list[Table]:
         *divergence(swept(summary)),
         *contrasts(swept(summary)),
         *answers(summary),
+        *quality(summary),
         *sources(samples),
     ]
 
@@ -64,25 +66,40 @@ def answers(summary: pd.DataFrame) -> list[Table]:
     scored = summary[summary.score.notna()]
     split = scored.task.str.extract(r"^(.+?)(?:-(context|stream.*))?$")
     found = []
-    for how, group in scored.groupby(split[1].fillna("prompt")):
-        columns = split[0][group.index]
-        own = group.assign(column=columns)
-        over = own.groupby("method").held_over_budget.mean() > 1 + TOLERANCE
+    for (how, budget), group in scored.groupby([split[1].fillna("prompt"), scored.budget]):
+        own = group.assign(column=split[0][group.index])
+        over = own.groupby("method").held_over_budget.mean()
         wide = own.pivot_table("score", "method", "column")
-        wide.index = pd.Index([f"{name}{MARK if over[name] else ''}" for name in wide.index])
+        wide.index = pd.Index([marked(str(name), over[name]) for name in wide.index])
         full = own.groupby("column").full_score.first()
         wide = pd.concat([full.to_frame("full").T, wide])
         wide.insert(0, "mean", wide.mean(axis=1))
         frame = wide.sort_values("mean", ascending=False).rename_axis("method").reset_index()
         counts = ", ".join(f"{n}" for n in sorted(group.answers.unique()))
-        budgets = ", ".join(f"{budget:g}" for budget in sorted(group.budget.unique()))
-        title = "Own answers" + ("" if how == "prompt" else f", compress={how}")
-        note = (
-            f"Scores of own answers; budget {budgets} of what is compressed; n = {counts} a column."
-            f" {OVER}"
-        )
-        found.append(Table(f"answers_{how}", title, frame, note))
+        name = f"answers_{how}_{budget:g}"
+        title = f"Own answers, budget {budget:g}" + ("" if how == "prompt" else f", compress={how}")
+        note = f"Scores of own answers; budget of what is compressed; n = {counts} a column. {OVER}"
+        found.append(Table(name, title, frame, note))
     return found
+
+
+def quality(summary: pd.DataFrame) -> list[Table]:
+    """Scores of own answers as a part of the full cache's, where there are enough of them."""
+    scored = summary[summary.of_full.notna() & (summary.answers >= ENOUGH)]
+    rows = [
+        {"task": row.task, "budget": row.budget}
+        | {"method": marked(row.method, row.held_over_budget)}
+        | {"of full": row.of_full, "of full low": row.of_full_low, "of full high": row.of_full_high}
+        | {"held": row.held_over_budget * row.budget, "n": row.answers}
+        for row in scored.sort_values(
+            ["task", "budget", "of_full"], ascending=[1, 1, 0]
+        ).itertuples()
+    ]
+    note = (
+        "Score of own answers over the full cache's on the same prompts, with its 95% interval;"
+        f" held: entries on average, as a part of what is compressed. {OVER}"
+    )
+    return [Table("quality", "Quality kept", pd.DataFrame(rows), note)] if rows else []
 
 
 def marked(method: str, held: float) -> str:
