@@ -600,3 +600,11 @@ def test_the_largest_batch_that_a_limit_holds(main, capsys, tmp_path) -> None:
 def test_limits_that_say_nothing(main, capsys, given, reason) -> None:
     assert main(*MODEL, *ROOM, *given) == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_progress_tells_the_runs_of_a_sweep_apart(main, capsys) -> None:
+    asked = ["-m", "method=buzz", "method.stride=3,5", "budget=40", "seed=1"]
+    assert main(*asked, *MODEL, *NEEDLE, "task.samples=1") == 0
+    told = capsys.readouterr().err
+    for stride in (3, 5):
+        assert f"buzz stride={stride} budget=40 seed=1" in told

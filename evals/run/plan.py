@@ -73,6 +73,25 @@ class Plan:
         plan._check()
         return plan
 
+    @property
+    def label(self) -> str:
+        """The method, and what tells this run from others of a sweep."""
+        own = [
+            f"{name}={value}"
+            for name, value in dataclasses.asdict(self.policy).items()
+            if name in self.fixed
+        ]
+        config = self.config
+        given = {name: config[name] for name in ("budget", "compress", "seed")}
+        given |= {name: value for name, value in config["cache"].items()}
+        usual = {"budget": None, "compress": "prompt", "seed": 0, "positions": "cache"}
+        own += [
+            f"{name}={value}"
+            for name, value in given.items()
+            if value not in (usual.get(name), None, False)
+        ]
+        return " ".join([config["method"]["name"], *own])
+
     def _check(self) -> None:
         check_fields("method", self.policy)
         self.task.check()

@@ -220,7 +220,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     neighbours = Neighbours()
     headline = work.plan.task.headline
     columns = (
-        TextColumn(f"{work.plan.config['method']['name']:>14}"),
+        TextColumn(f"{work.plan.label:>14}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
