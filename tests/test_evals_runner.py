@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, cells, read
 
+import evals.run.comparison
 import evals.run.generate
 import evals.run.runner
 from baselines import FullPolicy, StreamingLLMPolicy
@@ -263,7 +264,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(main, monkeypatch, capsy
 
 @pytest.mark.parametrize("choice", ["method", "task", "model", "logger", "protocol"])
 def test_unknown_choice_lists_the_choices(main, capsys, choice) -> None:
-    assert main(f"{choice}=honey") == 1
+    assert main(f"{choice}=honey") == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     for path in (ROOT / "configs" / choice).glob("*.yaml"):
@@ -329,7 +330,7 @@ def test_comparison_with_full_is_recorded_and_made_once(go, monkeypatch) -> None
         for own, other in zip(records, theirs, strict=True)
     ]
     assert against["agreement"] == pytest.approx(sum(same) / 3) and against["ties"] == 3
-    monkeypatch.setattr(evals.run.runner, "compare_with_full", None)
+    monkeypatch.setattr(evals.run.comparison, "compare_with_full", None)
     go(*method, "kl=true")
     assert (folder / "fidelity.jsonl").read_text() == lines
 
