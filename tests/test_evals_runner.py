@@ -567,3 +567,36 @@ def test_batches_do_not_mix_settings_and_neighbour_lengths() -> None:
     lengths = [[len(p.ids) for p in batch] for batch in batches(prompts, 2)]
     assert lengths == [[1, 2], [8, 9], [4]]
     assert [[len(p.ids) for p in b] for b in batches(prompts, 1)] == [[9], [1], [8], [2], [4]]
+
+
+ROOM = ["task=throughput", "task.lengths=[100]", "task.max_new_tokens=8", "task.batch_size=max"]
+
+
+def test_the_largest_batch_that_a_limit_holds(main, capsys, tmp_path) -> None:
+    """One row more would not fit: 512 bytes an entry, of which full holds 107, a window 30."""
+    for method, rows in (("full", 9), ("local method.window=30", 32)):
+        asked = [*ROOM, "task.kv_limit=0.5MB", f"method={method.split()[0]}", *method.split()[1:]]
+        assert main(*MODEL, *asked, "task.samples=8") == 2
+        assert f"{rows} rows fit into 500,000 bytes" in capsys.readouterr().err
+        runs = tmp_path / str(rows)
+        assert main(*MODEL, *asked, f"task.samples={rows}", f"output={runs}") == 0
+        (folder,) = (file.parent for file in runs.glob("*/samples.jsonl"))
+        records = read(folder)
+        assert [record["batch_size"] for record in records] == [rows] * rows
+        taken = records[0]["kv_nbytes_peak"]
+        assert taken * rows <= 5e5 < taken * (rows + 1)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ([], "task.kv_limit=None"),
+        (["task.kv_limit=8Mo"], "no size"),
+        (["task.kv_limit=1kB"], "a single row takes"),
+        (["task.kv_limit=1MB", "task.lengths=[50,100]"], "task.lengths"),
+        (["task.kv_limit=1MB", "task.batch_size=2"], "task.batch_size=2"),
+    ],
+)
+def test_limits_that_say_nothing(main, capsys, given, reason) -> None:
+    assert main(*MODEL, *ROOM, *given) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]

@@ -45,7 +45,7 @@ from evals.run.interrupt import deferred_signals
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
 from evals.run.prompt import Prompt
-from evals.run.prompts import batches, load_prompts
+from evals.run.prompts import batch_size, batches, load_prompts
 from evals.run.questions import answer
 from evals.run.sampling import Sampling
 from evals.run.work import Work, finished, identity
@@ -109,12 +109,13 @@ def _begin(plan: Plan, folder: RunFolder) -> Work:
         plan.fit(tokens)  # refuse a budget that cannot be met now, not later
     model, tokenizer = _load(plan)
     plan = dataclasses.replace(plan, policy=plan.policy.for_tokenizer(tokenizer))
+    rows = batch_size(plan, asked.prompts, model)
     done = finished(folder, records, asked.prompts)
     if done:
         _say(f"{folder.path}: {len(done)} of {len(asked.prompts)} samples are there already")
     folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
     folder.write("prompts.json", asked.stored)
-    return Work(plan, folder, asked.prompts, records, done, model, tokenizer)
+    return Work(plan, folder, asked.prompts, records, done, model, tokenizer, rows)
 
 
 def _make(work: Work) -> Run | None:
@@ -227,7 +228,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(work.prompts), completed=len(work.done), status="")
-        for batch in batches(work.prompts, work.plan.task.batch_size):
+        for batch in batches(work.prompts, work.batch_size):
             if all(prompt.sample.id in work.done for prompt in batch):
                 continue
             found = _run_batch(work, batch)
@@ -349,7 +350,7 @@ def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], Non
 
     todo = [
         [prompt for prompt in part if theirs(prompt)]
-        for batch in batches(work.prompts, work.plan.task.batch_size)
+        for batch in batches(work.prompts, work.batch_size)
         for part in ([[one] for one in batch] if batch[0].sample.shared else [batch])
     ]
     unknown = dataclasses.asdict(Fidelity(None, None))
