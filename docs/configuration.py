@@ -1,7 +1,7 @@
 """Writes the tables of docs/configuration.md from configs/: python docs/configuration.py
 
-What follows a line `<!-- configs FOLDER -->` becomes a table of each YAML file there, its comments the
-descriptions; a file that sets others' settings is shown as it is.
+What follows a line `<!-- configs FOLDER -->` becomes a table of each YAML file there, its comments
+the descriptions; a file that sets others' settings is shown as it is.
 """
 
 from __future__ import annotations
