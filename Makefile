@@ -13,7 +13,7 @@ GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 help:
 	@echo "make demo    compare four methods on SmolLM2-135M: a table and results/figures/demo.png"
-	@echo "make tables  tables, figures and results/report.html from results/runs"
+	@echo "make tables  tables, figures and results/report.html from results/runs; runs=FOLDER out=FOLDER"
 	@echo "make test    lint, types and tests"
 	@echo "make bench   speed and memory beside two full caches, under an hour"
 	@echo "make gpu-check   what a CUDA card must show, in ten minutes; gpu-bench: Llama-2-7B's shape"
@@ -31,7 +31,7 @@ demo: setup
 
 tables: $(VENV)/.ready
 	@$(BIN)/python -m evals.report.fidelity
-	@$(BIN)/python scripts/make_tables.py
+	@$(BIN)/python scripts/make_tables.py $(foreach name,runs out bench,$(if $($(name)),$(name)=$($(name))))
 
 test: setup lint
 	@echo "test: pytest"
