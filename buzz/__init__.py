@@ -1,5 +1,6 @@
 """Evicting KV caches for stock transformers: BUZZ, and the interface that all methods share."""
 
+from buzz import requirements  # noqa: F401, I001 (first: an unknown transformers fails to import)
 from buzz.adapter import CACHE_ARGUMENT
 from buzz.beehive import BuzzFastPolicy, BuzzPolicy, BuzzStridedPolicy
 from buzz.budget import Budget

@@ -31,6 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.tasks.types import nbytes
+
 METHODS = (
     "stock",
     "full",
@@ -288,12 +290,11 @@ def count_operations(methods: Sequence[str]) -> Any:
     return out
 
 
-def nbytes(text: str) -> int:
-    """512MB, 0.5GB: a number of bytes."""
-    found = re.fullmatch(r"([\d.]+)\s*(k|M|G)?i?B?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text}: write a size, such as 512MB")
-    return int(float(found[1]) * {"k": 1e3, "M": 1e6, "G": 1e9, None: 1}[found[2]])
+def size(text: str) -> int:
+    try:
+        return nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
@@ -301,7 +302,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--methods", nargs="+", choices=KNOWN, metavar="METHOD")
     parser.add_argument("--batch", nargs="+", default=["1"], help="rows, or max")
-    parser.add_argument("--kv-limit", type=nbytes, default=0, help="KV of all rows: 512MB")
+    parser.add_argument("--kv-limit", type=size, default=0, help="KV of all rows: 512MB")
     parser.add_argument("--llama-7b", action="store_true", help="the shape of Llama-2-7B")
     parser.add_argument("--model", help="one of configs/model instead of random weights")
     parser.add_argument(

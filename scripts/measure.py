@@ -25,7 +25,7 @@ import baselines  # noqa: F401  (registers its policies)
 from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache, Policy, kernels
 from buzz.layer import EvictionLayer
 from evals.run.generate import synchronize
-from evals.run.memory import memory_peak, reset_memory_peak
+from evals.run.memory import entry_nbytes, memory_peak, reset_memory_peak
 from evals.run.models import load_model, named_config
 
 CHUNK = 2048  # of a method that evicts while it reads
@@ -145,19 +145,11 @@ def make_model(job: Job) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def entry_bytes(config: Any, dtype: str) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    heads = config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    return 2 * config.num_hidden_layers * heads * dim * size
-
-
 def rows_within(job: Job, model: nn.Module) -> int:
     """The most rows whose KV never exceeds the limit, once the prompts are read."""
     steps = [job.prompt] + [1] * (job.tokens - job.prompt)
     most = job.tokens if job.policy is None else max(job.policy.lengths(steps))
-    return job.kv_limit // (most * entry_bytes(model.config, job.dtype))
+    return job.kv_limit // (most * entry_nbytes(model.config, model.dtype))
 
 
 class Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -9,9 +10,10 @@ import sys
 from pathlib import Path
 
 import yaml
-from runs import MODEL, NEEDLE
+from runs import MODEL, NEEDLE, read
 
 from evals.report.methods import MORE, STYLES, style_of
+from evals.tasks.base import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(
@@ -39,22 +41,35 @@ def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     for name in ("baselines", "buzz", "configs", "evals"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "run.py", tmp_path)
-    assert [name for name, _ in BLOCKS] == ["baselines/spread.py", "configs/method/spread.yaml"]
+    method, task = ["baselines/spread.py", "configs/method/spread.yaml"], "task/repeat.yaml"
+    assert [name for name, _ in BLOCKS] == [*method, "evals/tasks/repeat.py", f"configs/{task}"]
     for name, text in BLOCKS:
         (tmp_path / name).write_text(text)
-    command = ["method=spread", "budget=20", *MODEL, *NEEDLE, f"output={tmp_path}/runs"]
-    done = subprocess.run(
-        [sys.executable, "-c", WATCH, f"--config-path={tmp_path}/configs", *command],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "spread" in done.stdout
+    repeat = ["task=repeat", "task.samples=3", "task.max_new_tokens=4", "task.words=3"]
+    for task in (NEEDLE, repeat):
+        command = ["method=spread", "budget=20", *MODEL, *task, f"output={tmp_path}/runs"]
+        done = subprocess.run(
+            [sys.executable, "-c", WATCH, f"--config-path={tmp_path}/configs", *command],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
+        )
+        assert done.returncode == 0, done.stderr
+        assert "spread" in done.stdout
     (run,) = (tmp_path / "runs").glob("needle-spread-*")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["method"]["_target_"] == "baselines.SpreadPolicy"
+    (run,) = (tmp_path / "runs").glob("repeat-spread-*")
+    assert [record["prompt_tokens"] > 20 for record in read(run)] == [True] * 3
+
+
+def test_what_exists_for_every_task() -> None:
+    """Can be set on the command line, which takes only what a YAML has."""
+    everywhere = {field.name for field in dataclasses.fields(Task)}
+    for file in sorted((ROOT / "configs/task").glob("*.yaml")):
+        if file.stem != "suite":
+            assert everywhere <= yaml.safe_load(file.read_text()).keys(), file.stem
 
 
 def test_methods_that_nobody_named_are_drawn_apart() -> None:

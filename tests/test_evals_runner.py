@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, cells, read
 
+import evals.run.comparison
 import evals.run.generate
 import evals.run.runner
 from baselines import FullPolicy, StreamingLLMPolicy
@@ -263,7 +264,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(main, monkeypatch, capsy
 
 @pytest.mark.parametrize("choice", ["method", "task", "model", "logger", "protocol"])
 def test_unknown_choice_lists_the_choices(main, capsys, choice) -> None:
-    assert main(f"{choice}=honey") == 1
+    assert main(f"{choice}=honey") == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     for path in (ROOT / "configs" / choice).glob("*.yaml"):
@@ -329,7 +330,7 @@ def test_comparison_with_full_is_recorded_and_made_once(go, monkeypatch) -> None
         for own, other in zip(records, theirs, strict=True)
     ]
     assert against["agreement"] == pytest.approx(sum(same) / 3) and against["ties"] == 3
-    monkeypatch.setattr(evals.run.runner, "compare_with_full", None)
+    monkeypatch.setattr(evals.run.comparison, "compare_with_full", None)
     go(*method, "kl=true")
     assert (folder / "fidelity.jsonl").read_text() == lines
 
@@ -567,3 +568,44 @@ def test_batches_do_not_mix_settings_and_neighbour_lengths() -> None:
     lengths = [[len(p.ids) for p in batch] for batch in batches(prompts, 2)]
     assert lengths == [[1, 2], [8, 9], [4]]
     assert [[len(p.ids) for p in b] for b in batches(prompts, 1)] == [[9], [1], [8], [2], [4]]
+
+
+ROOM = ["task=throughput", "task.lengths=[100]", "task.max_new_tokens=8", "task.batch_size=max"]
+
+
+def test_the_largest_batch_that_a_limit_holds(main, capsys, tmp_path) -> None:
+    """One row more would not fit: 512 bytes an entry, of which full holds 107, a window 30."""
+    for method, rows in (("full", 9), ("local method.window=30", 32)):
+        asked = [*ROOM, "task.kv_limit=0.5MB", f"method={method.split()[0]}", *method.split()[1:]]
+        assert main(*MODEL, *asked, "task.samples=8") == 2
+        assert f"{rows} rows fit into 500,000 bytes" in capsys.readouterr().err
+        runs = tmp_path / str(rows)
+        assert main(*MODEL, *asked, f"task.samples={rows}", f"output={runs}") == 0
+        (folder,) = (file.parent for file in runs.glob("*/samples.jsonl"))
+        records = read(folder)
+        assert [record["batch_size"] for record in records] == [rows] * rows
+        taken = records[0]["kv_nbytes_peak"]
+        assert taken * rows <= 5e5 < taken * (rows + 1)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ([], "task.kv_limit=None"),
+        (["task.kv_limit=8Mo"], "no size"),
+        (["task.kv_limit=1kB"], "a single row takes"),
+        (["task.kv_limit=1MB", "task.lengths=[50,100]"], "task.lengths"),
+        (["task.kv_limit=1MB", "task.batch_size=2"], "task.batch_size=2"),
+    ],
+)
+def test_limits_that_say_nothing(main, capsys, given, reason) -> None:
+    assert main(*MODEL, *ROOM, *given) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_progress_tells_the_runs_of_a_sweep_apart(main, capsys) -> None:
+    asked = ["-m", "method=buzz", "method.stride=3,5", "budget=40", "seed=1"]
+    assert main(*asked, *MODEL, *NEEDLE, "task.samples=1") == 0
+    told = capsys.readouterr().err
+    for stride in (3, 5):
+        assert f"buzz stride={stride} budget=40 seed=1" in told

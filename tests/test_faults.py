@@ -22,6 +22,7 @@ from runs import MODEL, NEEDLE, read
 from tiny import FAMILIES
 
 import evals.launch.loggers
+import evals.run.comparison
 import evals.run.logger
 import evals.run.runner
 from buzz import ConfigError, EvictionCache
@@ -474,8 +475,8 @@ def test_a_comparison_that_fails_is_named_counted_and_made_again(go, monkeypatch
         return original(model, ids, answers, *rest)
 
     calls: list[int] = []
-    original = evals.run.runner.compare_with_full
-    monkeypatch.setattr(evals.run.runner, "compare_with_full", fails_once)
+    original = evals.run.comparison.compare_with_full
+    monkeypatch.setattr(evals.run.comparison, "compare_with_full", fails_once)
     go("method=full")
     setting = ("method=h2o", "budget=60", "kl=true")
     folder = go(*setting)

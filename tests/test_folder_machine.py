@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from runs import MODEL, ROOT, stub_generate, write_lines
 
+import evals.run.comparison
 import evals.run.runner
 from buzz import ConfigError
 from evals.report.terminal import Setting, tables
@@ -98,7 +99,7 @@ class Folders(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.asked = stub_generate(self.patch, lambda prompt: answer(prompt.split("\n")[0]))
         self.patch.setattr("evals.results.environment._git_revision", lambda: "abc")
-        self.patch.setattr(evals.run.runner, "compare_with_full", compared)
+        self.patch.setattr(evals.run.comparison, "compare_with_full", compared)
         self.data: list[tuple[int, str]] = []
         self.started: dict[str, list[tuple[int, str]]] = {}
         self.finished: set[str] = set()

@@ -18,6 +18,7 @@ from evals.run.forced import compare_with_full
 from evals.run.forked import compare
 
 TOKENS = 60
+FORKED = [*MODEL, *NEEDLE, "+experiment=fidelity", "task=needle", "fidelity.budgets=[0.25,0.5]"]
 
 
 def fitted(budget: float = 0.5) -> list:
@@ -102,9 +103,7 @@ def test_where_an_answer_comes_from() -> None:
 
 def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     """Resumes without work, is put together from shards, and is rebuilt from its numbers alone."""
-    shared = [*MODEL, *NEEDLE, "+experiment=fidelity", "task=needle", "fidelity.tokens=6"]
-    shared += ["fidelity.answers=true"]
-    shared += ["fidelity.budgets=[0.25,0.5]", f"output={tmp_path}/runs"]
+    shared = [*FORKED, "fidelity.tokens=6", "fidelity.answers=true", f"output={tmp_path}/runs"]
     for shard in ("0/2", "1/2", "1/2"):
         assert main(*shared, f"task.shard={shard}") == 0
     assert "| 0.250 | h2o |" in capsys.readouterr().out
@@ -119,7 +118,9 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
 
     assert report.main([f"runs={tmp_path}/runs", *written]) == 0
     before = files_of()
-    assert {"samples.csv.gz", "fidelity.csv", "sources.png"} <= before.keys()
+    assert {"samples.csv.gz", "fidelity.csv", "sources.png", "contrasts.md"} <= before.keys()
+    (environment,) = json.loads(before["environment.json"])
+    assert environment["versions"]["torch"] == torch.__version__
     assert report.main(written) == 0
     assert files_of() == before
     lines = before["fidelity.csv"].decode().splitlines()
@@ -127,8 +128,46 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     assert methods == {one["method"] for one in records[0]["forks"]} and "h2o" in methods
     assert all(0 <= one["score"] <= 1 for record in records for one in record["forks"])
     assert "score,full_score" in lines[0]
-    table = before["answers_prompt.md"].decode()
+    table = before["answers_prompt_0.25.md"].decode()
     assert "| method | mean | 0% | 100% | 50% |" in table and "| full | " in table
+
+
+def test_more_prompts_are_put_beside_committed_numbers(main, tmp_path, capsys) -> None:
+    """As if all had been measured at once; other answers to the same prompts are refused."""
+    for shard in ("0/2", "1/2"):
+        folder = f"output={tmp_path}/{shard[0]}"
+        assert main(*FORKED, "fidelity.tokens=6", folder, f"task.shard={shard}") == 0
+    assert main(*FORKED, "fidelity.tokens=6", f"output={tmp_path}/both") == 0
+
+    def write(*arguments: str) -> int:
+        return report.main([*arguments, f"pictures={tmp_path}"])
+
+    one, two, both = (tmp_path / name for name in ("one", "two", "whole"))
+    assert write(f"runs={tmp_path}/both", f"out={both}") == 0
+    assert write(f"runs={tmp_path}/0", f"out={one}") == 0
+    assert write(f"runs={tmp_path}/1", f"beside={one}", f"out={two}") == 0
+    assert (two / "fidelity.csv").read_bytes() != (one / "fidelity.csv").read_bytes()
+    for name in ("samples.csv.gz", "fidelity.csv", "environment.json"):
+        assert (two / name).read_bytes() == (both / name).read_bytes(), name
+    assert main(*FORKED, "fidelity.tokens=4", f"output={tmp_path}/4") == 0
+    assert write(f"runs={tmp_path}/4", f"beside={both}", f"out={both}") == 2
+    assert "two answers" in capsys.readouterr().err
+    assert write(f"runs={tmp_path}/4", f"beside={tmp_path}") == 2
+    assert "beside" in capsys.readouterr().err
+
+
+def test_the_figure_of_cells(tmp_path) -> None:
+    rows = [
+        {"task": "needle", "sample": str(sample), "prompt_tokens": 100, "answer": "same"}
+        | {"method": method, "budget": budget, "budget_by": "peak", "kl": kl, "kl_median": kl}
+        | {"top1": 0.5, "entries_mean": 9.0, "entries_peak": 10, "evictions": 2}
+        | {"copied_distance": None}
+        for sample in range(3)
+        for budget in (0.1, 0.25)
+        for kl, method in enumerate(("h2o", "lazy", "cells_4", "cells_16", "cells_all"))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "samples.csv.gz", index=False)
+    assert [path.name for path in report.build(tmp_path, tmp_path)] == ["cells.png"]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+HELPERS = ("typing_extensions", "packaging")
 
 
 @pytest.mark.parametrize(
     ("package", "may"),
     [
-        # typing_extensions comes with torch; triton is torch's where there is one.
-        ("buzz", {"buzz", "torch", "transformers", "numpy", "triton", "typing_extensions"}),
+        # typing_extensions comes with torch, packaging with transformers; triton is torch's where
+        # there is one.
+        ("buzz", {"buzz", "torch", "transformers", "numpy", "triton", *HELPERS}),
         ("baselines", {"baselines", "buzz", "torch", "typing_extensions"}),
     ],
 )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from buzz.errors import ConfigError
 from evals.run import models
-from evals.run.models import byte_tokenizer, check_model, load_model
+from evals.run.models import byte_tokenizer, check_model, complete_model, load_model
 from evals.run.weights import file_digest, folder_digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +83,38 @@ def test_rope_model_passes_on_its_config_alone(tmp_path: Path):
     check_model(cfg)
     with pytest.raises(ConfigError, match="model.name_or_path"):  # but it has no weights
         load_model(cfg)
+
+
+@pytest.mark.parametrize(
+    "rope, tokens",
+    [
+        (None, 2048),
+        ({"rope_type": "linear", "factor": 4.0}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        # as Llama 3.1, whose positions have the factor in them already
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+    ],
+)
+def test_context_is_what_config_json_says(tmp_path: Path, rope: dict | None, tokens: int):
+    rope = None if rope is None else rope | {"rope_theta": 1e4}
+    LlamaConfig(max_position_embeddings=2048, rope_parameters=rope).save_pretrained(tmp_path)
+    cfg = config("hf", name_or_path=str(tmp_path))
+    complete_model(cfg)
+    assert cfg["max_length"] == tokens
+    check_model(cfg)
+    with pytest.raises(ConfigError, match=f"model.max_length=99999: the model has {tokens:,} pos"):
+        check_model(cfg | {"max_length": 99_999})
+    given = config("hf", name_or_path="no/such-model", max_length=100)
+    complete_model(given)
+    assert given["max_length"] == 100
+
+
+def test_a_folder_runs_without_its_context(main, checkpoint: Path):
+    """And what ran is on file, with a number."""
+    prompts = ["task=throughput", "task.lengths=[60]", "task.samples=1", "task.max_new_tokens=4"]
+    assert main("model=hf", f"model.name_or_path={checkpoint}", *prompts, "method=full") == 0
+    (file,) = main.runs.glob("*/config.yaml")
+    assert yaml.safe_load(file.read_text())["model"]["max_length"] == 128
 
 
 def test_hub_failure_names_the_model(monkeypatch: pytest.MonkeyPatch):

@@ -30,7 +30,7 @@ import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
 from buzz.cache import positions_of
 from buzz.policy import BudgetBy
-from evals.run.models import NAMED, load_model, named_config
+from evals.run.models import NAMED, device_of, load_model, named_config
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation to score
 Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token was the likeliest
@@ -57,7 +57,8 @@ class EvictionLM(HFLM):
             chunk, whose tokens all see what its first one saw.
         positions, logn_base, logn_clamp: as in :class:`buzz.EvictionCache`.
         batch_size: a number; `auto` is refused.
-        kwargs: the method's parameters, and HFLM's own arguments.
+        kwargs: the method's parameters, and HFLM's own arguments; `device` is CUDA where there is
+            one, unless it is given.
 
     Raises:
         ConfigError: unknown method or parameter, impossible value or budget, unsupported model.
@@ -89,10 +90,11 @@ class EvictionLM(HFLM):
             raise ConfigError("batch_size", batch_size, "give a whole number of at least 1")
         if self.budget is not None and isinstance(self.budget.size, int):
             self.fitted(self.budget.size)
+        if not kwargs.get("parallelize"):  # lm-eval would ask for CUDA whether it is there or not
+            kwargs["device"] = str(device_of(kwargs.get("device") or "auto"))
         if isinstance(pretrained, str) and pretrained in NAMED:
             settings = named_config(pretrained)
-            device = kwargs.pop("device", None)
-            pretrained, kwargs["tokenizer"] = load_model(settings, device or "auto")
+            pretrained, kwargs["tokenizer"] = load_model(settings, kwargs.pop("device"))
             kwargs.setdefault("max_length", settings["max_length"])
         super().__init__(pretrained, batch_size=int(batch_size), **kwargs)
         self.policy = self.policy.for_tokenizer(self.tokenizer)

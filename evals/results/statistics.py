@@ -71,7 +71,7 @@ def bootstrap(
 
     Returns:
         None when nothing can be resampled: no group, or one of a single value; or if the function
-        overflows, as exp of large losses does.
+        is not finite, as exp of large losses.
     """
     if not groups or min(map(len, groups)) < 2:
         return None
@@ -79,7 +79,7 @@ def bootstrap(
     values = [np.asarray(group, float) for group in groups]
     picks = (group[rng.integers(len(group), size=(resamples, len(group)))] for group in values)
     means = sum(pick.mean(axis=1) for pick in picks) / len(values)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         found = of(STATISTICS[statistic](means))
     if not np.isfinite(found).all():
         return None

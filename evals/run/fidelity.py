@@ -25,6 +25,7 @@ from evals.results.environment import environment
 from evals.results.records import RunFolder, digest, sha256
 from evals.results.runs import compression, settings_of
 from evals.results.schema import Record
+from evals.run.console import console
 from evals.run.faults import attempt
 from evals.run.forked import compare
 from evals.run.generate import eos_ids
@@ -33,7 +34,6 @@ from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand, policy_of, with_class
 from evals.run.prompt import Prompt
 from evals.run.prompts import load_prompts
-from evals.run.runner import console
 from evals.tasks.base import Task
 from evals.tasks.build import check
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 
 def reset_memory_peak(device: torch.device) -> None:
@@ -33,6 +34,13 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _of_process("VmRSS:")
+
+
+def entry_nbytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values over all layers."""
+    heads = config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * dim * dtype.itemsize)
 
 
 def _of_process(name: str) -> int:

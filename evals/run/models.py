@@ -86,12 +86,41 @@ def named_config(name: str) -> dict[str, Any]:
     return config
 
 
+def complete_model(cfg: dict[str, Any]) -> None:
+    """Sets a `max_length` of null to what the model's config.json says.
+
+    Raises:
+        ConfigError: as :func:`check_model`; or it says nothing.
+    """
+    if "hidden_size" in cfg or cfg.get("max_length") is not None:
+        return
+    validate(Model, cfg | {"max_length": 1}, "model")
+    source = _source(cfg)
+    gguf = source.endswith(".gguf")
+    limit = None if gguf else context_length(_pretrained(AutoConfig, cfg, source))
+    if limit is None:
+        where = "a GGUF file" if gguf else "its config.json"
+        raise ConfigError("model.max_length", None, f"{where} does not say it; give the tokens")
+    cfg["max_length"] = limit
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for, by its config; a stretched RoPE's factor counts."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor") or 1
+    return int(max(positions, (original or positions) * factor))
+
+
 def check_model(cfg: Mapping[str, Any]) -> None:
     """Checks a model config without loading weights; of a hub model its config.json is fetched.
 
     Raises:
-        ConfigError: unknown dtype or attention, size below 1, missing folder or file, hub name that
-            cannot be had, no RoPE, flash attention that cannot run here.
+        ConfigError: unknown dtype or attention, size below 1, a context longer than the model's,
+            missing folder or file, hub name that cannot be had, no RoPE, flash attention that
+            cannot run here.
     """
     validate(RandomModel if "hidden_size" in cfg else Model, cfg, "model")
     if cfg["attn_implementation"] == "flash_attention_2":
@@ -108,7 +137,11 @@ def check_model(cfg: Mapping[str, Any]) -> None:
     else:
         source = _source(cfg)
         if not source.endswith(".gguf"):  # a GGUF file is checked when it is converted
-            _require_supported(cfg, _pretrained(AutoConfig, cfg, source))
+            config = _pretrained(AutoConfig, cfg, source)
+            _require_supported(cfg, config)
+            if (limit := context_length(config)) is not None and cfg["max_length"] > limit:
+                remedy = f"the model has {limit:,} positions, by its config.json; give at most that"
+                raise ConfigError("model.max_length", cfg["max_length"], remedy)
 
 
 def load_model(
@@ -123,7 +156,7 @@ def load_model(
     Raises:
         ConfigError: as :func:`check_model`; also unreadable weights and a missing device.
     """
-    device = _device(device)
+    device = device_of(device)
     check_model(cfg)
     dtype, attention = DTYPES[cfg["dtype"]], cfg["attn_implementation"]
     tokenizer = load_tokenizer(cfg)
@@ -331,7 +364,7 @@ def _require_supported(cfg: Mapping[str, Any], config: PretrainedConfig) -> None
         )
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

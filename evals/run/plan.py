@@ -23,7 +23,7 @@ from evals.results.runs import Run, comparable, reference
 from evals.run.config import check_config
 from evals.run.forced import reading_steps
 from evals.run.logger import Logger
-from evals.run.models import check_model, model_digest
+from evals.run.models import check_model, complete_model, model_digest
 from evals.tasks.base import Task
 from evals.tasks.build import build, check_fields
 
@@ -67,10 +67,30 @@ class Plan:
         # Without a budget all parameters are as set, by whomever.
         own = {field.name for field in dataclasses.fields(plan.policy)} if plan.fits else set()
         config["fixed"] = sorted(own & plan.fixed)
+        complete_model(config["model"])
         check_model(config["model"])
         config["model_digest"] = model_digest(config["model"])
         plan._check()
         return plan
+
+    @property
+    def label(self) -> str:
+        """The method, and what tells this run from others of a sweep."""
+        own = [
+            f"{name}={value}"
+            for name, value in dataclasses.asdict(self.policy).items()
+            if name in self.fixed
+        ]
+        config = self.config
+        given = {name: config[name] for name in ("budget", "compress", "seed")}
+        given |= {name: value for name, value in config["cache"].items()}
+        usual = {"budget": None, "compress": "prompt", "seed": 0, "positions": "cache"}
+        own += [
+            f"{name}={value}"
+            for name, value in given.items()
+            if value not in (usual.get(name), None, False)
+        ]
+        return " ".join([config["method"]["name"], *own])
 
     def _check(self) -> None:
         check_fields("method", self.policy)

@@ -8,11 +8,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results import schema
 from evals.run.compress import steps_before
+from evals.run.memory import entry_nbytes
 from evals.run.plan import Plan
 from evals.run.prompt import Prompt
 from evals.run.questions import share_contexts
@@ -77,6 +78,28 @@ def _digest(samples: Sequence[Sample]) -> str:
             del known["shared"]
         found.update(json.dumps(known).encode())
     return found.hexdigest()[:16]
+
+
+def batch_size(plan: Plan, prompts: Sequence[Prompt], model: PreTrainedModel) -> int:
+    """Prompts per batch: the task's number, or the most whose keys and values it has room for.
+
+    Raises:
+        ConfigError: not one fits, or there are fewer samples than fit.
+    """
+    room = plan.task.room
+    if room is None:
+        return plan.task.batch_size
+    prompt = prompts[0]
+    policy, _ = plan.fit(prompt.context)
+    held = max(policy.lengths([len(prompt.ids)] + [1] * (prompt.max_new_tokens - 1)))
+    each = held * entry_nbytes(model.config, model.dtype)
+    rows = room // each
+    if not rows:
+        raise ConfigError("task.kv_limit", f"{room:,} bytes", f"a single row takes {each:,}")
+    if rows > len(prompts):
+        remedy = f"{rows} rows fit into {room:,} bytes; give as many, or a multiple"
+        raise ConfigError("task.samples", len(prompts), remedy)
+    return rows
 
 
 def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,12 @@ import numpy as np
 import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
-    track,
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,25 +30,24 @@ from evals.results.records import (
     RunFailed,
     RunFolder,
     digest,
-    sha256,
     writing,
 )
 from evals.results.runs import Run
 from evals.results.schema import Record
 from evals.results.statistics import mean
+from evals.run.comparison import compare_answers
+from evals.run.console import console
 from evals.run.faults import LengthMismatch, attempt
-from evals.run.forced import Fidelity, compare_with_full, read
+from evals.run.forced import read
 from evals.run.generate import generate
 from evals.run.interrupt import deferred_signals
 from evals.run.models import load_model, load_tokenizer
 from evals.run.plan import Plan, expand
 from evals.run.prompt import Prompt
-from evals.run.prompts import batches, load_prompts
+from evals.run.prompts import batch_size, batches, load_prompts
 from evals.run.questions import answer
 from evals.run.sampling import Sampling
 from evals.run.work import Work, finished, identity
-
-console = Console(stderr=True)
 
 
 def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
@@ -109,12 +106,13 @@ def _begin(plan: Plan, folder: RunFolder) -> Work:
         plan.fit(tokens)  # refuse a budget that cannot be met now, not later
     model, tokenizer = _load(plan)
     plan = dataclasses.replace(plan, policy=plan.policy.for_tokenizer(tokenizer))
+    rows = batch_size(plan, asked.prompts, model)
     done = finished(folder, records, asked.prompts)
     if done:
         _say(f"{folder.path}: {len(done)} of {len(asked.prompts)} samples are there already")
     folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
     folder.write("prompts.json", asked.stored)
-    return Work(plan, folder, asked.prompts, records, done, model, tokenizer)
+    return Work(plan, folder, asked.prompts, records, done, model, tokenizer, rows)
 
 
 def _make(work: Work) -> Run | None:
@@ -124,7 +122,7 @@ def _make(work: Work) -> Run | None:
             _generate(work, stop_here)
             full = _reference(work.plan)
             if full and work.plan.compares:
-                _compare(work, full.by_id, stop_here)
+                compare_answers(work, full.by_id, stop_here)
             return full
     except LengthMismatch as error:
         work.folder.write("summary.json", {"status": "failed", "error": str(error)})
@@ -219,7 +217,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     neighbours = Neighbours()
     headline = work.plan.task.headline
     columns = (
-        TextColumn(f"{work.plan.config['method']['name']:>14}"),
+        TextColumn(f"{work.plan.label:>14}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
@@ -227,7 +225,7 @@ def _generate(work: Work, stop_here: Callable[[], None]) -> None:
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(work.prompts), completed=len(work.done), status="")
-        for batch in batches(work.prompts, work.plan.task.batch_size):
+        for batch in batches(work.prompts, work.batch_size):
             if all(prompt.sample.id in work.done for prompt in batch):
                 continue
             found = _run_batch(work, batch)
@@ -323,40 +321,3 @@ def _read(work: Work, batch: list[Prompt], policy: Policy, together: list[Prompt
         blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
         found.append(NO_ANSWER | measured.record() | {"losses": losses, "blocks": blocks})
     return found
-
-
-def _compare(work: Work, full: Mapping[str, Record], stop_here: Callable[[], None]) -> None:
-    """Teacher-forces the method over the full run's answers, as far as that was not done before."""
-    before = work.folder.read(FIDELITY)
-
-    def theirs(prompt: Prompt) -> list[int] | None:
-        """The full cache's answer, if there is something left to compare it for."""
-        own, other = work.records[prompt.sample.id], full.get(prompt.sample.id, {})
-        if own["status"] != "ok" or other.get("prompt_sha256") != own["prompt_sha256"]:
-            return None
-        tokens = other.get("tokens")
-        earlier = before.get(prompt.sample.id, {})
-        done = earlier.get("answer_sha256") == sha256(tokens) and "status" not in earlier
-        return None if done else tokens
-
-    def results(rows: list[Prompt]) -> list[Record]:
-        policy = dataclasses.replace(work.plan.policy, **work.records[rows[0].sample.id]["policy"])
-        ids, answers = [prompt.ids for prompt in rows], [theirs(prompt) or [] for prompt in rows]
-        pad, options = work.tokenizer.pad_token_id, work.plan.cache_options
-        later = rows[0].later
-        found = compare_with_full(work.model, ids, answers, policy, pad, options, later)
-        return [dataclasses.asdict(one) for one in found]
-
-    todo = [
-        [prompt for prompt in part if theirs(prompt)]
-        for batch in batches(work.prompts, work.plan.task.batch_size)
-        for part in ([[one] for one in batch] if batch[0].sample.shared else [batch])
-    ]
-    unknown = dataclasses.asdict(Fidelity(None, None))
-    for batch in track(
-        [batch for batch in todo if batch], "KL to full", console=console, transient=True
-    ):
-        for prompt, result in zip(batch, attempt(batch, results, work.model.device), strict=True):
-            identity = {"id": prompt.sample.id, "answer_sha256": sha256(theirs(prompt))}
-            work.folder.append(identity | unknown | result, FIDELITY)
-        stop_here()

@@ -23,6 +23,7 @@ class Work:
     Attributes:
         records: by sample id, those that are not of this run's data among them.
         done: ids of the samples that need not run again.
+        batch_size: prompts per batch.
     """
 
     plan: Plan
@@ -32,6 +33,7 @@ class Work:
     done: set[str]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 1
 
     @property
     def ordered(self) -> list[Record]:

@@ -135,6 +135,11 @@ class Task(ABC):
     batch_size: PositiveInt = 1
     chat_template: bool = True
 
+    @property
+    def room(self) -> int | None:
+        """Bytes of keys and values that a batch's rows are to fill; None: `batch_size` says."""
+        return None
+
     def check(self) -> None:
         """Checks the settings, each against its type; in subclasses also against each other.
 

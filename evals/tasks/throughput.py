@@ -15,9 +15,10 @@ from typing import ClassVar, Literal
 from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
+from buzz.errors import ConfigError
 from evals.results.schema import Record
 from evals.tasks.base import Sample, Task
-from evals.tasks.types import Grid
+from evals.tasks.types import Grid, Size, nbytes
 
 MEASURES = {
     "decode tokens/s": "decode_tokens_per_s",
@@ -34,6 +35,9 @@ class Throughput(Task):
     Attributes:
         lengths: prompt tokens; `samples` prompts of each.
         seed: of the random tokens.
+        batch_size: prompts per batch; ``max``: as many as fit into `kv_limit`.
+        kv_limit: of the keys and values of a batch, such as ``512MB``, at the most entries that the
+            method ever holds between two steps.
     """
 
     headline: ClassVar[str] = "answer_tokens"
@@ -45,6 +49,23 @@ class Throughput(Task):
     samples: PositiveInt = 3
     seed: int = 0
     chat_template: Literal[False] = False  # prompts are random tokens
+    batch_size: PositiveInt | Literal["max"] = 1  # type: ignore[assignment]
+    kv_limit: Size | None = None
+
+    def check(self) -> None:
+        super().check()
+        together = "task.batch_size=max and task.kv_limit=512MB go together"
+        if self.batch_size == "max" and self.kv_limit is None:
+            raise ConfigError("task.kv_limit", None, together)
+        if self.batch_size != "max" and self.kv_limit is not None:
+            raise ConfigError("task.batch_size", self.batch_size, together)
+        if self.kv_limit and len(self.lengths) > 1:
+            remedy = "give one: each has its own largest batch"
+            raise ConfigError("task.lengths", list(self.lengths), remedy)
+
+    @property
+    def room(self) -> int | None:
+        return None if self.kv_limit is None else nbytes(self.kv_limit)
 
     def longest_prompt(self) -> int:
         return max(self.lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
@@ -20,6 +21,30 @@ def _distinct(values: Any) -> Any:
 
 
 Grid = Annotated[Sequence[T], Field(min_length=1), AfterValidator(_distinct)]
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, None: 1}
+
+
+def nbytes(size: str) -> int:
+    """512MB, 0.5GB: a number of bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG])?B?", size)
+    if not found or not float(found[1]):
+        raise ValueError(f"{size!r} is no size; write, for example, 512MB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _size(value: str) -> str:
+    try:
+        nbytes(value)
+    except ValueError as error:
+        raise PydanticCustomError("size", str(error)) from error
+    return value
+
+
+Size = Annotated[str, AfterValidator(_size)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 # How far apart the parts of one fact stand: within reach of a cell, in cells nearby, anywhere.

@@ -1,0 +1,97 @@
+"""Hydra's own errors, which take a screen, in one line that names the choices."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QUOTED = re.compile(r"'([^']*)'")
+
+
+def in_one_line(error: Exception, overrides: Sequence[str] = ()) -> str:
+    """What was wrong with a command line, and what could stand there.
+
+    Args:
+        error: Hydra's, or OmegaConf's.
+        overrides: the command line's.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [option for option in error.options or [] if "/" not in option]
+        return f"{group or 'config'}={name}: {_choices(name, options)}"
+    if isinstance(error, OverrideParseException):
+        remedy = "write NAME=VALUE, and quote lists: 'task.lengths=[512,1024]'"
+        return f"{error.override}: {_first_line(error)}; {remedy}"
+    if isinstance(error, ConfigCompositionException):
+        named = QUOTED.search(str(error))
+        wrong = next((one for one in overrides if named and _key(one) == named[1]), None)
+        if named and wrong:
+            return f"{wrong}: {_unknown(named[1], overrides)}"
+    return _first_line(error)
+
+
+def _unknown(key: str, overrides: Sequence[str]) -> str:
+    """What may stand where `key` does not exist."""
+    above, _, name = key.rpartition(".")
+    config = _composed([one for one in overrides if _key(one) != key])
+    section = OmegaConf.select(config, above) if above else config
+    if above and not isinstance(section, DictConfig):
+        return f"there is no {above}; {_choices(above, [str(name) for name in config])}"
+    known = [str(name) for name in section if name != "_target_"]
+    if not above:
+        known += [
+            f"+{group.name}"
+            for group in CONFIGS.iterdir()
+            if group.name not in known and group.is_dir()
+        ]
+    return f"no such setting{f' of {above}' if above else ''}; {_choices(name, known)}"
+
+
+def _composed(overrides: Iterable[str]) -> DictConfig:
+    """The configuration without what is wrong, as far as it can be had."""
+    plain = [one for one in overrides if not one.startswith("hydra") and "," not in one]
+    groups = [one for one in plain if "." not in _key(one) and not one.startswith("~")]
+    for tried in (plain, groups, []):
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONFIGS), version_base=None):
+                return compose("config", overrides=list(tried))
+        except Exception:  # another of them is wrong too
+            continue
+    return OmegaConf.create()
+
+
+def _choices(name: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}choose one of {', '.join(sorted(options))}" if options else "there is none"
+
+
+def _key(override: str) -> str:
+    try:
+        return str(OverridesParser.create().parse_override(override).key_or_group)
+    except OverrideParseException:
+        return override.partition("=")[0].lstrip("+~")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def overrides_of(arguments: Sequence[str]) -> list[str]:
+    """What of a command line are overrides and no flags."""
+    return [one for one in arguments if not one.startswith("-")]
+
+
+def report(error: Exception) -> None:
+    print(f"error: {in_one_line(error, overrides_of(sys.argv[1:]))}", file=sys.stderr)
