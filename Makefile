@@ -14,7 +14,7 @@ CHECKPOINT := $(GGUF:.gguf=)/config.json
 
 help:
 	@echo "make demo    compare four methods on SmolLM2-135M: a table and results/figures/demo.png"
-	@echo "make tables  tables, figures and results/report.html from results/runs"
+	@echo "make tables  tables, figures and results/report.html from results/runs; runs=FOLDER out=FOLDER"
 	@echo "make test    lint, types and tests"
 	@echo "make test-versions   the tests on the oldest and newest releases: 25 GB, most of an hour"
 	@echo "make bench   speed and memory beside two full caches, under an hour"
@@ -33,7 +33,7 @@ demo: setup
 
 tables: $(VENV)/.ready
 	@$(BIN)/python -m evals.report.fidelity
-	@$(BIN)/python scripts/make_tables.py
+	@$(BIN)/python scripts/make_tables.py $(foreach name,runs out bench,$(if $($(name)),$(name)=$($(name))))
 
 test: setup lint
 	@echo "test: pytest"

@@ -1,195 +1,146 @@
 """Which tokens of one prompt each method keeps: a picture, and a page with the text itself.
 
     python scripts/show_kept.py --text FILE --methods full,streaming_llm,h2o,buzz --budget 0.25
+    python scripts/show_kept.py --text FILE --paper    # also OUT.pdf and OUT.svg, a column wide
 
 Every method continues the same prompt by the same number of tokens at the same budget. What its
-cache holds then is drawn to OUT.png, layer by layer and KV head by KV head, and written to
-OUT.html, where each token is shaded by the share of all heads that kept it. (BUZZ's cache grows and
-shrinks: its budget is the most that it holds, and this is one moment.) Without --text or --prompt
-the page on the `with` statement of Python's manual is taken.
+cache holds then is drawn to OUT.png, layer by layer and KV head by KV head. OUT.html has the text
+and a slider: which tokens were held after each step, in all layers and heads or in one, and which
+were dropped in that step. (BUZZ's cache grows and shrinks: its budget is the most that it holds.)
+Without --text or --prompt the page on the `with` statement of Python's manual is taken.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import os
+
+# Steps of one token are short: threads that wait for each other by spinning take nine times the
+# time that computing takes where another process has a core. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
-import dataclasses
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from omegaconf import OmegaConf
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
-from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
+from buzz import (
+    CACHE_ARGUMENT,
+    POLICIES,
+    Budget,
+    ConfigError,
+    EvictionCache,
+    ForkedCache,
+    Policy,
+)
 from buzz.policy import BudgetBy
-from evals.run.models import NAMED, load_model, named_config
+from evals.report.kept import HISTORY, SINK, WINDOW, Kept, Pieces, draw, draw_for_paper, page
+from evals.run.models import NAMED, ROOT, check_model, load_model, named_config
+from evals.run.plan import policy_of
+from evals.tasks.build import check_fields
 from evals.tasks.encoding import encode
-
-EVICTED, SINK, HISTORY, WINDOW = range(4)
-SHADES = {  # kind -> its color and its name; shades that colorblind readers tell apart as well
-    SINK: ("#D55E00", "sink"),
-    HISTORY: ("#08519C", "history: chosen"),
-    WINDOW: ("#9ECAE1", "window: recent, not thinned yet"),
-    EVICTED: ("#FFFFFF", "evicted"),
-}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What one method's cache holds at the end.
-
-    Attributes:
-        policy: the method.
-        kinds: uint8 [layers * kv_heads, tokens seen], layer by layer: EVICTED, SINK, HISTORY or
-            WINDOW.
-        kv_heads: per layer.
-        ids: token ids of prompt and answer; the last was never fed back, so the cache has not seen
-            it.
-        prompt_tokens: how many of them are the prompt's.
-        entries: held per head, on average over the layers.
-        nbytes: of their keys and values.
-        full_nbytes: of those of all tokens seen.
-        evictions: steps that evicted.
-    """
-
-    policy: Policy
-    kinds: np.ndarray
-    kv_heads: int
-    ids: list[int]
-    prompt_tokens: int
-    entries: float
-    nbytes: int
-    full_nbytes: int
-    evictions: int
-
-    @property
-    def share(self) -> np.ndarray:
-        """Share of heads that kept each token, float64 [tokens seen]."""
-        return (self.kinds != EVICTED).mean(axis=0)
-
-    @property
-    def parameters(self) -> str:
-        own = (field.name for field in dataclasses.fields(POLICIES[self.policy.name]))
-        return ", ".join(f"{name}={getattr(self.policy, name)}" for name in own)
-
-    @property
-    def described(self) -> str:
-        """How much is held, in words."""
-        evictions = f"{self.evictions} eviction{'' if self.evictions == 1 else 's'}"
-        return (
-            f"{self.entries:g} of {self.kinds.shape[1]} entries, {self.nbytes / 1e6:.1f} MB of KV,"
-            f" {self.nbytes / self.full_nbytes:.2f} of full, {evictions}"
-        )
 
 
 @torch.inference_mode()
 def keep(
     model: PreTrainedModel,
     ids: list[int],
-    policy: Policy,
+    policies: Sequence[Policy],
     new_tokens: int,
     positions: str = "cache",
-) -> Kept:
-    """Continue a prompt by `new_tokens`, greedily, and look into the cache.
+) -> list[Kept]:
+    """Continue a prompt by `new_tokens`, greedily, and look into each method's cache at every step.
+
+    The prompt is read once for all methods, where all layers of the model evict.
 
     Args:
         ids: the prompt's token ids.
         new_tokens: never fewer, so that methods are compared at the same length.
         positions: of kept entries, as in :class:`buzz.EvictionCache`.
     """
-    cache = EvictionCache(model, policy, positions=positions)
-    output = model.generate(
-        torch.tensor([ids], device=model.device),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
-        **{CACHE_ARGUMENT: cache},
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-    )
-    seen = cache.get_seq_length()
-    kinds = []
+    first = EvictionCache(model, policies[0], positions=positions)
+    if len(policies) > 1 and len(first.evicting) == len(first.layers):
+        forked = ForkedCache(model, policies, positions=positions)
+        return _follow(model, ids, forked, forked.forks, new_tokens)
+    others = (EvictionCache(model, policy, positions=positions) for policy in policies[1:])
+    return [_follow(model, ids, cache, [cache], new_tokens)[0] for cache in (first, *others)]
+
+
+def _follow(
+    model: PreTrainedModel,
+    ids: list[int],
+    cache: EvictionCache,
+    forks: Sequence[EvictionCache],
+    new_tokens: int,
+) -> list[Kept]:
+    """Each fork is a row of `cache` from the first token on."""
+    end = getattr(model.generation_config, "eos_token_id", None)
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    dropped: list[dict[int, np.ndarray]] = [{} for _ in forks]
+    answers: list[torch.Tensor] = []
+    given: dict[str, Any] = {CACHE_ARGUMENT: cache}
+    tokens = torch.tensor([ids], device=model.device)
+    for step in range(new_tokens):
+        logits = model(tokens, **given, logits_to_keep=1).logits[:, -1]
+        for fork, own in zip(forks, dropped, strict=True):
+            _note_dropped(fork, own, step, len(ids) + new_tokens - 1)
+        logits[:, ends] = -torch.inf
+        answers.append(logits.argmax(-1).expand(len(forks)))
+        tokens = answers[-1][:, None]
+    written = torch.stack(answers, dim=1).tolist()
+    return [_kept(*one, ids) for one in zip(forks, dropped, written, strict=True)]
+
+
+def _note_dropped(
+    cache: EvictionCache, dropped: dict[int, np.ndarray], step: int, tokens: int
+) -> None:
+    """Writes step + 1 where a token that was seen is no longer held, by evicting layer."""
     for index, layer in enumerate(cache.layers):
         if layer in cache.evicting:
             positions = cache.kept_positions(index)[0].cpu().numpy()
-            # What an eviction has judged, and spared; the rest waits its turn, or always stays.
-            judged = layer.groups[0].cut - layer.policy.protected
-            kind = np.where(positions < judged, HISTORY, WINDOW)
-            kind[:, : getattr(policy, "sink", 0)] = SINK
-            own = np.zeros((len(positions), seen), dtype=np.uint8)
-            np.put_along_axis(own, positions, kind.astype(np.uint8), axis=1)
-            kinds.append(own)
+            missing = np.ones((len(positions), cache.get_seq_length()), dtype=bool)
+            np.put_along_axis(missing, positions, False, axis=1)
+            known = dropped.setdefault(index, np.zeros((len(positions), tokens), dtype=np.uint16))
+            own = known[:, : missing.shape[1]]
+            own[missing & (own == 0)] = step + 1
+
+
+def _kept(
+    cache: EvictionCache, dropped: dict[int, np.ndarray], answer: list[int], ids: list[int]
+) -> Kept:
+    seen = cache.get_seq_length()
+    kinds = []
+    for index in dropped:
+        layer: Any = cache.layers[index]
+        positions = cache.kept_positions(index)[0].cpu().numpy()
+        # What an eviction has judged, and spared; the rest waits its turn, or always stays.
+        judged = layer.groups[0].cut - layer.policy.protected
+        kind = np.where(positions < judged, HISTORY, WINDOW)
+        kind[:, : getattr(cache.policy, "sink", 0)] = SINK
+        own = np.zeros((len(positions), seen), dtype=np.uint8)
+        np.put_along_axis(own, positions, kind.astype(np.uint8), axis=1)
+        kinds.append(own)
     return Kept(
-        policy=policy,
+        policy=cache.policy,
         kinds=np.concatenate(kinds),
-        kv_heads=len(kinds[0]),
-        ids=output[0].tolist(),
+        dropped=np.concatenate(list(dropped.values())),
+        layers=list(dropped),
+        ids=ids + answer,
         prompt_tokens=len(ids),
         entries=statistics.fmean(cache.lengths),
         nbytes=cache.nbytes(),
         full_nbytes=seen * cache.entry_nbytes,
         evictions=cache.evictions[0],
     )
-
-
-def draw(kept: Sequence[Kept], path: Path) -> None:
-    """One panel per method: tokens across, layers and their heads down."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-
-    plt.rcParams.update({"font.size": 10, "axes.linewidth": 0.6})
-    palette = np.array([to_rgb(SHADES[kind][0]) for kind in range(4)])
-    height = 2 if len(kept) <= 8 else 1.3  # of many methods each gets less
-    figure = plt.figure(figsize=(12, 1 + height * len(kept)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.03, hspace=0)
-    grid = figure.add_gridspec(2 * len(kept), 1, height_ratios=[1, 8] * len(kept))
-    width = max(method.kinds.shape[1] for method in kept)
-    for number, method in enumerate(kept):
-        rows, tokens = method.kinds.shape
-        strip = figure.add_subplot(grid[2 * number])
-        panel = figure.add_subplot(grid[2 * number + 1])
-        strip.imshow(
-            method.share[None],
-            cmap="Greys",
-            vmin=0,
-            vmax=1,
-            extent=(0, tokens, 0, 1),
-            aspect="auto",
-        )
-        strip.set_yticks([0.5], ["share"], fontsize=8)
-        strip.set_xticks([])
-        strip.set_title(f"{method.policy.name}: {method.described}", loc="left", fontsize=10)
-        panel.imshow(palette[method.kinds], extent=(0, tokens, rows, 0), aspect="auto")
-        layers = rows // method.kv_heads
-        shown = range(0, layers, max(1, layers // 5))
-        panel.set_yticks([i * method.kv_heads for i in shown], [f"layer {i}" for i in shown])
-        panel.axvline(method.prompt_tokens, color="black", lw=0.8, ls=(0, (4, 3)))
-        for axis in (strip, panel):
-            axis.set_xlim(0, width)
-            axis.tick_params(length=2)
-        if number < len(kept) - 1:
-            panel.set_xticklabels([])
-    panel.set_xlabel(
-        "token position (dashed: the prompt's end); one line per KV head, "
-        f"{kept[0].kv_heads} per layer; share: of heads that kept the token"
-    )
-    handles = [
-        Patch(facecolor=color, edgecolor="#808080", lw=0.6, label=name)
-        for color, name in SHADES.values()
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[str, slice]]:
@@ -205,39 +156,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple
         before, start = start, end
 
 
-Span = tuple[str, int, str]  # text, shade from 0 to 10, hint
-
-
-def page(kept: Sequence[Kept], tokenizer: PreTrainedTokenizerBase, model: str) -> str:
-    """The whole HTML page; it loads nothing, and what comes from the model is escaped."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
-    return templates.get_template("show_kept.html").render(
-        kept=kept,
-        model=model,
-        answer=len(kept[0].ids) - kept[0].prompt_tokens,
-        spans=lambda method: _parts(method, tokenizer),
-    )
-
-
-def _parts(kept: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[Span]]]:
-    """The prompt's and the answer's tokens."""
-    heads, tokens = kept.kinds.shape
-    share = np.append(kept.share, 0)  # the last token of the answer was never fed back
-
-    def spans(first: int, ids: list[int]) -> list[Span]:
-        marked = []
-        for text, where in pieces(tokenizer, ids):
-            part = share[first + where.start : first + where.stop].mean()
-            hint = f"token {first + where.start}: held by {part * heads:.0f} of {heads} heads"
-            if first + where.start == tokens:
-                hint = f"token {tokens}: the last, not in the cache yet"
-            marked.append((text, int(np.ceil(10 * part)), hint))
-        return marked
-
-    size = kept.prompt_tokens
-    return [("Prompt", spans(0, kept.ids[:size])), ("Generated", spans(size, kept.ids[size:]))]
+def texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Pieces:
+    """Of each piece its text, and how many tokens it is of."""
+    return [(text, where.stop - where.start) for text, where in pieces(tokenizer, ids)]
 
 
 def read_text(path: str) -> str:
@@ -247,15 +168,45 @@ def read_text(path: str) -> str:
         raise ConfigError("text", path, f"give a UTF-8 text file ({error})") from error
 
 
+def method_of(name: str) -> Policy:
+    """A method with the settings that run.py gives it: those of its file in configs/method.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if name not in POLICIES:
+        raise ConfigError("methods", name, f"choose from {', '.join(POLICIES)}")
+    path = ROOT / "configs" / "method" / f"{name}.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    policy = policy_of("method", {**settings, "name": name})
+    check_fields("method", policy)
+    return policy
+
+
+def model_settings(name: str) -> dict[str, Any]:
+    """Those of a file in configs/model, or of a folder that holds a model.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    folder = Path(name).expanduser()
+    if name in NAMED and name != "hf":
+        return named_config(name)
+    if not (folder / "config.json").is_file():
+        named = ", ".join(known for known in NAMED if known != "hf")
+        raise ConfigError("model", name, f"give a folder that holds a model, or one of {named}")
+    settings = {**named_config("hf"), "name": folder.name, "name_or_path": name}
+    settings["max_length"] = AutoConfig.from_pretrained(folder).max_position_embeddings
+    check_model(settings)
+    return settings
+
+
 def show(args: argparse.Namespace) -> None:
     """
     Raises:
         ConfigError: something in `args` cannot be served.
     """
-    names = args.methods.split(",")
-    for name in names:
-        if name not in POLICIES:
-            raise ConfigError("methods", name, f"choose from {', '.join(POLICIES)}")
+    methods = [method_of(name) for name in args.methods.split(",")]
     budget = Budget(args.budget if args.budget % 1 else int(args.budget), args.budget_by)
     if args.new_tokens < 1:
         raise ConfigError("new-tokens", args.new_tokens, "give a whole number of at least 1")
@@ -263,9 +214,7 @@ def show(args: argparse.Namespace) -> None:
     text = read_text(args.text) if args.text else text
     if not text.strip():
         raise ConfigError("text", text, "there is nothing in it")
-    if args.model not in NAMED:
-        raise ConfigError("model", args.model, f"choose one of {', '.join(NAMED)}")
-    settings = named_config(args.model)
+    settings = model_settings(args.model)
     room = settings["max_length"] - args.new_tokens
     if room < 1:
         raise ConfigError("new-tokens", args.new_tokens, "leaves no room for a prompt")
@@ -274,18 +223,21 @@ def show(args: argparse.Namespace) -> None:
     ids, cut = encode(tokenizer, text, chat=False, limit=room)
     if cut:
         print(f"{cut} tokens were cut from the middle of the prompt", file=sys.stderr)
-    policies = [
-        budget.policy(POLICIES[name]().for_tokenizer(tokenizer), len(ids))[0] for name in names
-    ]
-    kept = []
-    for policy in policies:
-        kept.append(keep(model, ids, policy, args.new_tokens, args.positions))
-        print(f"{policy.name:>14}  {kept[-1].described}")
+    fitted = [budget.policy(method.for_tokenizer(tokenizer), len(ids))[0] for method in methods]
+    kept = keep(model, ids, fitted, args.new_tokens, args.positions)
+    for one in kept:
+        print(f"{one.policy.name:>14}  {one.described}")
     picture, document = Path(f"{args.out}.png"), Path(f"{args.out}.html")
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(kept, picture)
-    document.write_text(page(kept, tokenizer, settings["name"]), encoding="utf-8")
+    answers = [texts(tokenizer, one.ids[len(ids) :]) for one in kept]
+    whole = page(kept, texts(tokenizer, ids), answers, settings["name"])
+    document.write_text(whole, encoding="utf-8")
     print(f"picture: {picture}   page: {document}")
+    if args.paper:
+        paths = [Path(f"{args.out}.{ending}") for ending in ("pdf", "svg")]
+        draw_for_paper(kept, paths)
+        print(f"for a paper: {' '.join(map(str, paths))}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -293,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="file that holds the prompt")
     source.add_argument("--prompt", help="the prompt itself")
-    parser.add_argument("--model", default="smollm2", help="a name in configs/model")
+    parser.add_argument("--model", default="smollm2", help="a name in configs/model, or a folder")
     parser.add_argument("--methods", default="full,streaming_llm,h2o,buzz", help="comma-separated")
     parser.add_argument(
         "--budget", type=float, default=0.25, help="fraction of the prompt, or entries"
@@ -303,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--positions", default="cache", help="of kept entries: in the cache, or true ones"
     )
+    parser.add_argument("--paper", action="store_true", help="also a PDF and an SVG, a column wide")
     parser.add_argument("--out", default="results/figures/kept", help="files without .png, .html")
     try:
         show(parser.parse_args(arguments))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import CHROMIUM
 from hypothesis import settings
 from runs import ROOT, run_tiny
 
@@ -30,17 +31,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: needs Chromium; skipped where there is none")
     settings.load_profile("others" if config.getoption("--slow") else "alike")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = pytest.mark.skip(reason="slow: run with --slow")
     gpu = pytest.mark.skip(reason="gpu: no CUDA device")
+    browser = pytest.mark.skip(reason="browser: no Chromium; install it, or name it in CHROMIUM")
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(gpu)
+        if "browser" in item.keywords and not CHROMIUM:
+            item.add_marker(browser)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from html.parser import HTMLParser
+import json
+import re
 
 import matplotlib.image
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from methods import METHODS
+from runs import ROOT
 from tiny import prompt, tiny
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from baselines import FullPolicy, H2OPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, Policy
+from evals.report.kept import EVICTED, HISTORY, SINK, WINDOW, Kept, draw, draw_for_paper, page
 from evals.run.models import byte_tokenizer
-from scripts.show_kept import EVICTED, HISTORY, SINK, WINDOW, Kept, draw, keep, main, page, pieces
+from evals.run.plan import Plan
+from scripts.show_kept import keep, main, method_of, pieces, texts
 
 TOKENS, NEW = 40, 6
 SEEN = TOKENS + NEW - 1
@@ -29,7 +34,7 @@ POLICIES = [
 
 
 def look(policy: Policy, family: str = "llama") -> Kept:
-    return keep(tiny(family), prompt(TOKENS)[0].tolist(), policy, NEW)
+    return keep(tiny(family), prompt(TOKENS)[0].tolist(), [policy], NEW)[0]
 
 
 def counts(kept: Kept) -> list[list[int]]:
@@ -116,48 +121,78 @@ def test_pieces_survive_bytes_that_are_no_text():
     assert found[-1][1].stop == len(ids)
 
 
-class Reader(HTMLParser):
-    """Collects tags and text; checks that every tag is closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "span":
-            self.text += data
+def test_what_was_dropped_when_is_what_was_held_at_each_step():
+    """Beside caches that stop there; methods side by side as alone."""
+    ids = prompt(TOKENS)[0].tolist()
+    together = keep(tiny("llama"), ids, POLICIES, NEW)
+    for policy, kept in zip(POLICIES, together, strict=True):
+        assert kept.ids == look(policy).ids and kept.dropped.shape == (6, SEEN)
+        assert ((kept.dropped == 0) == (kept.kinds != EVICTED)).all()
+        for step in range(NEW):
+            (sooner,) = keep(tiny("llama"), ids, [policy], step + 1)
+            seen = TOKENS + step
+            known = kept.dropped[:, :seen]
+            held = (known == 0) | (known > step + 1)
+            assert (held == (sooner.kinds != EVICTED)).all()
 
 
-def test_page_is_escaped_complete_and_shaded():
+def test_an_answer_goes_on_where_the_model_would_end():
+    model = tiny("llama")
+    ids = prompt(TOKENS)[0].tolist()
+    first = look(POLICIES[0]).ids[TOKENS]
+    model.generation_config.eos_token_id = [first]
+    try:
+        (kept,) = keep(model, ids, POLICIES[:1], NEW)
+    finally:
+        model.generation_config.eos_token_id = None
+    assert first not in kept.ids[TOKENS:] and len(kept.ids) == SEEN + 1
+
+
+def data_of(content: str) -> dict:
+    """What the page's script reads."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', content, re.S)[1])
+
+
+def shown(policies: list[Policy]) -> str:
+    """The page of kept tokens, with a hostile text."""
     tokenizer = byte_tokenizer()
-    hostile = "<script>alert('🐝')</script> & \"quoted\" "
-    ids = tokenizer(hostile)["input_ids"]
-    shown = [
-        dataclasses.replace(look(policy), ids=ids, prompt_tokens=TOKENS) for policy in POLICIES
-    ]
-    shown = [dataclasses.replace(k, kinds=k.kinds[:, -len(ids) + 1 :]) for k in shown]
-    content = page(shown, tokenizer, "a <model>")
-    assert content.count("&lt;") == 4 * hostile.count("<") + 1
-    assert content.count("&amp;") == 4
-    reader = Reader()
-    reader.feed(content)
-    assert not reader.open
-    tags = [tag for tag, _ in reader.seen]
-    assert tags.count("section") == 4 and "script" not in tags and "model" not in tags
-    assert reader.text.count(hostile) == 4
-    assert not any("src" in attributes for _, attributes in reader.seen)
-    full = [a["class"] for tag, a in reader.seen if tag == "span"][6 : 6 + 4]
-    assert full == ["k10"] * 4  # after the 6 of the scale
+    ids = tokenizer("<script>alert('🐝')</script> & \"quoted\" ")["input_ids"]
+    kept = [dataclasses.replace(look(policy), ids=ids) for policy in policies]
+    answers = [texts(tokenizer, ids[TOKENS:]) for _ in kept]
+    return page(kept, texts(tokenizer, ids[:TOKENS]), answers, "a <model>")
+
+
+def test_page_is_escaped_and_loads_nothing():
+    content = shown(POLICIES)
+    assert "alert('" not in content and "<model>" not in content
+    assert content.count("<script") == 2 and content.count("<section") == 4
+    assert "src=" not in content and "default-src 'none'" in content
+    found = data_of(content)
+    assert "".join(found["prompt"]["texts"]).startswith("<script>alert('🐝')")
+    assert found["prompt"]["several"] == {"15": 4}  # bytes of the bee
+    assert len(found["methods"]) == 4 and found["heads"] == 2 and found["layers"] == [0, 1, 2]
+
+
+def test_a_page_of_many_tokens_is_small():
+    """8,000 tokens, 90 heads that drop a random three quarters, four methods: under 5 MB."""
+    generator = np.random.default_rng(0)
+    dropped = generator.choice([0, 1, 1, 1], size=(90, 8031)).astype(np.uint16)
+    one = dataclasses.replace(look(POLICIES[1]), dropped=dropped, layers=[*range(30)])
+    one = dataclasses.replace(one, kinds=(dropped == 0).astype(np.uint8), prompt_tokens=8000)
+    words = [(" token", 1)] * 8000
+    content = page([one], words, [words[:32]], "a model")
+    assert 4 * len(content) < 5e6 and len(content) > len(dropped[0]) * 90 / 8
+
+
+def test_the_papers_picture_is_vectors_a_column_wide(tmp_path):
+    paths = [tmp_path / "kept.pdf", tmp_path / "kept.svg"]
+    draw_for_paper([look(policy) for policy in POLICIES], paths)
+    pdf, svg = (path.read_bytes() for path in paths)
+    assert b"/MediaBox [ 0 0 237.6 " in pdf and b"/Subtype /Image" not in pdf
+    assert b'width="237.6pt"' in svg and b"<image" not in svg
+    assert b"StreamingLLM: 10 of 45 entries" in svg
+    sizes = [float(size) for size in re.findall(rb"font-size: ([\d.]+)px", svg)]
+    assert min(sizes) >= 6
 
 
 def test_picture_is_wide_and_shows_every_kind(tmp_path):
@@ -175,11 +210,30 @@ def test_command_writes_both_files(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("bees & <hives> " * 12, encoding="utf-8")
     arguments = f"--text {text} --model llama_random --methods full,buzz_strided --new-tokens 4"
-    assert main([*arguments.split(), "--budget", "48", "--out", str(out)]) == 0
+    assert main([*arguments.split(), "--budget", "48", "--paper", "--out", str(out)]) == 0
+    assert out.with_suffix(".pdf").exists() and out.with_suffix(".svg").exists()
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "bees" not in capsys.readouterr().err
     content = out.with_suffix(".html").read_text(encoding="utf-8")
-    assert "&lt;" in content and "<hives>" not in content
+    assert "".join(data_of(content)["prompt"]["texts"]).startswith("bees & <hives> bees")
+
+
+@pytest.mark.parametrize("name", ["buzz", "h2o", "snapkv", "honeycomb", "pyramid_kv"])
+def test_a_budget_makes_the_policy_that_run_py_makes(name):
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        cfg = compose("config", [f"method={name}", "budget=0.25", "task=needle"])
+    plan = Plan.of(cfg)
+    assert plan.budget.policy(method_of(name), 1000) == plan.fit(1000)
+
+
+def test_a_model_may_be_a_folder(tmp_path, capsys):
+    folder, sizes = tmp_path / "my_model", {"hidden_size": 32, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    out = ["--prompt", "some bees", "--methods", "h2o", "--new-tokens", "2", "--out"]
+    assert main([*out, str(tmp_path / "kept"), "--model", str(folder)]) == 0
+    assert "my_model, a prompt of 9 tokens" in (tmp_path / "kept.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +241,7 @@ def test_command_writes_both_files(tmp_path, capsys):
     [
         (["--methods", "full,nosuchmethod"], "methods"),
         (["--model", "gpt5"], "model"),
+        (["--model", "hf"], "model"),
         (["--budget", "0"], "budget"),
         (["--budget", "nan"], "budget"),
         (["--budget", "12.5"], "budget"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ LATEX = str.maketrans(
     | {"<": r"\textless{}", ">": r"\textgreater{}", MARK: r"\textdagger{}"}
     | {"≥": r"$\geq$", "≤": r"$\leq$"}
 )
+
+
+def frame_of(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as they are: a count stays a whole number where other rows have none."""
+    return pd.DataFrame(list(rows), dtype=object)
 
 
 @dataclass(frozen=True)
@@ -102,4 +108,5 @@ def text(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return format(value, next((form for end, form in FORMS if abs(value) < end), ".3g"))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return f"{value:,}" if whole else str(value)

@@ -1,8 +1,10 @@
-"""One HTML file with everything in it: tables, pictures, what the models wrote."""
+"""One HTML file with everything in it: verdicts, pictures, tables, what the models wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -11,35 +13,75 @@ from evals.report.figures import Figure
 from evals.report.forms import Table
 from evals.report.marks import label
 from evals.report.tables import ordered
-from evals.report.verdicts import FAILS, HOLDS, Claim, Judged
+from evals.report.verdicts import FAILS, HOLDS, NOT_RUN, Claim, Judged
 from evals.results.runs import Run
 
 ANSWERS = 2  # samples shown per setting
 LONGEST = 700  # characters of an answer
-KINDS = {HOLDS: "holds", FAILS: "fails"}
+CLASSES = {HOLDS: "holds", FAILS: "fails"}
+FIRST = ("pareto", "fidelity")  # figures that are not folded away
+COUNTED = {  # how claims stand, as the first lines count them
+    HOLDS: "hold on the models that they are about",
+    FAILS: "do not hold",
+    "open": "are undecided, or answered for a small model alone",
+    NOT_RUN: "wait for runs",
+}
 
 
 def page(
     runs: Sequence[Run],
     judged: Sequence[Judged],
     claims: Table,
-    tables: Iterable[Table],
+    groups: Mapping[str, Sequence[Table]],
     figures: Iterable[Figure],
 ) -> str:
-    """The report as one self-contained document. All text from runs is escaped."""
-    templates = Environment(loader=PackageLoader("evals.report"), autoescape=True, trim_blocks=True)
-    return templates.get_template("report.html").render(
-        runs=runs,
-        finished=sum(run.status == "complete" for run in runs),
-        models=dict.fromkeys(run.model for run in runs),
-        machines=dict.fromkeys(run.machine for run in runs),
-        claims=claims,
-        cards=list(_cards(judged)),
-        tables=list(tables),
-        figures=list(figures),
-        answers=list(_answers(runs)),
-        longest=LONGEST,
+    """The report as one self-contained document. All text from runs is escaped.
+
+    Args:
+        groups: tables under a title each; those without rows share one line.
+    """
+    tables = [table for group in groups.values() for table in group]
+    shown = {name: [t for t in group if not t.frame.empty] for name, group in groups.items()}
+    figures = list(figures)
+    cards = list(_cards(judged))
+    kinds = [kind for _, kind, _ in cards]
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            runs=runs,
+            finished=sum(run.status == "complete" for run in runs),
+            models=dict.fromkeys(run.model for run in runs),
+            machines=dict.fromkeys(run.machine for run in runs),
+            tasks=dict.fromkeys(run.task for run in runs),
+            methods=dict.fromkeys(run.method for run in ordered(runs)),
+            claims=claims,
+            classes=CLASSES,
+            counted=[
+                (kinds.count(kind), words) for kind, words in COUNTED.items() if kind in kinds
+            ],
+            cards=[card for card in cards if card[1] != NOT_RUN],
+            waiting=[claim for claim, kind, _ in cards if kind == NOT_RUN],
+            groups={name: group for name, group in shown.items() if group},
+            empty=[table.title for table in tables if table.frame.empty],
+            figures=[figure for figure in figures if figure.path.stem in FIRST],
+            more_figures=[figure for figure in figures if figure.path.stem not in FIRST],
+            answers=list(_answers(runs)),
+            longest=LONGEST,
+        )
     )
+
+
+def templates() -> Environment:
+    """Those of every page: what is put into them is escaped."""
+    found = Environment(loader=PackageLoader("evals.report"), autoescape=True, trim_blocks=True)
+    found.filters["sha256"] = _sha256
+    return found
+
+
+def _sha256(script: str) -> str:
+    """Names a script in the page's security policy, so that no other one runs."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _cards(judged: Sequence[Judged]) -> Iterator[tuple[Claim, str, list[tuple[str, str, str]]]]:
@@ -47,7 +89,8 @@ def _cards(judged: Sequence[Judged]) -> Iterator[tuple[Claim, str, list[tuple[st
     for claim in dict.fromkeys(one.claim for one in judged):
         own = [one for one in judged if one.claim is claim]
         kinds = {None if one.measured and one.measured.limits else one.kind for one in own}
-        kind = KINDS.get(kinds.pop(), "open") if len(kinds) == 1 else "open"
+        alike = kinds.pop() if len(kinds) == 1 else None
+        kind = alike if alike in (HOLDS, FAILS, NOT_RUN) else "open"
         yield claim, kind, [(one.verdict, *_measured(one)) for one in own]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.report.forms import NOT_PUBLISHED, NOT_RUN, Table
+from evals.report.forms import NOT_PUBLISHED, NOT_RUN, Table, frame_of
 from evals.report.marks import held, mark, over_note
 from evals.results.runs import Run
 from evals.tasks.longbench import averages
@@ -66,7 +66,7 @@ def longbench(runs: Sequence[Run], published: pd.DataFrame, kernels: pd.DataFram
         " code, 6 on TriviaQA, 2 in the mean."
     )
     title = "LongBench, published and measured"
-    return Table("published_longbench", title, pd.DataFrame(rows), _note(text, [buzz]))
+    return Table("published_longbench", title, frame_of(rows), _note(text, [buzz]))
 
 
 def h2o_xsum(runs: Sequence[Run], published: pd.DataFrame) -> Table:
@@ -87,7 +87,7 @@ def h2o_xsum(runs: Sequence[Run], published: pd.DataFrame) -> Table:
         )
     text = "H2O, half heavy and half recent. Published as shares, here times 100."
     title = "H2O on XSUM, published and measured"
-    return Table("published_h2o_xsum", title, pd.DataFrame(rows), _note(text, shown))
+    return Table("published_h2o_xsum", title, frame_of(rows), _note(text, shown))
 
 
 def other_means(runs: Sequence[Run], published: pd.DataFrame) -> Table:
@@ -106,7 +106,7 @@ def other_means(runs: Sequence[Run], published: pd.DataFrame) -> Table:
             )
     text = "Compare the order of methods, not the numbers. Measured at budget=0.069."
     title = "LongBench means of other models, published and measured"
-    return Table("published_other_models", title, pd.DataFrame(rows), _note(text, shown))
+    return Table("published_other_models", title, frame_of(rows), _note(text, shown))
 
 
 def headlines(published: pd.DataFrame) -> Table:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pandas as pd
-
 from evals.report.chosen import families
-from evals.report.forms import NOT_RUN, Table
-from evals.report.kinds import kind, sections
+from evals.report.forms import NOT_RUN, Table, frame_of
+from evals.report.kinds import kind
 from evals.report.marks import (
     budget_text,
     growth,
@@ -29,6 +27,7 @@ from evals.results.schema import Record
 from evals.tasks.base import Section
 
 GROWTH = "growth"
+MANY = 6  # runs up to which they are columns
 FACTORS = {
     "history": "How old history is thinned",
     "compact": "One eviction per step, or until it fits",
@@ -94,7 +93,7 @@ def scores(name: str, title: str, runs: Sequence[Run], metrics: Sequence[str], t
             row |= {"KV / full": _quotient(run, "kv_nbytes_mean", run.ran, theirs)}
             row |= _budget(run, run.ran, grows)
         rows.append(row | {"n": len(run.ran), "status": run.status})
-    return Table(name, title, pd.DataFrame(rows), _notes(text, _shares(runs), grows))
+    return Table(name, title, frame_of(rows), _notes(text, _shares(runs), grows))
 
 
 def _difference(run: Run, full: Run | None) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def section(of: Section, runs: Sequence[Run]) -> Table:
 
 
 def data_sets(of: Section, runs: Sequence[Run]) -> Table:
-    """Data sets in rows, runs in columns; then the benchmark's own averages, and memory."""
+    """Data sets, the benchmark's own averages and memory in rows; of many runs, in columns."""
     assert of.averages is not None
     chosen = [run for run in ordered(runs) if run.scored]
     grows = any(map(thins_only_the_prompt, chosen))
@@ -163,10 +162,13 @@ def data_sets(of: Section, runs: Sequence[Run]) -> Table:
         dict.fromkeys(name for column in columns.values() for name in column),
         key=lambda name: ":" in name,
     )
-    frame = pd.DataFrame(
-        [{"data set": n} | {key: c.get(n, NOT_RUN) for key, c in columns.items()} for n in names]
-    )
-    return Table(of.name, of.title, frame, _notes(of.note, _shares(chosen), grows))
+    if len(columns) > MANY:
+        rows = [{"run": key} | {n: c.get(n, NOT_RUN) for n in names} for key, c in columns.items()]
+    else:
+        rows = [
+            {"data set": n} | {key: c.get(n, NOT_RUN) for key, c in columns.items()} for n in names
+        ]
+    return Table(of.name, of.title, frame_of(rows), _notes(of.note, _shares(chosen), grows))
 
 
 def costs(runs: Sequence[Run]) -> Table:
@@ -206,7 +208,7 @@ def costs(runs: Sequence[Run]) -> Table:
     rows.sort(key=lambda r: (r["model"], r["machine"], r["prompt tokens"], r["task"]))
     text = "Prompt lengths to the nearest power of two. Memory peak includes the model."
     note = _notes(text, shown, grows)
-    return Table("costs", "Memory and speed by prompt length", pd.DataFrame(rows), note)
+    return Table("costs", "Memory and speed by prompt length", frame_of(rows), note)
 
 
 def _of_question(run: Run, records: Sequence[Record]) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def ablations(runs: Sequence[Run]) -> Table:
         " buzz_fast by one step's, buzz_strided none. Without a budget, other sizes also hold other"
         " memory: read KV MB beside the score."
     )
-    return Table("ablations", "Ablations", pd.DataFrame(rows), _notes(text, _shares(runs)))
+    return Table("ablations", "Ablations", frame_of(rows), _notes(text, _shares(runs)))
 
 
 def _rules(runs: Sequence[Run]) -> list[list[Run]]:
@@ -305,7 +307,7 @@ def claims(judged: Sequence[Judged]) -> Table:
     )
     if any(one.measured and MARK in one.measured.of for one in judged):
         note += f" {MARK} holds over {TOLERANCE:.0%} more than its budget."
-    return Table("claims", "Claim by claim", pd.DataFrame(rows), note)
+    return Table("claims", "Claim by claim", frame_of(rows), note)
 
 
 def overview(runs: Sequence[Run]) -> Table:
@@ -323,9 +325,4 @@ def overview(runs: Sequence[Run]) -> Table:
         }
         for run in ordered(runs)
     ]
-    return Table("runs", "Runs", pd.DataFrame(rows), over_note(_shares(runs)))
-
-
-def own(runs: Sequence[Run]) -> list[Table]:
-    """Every table of runs: scores by task, costs, ablations."""
-    return [*(section(one, runs) for one in sections()), costs(runs), ablations(runs)]
+    return Table("runs", "Runs", frame_of(rows), over_note(_shares(runs)))

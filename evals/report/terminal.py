@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from evals.report.beside import Setting, Summary
 from evals.results.compare import REFERENCE, paired
 from evals.results.equal_memory import MARK, is_over
 from evals.results.runs import DISTURBED, Run, compression, differing_settings
+
+WIDEST = 120  # characters of a table; a narrower terminal wraps
 
 
 def tables(folders: Sequence[Path]) -> list[Table | str]:
@@ -187,6 +189,8 @@ def _against_full(
         "n",
     )
     for setting, label, rows in zip(settings, labels, compared, strict=True):
+        if not any(rows):  # the full cache alone, or not there
+            continue
         _section(table, label, setting.rows[0]["headline"])
         for name, row, other in zip(setting.names, setting.rows, rows, strict=True):
             if other is None:
@@ -212,7 +216,7 @@ def _of_fewer(other: dict[str, Any]) -> str:
 
 
 def _breakdowns(setting: Setting) -> list[Table | str]:
-    """A heading and a table per breakdown; methods are columns, or rows where they are more."""
+    """A heading and tables per breakdown; methods are columns, or rows where that is narrower."""
     columns = [
         {row["grouped_by"]: {name: group["score"] for name, group in row["groups"].items() if name}}
         | row["breakdown"]
@@ -225,14 +229,34 @@ def _breakdowns(setting: Setting) -> list[Table | str]:
             continue
         parts.append(_heading(f"{setting.rows[0]['task']} by {title}"))
         cells = [[_score(column.get(title, {}).get(name)) for name in names] for column in columns]
-        rows, heads = (setting.names, names) if len(cells) > len(names) else (names, setting.names)
-        if rows is names:
-            cells = [list(row) for row in zip(*cells, strict=True)]
-        table = _table(*(head.replace(" ", "\n") for head in heads))
-        for name, row in zip(rows, cells, strict=True):
-            table.add_row(name, *row)
-        parts.append(table)
+        turned = [list(row) for row in zip(*cells, strict=True)]
+        ways = ((names, setting.names, turned), (setting.names, names, cells))
+        parts += _parts(*min(ways, key=lambda way: sum(_widths(way[1], way[2]))))
     return parts
+
+
+def _widths(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
+    """Characters of each column, headings broken at spaces."""
+    parts = [[*head.split(), *(row[i] for row in cells)] for i, head in enumerate(heads)]
+    return [1 + max(map(len, column)) for column in parts]
+
+
+def _parts(
+    names: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]]
+) -> Iterator[Table]:
+    """One table, or several below each other if it is wider than a terminal."""
+    room = WIDEST - max(map(len, names))
+    widths = _widths(heads, cells)
+    first = 0
+    while first < len(heads):
+        end = first + 1
+        while end < len(heads) and sum(widths[first : end + 1]) <= room:
+            end += 1
+        table = _table(*(head.replace(" ", "\n") for head in heads[first:end]))
+        for name, row in zip(names, cells, strict=True):
+            table.add_row(name, *row[first:end])
+        yield table
+        first = end
 
 
 def _table(*headings: str) -> Table:
@@ -285,7 +309,7 @@ def print_tables(folders: Sequence[Path]) -> list[Run]:
 def _console() -> Console:
     """A narrow terminal wraps what a narrow table would cut off; a file takes any length."""
     console = Console()
-    return Console(width=max(console.width, 120) if console.is_terminal else 200)
+    return Console(width=max(console.width, WIDEST) if console.is_terminal else 200)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,237 @@
+"""Which tokens caches hold: a picture, one for a paper, and a page with the text and a slider."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from buzz import POLICIES, Policy
+from evals.report.drawing import plt
+from evals.report.methods import style_of
+from evals.report.page import templates
+
+EVICTED, SINK, HISTORY, WINDOW = range(4)
+SHADES = {  # kind -> its color and its name; shades that colorblind readers tell apart as well
+    SINK: ("#D55E00", "sink"),
+    HISTORY: ("#08519C", "history: chosen"),
+    WINDOW: ("#9ECAE1", "window: recent, not thinned yet"),
+    EVICTED: ("#FFFFFF", "evicted"),
+}
+# Of a paper's picture: its width, a column's; the tokens across that a printer still tells apart;
+# the shades of a layer's share, from none of its heads to all.
+COLUMN, ACROSS = 3.3, 330
+BLUES = ("#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one method's cache held, step by step: after the prompt, after each token fed back.
+
+    Attributes:
+        policy: the method.
+        kinds: uint8 [layers * kv_heads, tokens seen], layer by layer, at the end: EVICTED, SINK,
+            HISTORY or WINDOW.
+        dropped: uint16, alike: 1 + the step in which the token was dropped (0 is the prompt's), 0
+            if it is held to the end.
+        layers: the indices of those that evict.
+        ids: token ids of prompt and answer; the last was never fed back, so the cache has not seen
+            it.
+        prompt_tokens: how many of them are the prompt's.
+        entries: held per head at the end, on average over the layers.
+        nbytes: of their keys and values.
+        full_nbytes: of those of all tokens seen.
+        evictions: steps that evicted.
+    """
+
+    policy: Policy
+    kinds: np.ndarray
+    dropped: np.ndarray
+    layers: list[int]
+    ids: list[int]
+    prompt_tokens: int
+    entries: float
+    nbytes: int
+    full_nbytes: int
+    evictions: int
+
+    @property
+    def kv_heads(self) -> int:
+        """Per layer."""
+        return len(self.kinds) // len(self.layers)
+
+    @property
+    def share(self) -> np.ndarray:
+        """Share of heads that kept each token, float64 [tokens seen]."""
+        return (self.kinds != EVICTED).mean(axis=0)
+
+    @property
+    def parameters(self) -> str:
+        own = (field.name for field in dataclasses.fields(POLICIES[self.policy.name]))
+        return ", ".join(f"{name}={getattr(self.policy, name)}" for name in own)
+
+    @property
+    def described(self) -> str:
+        """How much is held at the end, in words."""
+        evictions = f"{self.evictions} eviction{'' if self.evictions == 1 else 's'}"
+        return (
+            f"{self.entries:g} of {self.kinds.shape[1]} entries, {self.nbytes / 1e6:.1f} MB of KV,"
+            f" {self.nbytes / self.full_nbytes:.2f} of full, {evictions}"
+        )
+
+
+def draw(kept: Sequence[Kept], path: Path) -> None:
+    """One panel per method: tokens across, layers and their heads down."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    palette = np.array([to_rgb(SHADES[kind][0]) for kind in range(4)])
+    height = 2 if len(kept) <= 8 else 1.3  # of many methods each gets less
+    with plt.rc_context({"font.size": 10, "axes.linewidth": 0.6}):
+        figure = plt.figure(figsize=(12, 1 + height * len(kept)), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.03, hspace=0)
+        grid = figure.add_gridspec(2 * len(kept), 1, height_ratios=[1, 8] * len(kept))
+        width = max(method.kinds.shape[1] for method in kept)
+        for number, method in enumerate(kept):
+            rows, tokens = method.kinds.shape
+            strip = figure.add_subplot(grid[2 * number])
+            panel = figure.add_subplot(grid[2 * number + 1])
+            extent = (0, tokens, 0, 1)
+            shades: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": 1}
+            strip.imshow(method.share[None], **shades, extent=extent, aspect="auto")
+            strip.set_yticks([0.5], ["share"], fontsize=8)
+            strip.set_xticks([])
+            strip.set_title(f"{method.policy.name}: {method.described}", loc="left", fontsize=10)
+            panel.imshow(palette[method.kinds], extent=(0, tokens, rows, 0), aspect="auto")
+            layers = len(method.layers)
+            shown = range(0, layers, max(1, layers // 5))
+            names = [f"layer {method.layers[i]}" for i in shown]
+            panel.set_yticks([i * method.kv_heads for i in shown], names)
+            panel.axvline(method.prompt_tokens, color="black", lw=0.8, ls=(0, (4, 3)))
+            for axis in (strip, panel):
+                axis.set_xlim(0, width)
+                axis.tick_params(length=2)
+            if number < len(kept) - 1:
+                panel.set_xticklabels([])
+        panel.set_xlabel(
+            "token position (dashed: the prompt's end); one line per KV head, "
+            f"{kept[0].kv_heads} per layer; share: of heads that kept the token"
+        )
+        handles = [
+            Patch(facecolor=color, edgecolor="#808080", lw=0.6, label=name)
+            for color, name in SHADES.values()
+        ]
+        place = {"loc": "outside upper center", "ncols": len(handles), "frameon": False}
+        figure.legend(handles=handles, **place)
+        figure.savefig(path, dpi=200)
+        plt.close(figure)
+
+
+def draw_for_paper(kept: Sequence[Kept], paths: Sequence[Path]) -> None:
+    """Vectors alone, a column wide: a panel per method, layers down, shaded by share of heads."""
+    from matplotlib.patches import Patch
+
+    # Type 42: text stays text, as publishers ask.
+    style = {"font.size": 7, "axes.linewidth": 0.5, "pdf.fonttype": 42, "svg.fonttype": "none"}
+    with plt.rc_context(style):
+        size = (COLUMN, 0.55 + 0.62 * len(kept))
+        figure, axes = plt.subplots(
+            len(kept), 1, figsize=size, sharex=True, squeeze=False, layout="constrained"
+        )
+        figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0)
+        for axis, method in zip(axes[:, 0], kept, strict=True):
+            _layers(axis, method)
+        axes[-1, 0].set_xlabel("token position (dashed: the prompt's end)", labelpad=1)
+        figure.supylabel("layer", fontsize=7)
+        names = ("0", "1–25", "26–50", "51–75", "76–100%")
+        handles = [
+            Patch(facecolor=color, edgecolor="#808080", lw=0.4, label=name)
+            for color, name in zip(BLUES, names, strict=True)
+        ]
+        figure.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=len(handles),
+            frameon=False,
+            title="heads of the layer that hold the token",
+            title_fontsize=7,
+            fontsize=6.5,
+            handlelength=1,
+            columnspacing=1,
+            handletextpad=0.4,
+            borderpad=0,
+        )
+        for path in paths:
+            figure.savefig(path)
+        plt.close(figure)
+
+
+def _layers(axis: Any, kept: Kept) -> None:
+    """Runs of equal shades as rectangles: few of them, and sharp at any size."""
+    from matplotlib.collections import PolyCollection
+
+    tokens, layers = kept.kinds.shape[1], len(kept.layers)
+    held = (kept.kinds != EVICTED).reshape(layers, -1, tokens).mean(axis=1)
+    edges = np.unique(np.linspace(0, tokens, min(ACROSS, tokens) + 1).astype(int))
+    shares = np.add.reduceat(held, edges[:-1], axis=1) / np.diff(edges)
+    levels = np.ceil(4 * shares - 1e-9).astype(int)
+    found: dict[int, list[list[tuple[float, float]]]] = {}
+    for row, line in enumerate(levels):
+        ends = [0, *(np.flatnonzero(np.diff(line)) + 1), len(line)]
+        for first, end in zip(ends, ends[1:], strict=False):
+            left, right = edges[first], edges[end]
+            box = [(left, row), (right, row), (right, row + 1), (left, row + 1)]
+            found.setdefault(int(line[first]), []).append(box)
+    for level, boxes in found.items():
+        if level:  # what no head holds stays paper
+            axis.add_collection(PolyCollection(boxes, facecolor=BLUES[level], edgecolor="none"))
+    axis.axvline(kept.prompt_tokens, color="#D55E00", lw=0.7, ls=(0, (4, 3)))
+    axis.set(xlim=(0, tokens), ylim=(layers, 0))
+    axis.set_yticks([0.5, layers - 0.5], [str(kept.layers[0]), str(kept.layers[-1])], fontsize=6)
+    axis.tick_params(length=1.5, width=0.5, pad=1.5)
+    title = f"{style_of(kept.policy.name).label}: {kept.entries:g} of {tokens} entries"
+    axis.set_title(title, loc="left", fontsize=7, pad=2)
+
+
+Pieces = list[tuple[str, int]]  # texts, and how many tokens each is of
+
+
+def page(kept: Sequence[Kept], prompt: Pieces, answers: Sequence[Pieces], model: str) -> str:
+    """The whole HTML page; it loads nothing, and what comes from the model is escaped.
+
+    Args:
+        prompt, answers: the text, as far as it is the same for all methods and each one's own.
+    """
+    steps = kept[0].kinds.shape[1] - kept[0].prompt_tokens
+    wide = steps + 1 > 255
+    data = {
+        "layers": kept[0].layers,
+        "heads": kept[0].kv_heads,
+        "prompt": prompt,
+        "promptTokens": kept[0].prompt_tokens,
+        "steps": steps,
+        "wide": wide,
+        "methods": [
+            {"name": one.policy.name, "answer": answer, "dropped": _packed(one.dropped, wide)}
+            for one, answer in zip(kept, answers, strict=True)
+        ],
+    }
+    # Pairs take more room than texts and numbers beside each other, as nearly all are of one token.
+    for part in (data, *data["methods"]):
+        key = "prompt" if part is data else "answer"
+        texts, sizes = zip(*part[key], strict=True)
+        several = {str(i): size for i, size in enumerate(sizes) if size != 1}
+        part[key] = {"texts": texts, "several": several}
+    return templates().get_template("kept.html").render(kept=kept, model=model, data=data)
+
+
+def _packed(dropped: np.ndarray, wide: bool) -> str:
+    """Deflated bytes, a value each (two where there are many steps), as base64."""
+    values = dropped.astype("<u2" if wide else "u1")
+    return base64.b64encode(zlib.compress(values.tobytes())).decode()
