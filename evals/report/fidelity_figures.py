@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from evals.report.drawing import RC, legend, panels, plt
@@ -44,18 +45,21 @@ def _draw_memory(task: str, group: pd.DataFrame, samples: pd.DataFrame, out: Pat
 
 
 def _draw_cells(summary: pd.DataFrame, out: Path) -> Path:
-    """KL by the number of cells, of H2O's scores, evicted as seldom."""
+    """KL less H2O's by the number of cells, of H2O's scores, evicted as seldom."""
     tasks = sorted(summary.task.unique())
     figure, axes = panels(len(tasks), 3.6, 3.2)
+    places, less = np.arange(len(CELLS)), f"kl_less_{RIVAL}"
     for axis, task in zip(axes, tasks, strict=True):
-        for budget, group in summary[summary.task == task].groupby("budget"):
-            line = group.set_index("method")
-            cells = line.loc[list(CELLS)]
-            (drawn,) = axis.plot(list(CELLS.values()), cells.kl, marker="H", label=f"{budget:g}")
-            axis.vlines(list(CELLS.values()), cells.kl_low, cells.kl_high, drawn.get_color(), lw=1)
-            axis.axhline(line.kl[RIVAL], color=drawn.get_color(), lw=0.8, ls=":")
-        axis.set(title=task, xlabel="cells", ylabel="KL to full (nats)", ylim=(0, None))
-    axes[0].legend(title="budget; dotted: H2O")
+        for aside, (budget, group) in enumerate(summary[summary.task == task].groupby("budget")):
+            line, at = group.set_index("method").loc[list(CELLS)], places + 0.08 * aside
+            (drawn,) = axis.plot(at, line[less], marker="H", label=f"{budget:g}")
+            axis.vlines(at, line[f"{less}_low"], line[f"{less}_high"], drawn.get_color(), lw=1)
+        axis.axhline(0, color="black", lw=0.8, ls=":")
+        axis.set(
+            title=f"{task}, n = {group.n.max()}", xlabel="cells", ylabel="KL less H2O's (nats)"
+        )
+        axis.set_xticks(places, list(CELLS.values()))
+    axes[0].legend(title="budget", loc="upper left")
     return _save(figure, out / "cells.png")
 
 
