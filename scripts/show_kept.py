@@ -30,7 +30,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import (
@@ -44,7 +44,7 @@ from buzz import (
 )
 from buzz.policy import BudgetBy
 from evals.report.kept import HISTORY, SINK, WINDOW, Kept, Pieces, draw, draw_for_paper, page
-from evals.run.models import NAMED, ROOT, check_model, load_model, named_config
+from evals.run.models import NAMED, ROOT, complete_model, load_model, named_config
 from evals.run.plan import policy_of
 from evals.tasks.build import check_fields
 from evals.tasks.encoding import encode
@@ -195,9 +195,8 @@ def model_settings(name: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         named = ", ".join(known for known in NAMED if known != "hf")
         raise ConfigError("model", name, f"give a folder that holds a model, or one of {named}")
-    settings = {**named_config("hf"), "name": folder.name, "name_or_path": name}
-    settings["max_length"] = AutoConfig.from_pretrained(folder).max_position_embeddings
-    check_model(settings)
+    settings = {**named_config("hf"), "name": folder.resolve().name, "name_or_path": name}
+    complete_model(settings)
     return settings
 
 
