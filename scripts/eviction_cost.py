@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 import baselines  # noqa: F401  (registers its methods)
-from buzz import POLICIES, Budget, Policy
+from buzz import POLICIES, Policy
 from evals.report.drawing import RC, plt
 from evals.report.methods import style_of
 
@@ -67,7 +67,7 @@ def measure(methods: Sequence[str], sizes: Sequence[int]) -> pd.DataFrame:
     rows = []
     for method in methods:
         for entries in sizes:
-            policy, _ = Budget(entries).policy(POLICIES[method](), 2 * entries)
+            policy = POLICIES[method]().fit(entries)
             held, state, often = evicting(policy, entries)
             for when, given in (("decode", (held, state)), ("prompt", (2 * entries, 0))):
                 spent = seconds(policy, *given)

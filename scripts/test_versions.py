@@ -1,8 +1,8 @@
 """Tests on the oldest and newest releases that pyproject.toml allows: make test-versions
 
 For each Python and each resolution a virtual environment in .venvs/, with the built wheel and all
-that the tests use; in it the tests of CORE, and README's own-code example away from the checkout, so
-with the installed wheel alone. Rows land in results/versions.csv and, as a table, in README.md.
+that the tests use; in it the tests of CORE, and README's own-code example outside the checkout, with
+the installed wheel alone. Rows land in results/versions.csv and, as a table, in README.md.
 
     python scripts/test_versions.py [3.10-oldest ...] [-- tests]   # `-- tests`: all instead of CORE
 """

@@ -18,9 +18,10 @@ OVER = (
 
 
 def every(samples: pd.DataFrame, summary: pd.DataFrame) -> list[Table]:
+    several = swept(summary)
     return [
-        *divergence(swept(summary)),
-        *contrasts(swept(summary)),
+        *divergence(several),
+        *contrasts(summary if several.empty else several),
         *answers(summary),
         *quality(summary),
         *sources(samples),
