@@ -1,8 +1,8 @@
 """Tests on the oldest and newest releases that pyproject.toml allows: make test-versions
 
 For each Python and each resolution a virtual environment in .venvs/, with the built wheel and all
-that the tests use; in it the tests of CORE, and README's own-code example outside the checkout, with
-the installed wheel alone. Rows land in results/versions.csv and, as a table, in README.md.
+that the tests use; in it the tests of CORE, and README's own-code example away from the checkout,
+so with the installed wheel alone. Rows land in results/versions.csv and, as a table, in README.md.
 
     python scripts/test_versions.py [3.10-oldest ...] [-- tests]   # `-- tests`: all instead of CORE
 """
@@ -31,20 +31,17 @@ CELLS = {
 EXTRAS = ("dev", "longbench", "ruler", "math")
 # What meets these packages: caches in their models, kernels, data, sweeps, the bridge to lm-eval.
 CORE = [
-    f"tests/test_{name}.py"
-    for name in [
-        "generate",
-        "models",
-        "kernels",
-        "compiled",
-        "forked",
-        "golden",
-        "evals_data",
-        "math",
-        "lm_eval",
-        "sweeps",
-        "requirements",
-    ]
+    "tests/test_generate.py",
+    "tests/test_models.py",
+    "tests/test_kernels.py",
+    "tests/test_compiled.py",
+    "tests/test_forked.py",
+    "tests/test_golden.py",
+    "tests/test_evals_data.py",
+    "tests/test_math.py",
+    "tests/test_lm_eval.py",
+    "tests/test_sweeps.py",
+    "tests/test_requirements.py",
 ]
 PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "hydra-core")
 COUNTS = ("passed", "failed", "skipped")
@@ -111,12 +108,12 @@ def cell(name: str, options: list[str]) -> dict[str, str]:
     venv = VENVS / name
     python = venv / "bin" / "python"
     start = time.time()
-    if uv("venv", "--quiet", "--clear", "--python", version, venv).returncode:
+    if uv("venv", "--quiet", "--allow-existing", "--python", version, venv).returncode:
         return row | {"note": f"not run: no Python {version}"}
-    install = ("pip", "install", "--quiet", "--python", python)
+    install = ("pip", "install", "--quiet", "--upgrade", "--python", python)
     extras = [word for extra in EXTRAS for word in ("--extra", extra)]
     wanted = ("--resolution", resolution, "-r", ROOT / "pyproject.toml", *extras)
-    for arguments in (wanted, ("--no-deps", wheel())):
+    for arguments in (wanted, ("--reinstall", "--no-deps", wheel())):
         if (done := uv(*install, *arguments)).returncode:
             print(done.stderr)
             return row | {"note": "does not install"}
