@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from buzz.layer import EvictionLayer
 
 BACKEND = "inductor"
+TORCH = "2.13"  # 2.6 cannot capture the model's forward pass; those between were not tried
 
 _replays: weakref.WeakKeyDictionary[nn.Module, Replay] = weakref.WeakKeyDictionary()
 
@@ -36,12 +38,20 @@ def check_policy(policy: Policy) -> None:
     """Refuses a method that no graph can serve.
 
     Raises:
-        ConfigError: it reads queries, lets scores decay, or differs from layer to layer.
+        ConfigError: it reads queries, lets scores decay, or differs from layer to layer; or torch
+            is older than what this was tested with.
     """
+    if not tested():
+        raise _refusal(f"torch {torch.__version__} is older than {TORCH}, the oldest it ran with")
     if policy.queries or policy.decay != 1 or policy.moments_from is not None:
         raise _refusal(f"{policy.name} needs more of a step than what its entries receive")
     if type(policy).for_layer is not Policy.for_layer and policy.for_layer(0, 2) != policy:
         raise _refusal(f"{policy.name} has a budget for each layer")
+
+
+def tested() -> bool:
+    """Whether torch is new enough."""
+    return Version(torch.__version__) >= Version(TORCH)
 
 
 def check_model(model: nn.Module, layers: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ from tiny import prompt, tiny
 from buzz import ConfigError, EvictionCache, Policy, compiled
 from evals.results.reading import read_run
 
+pytestmark = pytest.mark.skipif(not compiled.tested(), reason=f"needs torch {compiled.TORCH}")
 EIGHT = ("full", "local", "streaming_llm", "h2o", "buzz", "buzz_strided", "buzz_fast", "tova")
 MORE = {name: policy for name, policy in METHODS.items() if name not in EIGHT}
 graphs = torch._dynamo.utils.counters["stats"]
