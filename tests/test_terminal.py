@@ -47,7 +47,7 @@ def test_breakdowns_stay_readable_and_whole(runs: int, groups: int) -> None:
     scores = [cell for cell in scores if "=" not in cell]
     expected = [i + j / 100 for i in range(runs) for j in range(groups)]
     assert sorted(map(float, scores)) == pytest.approx(sorted(expected))
-    assert any(line.startswith("buzz budget") for line in lines) == (runs > 2)  # the narrower of the two
+    assert any(line.startswith("buzz budget") for line in lines) == (runs > 2)  # narrower
 
 
 def test_what_has_nothing_to_compare_has_no_section() -> None:
