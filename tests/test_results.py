@@ -24,6 +24,7 @@ from buzz import ConfigError
 from evals.report import tables as report
 from evals.report.beside import Setting
 from evals.report.claims import judge
+from evals.report.kinds import sections
 from evals.report.marks import varied
 from evals.report.terminal import paired_table, tables
 from evals.results.compare import same_sample
@@ -591,7 +592,8 @@ def test_no_edit_of_any_file_ends_a_table(finished: Path, data, name: str, metho
         runs = read_runs(finished)
         assert sum(len(run.folders) for run in runs) == 2
         judge(runs)
-        for table in (*report.own(runs), report.overview(runs)):
+        own = [report.section(one, runs) for one in sections()]
+        for table in (*own, report.costs(runs), report.ablations(runs), report.overview(runs)):
             table.markdown()
         text = shown(full, other)
         for run in runs:
