@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -206,3 +207,26 @@ def test_the_readme_shows_the_committed_results() -> None:
         three = own.loc[["nq10", "xsum", "multi_news"]]
         assert held == f"{three.held_over_budget.mean():.2f}"
         assert evictions == f"{three.evictions.mean():.0f}"
+
+
+def test_the_page_on_honeycomb_shows_what_was_measured() -> None:
+    """Cell by cell: differences to H2O, and evictions as a part of H2O's."""
+    summary = pd.read_csv(ROOT / "results/embedded/honeycomb_check/fidelity.csv")
+    summary = summary.set_index(["method", "task", "budget"])
+    columns = [(task, budget) for task in ("nq10", "xsum", "multi_news") for budget in (0.1, 0.25)]
+    page = (ROOT / "docs/honeycomb.md").read_text().split("## The other half, looked at once")[1]
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    shown = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row[2] != "-"]
+    method = ""
+    for name, *cells in shown:
+        method = name.split("`")[1] if "`" in name else method
+        for cell, (task, budget) in zip(cells, columns, strict=True):
+            own, rival = summary.loc[method, task, budget], summary.loc["h2o", task, budget]
+            if "`" in name:
+                ends = [own[f"kl_less_h2o{end}"] for end in ("", "_low", "_high")]
+                told = [float(number) for number in re.findall(r"[-+]?\d\.\d{3}", cell)]
+                assert told == pytest.approx(ends, abs=6e-4), name  # both are rounded
+                assert cell.startswith("**") == (ends[2] < 0)
+            else:
+                assert cell == f"{own.evictions / rival.evictions:.0%}".replace("%", " %"), method
+    assert len(shown) == 8

@@ -118,6 +118,7 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
                 f"kl_less_{RIVAL}": np.mean(gains) if gains else None,
                 f"kl_less_{RIVAL}_low": gain_low,
                 f"kl_less_{RIVAL}_high": gain_high,
+                f"nearer_than_{RIVAL}": np.mean(np.less(gains, 0)) if gains else None,
             }
         )
     return pd.DataFrame(rows).sort_values(["task", "budget", "kl"])

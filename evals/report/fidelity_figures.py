@@ -11,7 +11,7 @@ import pandas as pd
 
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.fidelity_tables import sourced, swept
-from evals.report.methods import RIVAL, style_of
+from evals.report.methods import MORE, RIVAL, Style, order, style_of
 
 # Honeycombs that differ in the number of cells alone, and how many they have: one, as H2O, first.
 CELLS = {"lazy": "1", "cells_4": "4", "cells_16": "16", "cells_all": "as many\nas stay"}
@@ -31,8 +31,10 @@ def draw(samples: pd.DataFrame, summary: pd.DataFrame, out: Path) -> list[Path]:
 
 def _draw_memory(task: str, group: pd.DataFrame, samples: pd.DataFrame, out: Path) -> Path:
     figure, axes = panels(2, 4.4, 3.6)
+    styles = _styles(group.method.unique())
     for method, line in group.groupby("method", sort=False):
-        _draw_method(axes, str(method), line.sort_values("budget"), samples.prompt_tokens.mean())
+        style, prompt = styles[str(method)], samples.prompt_tokens.mean()
+        _draw_method(axes, style, line.sort_values("budget"), prompt)
     for axis, what in zip(axes, ("mean, 95% interval", "median"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="entries held, of the prompt")
         axis.set_ylabel(f"KL to full, {what} (nats)")
@@ -40,7 +42,9 @@ def _draw_memory(task: str, group: pd.DataFrame, samples: pd.DataFrame, out: Pat
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axis.xaxis.set_minor_formatter(lambda value, _: "")
     legend(figure, axes)
-    figure.suptitle(f"{task}, n = {group.n.max()}", y=0.0, va="top")
+    least, most = group.n.min(), group.n.max()
+    prompts = f"{most}" if least == most else f"{most}, of points without a line {least}"
+    figure.suptitle(f"{task}, n = {prompts}", y=0.0, va="top")
     return _save(figure, out / f"fidelity_{task}.png")
 
 
@@ -63,8 +67,16 @@ def _draw_cells(summary: pd.DataFrame, out: Path) -> Path:
     return _save(figure, out / "cells.png")
 
 
-def _draw_method(axes: Sequence[Any], method: str, line: pd.DataFrame, prompt: float) -> None:
-    label, color, marker = style_of(method)
+def _styles(methods: Sequence[str]) -> dict[str, Style]:
+    """A style for each; settings of a method, which are not registered, get one in turn."""
+    settings = [name for name in sorted(methods) if name not in order()]
+    return {name: style_of(name) for name in methods} | {
+        name: Style(name, *look) for name, look in zip(settings, MORE, strict=False)
+    }
+
+
+def _draw_method(axes: Sequence[Any], look: Style, line: pd.DataFrame, prompt: float) -> None:
+    label, color, marker = look
     style = {"color": color, "marker": marker, "ms": 4, "lw": 1, "label": label}
     at = line.entries_mean / prompt
     axes[0].plot(at, line.kl, **style)

@@ -44,6 +44,7 @@ def divergence(summary: pd.DataFrame) -> list[Table]:
                 "KL - H2O": group[f"kl_less_{RIVAL}"],
                 "KL - H2O low": group[f"kl_less_{RIVAL}_low"],
                 "KL - H2O high": group[f"kl_less_{RIVAL}_high"],
+                "nearer": group[f"nearer_than_{RIVAL}"],
                 "entries": group.entries_mean,
                 "evictions": group.evictions,
                 "n": group.n,
@@ -54,7 +55,8 @@ def divergence(summary: pd.DataFrame) -> list[Table]:
             frame.insert(3, "full's score", group.full_score)
         note = (
             "KL(full || method) in nats a token on the full cache's own answer, mean over prompts"
-            f" with its 95% interval. {OVER}"
+            " with its 95% interval; nearer: the part of the prompts on which it is less than H2O's."
+            f" {OVER}"
         )
         found.append(Table(f"fidelity_{task}", str(task), frame, note))
     return found
@@ -121,6 +123,8 @@ def contrasts(summary: pd.DataFrame) -> list[Table]:
     wide = pd.DataFrame(columns)
     wide["evictions"] = rows.groupby("method").evictions.mean()
     wide["held"] = rows.groupby("method").held_over_budget.mean()
+    counts = rows.groupby("method").n.agg(["min", "max"])
+    wide["n"] = [f"{a}" if a == b else f"{a} to {b}" for a, b in counts.to_numpy()]
     means = wide[[column for column in columns if not column.endswith((" low", " high"))]]
     measured = means.notna().sum(axis=1)  # methods of every column first
     by = pd.DataFrame({"measured": -measured, "mean": means.mean(axis=1)})
@@ -129,7 +133,7 @@ def contrasts(summary: pd.DataFrame) -> list[Table]:
     note = (
         "KL less H2O's on the same prompts, mean with its 95% interval; below 0 is nearer to the"
         " full cache. Evictions of an answer and memory held, as a part of the budget, are means"
-        f" over all columns. {OVER}"
+        f" over all columns; n: prompts of a column. {OVER}"
     )
     frame = wide.rename_axis("method").reset_index()
     return [Table("contrasts", "Beside H2O", frame, note)]

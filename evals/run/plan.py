@@ -83,7 +83,7 @@ class Plan:
         ]
         config = self.config
         given = {name: config[name] for name in ("budget", "compress", "seed")}
-        given |= {name: value for name, value in config["cache"].items()}
+        given |= config["cache"]
         usual = {"budget": None, "compress": "prompt", "seed": 0, "positions": "cache"}
         own += [
             f"{name}={value}"

@@ -49,7 +49,7 @@ class Throughput(Task):
     samples: PositiveInt = 3
     seed: int = 0
     chat_template: Literal[False] = False  # prompts are random tokens
-    batch_size: PositiveInt | Literal["max"] = 1  # type: ignore[assignment]
+    batch_size: PositiveInt | Literal["max"] = 1
     kv_limit: Size | None = None
 
     def check(self) -> None:
