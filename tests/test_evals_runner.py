@@ -609,3 +609,5 @@ def test_progress_tells_the_runs_of_a_sweep_apart(main, capsys) -> None:
     told = capsys.readouterr().err
     for stride in (3, 5):
         assert f"buzz stride={stride} budget=40 seed=1" in told
+    assert main("method=full", "budget=40", *MODEL, *NEEDLE, "task.samples=1") == 0
+    assert "budget" not in capsys.readouterr().err  # as it has none

@@ -55,7 +55,7 @@ def divergence(summary: pd.DataFrame) -> list[Table]:
             frame.insert(3, "full's score", group.full_score)
         note = (
             "KL(full || method) in nats a token on the full cache's own answer, mean over prompts"
-            " with its 95% interval; nearer: the part of the prompts on which it is less than H2O's."
+            " with its 95% interval; nearer: the part of prompts on which it is less than H2O's."
             f" {OVER}"
         )
         found.append(Table(f"fidelity_{task}", str(task), frame, note))

@@ -76,21 +76,15 @@ class Plan:
     @property
     def label(self) -> str:
         """The method, and what tells this run from others of a sweep."""
-        own = [
-            f"{name}={value}"
-            for name, value in dataclasses.asdict(self.policy).items()
-            if name in self.fixed
-        ]
-        config = self.config
-        given = {name: config[name] for name in ("budget", "compress", "seed")}
-        given |= config["cache"]
-        usual = {"budget": None, "compress": "prompt", "seed": 0, "positions": "cache"}
-        own += [
-            f"{name}={value}"
-            for name, value in given.items()
-            if value not in (usual.get(name), None, False)
-        ]
-        return " ".join([config["method"]["name"], *own])
+        own = dataclasses.asdict(self.policy)
+        given = {name: value for name, value in own.items() if name in self.fixed}
+        given |= {name: self.config[name] for name in ("budget", "compress", "seed")}
+        given |= self.config["cache"]
+        usual = {"compress": "prompt", "seed": 0, "positions": "cache"}
+        if not self.fits:
+            del given["budget"]
+        said = [f"{k}={v}" for k, v in given.items() if v not in (usual.get(k), None, False)]
+        return " ".join([self.config["method"]["name"], *said])
 
     def _check(self) -> None:
         check_fields("method", self.policy)
