@@ -197,7 +197,9 @@ def step(
         ValueError: the shapes do not fit.
     """
     _check(query, keys, values)
-    return _step(query, key, value, keys, values, positions, scores, bounds, scale, adds)
+    arguments = (query, key, value, keys, values, positions, scores, bounds, scale, adds)
+    output: Tensor = torch.ops.buzz.step(*arguments)
+    return output
 
 
 def move(
@@ -312,7 +314,6 @@ def _(
     return output, query.new_empty(key.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("buzz::step", mutates_args=("keys", "values", "positions", "scores"))
 def _step(
     query: Tensor,
     key: Tensor,
@@ -329,7 +330,14 @@ def _step(
     return served.step(query, key, value, keys, values, positions, scores, bounds, scale, adds)
 
 
-@_step.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+def _fake_step(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     batch, heads = query.shape[:2]
     return query.new_empty(batch, 1, heads, value.shape[-1]).transpose(1, 2)
+
+
+# Not by `custom_op`, which takes 40 microseconds more for each layer and step.
+_library = torch.library.Library("buzz", "FRAGMENT")
+_written = ("keys", "values", "positions", "scores")
+_library.define(f"step{torch.library.infer_schema(_step, mutates_args=_written)}")
+_library.impl("step", _step, "CompositeExplicitAutograd")
+torch.library.register_fake("buzz::step", _fake_step, lib=_library)

@@ -319,17 +319,17 @@ extern "C" void buzz_scored_decode(const float* query, const float* key, const f
 // A decoding step in one call: the new entry is written where `bounds` says, then attended with all
 // others; scores grow by what was received, or become it.
 // bounds: [3][batch], first slot, one past the last, index of the new token.
+// least: multiplications that are worth waking other threads for.
 extern "C" void buzz_step(const float* query, const float* key, const float* value, float* keys,
                           float* values, int32_t* positions, float* scores, float* out,
                           const int64_t* bounds, const Shape* shape_, const Strides* strides,
-                          float scale, int adds, int threads) {
+                          float scale, int adds, int threads, int64_t least) {
     const Shape shape = *shape_;
     const Strides sq = strides[0], nk = strides[1], nv = strides[2], sk = strides[3],
                   sv = strides[4], sp = strides[5], ss = strides[6], so = strides[7];
     const int64_t group = shape.heads / shape.kv_heads, tasks = shape.batch * shape.kv_heads;
     const int64_t held = bounds[shape.batch] - bounds[0];
-    // One thread for what takes less than waking the others.
-    if (shape.batch * shape.heads * held * shape.dim <= 1 << 22) threads = 1;
+    if (shape.batch * shape.heads * held * shape.dim <= least) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t b = task / shape.kv_heads, g = task % shape.kv_heads;

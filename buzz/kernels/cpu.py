@@ -94,14 +94,24 @@ def available() -> bool:
     return library() is not None
 
 
-def _threads(work: int) -> int:
-    """One thread for what takes less than waking the others: these are not PyTorch's own threads,
-    and while they wait for more work they are in its way.
+@functools.cache
+def _least() -> int:
+    """Multiplications that are worth waking other threads for.
 
-    Args:
-        work: multiplications, about.
+    Few where the compiler's OpenMP is the one that PyTorch brought: its threads are awake. Where
+    it is another, the two are in each other's way while they wait for more work.
     """
-    return torch.get_num_threads() if work > 2**22 else 1
+    theirs = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
+    if theirs is None:
+        return 2**22
+    both = (ctypes.CDLL(str(theirs)).omp_get_max_threads, _function("omp_get_max_threads"))
+    where = {ctypes.cast(found, ctypes.c_void_p).value for found in both}
+    return 2**14 if len(where) == 1 else 2**22
+
+
+def _threads(work: int) -> int:
+    """How many to share so many multiplications, about."""
+    return torch.get_num_threads() if work > _least() else 1
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -204,6 +214,7 @@ def step(
         ctypes.c_float(scale),
         adds,
         torch.get_num_threads(),
+        ctypes.c_int64(_least()),
     )
     return output
 
