@@ -25,6 +25,7 @@ class PromptPolicy(Policy):
     capacity: int = 1024
 
     def __post_init__(self) -> None:
+        self._at_least(0, *self._whole())
         self._at_least(1 + self.protected, "capacity")
 
     @property
@@ -70,6 +71,7 @@ class RankingPolicy(Policy):
     every: int = 1
 
     def __post_init__(self) -> None:
+        self._at_least(0, *self._whole())
         self._at_least(1, "every")
         self._at_least(1 + self.protected, "size")
 

@@ -220,6 +220,10 @@ class Policy(ABC):
         """What is held beside an endless answer to a prompt of this length, from lengths alone."""
         return _footprint(self, prompt)
 
+    def _whole(self) -> list[str]:
+        """Parameters that are whole numbers, by their defaults."""
+        return [field.name for field in dataclasses.fields(self) if type(field.default) is int]
+
     def _at_least(self, minimum: int, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)

@@ -43,10 +43,16 @@ def test_below_a_picture_stands_the_command_that_makes_it(
         assert Path(image).stem == picture and callable(getattr(docs("pictures"), picture))
 
 
+def parts(page: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n(?=##+ )", page)]
+
+
 def test_the_configuration_is_of_these_files(docs) -> None:
+    """A file that has no part yet gets one by `make docs`."""
     configuration = docs("configuration")
     page = configuration.PAGE.read_text()
-    assert configuration.written(page) == page, "python docs/configuration.py writes it anew"
+    stale = set(parts(page)) - set(parts(configuration.written(page)))
+    assert len(parts(page)) > 50 and not stale, "python docs/configuration.py writes it anew"
     shown = {ROOT / path for path in re.findall(r"<!-- configs (\S+) -->", page)}
     files = {path for path in (ROOT / "configs").rglob("*.yaml")}
     assert not {path for path in files if not {path, path.parent} & shown}

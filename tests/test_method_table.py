@@ -20,8 +20,11 @@ def module(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_table_is_of_this_code(module) -> None:
+    """A method that has no row yet gets one by `make docs`."""
     page = module.PAGE.read_text()
-    assert module.written(page) == page, "python docs/method_table.py writes it anew"
+    rows = page[page.index(module.BEGIN) : page.index(module.END)].splitlines()
+    missing = set(rows) - set(module.written(page).splitlines())
+    assert len(rows) > 20 and not missing, "python docs/method_table.py writes it anew"
 
 
 def test_it_says_of_every_method_what_it_looks_at(module) -> None:
