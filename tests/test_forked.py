@@ -120,7 +120,7 @@ def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
     assert report.main([f"runs={tmp_path}/runs", *written]) == 0
     before = files_of()
     assert {"samples.csv.gz", "fidelity.csv", "sources.png", "contrasts.md"} <= before.keys()
-    (environment,) = json.loads(before["environment.json"])
+    environment, *_ = json.loads(before["environment.json"])  # of a checkout that changes, more
     assert torch.__version__.startswith(environment["versions"]["torch"])
     assert report.main(written) == 0
     assert files_of() == before
