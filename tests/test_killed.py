@@ -17,11 +17,12 @@ from runs import MADE, MODEL, NEEDLE, ROOT, TIMES
 pytestmark = pytest.mark.slow
 
 RUN = ["run.py", *MODEL, *NEEDLE, "task.repeats=8", "budget=0.25", "output=out"]
+SWEEP = [RUN[0], "-m", *RUN[1:]]
 FORKED = ["+experiment=fidelity", "task=needle", "fidelity.budgets=[0.25,0.5]"]
 COMMANDS = {
     "samples": [*RUN, "method=h2o"],
-    "comparison": [*RUN, "method=buzz", "kl=true"],
-    "sweep": [*RUN, "-m", "method=full,h2o,buzz", "task.repeats=3"],
+    "comparison": [*SWEEP, "method=full,buzz", "kl=true", "task.repeats=4"],
+    "sweep": [*SWEEP, "method=full,h2o,buzz", "task.repeats=3"],
     "fidelity": [*RUN[:-2], *FORKED, "output=out"],
     "report": ["scripts/make_tables.py", "runs=../runs", "out=out"],
 }
@@ -40,7 +41,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted((folder / "out").rglob("*")):
         name = str(path.relative_to(folder))
-        if path.suffix == ".jsonl":
+        if path.name in ("samples.jsonl", "fidelity.jsonl", "forks.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             last = {row["id"]: {k: row[k] for k in row.keys() - MEASURED} for row in rows}
             found[name] = list(last.values())
