@@ -59,7 +59,7 @@ gpu-bench: $(VENV)/.ready
 # The variable silences a notice of MkDocs Material about its future.
 docs: $(VENV)/.docs
 	@$(BIN)/python docs/pictures.py layers
-	@$(BIN)/python docs/method_table.py
+	@$(BIN)/python docs/method_table.py && $(BIN)/python docs/configuration.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "site: build/site/index.html"
 

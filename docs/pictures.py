@@ -156,7 +156,7 @@ def layers() -> None:
     for name, (x, y) in places.items():
         box = {"boxstyle": "round,pad=0.5", "facecolor": "#F4F4F4", "edgecolor": "#444444"}
         axes.text(x, y, name, ha="center", va="center", bbox=box, zorder=2)
-        for other in edges[name] - set().union(*map(reached, edges[name])):
+        for other in sorted(edges[name] - set().union(*map(reached, edges[name]))):
             # One that passes a row goes around it.
             bent = 0 if height(name) - height(other) == 1 else 0.5 if x < 0 else -0.5
             arrow = {"arrowstyle": "-|>", "color": "#7FA8C9", "shrinkA": 14, "shrinkB": 16}
