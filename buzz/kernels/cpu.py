@@ -102,11 +102,11 @@ def _least() -> int:
     it is another, the two are in each other's way while they wait for more work.
     """
     theirs = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
-    if theirs is None:
+    both: Any = (theirs and ctypes.CDLL(str(theirs)), library())
+    asked = [getattr(found, "omp_get_max_threads", None) for found in both]
+    if None in asked:
         return 2**22
-    both = (ctypes.CDLL(str(theirs)).omp_get_max_threads, _function("omp_get_max_threads"))
-    where = {ctypes.cast(found, ctypes.c_void_p).value for found in both}
-    return 2**14 if len(where) == 1 else 2**22
+    return 2**14 if len({ctypes.cast(one, ctypes.c_void_p).value for one in asked}) == 1 else 2**22
 
 
 def _threads(work: int) -> int:
