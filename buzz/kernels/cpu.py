@@ -102,8 +102,8 @@ def _least() -> int:
     it is another, the two are in each other's way while they wait for more work.
     """
     theirs = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
-    both: Any = (theirs and ctypes.CDLL(str(theirs)), library())
-    asked = [getattr(found, "omp_get_max_threads", None) for found in both]
+    both = (theirs and ctypes.CDLL(str(theirs)), library())
+    asked: list[Any] = [getattr(found, "omp_get_max_threads", None) for found in both]
     if None in asked:
         return 2**22
     return 2**14 if len({ctypes.cast(one, ctypes.c_void_p).value for one in asked}) == 1 else 2**22
