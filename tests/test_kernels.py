@@ -165,16 +165,40 @@ def test_huge_logits_stay_finite(impl: ModuleType) -> None:
     close(impl.scored_decode(last, key, value, 1.0), full(last, key, value, 1.0), 3e-4)
 
 
+def test_maxima_that_rise_along_the_prompt(impl: ModuleType) -> None:
+    query, key, value = draw(q=500, n=600)
+    key *= torch.linspace(0, 8, 600)[:, None]  # later keys outweigh what was summed before
+    want = full(query, key, value, 0.5)
+    close(impl.scored_prefill(query, key, value, 0.5), want, 2e-4)
+    for row in (query, key, value):
+        row.neg_()
+    close(impl.scored_prefill(query, key, value, 0.5), (-want[0], want[1]), 2e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_float32(impl: ModuleType, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(q=150, n=150),
+        dict(q=131, n=331, batch=2, heads=4, kv_heads=1, dim=20, vdim=36),
+        dict(q=315, n=315, heads=1, kv_heads=1, dim=7, vdim=3),
+        dict(q=1, n=301, batch=2, heads=6, kv_heads=2, dim=80, vdim=19),
+    ],
+    ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()),
+)
+def test_half_precision_is_summed_in_float32(
+    impl: ModuleType, dtype: torch.dtype, sizes: dict[str, int]
+) -> None:
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 as if it were uint16")
-    inputs = tuple(x.to(dtype) for x in draw(q=150, n=150))
-    output, received = impl.scored_prefill(*inputs, 0.125)
-    want_output, want_received = full(*inputs, 0.125)
-    assert output.dtype == dtype
-    torch.testing.assert_close(output.double(), want_output, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(received.double(), want_received, atol=1e-5, rtol=1e-5)
+    inputs = tuple(x.to(dtype) for x in draw(**sizes))
+    want = full(*inputs, 0.125)
+    kernels = [impl.scored_prefill, impl.scored_decode][: 2 if sizes["q"] == 1 else 1]
+    for kernel in kernels:
+        output, received = kernel(*inputs, 0.125)
+        assert output.dtype == dtype and received.dtype == torch.float32
+        torch.testing.assert_close(output.double(), want[0], atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(received.double(), want[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
@@ -234,12 +258,17 @@ def test_append_writes_one_slot(impl: ModuleType, scored: bool, padding: list[in
 
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("adds", [True, False])
-def test_a_step_appends_attends_and_scores(impl: ModuleType, scored: bool, adds: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_appends_attends_and_scores(
+    impl: ModuleType, scored: bool, adds: bool, dtype: torch.dtype
+) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 as if it were uint16")
     random = seeded(0)
-    query, key, value = draw(batch=2, q=1, n=1, vdim=36)
+    query, key, value = (x.to(dtype) for x in draw(batch=2, q=1, n=1, vdim=36))
     buffers = [
-        torch.randn(2, 2, 320, 64, generator=random),
-        torch.randn(2, 2, 320, 36, generator=random),
+        torch.randn(2, 2, 320, 64, generator=random).to(dtype),
+        torch.randn(2, 2, 320, 36, generator=random).to(dtype),
         torch.zeros(2, 2, 320, dtype=torch.int32),
         torch.rand(2, 2, 320, generator=random),
     ]
@@ -254,7 +283,9 @@ def test_a_step_appends_attends_and_scores(impl: ModuleType, scored: bool, adds:
         held.copy_(held * adds + received[row, :, start - 3 :])
     scores = buffers[3] if scored else None
     got = impl.step(query, key, value, *buffers[:3], scores, bounds, 0.125, adds)
-    torch.testing.assert_close(got.double(), output, atol=1e-5, rtol=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), output, atol=tolerance, rtol=tolerance)
+    assert got.dtype == dtype
     assert all(torch.equal(x, y) for x, y in zip(buffers[:3], want, strict=False))
     for row, start in enumerate((3, 170) if scored else ()):
         torch.testing.assert_close(

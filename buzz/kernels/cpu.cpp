@@ -1,14 +1,16 @@
-// Attention that also yields what every key received, for float32 on the CPU.
+// Attention that also yields what every key received, for float32 and bfloat16 on the CPU.
 //
 // Plain C++ behind a C interface: no PyTorch headers, so that it compiles in seconds and does not
 // depend on the version of PyTorch. GCC and Clang vector types serve every instruction set.
 //
 // Prefill. A block of BLOCK queries lies across the vector lanes. Both products are then the same
 // small matrix kernel (`multiply`): scores[key][lane] = sum_d K[key][d] Q[d][lane], and
-// out[d][lane] = sum_key V[key][d] P[key][lane]; K and V are read where they lie, and maximum,
-// sum and normalisation of the softmax run lane by lane. One block keeps its scores of all visible
-// keys (BLOCK * n floats a thread), because a key's column sum needs the final normaliser of each
-// query: holding them is cheaper than computing Q K^T twice.
+// out[d][lane] = sum_key V[key][d] P[key][lane]. Keys come in tiles, which are packed once for
+// several blocks; maximum, sum and output of the softmax are carried from tile to tile, lane by lane.
+// A key's column sum needs the final maximum and sum of each query, so a block keeps its weights of
+// all visible keys (BLOCK * n floats), each tile's against the maximum of its time, and goes over
+// them once more at its end: cheaper than computing Q K^T twice. Everything else stays in the caches
+// near a core, however long the prompt.
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +19,11 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;
@@ -27,15 +33,39 @@ constexpr int LANES = 8, ROWS = 4;  // 16 registers hold 4 x 3 accumulators
 constexpr int LANES = 4, ROWS = 8;
 #endif
 constexpr int COLS = 3, BLOCK = COLS * LANES;
-constexpr int64_t TILE = 64;  // keys whose P and V share the first-level cache
+constexpr int64_t TILE = 128;  // keys whose scores, K and V share the caches near a core
+constexpr int64_t SIDE = 2;    // blocks of queries that share a packed tile
+constexpr int64_t STRETCH = 64;  // keys whose V stays in the first-level cache for a group of heads
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
+// --- numbers -------------------------------------------------------------------------------------
+
+struct bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float x;
+        std::memcpy(&x, &wide, 4);
+        return x;
+    }
+    bfloat16& operator=(float x) {  // rounded to nearest, ties to even
+        uint32_t wide;
+        std::memcpy(&wide, &x, 4);
+        bits = x != x ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+        return *this;
+    }
+};
+
 static inline vec load(const float* p) { return *(const loose*)p; }
+static inline vec load(const bfloat16* p) {
+    return (vec)(__builtin_convertvector(*(const halves*)p, ivec) << 16);
+}
 static inline void store(float* p, vec x) { *(loose*)p = x; }
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 
@@ -66,18 +96,6 @@ static inline vec exp(vec x) {
     return x < -87.f ? vec{} : p;
 }
 
-// acc[i][:] += sum_t a[i * row + t * step] * b[t * BLOCK + :], the accumulators in registers.
-template <int R>
-static inline __attribute__((always_inline)) void multiply(
-    vec (&acc)[R][COLS], const float* a, int64_t row, int64_t step, const float* b, int64_t depth) {
-    for (int64_t t = 0; t < depth; t++, a += step, b += BLOCK) {
-        vec lanes[COLS];
-        for (int c = 0; c < COLS; c++) lanes[c] = load(b + c * LANES);
-        for (int i = 0; i < R; i++)
-            for (int c = 0; c < COLS; c++) acc[i][c] += a[i * row] * lanes[c];
-    }
-}
-
 struct Strides {  // in elements; the last dimension is dense
     int64_t batch, head, token;
 };
@@ -86,148 +104,290 @@ struct Shape {
     int64_t batch, heads, kv_heads, queries, keys, dim, value_dim, observe;
 };
 
-struct Scratch {
-    std::unique_ptr<float, decltype(&std::free)> memory;
-    float *scores, *query, *out;
-    Scratch(int64_t keys, int64_t dim, int64_t value_dim)
-        : memory((float*)std::aligned_alloc(64, (keys + dim + value_dim) * BLOCK * 4 / 64 * 64 + 64),
-                 &std::free),
-          scores(memory.get()),
-          query(scores + keys * BLOCK),
-          out(query + dim * BLOCK) {}
-};
+// --- prefill -------------------------------------------------------------------------------------
 
-template <int R>
-static void score_rows(const float* k, int64_t row, int64_t dim, const float* query, float* scores,
+// What the products are of: floats, or pairs of bfloat16 where the processor multiplies both and
+// adds them to a float in one instruction. Two elements of what is summed over make a pair.
+template <class T>
+struct Operand {
+    typedef float type;
+};
+#if defined(__AVX512BF16__)
+typedef uint32_t pair;
+template <>
+struct Operand<bfloat16> {
+    typedef pair type;
+};
+static inline void add_product(vec& acc, pair a, const pair* b) {
+    acc = (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a),
+                                (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+static inline void add_product(vec& acc, float a, const float* b) { acc += a * load(b); }
+
+// How many elements are summed over at a time.
+template <class E>
+constexpr int64_t SUMMED = std::is_same<E, float>::value ? 1 : 2;
+
+template <class T>
+static inline void pack(float& to, const T* first, const T*) {
+    to = *first;
+}
+static inline void pack(uint32_t& to, const bfloat16* first, const bfloat16* second) {
+    to = first->bits | (second ? uint32_t(second->bits) << 16 : 0);
+}
+
+// acc[i][:] += sum_t a[i * row + t * step] * b[t * BLOCK + :], the accumulators in registers.
+template <int R, class E>
+static inline __attribute__((always_inline)) void multiply(
+    vec (&acc)[R][COLS], const E* a, int64_t row, int64_t step, const E* b, int64_t depth) {
+    for (int64_t t = 0; t < depth; t++, a += step, b += BLOCK)
+        for (int i = 0; i < R; i++)
+            for (int c = 0; c < COLS; c++) add_product(acc[i][c], a[i * row], b + c * LANES);
+}
+
+template <int R, class E>
+static void score_rows(const E* k, int64_t depth, const E* query, float scale, float* scores,
                        vec (&top)[COLS]) {
     vec acc[R][COLS] = {};
-    multiply<R>(acc, k, row, 1, query, dim);
+    multiply<R>(acc, k, depth, 1, query, depth);
     for (int i = 0; i < R; i++)
         for (int c = 0; c < COLS; c++) {
+            acc[i][c] *= scale;
             top[c] = max(top[c], acc[i][c]);
             store(scores + i * BLOCK + c * LANES, acc[i][c]);
         }
 }
 
-template <int R>
-static void add_values(const float* v, int64_t step, int64_t keys, const float* p, float* out) {
+template <int R, class E>
+static void add_values(const E* v, int64_t step, int64_t depth, const E* p, float* out) {
     vec acc[R][COLS];
     for (int i = 0; i < R; i++)
         for (int c = 0; c < COLS; c++) acc[i][c] = load(out + i * BLOCK + c * LANES);
-    multiply<R>(acc, v, 1, step, p, keys);
+    multiply<R>(acc, v, 1, step, p, depth);
     for (int i = 0; i < R; i++)
         for (int c = 0; c < COLS; c++) store(out + i * BLOCK + c * LANES, acc[i][c]);
 }
 
-// `count` queries from `q` on, the first of which sees `visible` keys and each further one more.
-// What keys receive from a query counts `decay` to the power of how many come after it: `after` the
-// last of these.
-static void attend_block(const float* q, const float* k, const float* v, float* out, float* received,
-                         int64_t count, int64_t visible, int64_t first_observed, float scale,
-                         float decay, int64_t after, Strides sq, Strides sk, Strides sv, Strides so, const Shape& shape,
-                         Scratch& s) {
-    const int64_t keys = visible + count - 1;
-    std::memset(s.query, 0, shape.dim * BLOCK * 4);
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t d = 0; d < shape.dim; d++)
-            s.query[d * BLOCK + i] = q[i * sq.token + d] * scale;
+// Keys and values of a tile, laid out for the products.
+template <class T>
+struct Tile {
+    typedef typename Operand<T>::type E;
+    int64_t dim, value_dim, depth;
+    std::vector<E> keys, values;
 
-    vec top[COLS], total[COLS] = {};
-    for (int c = 0; c < COLS; c++) top[c] = vec{} - INF;
-    int64_t j = 0;
-    for (; j + ROWS <= visible; j += ROWS)
-        score_rows<ROWS>(k + j * sk.token, sk.token, shape.dim, s.query, s.scores + j * BLOCK, top);
-    for (; j < keys; j++) {  // the diagonal, row by row
-        vec unmasked[COLS] = {};
-        float* row = s.scores + j * BLOCK;
-        score_rows<1>(k + j * sk.token, sk.token, shape.dim, s.query, row, unmasked);
-        if (j >= visible) std::fill_n(row, j - visible + 1, -INF);
-        for (int c = 0; c < COLS; c++) top[c] = max(top[c], load(row + c * LANES));
+    Tile(int64_t dim, int64_t value_dim)
+        : dim(dim), value_dim(value_dim), depth((dim + SUMMED<E> - 1) / SUMMED<E>),
+          keys(TILE * depth), values(TILE * value_dim) {}
+
+    void read(const T* k, int64_t k_step, const T* v, int64_t v_step, int64_t size) {
+        for (int64_t j = 0; j < size; j++, k += k_step)
+            for (int64_t t = 0; t < depth; t++) {
+                const int64_t d = t * SUMMED<E>;
+                pack(keys[j * depth + t], k + d, d + 1 < dim ? k + d + 1 : nullptr);
+            }
+        for (int64_t j = 0; j < size; j += SUMMED<E>)
+            for (int64_t d = 0; d < value_dim; d++) {
+                const T* first = v + j * v_step + d;
+                pack(values[j / SUMMED<E> * value_dim + d], first,
+                     j + 1 < size ? first + v_step : nullptr);
+            }
+    }
+};
+
+// The weights of a tile as the second product takes them: where they are, or rounded to pairs.
+static inline const float* as_operand(const float* weights, int64_t, std::vector<float>&) {
+    return weights;
+}
+static inline const uint32_t* as_operand(const float* weights, int64_t size,
+                                         std::vector<uint32_t>& pairs) {
+    pairs.resize(TILE / 2 * BLOCK);
+    for (int64_t j = 0; j < size; j += 2)
+        for (int c = 0; c < BLOCK; c += LANES) {
+            const float* row = weights + j * BLOCK + c;
+            const ivec first = (ivec)load(row) + 0x8000;
+            const ivec second = j + 1 < size ? (ivec)load(row + BLOCK) + 0x8000 : ivec{};
+            store((float*)&pairs[j / 2 * BLOCK + c],
+                  (vec)((first >> 16 & 0xffff) | (second & ~0xffff)));
+        }
+    return pairs.data();
+}
+
+// A block of queries of one head on its way through the keys.
+template <class T>
+struct Block {
+    typedef typename Operand<T>::type E;
+    int64_t count, visible, keys;  // queries; keys of the first of them; of the last
+    vec top[COLS], total[COLS];    // of the softmax so far
+    float* weights;                // [keys][BLOCK], each tile's against its row of `tops`
+    std::vector<float> tops, out;  // [tile][BLOCK], [value_dim][BLOCK]
+    std::vector<E> query, rounded;
+
+    // `count` queries from `q` on, the first of which sees `visible` keys and each further one more.
+    void begin(const T* q, int64_t step, int64_t count_, int64_t visible_, const Tile<T>& tile) {
+        count = count_, visible = visible_, keys = visible + count - 1;
+        query.assign(tile.depth * BLOCK, 0);
+        for (int64_t i = 0; i < count; i++, q += step)
+            for (int64_t t = 0; t < tile.depth; t++) {
+                const int64_t d = t * SUMMED<E>;
+                pack(query[t * BLOCK + i], q + d, d + 1 < tile.dim ? q + d + 1 : nullptr);
+            }
+        for (int c = 0; c < COLS; c++) top[c] = vec{} - INF, total[c] = vec{};
+        out.assign(tile.value_dim * BLOCK, 0);
+        tops.clear();
     }
 
-    std::memset(s.out, 0, shape.value_dim * BLOCK * 4);
-    for (int64_t t = 0; t < keys; t += TILE) {
-        const int64_t size = std::min(TILE, keys - t);
-        float* p = s.scores + t * BLOCK;
+    // Attend the tile's keys, the first of which is key `from`.
+    void attend(const Tile<T>& tile, int64_t from, float scale) {
+        if (from >= keys) return;
+        const int64_t size = std::min(TILE, keys - from), depth = tile.depth;
+        const int64_t free = std::min(size, visible - from);  // keys that all of these queries see
+        float* p = weights + from * BLOCK;
+        vec before[COLS];
+        for (int c = 0; c < COLS; c++) before[c] = top[c];
+        int64_t j = 0;
+        for (; j + ROWS <= free; j += ROWS)
+            score_rows<ROWS>(&tile.keys[j * depth], depth, query.data(), scale, p + j * BLOCK, top);
+        for (; j < size; j++) {  // the diagonal, row by row
+            vec unmasked[COLS] = {};
+            float* row = p + j * BLOCK;
+            score_rows<1>(&tile.keys[j * depth], depth, query.data(), scale, row, unmasked);
+            if (j >= free) std::fill_n(row, j + from - visible + 1, -INF);
+            for (int c = 0; c < COLS; c++) top[c] = max(top[c], load(row + c * LANES));
+        }
+        rescale(before);
         for (j = 0; j < size; j++)
             for (int c = 0; c < COLS; c++) {
-                vec e = exp(load(p + j * BLOCK + c * LANES) - top[c]);
+                float* weight = p + j * BLOCK + c * LANES;
+                const vec e = exp(load(weight) - top[c]);
                 total[c] += e;
-                store(p + j * BLOCK + c * LANES, e);
+                store(weight, e);
             }
-        const float* tile = v + t * sv.token;
+        const E *b = as_operand(p, size, rounded), *v = tile.values.data();
+        const int64_t rows = (size + SUMMED<E> - 1) / SUMMED<E>, value_dim = tile.value_dim;
         int64_t d = 0;
-        for (; d + ROWS <= shape.value_dim; d += ROWS)
-            add_values<ROWS>(tile + d, sv.token, size, p, s.out + d * BLOCK);
-        for (; d < shape.value_dim; d++)
-            add_values<1>(tile + d, sv.token, size, p, s.out + d * BLOCK);
+        for (; d + ROWS <= value_dim; d += ROWS)
+            add_values<ROWS>(v + d, value_dim, rows, b, &out[d * BLOCK]);
+        for (; d < value_dim; d++) add_values<1>(v + d, value_dim, rows, b, &out[d * BLOCK]);
     }
 
-    float norm[BLOCK];
-    for (int c = 0; c < COLS; c++) store(norm + c * LANES, 1.f / total[c]);
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t d = 0; d < shape.value_dim; d++)
-            out[i * so.token + d] = s.out[d * BLOCK + i] * norm[i];
-
-    if (count <= first_observed) return;
-    for (int64_t i = 0; i < BLOCK; i++)
-        if (i < first_observed || i >= count)
-            norm[i] = 0;
-        else if (decay != 1)
-            norm[i] *= std::pow(decay, float(after + count - 1 - i));
-    for (j = 0; j < keys; j++) {
-        vec share{};
-        for (int c = 0; c < COLS; c++)
-            share += load(norm + c * LANES) * load(s.scores + j * BLOCK + c * LANES);
-        received[j] += sum(share);
+    // Sums that were made against lower maxima.
+    void rescale(const vec (&before)[COLS]) {
+        for (int c = 0; c < COLS; c++) {
+            float now[LANES], then[LANES];
+            store(now, top[c]), store(then, before[c]);
+            tops.insert(tops.end(), now, now + LANES);
+            if (!std::memcmp(now, then, sizeof now)) continue;
+            const vec factor = exp(before[c] - top[c]);
+            total[c] *= factor;
+            for (size_t d = c * LANES; d < out.size(); d += BLOCK)
+                store(&out[d], load(&out[d]) * factor);
+        }
     }
-}
+
+    // The output, and what keys receive: from the queries after `first_observed`, each by `decay` to
+    // the power of how many come after it, `after` the last of these.
+    void end(T* o, int64_t step, float* received, int64_t first_observed, float decay,
+             int64_t after) {
+        float norm[BLOCK];
+        for (int c = 0; c < COLS; c++) store(norm + c * LANES, 1.f / total[c]);
+        const int64_t value_dim = out.size() / BLOCK;
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t d = 0; d < value_dim; d++) o[i * step + d] = out[d * BLOCK + i] * norm[i];
+        if (count <= first_observed) return;
+        for (int64_t i = 0; i < BLOCK; i++)
+            if (i < first_observed || i >= count)
+                norm[i] = 0;
+            else if (decay != 1)
+                norm[i] *= std::pow(decay, float(after + count - 1 - i));
+        for (int64_t from = 0; from < keys; from += TILE) {
+            vec factor[COLS];
+            for (int c = 0; c < COLS; c++)
+                factor[c] = load(norm + c * LANES) *
+                            exp(load(&tops[from / TILE * BLOCK + c * LANES]) - top[c]);
+            for (int64_t j = from; j < std::min(from + TILE, keys); j++) {
+                vec share{};
+                for (int c = 0; c < COLS; c++)
+                    share += factor[c] * load(weights + j * BLOCK + c * LANES);
+                received[j] += sum(share);
+            }
+        }
+    }
+};
 
 // Sums of several lists each, in a fixed order, so that results do not depend on timing.
-static void reduce_received(const std::vector<float>& partial, int64_t lists, int64_t per_head,
-                            int64_t keys, float* received) {
-    for (int64_t h = 0; h < lists / per_head; h++)
-        for (int64_t i = 0; i < per_head; i++)
-            for (int64_t j = 0; j < keys; j++)
-                received[h * keys + j] += partial[(h * per_head + i) * keys + j];
+static void reduce_received(const std::vector<float>& partial, int64_t lists, int64_t keys,
+                            float* received) {
+    for (size_t i = 0; i < partial.size(); i++)
+        received[i / (lists * keys) * keys + i % keys] += partial[i];
 }
 
-extern "C" void buzz_scored_prefill(const float* query, const float* key, const float* value,
-                                    float* out, float* received, const Shape* shape_,
-                                    const Strides* strides, float scale, int threads,
-                                    float decay) {
-    const Shape shape = *shape_;
+template <class T>
+static void scored_prefill(const T* query, const T* key, const T* value, T* out, float* received,
+                           const Shape& shape, const Strides* strides, float scale, int threads,
+                           float decay) {
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
-    // Few heads: each is shared out over several tasks, which take its blocks in turn, so that
-    // all have about the same area of the causal triangle.
-    const int64_t rows = shape.batch * shape.heads;
+    const int64_t group = shape.heads / shape.kv_heads, rows = shape.batch * shape.kv_heads;
+    // The blocks of all heads of a group, in the order of their queries. Few key heads: each is
+    // shared out over several tasks, which take its blocks in turn, so that all have about the same
+    // area of the causal triangle.
+    const int64_t blocks = (shape.queries + BLOCK - 1) / BLOCK * group;
     const int64_t split = (8 * threads + rows - 1) / rows;
     std::vector<float> partial(rows * split * shape.keys);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch scratch(shape.keys, shape.dim, shape.value_dim);
+        Tile<T> tile(shape.dim, shape.value_dim);
+        Block<T> side[SIDE];
+        std::unique_ptr<float, decltype(&std::free)> weights(
+            (float*)std::aligned_alloc(64, SIDE * shape.keys * BLOCK * 4 / 64 * 64 + 64),
+            &std::free);
+        for (int64_t s = 0; s < SIDE; s++) side[s].weights = weights.get() + s * shape.keys * BLOCK;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < rows * split; task++) {
-            const int64_t b = task / split / shape.heads, h = task / split % shape.heads;
-            const int64_t g = h / (shape.heads / shape.kv_heads);
-            const float* q = query + b * sq.batch + h * sq.head;
-            float* o = out + b * so.batch + h * so.head;
-            for (int64_t i = task % split * BLOCK; i < shape.queries; i += split * BLOCK) {
-                const int64_t count = std::min<int64_t>(BLOCK, shape.queries - i);
-                attend_block(q + i * sq.token, key + b * sk.batch + g * sk.head,
-                             value + b * sv.batch + g * sv.head, o + i * so.token,
-                             &partial[task * shape.keys], count,
-                             shape.keys - shape.queries + i + 1,
-                             std::max<int64_t>(0, shape.queries - shape.observe - i), scale, decay,
-                             shape.queries - i - count, sq, sk, sv, so, shape, scratch);
+            const int64_t b = task / split / shape.kv_heads, g = task / split % shape.kv_heads;
+            const T* k = key + b * sk.batch + g * sk.head;
+            const T* v = value + b * sv.batch + g * sv.head;
+            for (int64_t n = task % split * SIDE; n < blocks; n += split * SIDE) {
+                const int64_t together = std::min(SIDE, blocks - n);
+                const auto head = [&](int64_t s) { return g * group + (n + s) % group; };
+                const auto first = [&](int64_t s) { return (n + s) / group * BLOCK; };
+                for (int64_t s = 0; s < together; s++)
+                    side[s].begin(query + b * sq.batch + head(s) * sq.head + first(s) * sq.token,
+                                  sq.token, std::min<int64_t>(BLOCK, shape.queries - first(s)),
+                                  shape.keys - shape.queries + first(s) + 1, tile);
+                const int64_t keys = side[together - 1].keys;
+                for (int64_t from = 0; from < keys; from += TILE) {
+                    tile.read(k + from * sk.token, sk.token, v + from * sv.token, sv.token,
+                              std::min(TILE, keys - from));
+                    for (int64_t s = 0; s < together; s++) side[s].attend(tile, from, scale);
+                }
+                for (int64_t s = 0; s < together; s++)
+                    side[s].end(out + b * so.batch + head(s) * so.head + first(s) * so.token,
+                                so.token, &partial[task * shape.keys],
+                                std::max<int64_t>(0, shape.queries - shape.observe - first(s)),
+                                decay, shape.queries - first(s) - side[s].count);
             }
         }
     }
-    reduce_received(partial, rows * split, split * shape.heads / shape.kv_heads, shape.keys,
-                    received);
+    reduce_received(partial, split, shape.keys, received);
 }
 
-static inline float dot(const float* a, const float* b, int64_t size) {
+extern "C" void buzz_scored_prefill(const void* query, const void* key, const void* value,
+                                    void* out, float* received, const Shape* shape,
+                                    const Strides* strides, float scale, int threads, int half,
+                                    float decay) {
+    if (half)
+        scored_prefill((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
+                       (bfloat16*)out, received, *shape, strides, scale, threads, decay);
+    else
+        scored_prefill((const float*)query, (const float*)key, (const float*)value, (float*)out,
+                       received, *shape, strides, scale, threads, decay);
+}
+
+// --- decoding ------------------------------------------------------------------------------------
+
+template <class T>
+static inline float dot(const float* a, const T* b, int64_t size) {
     vec acc[4] = {};
     int64_t d = 0;
     for (; d + 4 * LANES <= size; d += 4 * LANES)
@@ -253,8 +413,8 @@ static float softmax(float* p, int64_t padded) {
 }
 
 // out[0:C*LANES] += sum_j p[j] v[j][0:C*LANES], the accumulators in registers.
-template <int C>
-static void add_weighted(const float* p, const float* v, int64_t step, int64_t keys, float* out) {
+template <int C, class T>
+static void add_weighted(const float* p, const T* v, int64_t step, int64_t keys, float* out) {
     vec acc[C];
     for (int c = 0; c < C; c++) acc[c] = load(out + c * LANES);
     for (int64_t j = 0; j < keys; j++)
@@ -264,42 +424,48 @@ static void add_weighted(const float* p, const float* v, int64_t step, int64_t k
 
 // One query of each head of a group, all of which share the `keys` entries from k and v on; what those
 // receive is added to `share` (nullptr: nobody asks).
-static void decode_group(const float* q, const float* k, const float* v, float* o, float* share,
-                         int64_t group, int64_t keys, float scale, Strides sq, Strides sk,
-                         Strides sv, Strides so, const Shape& shape) {
-    const int64_t padded = (keys + LANES - 1) / LANES * LANES;
-    std::vector<float> p(group * padded, -INF);
+template <class T>
+static void decode_group(const T* q, const T* k, const T* v, T* o, float* share, int64_t group,
+                         int64_t keys, float scale, Strides sq, Strides sk, Strides sv, Strides so,
+                         const Shape& shape) {
+    const int64_t padded = (keys + LANES - 1) / LANES * LANES, width = shape.value_dim;
+    std::vector<float> p(group * padded, -INF), wide(group * (shape.dim + width), 0.f);
+    float* out = &wide[group * shape.dim];
+    for (int64_t h = 0; h < group; h++)
+        for (int64_t d = 0; d < shape.dim; d++) wide[h * shape.dim + d] = q[h * sq.head + d];
     for (int64_t j = 0; j < keys; j++)
         for (int64_t h = 0; h < group; h++)
-            p[h * padded + j] = scale * dot(q + h * sq.head, k + j * sk.token, shape.dim);
+            p[h * padded + j] = scale * dot(&wide[h * shape.dim], k + j * sk.token, shape.dim);
     for (int64_t h = 0; h < group; h++) {
         float* row = &p[h * padded];
         const float norm = softmax(row, padded);
         for (int64_t j = 0; j < keys; j++) row[j] *= norm;
         for (int64_t j = 0; share && j < keys; j++) share[j] += row[j];
     }
-    for (int64_t t = 0; t < keys; t += TILE)
+    for (int64_t t = 0; t < keys; t += STRETCH)
         for (int64_t h = 0; h < group; h++) {
-            const float *row = &p[h * padded + t], *tile = v + t * sv.token;
-            const int64_t size = std::min(TILE, keys - t);
-            float* sink = o + h * so.head;
+            const float* row = &p[h * padded + t];
+            const T* values = v + t * sv.token;
+            const int64_t size = std::min(STRETCH, keys - t);
+            float* sink = out + h * width;
             int64_t d = 0;
-            for (; d + 4 * LANES <= shape.value_dim; d += 4 * LANES)
-                add_weighted<4>(row, tile + d, sv.token, size, sink + d);
-            for (; d + LANES <= shape.value_dim; d += LANES)
-                add_weighted<1>(row, tile + d, sv.token, size, sink + d);
-            for (; d < shape.value_dim; d++)
-                for (int64_t j = 0; j < size; j++) sink[d] += row[j] * tile[j * sv.token + d];
+            for (; d + 4 * LANES <= width; d += 4 * LANES)
+                add_weighted<4>(row, values + d, sv.token, size, sink + d);
+            for (; d + LANES <= width; d += LANES)
+                add_weighted<1>(row, values + d, sv.token, size, sink + d);
+            for (; d < width; d++)
+                for (int64_t j = 0; j < size; j++) sink[d] += row[j] * values[j * sv.token + d];
         }
+    for (int64_t h = 0; h < group; h++)
+        for (int64_t d = 0; d < width; d++) o[h * so.head + d] = out[h * width + d];
 }
 
 // One query a head. A task is one row and key head: K and V pass once for its group of queries.
 // A row that holds less than the longest begins at its entry of `starts`.
-extern "C" void buzz_scored_decode(const float* query, const float* key, const float* value,
-                                   float* out, float* received, const int64_t* starts,
-                                   const Shape* shape_, const Strides* strides, float scale,
-                                   int threads) {
-    const Shape shape = *shape_;
+template <class T>
+static void scored_decode(const T* query, const T* key, const T* value, T* out, float* received,
+                          const int64_t* starts, const Shape& shape, const Strides* strides,
+                          float scale, int threads) {
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
     const int64_t group = shape.heads / shape.kv_heads;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -316,15 +482,27 @@ extern "C" void buzz_scored_decode(const float* query, const float* key, const f
     }
 }
 
+extern "C" void buzz_scored_decode(const void* query, const void* key, const void* value,
+                                   void* out, float* received, const int64_t* starts,
+                                   const Shape* shape, const Strides* strides, float scale,
+                                   int threads, int half) {
+    if (half)
+        scored_decode((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
+                      (bfloat16*)out, received, starts, *shape, strides, scale, threads);
+    else
+        scored_decode((const float*)query, (const float*)key, (const float*)value, (float*)out,
+                      received, starts, *shape, strides, scale, threads);
+}
+
 // A decoding step in one call: the new entry is written where `bounds` says, then attended with all
 // others; scores grow by what was received, or become it.
 // bounds: [3][batch], first slot, one past the last, index of the new token.
 // least: multiplications that are worth waking other threads for.
-extern "C" void buzz_step(const float* query, const float* key, const float* value, float* keys,
-                          float* values, int32_t* positions, float* scores, float* out,
-                          const int64_t* bounds, const Shape* shape_, const Strides* strides,
-                          float scale, int adds, int threads, int64_t least) {
-    const Shape shape = *shape_;
+template <class T>
+static void decode_step(const T* query, const T* key, const T* value, T* keys, T* values,
+                        int32_t* positions, float* scores, T* out, const int64_t* bounds,
+                        const Shape& shape, const Strides* strides, float scale, int adds,
+                        int threads, int64_t least) {
     const Strides sq = strides[0], nk = strides[1], nv = strides[2], sk = strides[3],
                   sv = strides[4], sp = strides[5], ss = strides[6], so = strides[7];
     const int64_t group = shape.heads / shape.kv_heads, tasks = shape.batch * shape.kv_heads;
@@ -334,18 +512,34 @@ extern "C" void buzz_step(const float* query, const float* key, const float* val
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t b = task / shape.kv_heads, g = task % shape.kv_heads;
         const int64_t start = bounds[b], end = bounds[shape.batch + b], slot = end - 1;
-        float* k = keys + b * sk.batch + g * sk.head;
-        float* v = values + b * sv.batch + g * sv.head;
-        std::memcpy(k + slot * sk.token, key + b * nk.batch + g * nk.head, shape.dim * 4);
-        std::memcpy(v + slot * sv.token, value + b * nv.batch + g * nv.head, shape.value_dim * 4);
+        T* k = keys + b * sk.batch + g * sk.head;
+        T* v = values + b * sv.batch + g * sv.head;
+        std::copy_n(key + b * nk.batch + g * nk.head, shape.dim, k + slot * sk.token);
+        std::copy_n(value + b * nv.batch + g * nv.head, shape.value_dim, v + slot * sv.token);
         positions[b * sp.batch + g * sp.head + slot] = bounds[2 * shape.batch + b];
         float* share = scores ? scores + b * ss.batch + g * ss.head + start : nullptr;
         if (share) std::fill(adds ? share + slot - start : share, share + end - start, 0.f);
-        decode_group(query + b * sq.batch + g * group * sq.head, k + start * sk.token,
-                     v + start * sv.token, out + b * so.batch + g * group * so.head, share, group,
-                     end - start, scale, sq, sk, sv, so, shape);
+        decode_group<T>(query + b * sq.batch + g * group * sq.head, k + start * sk.token,
+                        v + start * sv.token, out + b * so.batch + g * group * so.head, share,
+                        group, end - start, scale, sq, sk, sv, so, shape);
     }
 }
+
+extern "C" void buzz_step(const void* query, const void* key, const void* value, void* keys,
+                          void* values, int32_t* positions, float* scores, void* out,
+                          const int64_t* bounds, const Shape* shape, const Strides* strides,
+                          float scale, int adds, int threads, int half, int64_t least) {
+    if (half)
+        decode_step((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
+                    (bfloat16*)keys, (bfloat16*)values, positions, scores, (bfloat16*)out, bounds,
+                    *shape, strides, scale, adds, threads, least);
+    else
+        decode_step((const float*)query, (const float*)key, (const float*)value, (float*)keys,
+                    (float*)values, positions, scores, (float*)out, bounds, *shape, strides, scale,
+                    adds, threads, least);
+}
+
+// --- moving --------------------------------------------------------------------------------------
 
 struct Moved {  // one buffer with a row per entry; strides in bytes
     const char* source;

@@ -6,7 +6,9 @@ carries a hash of the source, the compiler and the instruction set, so that mach
 home directory do not load each other's code. Two processes may build at once: each writes a file
 of its own and renames it.
 
-float32 is computed as it is; float16 and bfloat16 are widened first.
+float32 and bfloat16 are read as they are, float16 is widened first. Sums, the softmax and scores
+are float32. Of bfloat16, a prompt's logits are exact products, added in float32; its weights are
+rounded once they are counted, as stock attention rounds them.
 """
 
 from __future__ import annotations
@@ -141,13 +143,15 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Call one of the two kernels; only decoding's takes `starts`, and only the other `decay`."""
     dtype = query.dtype
-    query, key, value = _dense(query), _dense(key), _dense(value)
+    half = dtype == torch.bfloat16
+    read = dtype if half else torch.float32
+    query, key, value = (_dense(tensor, read) for tensor in (query, key, value))
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     value_dim = value.shape[-1]
-    # Zeros, because decoding adds to them. [B, q, Hq, Dv] in memory, as models want it.
+    # [B, q, Hq, Dv] in memory, as models want it; zeros for rows that hold nothing.
     output = query.new_zeros(batch, queries, heads, value_dim).transpose(1, 2)
-    received = query.new_zeros(batch, kv_heads, keys)
+    received = torch.zeros(batch, kv_heads, keys, device=query.device)
     observe = queries if observe is None else observe
     shape = (batch, heads, kv_heads, queries, keys, dim, value_dim, observe)
     _function(function)(
@@ -156,6 +160,7 @@ def _attend(
         _strides(query, key, value, output),
         ctypes.c_float(scale),
         _threads(batch * heads * queries * keys * dim),
+        half,
         *([] if decay is None else [ctypes.c_float(decay)]),
     )
     return output.to(dtype), received
@@ -194,15 +199,15 @@ def step(
     scale: float,
     adds: bool,
 ) -> Tensor:
-    """See :func:`buzz.kernels.step`; float32 in one call, half precision through the plain version
-    of what is held."""
-    if keys.dtype != torch.float32:
+    """See :func:`buzz.kernels.step`; float16 through the plain version of what is held."""
+    half = keys.dtype == torch.bfloat16
+    if not half and keys.dtype != torch.float32:
         first, last = int(bounds[0].min()), int(bounds[1, 0])
         keys, values, positions = (t[:, :, first:last] for t in (keys, values, positions))
         scores = None if scores is None else scores[:, :, first:last]
         low = bounds - bounds.new_tensor([[first], [first], [0]])
         return reference.step(query, key, value, keys, values, positions, scores, low, scale, adds)
-    query, key, value = _dense(query), _dense(key), _dense(value)
+    query, key, value = (_dense(tensor, keys.dtype) for tensor in (query, key, value))
     batch, heads, _, dim = query.shape
     output = query.new_zeros(batch, 1, heads, value.shape[-1]).transpose(1, 2)
     shape = (batch, heads, keys.shape[1], 1, keys.shape[2], dim, value.shape[-1], 1)
@@ -214,6 +219,7 @@ def step(
         ctypes.c_float(scale),
         adds,
         torch.get_num_threads(),
+        half,
         ctypes.c_int64(_least()),
     )
     return output
