@@ -234,11 +234,10 @@ def move(
     """
     chosen = reference if torch.compiler.is_compiling() else implementation(source[0])
     dense = all(tensor.stride(-1) == 1 for tensor in source[:2])
-    other = leading is not None or source[0].dtype != torch.float32
-    if not dense or (chosen is cpu and other):
+    if not dense or (chosen is cpu and source[0].dtype == torch.float16):
         chosen = reference
-    more = {} if leading is None else {"leading": leading}
-    chosen.move(source, target, index, to, shift, turns, rows=rows, interleaved=interleaved, **more)
+    more = {"rows": rows, "interleaved": interleaved, "leading": leading}
+    chosen.move(source, target, index, to, shift, turns, **more)
 
 
 def originals(

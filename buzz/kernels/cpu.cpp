@@ -547,38 +547,113 @@ struct Moved {  // one buffer with a row per entry; strides in bytes
     int64_t source_batch, source_head, source_slot, target_batch, target_head, target_slot, size;
 };
 
-// Row `to + i` of the target <- row `index[i]` of the source, for keys (tensors[0], float32, turned by
-// row `shift + i - index[i]` of the table) and whatever lies beside them. From the last entry to the
+// Keys that are turned from how they came, and not step by step: dense [rows, heads, count, ...].
+struct Leading {
+    const char* source;
+    const int64_t* positions;  // that each of them is rotated to
+    const float* frequencies;  // [half]
+    int64_t count, position;   // that the first of them moves to
+};
+
+// Cosine and sine of `steps` times each frequency. The quarter turns are taken off in double
+// precision, so that angles of any size are as exact as small ones; the rest, within a quarter of pi,
+// by the Taylor series up to r^8 / 8! and r^9 / 9!.
+static void angles(double steps, const float* frequencies, int64_t half, float* cosine,
+                   float* sine) {
+#pragma omp simd
+    for (int64_t j = 0; j < half; j++) {
+        const double magic = 6755399441055744., angle = steps * frequencies[j];  // 1.5 * 2^52
+        const double shifted = angle * 0.63661977236758134 + magic, quarters = shifted - magic;
+        const float r = angle - quarters * 1.5707963267948966, r2 = r * r;
+        const int32_t quadrant = int32_t(int64_t(quarters) & 3);
+        const float c =
+            1 + r2 * (-1.f / 2 + r2 * (1.f / 24 + r2 * (-1.f / 720 + r2 * (1.f / 40320))));
+        const float s = r + r * r2 *
+                    (-1.f / 6 + r2 * (1.f / 120 + r2 * (-1.f / 5040 + r2 * (1.f / 362880))));
+        cosine[j] = (quadrant & 1 ? s : c) * ((quadrant + 1) & 2 ? -1.f : 1.f);
+        sine[j] = (quadrant & 1 ? c : s) * (quadrant & 2 ? -1.f : 1.f);
+    }
+}
+
+// Pairs of a key, in the precision of cosine and sine.
+template <class T, class F>
+static void turn(const T* x, T* y, const F* cosine, const F* sine, int64_t half, int interleaved) {
+    const int64_t first = interleaved ? 2 : 1, second = interleaved ? 1 : half;
+    for (int64_t j = 0; j < half; j++) {
+        const F p = float(x[j * first]), q = float(x[j * first + second]);
+        y[j * first] = p * cosine[j] - q * sine[j];
+        y[j * first + second] = q * cosine[j] + p * sine[j];
+    }
+}
+
+// Row `to + i` of the target <- row `index[i]` of the source, for keys (tensors[0], turned by row
+// `shift + i - index[i]` of the table) and whatever lies beside them. From the last entry to the
 // first: within one buffer, index[i] <= to + i, so that no row is overwritten before it was read.
 // Turned in double precision: a key can move a hundred thousand times, and must not shrink by it.
-extern "C" void buzz_move(const Moved* tensors, int64_t n_tensors, const int64_t* index,
-                          const int64_t* rows, const double* cosine, const double* sine,
-                          int64_t batch, int64_t heads, int64_t count, int64_t to, int64_t shift,
-                          int64_t half, int64_t interleaved, int threads) {
-    const int64_t first = interleaved ? 2 : 1, second = interleaved ? 1 : half;
+template <class T>
+static void move(const Moved* tensors, int64_t n_tensors, const int64_t* index,
+                 const int64_t* rows, const double* cosine, const double* sine,
+                 const Leading& leading, int64_t batch, int64_t heads, int64_t count, int64_t to,
+                 int64_t shift, int64_t half, int interleaved, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < batch * heads; task++) {
-        const int64_t b = rows[task / heads], h = task % heads;
+        const int64_t b = rows[task / heads], h = task % heads, dense = tensors[0].size;
+        std::vector<float> turns(leading.count ? 2 * half : 0);
         for (int64_t i = count - 1; i >= 0; i--) {
-            const int64_t from = index[task * count + i], turn = shift + i - from;
+            const int64_t from = index[task * count + i], steps = shift + i - from;
             for (int64_t t = 0; t < n_tensors; t++) {
                 const Moved& m = tensors[t];
                 const char* source =
                     m.source + b * m.source_batch + h * m.source_head + from * m.source_slot;
                 char* target =
                     m.target + b * m.target_batch + h * m.target_head + (to + i) * m.target_slot;
-                if (source == target) continue;
-                std::memmove(target, source, m.size);
-                if (t || !half || !turn) continue;
-                const double *c = cosine + turn * half, *s = sine + turn * half;
-                const float* x = (const float*)source;
-                float* y = (float*)target;
-                for (int64_t j = 0; j < half; j++) {
-                    const double p = x[j * first], q = x[j * first + second];
-                    y[j * first] = p * c[j] - q * s[j];
-                    y[j * first + second] = q * c[j] + p * s[j];
+                if (!t && i < leading.count) {
+                    const int64_t own = task * leading.count + i;
+                    const char* came = leading.source + own * dense;
+                    std::memcpy(target, came, dense);
+                    angles(leading.position + i - leading.positions[own], leading.frequencies,
+                           half, turns.data(), turns.data() + half);
+                    turn((const T*)came, (T*)target, turns.data(), turns.data() + half, half,
+                         interleaved);
+                } else if (source != target) {
+                    std::memmove(target, source, m.size);
+                    if (!t && cosine && steps)
+                        turn((const T*)source, (T*)target, cosine + steps * half,
+                             sine + steps * half, half, interleaved);
                 }
             }
+        }
+    }
+}
+
+extern "C" void buzz_move(const Moved* tensors, int64_t n_tensors, const int64_t* index,
+                          const int64_t* rows, const double* cosine, const double* sine,
+                          const Leading* leading, int64_t batch, int64_t heads, int64_t count,
+                          int64_t to, int64_t shift, int64_t half, int interleaved, int threads,
+                          int is_half) {
+    (is_half ? move<bfloat16> : move<float>)(tensors, n_tensors, index, rows, cosine, sine, *leading,
+                                             batch, heads, count, to, shift, half, interleaved,
+                                             threads);
+}
+
+// Rows `first + index[i]` of keys, and position + index[i]; of those that were known before,
+// [batch, heads, n_known, ...], what was known. Dense results; sizes in bytes.
+extern "C" void buzz_originals(const char* keys, const int64_t* index, const int64_t* rows,
+                               const char* known, const int64_t* known_positions, char* out,
+                               int64_t* positions, int64_t batch, int64_t heads, int64_t count,
+                               int64_t n_known, int64_t first, int64_t position, int64_t of_batch,
+                               int64_t of_head, int64_t of_slot, int64_t size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t task = 0; task < batch * heads; task++) {
+        const char* own = keys + rows[task / heads] * of_batch + task % heads * of_head;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t from = index[task * count + i], to = task * count + i;
+            const bool is_known = from < n_known;
+            std::memcpy(out + to * size,
+                        is_known ? known + (task * n_known + from) * size
+                                 : own + (first + from) * of_slot,
+                        size);
+            positions[to] = is_known ? known_positions[task * n_known + from] : position + from;
         }
     }
 }

@@ -234,6 +234,11 @@ class _Moved(ctypes.Structure):
     _fields_ += [("size", ctypes.c_int64)]
 
 
+class _Leading(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("source", "positions", "frequencies")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("count", "position")]
+
+
 def move(
     source: Sequence[Tensor],
     target: Sequence[Tensor],
@@ -244,8 +249,10 @@ def move(
     *,
     rows: Tensor | None = None,
     interleaved: bool = False,
+    leading: reference.Leading | None = None,
 ) -> None:
-    """See :func:`buzz.kernels.move`; keys of float32 only."""
+    """See :func:`buzz.kernels.move`; keys of float32 or bfloat16."""
+    keys = source[0]
     size, heads, count = index.shape
     moved = []
     for old, new in zip(source, target, strict=True):
@@ -255,12 +262,46 @@ def move(
         moved.append(_Moved(old.data_ptr(), new.data_ptr(), *strides, row))
     index = index.contiguous()
     rows = torch.arange(size) if rows is None else rows
-    half = 0 if turns is None else turns[0].shape[-1]
-    threads = _threads(index.numel() * source[0].shape[-1])
+    half, first = 0 if turns is None else turns[0].shape[-1], _Leading()
+    if leading is not None:
+        came = [t.contiguous() for t in (leading.source, leading.positions, leading.frequencies)]
+        first = _Leading(*(t.data_ptr() for t in came), came[0].shape[2], leading.position)
+        half = came[2].shape[0]
     _function("buzz_move")(
         (_Moved * len(moved))(*moved),
         ctypes.c_int64(len(moved)),
         *map(_pointer, (index, rows, *(turns or (None, None)))),
-        *map(ctypes.c_int64, (size, heads, count, to, shift, half, interleaved)),
-        threads,
+        ctypes.byref(first),
+        *map(ctypes.c_int64, (size, heads, count, to, shift, half)),
+        interleaved,
+        _threads(index.numel() * keys.shape[-1]),
+        keys.dtype == torch.bfloat16,
     )
+
+
+def originals(
+    keys: Tensor,
+    index: Tensor,
+    first: int,
+    position: int,
+    known: tuple[Tensor, Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`buzz.kernels.originals`."""
+    size, heads, count = index.shape
+    dim, bytes_of = keys.shape[-1], keys.element_size()
+    keys = keys if keys.stride(-1) == 1 else keys.contiguous()
+    index = index.contiguous()
+    rows = torch.arange(size) if rows is None else rows
+    known = None if known is None else (known[0].contiguous(), known[1].contiguous())
+    found = keys.new_empty(size, heads, count, dim)
+    positions = torch.empty(size, heads, count, dtype=torch.int64)
+    at = [step * bytes_of for step in keys.stride()[:3]]
+    n_known = 0 if known is None else known[0].shape[2]
+    _function("buzz_originals")(
+        *map(_pointer, (keys, index, rows, *(known or (None, None)), found, positions)),
+        *map(ctypes.c_int64, (size, heads, count, n_known, first, position, *at, dim * bytes_of)),
+        _threads(index.numel() * dim),
+    )
+    return found, positions
