@@ -21,6 +21,7 @@ from buzz.inputs import REMEDIES, check_mask, first_positions, hides_more, jumps
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 from buzz.rope import Rope
+from buzz.trace import Trace
 
 Positions = Literal["cache", "true"]
 
@@ -78,8 +79,7 @@ class EvictionCache(Cache):
             raise ConfigError("cache.logn_base", logn_base, "give a number above 1, or null")
         self.policy = policy
         self._positions = positions_of(positions)
-        self._runs: list[list[int]] = []  # [steps, new tokens, change in length, evictions] alike
-        self._last = (0, 0, 0)
+        self._trace = Trace()
         decoder = adapter.install(model, attend, _announce)
         layers = _make_layers(decoder, model, policy, self.positions)
         super().__init__(layers=layers)
@@ -204,27 +204,8 @@ class EvictionCache(Cache):
         Steps that ran under torch.compile appear as one.
         """
         self._raise_faults()
-        self._note_step()
-        seen = held = evictions = 0
-        trace = []
-        for steps, new, change, evicted in self._runs:
-            for _ in range(steps):
-                seen, held, evictions = seen + new, held + change, evictions + evicted
-                trace.append((seen, held, evictions))
-        return trace
-
-    def _note_step(self) -> None:
-        """Note what the last step changed; equal steps share a note, so that it stays small."""
-        group = next((g for g in self.evicting[0].groups if 0 in g.rows), None)
-        if group is None or group.seen == self._last[0]:
-            return
-        now = (group.seen, group.held, group.evictions)
-        change = [after - before for after, before in zip(now, self._last, strict=True)]
-        if self._runs and self._runs[-1][1:] == change:
-            self._runs[-1][0] += 1
-        else:
-            self._runs.append([1, *change])
-        self._last = now
+        self._trace.note(self.evicting[0].groups)
+        return self._trace.steps()
 
     def reset(self) -> None:
         """Forget every entry. Buffers stay allocated, for the next prompt.
@@ -234,7 +215,7 @@ class EvictionCache(Cache):
                 cache is empty then too.
         """
         super().reset()
-        self._runs, self._last = [], (0, 0, 0)
+        self._trace = Trace()
         self._prompt = []
         self._raise_faults()
 
@@ -251,7 +232,7 @@ class EvictionCache(Cache):
             for layer in self.layers
         ]
         other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
-        other._runs = [list(run) for run in self._runs]
+        other._trace = self._trace.copy()
         other._prompt = list(self._prompt)
         return other
 
@@ -287,7 +268,7 @@ class EvictionCache(Cache):
                 " tokens: call cache.reset()"
             )
         if not torch.compiler.is_compiling():
-            self._note_step()
+            self._trace.note(first.groups)
             if new > 1:  # a prompt or a chunk, which may wait
                 self._raise_faults()
             if 0 < seen <= self._short_context < seen + new:

@@ -44,7 +44,8 @@ from buzz import (
 )
 from buzz.policy import BudgetBy
 from evals.report.kept import HISTORY, SINK, WINDOW, Kept, Pieces, draw, draw_for_paper, page
-from evals.run.models import NAMED, ROOT, complete_model, load_model, named_config
+from evals.run.checkpoints import ROOT
+from evals.run.models import NAMED, complete_model, load_model, named_config
 from evals.run.plan import policy_of
 from evals.tasks.build import check_fields
 from evals.tasks.encoding import encode

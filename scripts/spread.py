@@ -32,9 +32,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from buzz import Budget, ConfigError, Policy
 from evals.report.drawing import RC, legend, panels, plt
 from evals.report.methods import style_of
+from evals.run.checkpoints import ROOT
 from evals.run.forked import Rows
 from evals.run.generate import eos_ids
-from evals.run.models import ROOT, load_model
+from evals.run.models import load_model
 from evals.run.plan import Plan, policy_of
 from evals.run.prompt import Prompt
 from evals.run.prompts import load_prompts

@@ -11,6 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
+import evals.run.answers
 import evals.run.runner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
     Returns:
         The prompts that were answered since, warm-ups among them.
     """
-    real, asked = evals.run.runner.generate, []
+    real, asked = evals.run.answers.generate, []
     measured = []
 
     def generate(
@@ -82,7 +83,7 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
             found.append(dataclasses.replace(measured[0], prompt_tokens=len(ids), **changes))
         return found
 
-    monkeypatch.setattr(evals.run.runner, "generate", generate)
+    monkeypatch.setattr(evals.run.answers, "generate", generate)
     return asked
 
 

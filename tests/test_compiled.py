@@ -208,7 +208,7 @@ def test_a_step_sends_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_text_is_read_by_the_graph_too(go, tmp_path, monkeypatch) -> None:
     """So that its speed is that of what the run says it is."""
-    monkeypatch.delattr("evals.run.runner.generate")  # the warm-up, whose steps have a mask
+    monkeypatch.delattr("evals.run.answers.generate")  # the warm-up, whose steps have a mask
     (tmp_path / "text").write_text("A text that is long enough to be read. " * 9)
     asked = "task=wikitext", f"task.data_file={tmp_path}/text", "task.tokens=200", "method=buzz"
     sizes = "method.window=64", "method.threshold=64"

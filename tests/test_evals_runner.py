@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from runs import HEAD_DIM, KV_HEADS, LAYERS, MODEL, NEEDLE, ROOT, cells, read
 
+import evals.run.answers
 import evals.run.comparison
 import evals.run.generate
 import evals.run.runner
@@ -106,7 +107,7 @@ def test_killed_run_goes_on_where_it_stopped(go, capsys) -> None:
 def test_repeated_run_generates_nothing(go, monkeypatch) -> None:
     folder = go("method=buzz")
     before = (folder / "samples.jsonl").read_bytes()
-    monkeypatch.setattr(evals.run.runner, "generate", None)
+    monkeypatch.setattr(evals.run.answers, "generate", None)
     assert go("method=buzz") == folder
     assert (folder / "samples.jsonl").read_bytes() == before
 
@@ -158,8 +159,8 @@ def test_out_of_memory_is_a_result(go, monkeypatch) -> None:
         return original(model, tokenizer, prompts, *arguments, **named)
 
     calls: list[int] = []
-    original = evals.run.runner.generate
-    monkeypatch.setattr(evals.run.runner, "generate", generate)
+    original = evals.run.answers.generate
+    monkeypatch.setattr(evals.run.answers, "generate", generate)
     folder = go("method=full")
     assert [record["status"] for record in read(folder)] == ["ok", "oom", "ok"]
     assert (read_summary(folder)["n"], read_summary(folder)["oom"]) == (2, 1)

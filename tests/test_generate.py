@@ -403,7 +403,7 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
     assert list(seen) == list(range(50, 90))
     assert list(held) == policy.for_layer(0, 3).lengths([50] + [1] * 39)
     assert evictions[-1] == cache.evictions[0]
-    assert len(cache._runs) < 30  # a note a change of pace, not a note a step
+    assert len(cache._trace._runs) < 30  # a note a change of pace, not a note a step
     cache.reset()
     assert cache.trace() == []
 

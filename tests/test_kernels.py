@@ -485,9 +485,10 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
 
             return launch
 
-    kernels_of = [name for name in vars(module) if name.endswith("_kernel")]
-    for name in kernels_of:
-        monkeypatch.setattr(module, name, Kernel(name))
+    parts = module, importlib.import_module("buzz.kernels.triton_entries")
+    kernels_of = {name: part for part in parts for name in vars(part) if name.endswith("_kernel")}
+    for name, part in kernels_of.items():
+        monkeypatch.setattr(part, name, Kernel(name))
     monkeypatch.setattr(module.torch.cuda, "device_of", Guard)
     query, key, value = draw(q=20, n=20, dim=7, vdim=3)
     module.scored_prefill(query, key, value, 1.0)

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig
 
 from buzz.errors import ConfigError
-from evals.run import models
+from evals.run import checkpoints, models
 from evals.run.models import byte_tokenizer, check_model, complete_model, load_model
 from evals.run.weights import file_digest, folder_digest
 
@@ -220,20 +220,20 @@ def test_a_conversion_is_used_for_the_very_file_that_it_was_made_from(tmp_path: 
     ready.mkdir()
     (ready / "config.json").write_text("{}")
     (ready / "model.safetensors").write_bytes(b"converted")
-    assert models._source(cfg) == str(gguf)  # interrupted, or by an earlier version
-    (ready / models.SOURCE).write_text(models._stamp(ready, gguf))
-    assert models._source(cfg) == str(ready)
+    assert checkpoints.source_of(cfg) == str(gguf)  # interrupted, or by an earlier version
+    (ready / checkpoints.SOURCE).write_text(checkpoints._stamp(ready, gguf))
+    assert checkpoints.source_of(cfg) == str(ready)
 
     later = gguf.stat().st_mtime + 10
     os.utime(gguf, (later, later))
-    assert models._source(cfg) == str(ready)  # touched, or copied to another place
+    assert checkpoints.source_of(cfg) == str(ready)  # touched, or copied to another place
     gguf.write_bytes(weights[:-1] + b"\2")
     os.utime(gguf, (1, 1))
-    assert models._source(cfg) == str(gguf)  # replaced by an older file
+    assert checkpoints.source_of(cfg) == str(gguf)  # replaced by an older file
     gguf.write_bytes(weights)
-    assert models._source(cfg) == str(ready)
+    assert checkpoints.source_of(cfg) == str(ready)
     (ready / "model.safetensors").write_bytes(b"tampered with")
-    assert models._source(cfg) == str(gguf)
+    assert checkpoints.source_of(cfg) == str(gguf)
 
 
 def test_a_digest_names_what_lies_under_a_path(tmp_path: Path, checkpoint: Path):

@@ -270,7 +270,7 @@ def test_a_longer_file_makes_a_run_unfinished(news, monkeypatch) -> None:
     news()
     news.write([*WORDS, "honey", "nectar"])
     with monkeypatch.context() as patch:
-        patch.setattr(evals.run.runner, "_generate", lambda *_: 1 / 0)  # killed at once
+        patch.setattr(evals.run.runner, "make_answers", lambda *_: 1 / 0)  # killed at once
         with pytest.raises(ZeroDivisionError):
             news()
     (run,) = read_runs(news.runs)
@@ -427,8 +427,8 @@ def test_records_name_their_environment_and_process(news, monkeypatch) -> None:
 
 def test_timings_of_a_busy_machine_are_marked(news, monkeypatch) -> None:
     loads = iter([0.0, 1.5, 0.0, 0.9])
-    monkeypatch.setattr("evals.run.runner.psutil.cpu_count", lambda: 2)
-    monkeypatch.setattr("evals.run.runner.Neighbours.load", lambda self: next(loads))
+    monkeypatch.setattr("evals.run.answers.psutil.cpu_count", lambda: 2)
+    monkeypatch.setattr("evals.run.answers.Neighbours.load", lambda self: next(loads))
     folder = news()
     records = read(folder)
     assert [record["load"] for record in records] == [0, 1.5, 0, 0.9]
@@ -442,7 +442,7 @@ def test_timings_of_a_busy_machine_are_marked(news, monkeypatch) -> None:
         "xsum, local: other processes kept up to 1.5 cores busy during 2 of 4 samples: its timings"
     )
     assert note in text
-    monkeypatch.setattr("evals.run.runner.Neighbours.load", lambda self: None)  # nobody knows
+    monkeypatch.setattr("evals.run.answers.Neighbours.load", lambda self: None)  # nobody knows
     quiet = news("method=h2o")
     assert read_summary(quiet)["loaded"] == 0 and "~" not in "".join(costs(quiet)["h2o"].values())
 

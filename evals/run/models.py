@@ -12,11 +12,7 @@ Code from a hub is never executed (`trust_remote_code` stays off).
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,26 +25,30 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_flash_attn_2_available
 
-from buzz.adapter import why_unsupported
 from buzz.errors import ConfigError
+from evals.run.checkpoints import (
+    ROOT,
+    checkpoint,
+    gguf_file,
+    pretrained,
+    require_supported,
+    source_of,
+)
 from evals.run.config import Seed, Text
 from evals.run.weights import file_digest, folder_digest
 from evals.tasks.build import STRICT, validate
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
-SOURCE = "converted_from"  # of a converted GGUF file: what it was made from and what it was then
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 
 
@@ -95,9 +95,9 @@ def complete_model(cfg: dict[str, Any]) -> None:
     if "hidden_size" in cfg or cfg.get("max_length") is not None:
         return
     validate(Model, cfg | {"max_length": 1}, "model")
-    source = _source(cfg)
+    source = source_of(cfg)
     gguf = source.endswith(".gguf")
-    limit = None if gguf else context_length(_pretrained(AutoConfig, cfg, source))
+    limit = None if gguf else context_length(pretrained(AutoConfig, cfg, source))
     if limit is None:
         where = "a GGUF file" if gguf else "its config.json"
         raise ConfigError("model.max_length", None, f"{where} does not say it; give the tokens")
@@ -135,10 +135,10 @@ def check_model(cfg: Mapping[str, Any]) -> None:
     if "hidden_size" in cfg:
         _random_config(cfg)
     else:
-        source = _source(cfg)
+        source = source_of(cfg)
         if not source.endswith(".gguf"):  # a GGUF file is checked when it is converted
-            config = _pretrained(AutoConfig, cfg, source)
-            _require_supported(cfg, config)
+            config = pretrained(AutoConfig, cfg, source)
+            require_supported(cfg, config)
             if (limit := context_length(config)) is not None and cfg["max_length"] > limit:
                 remedy = f"the model has {limit:,} positions, by its config.json; give at most that"
                 raise ConfigError("model.max_length", cfg["max_length"], remedy)
@@ -168,10 +168,10 @@ def load_model(
                 _random_config(cfg), dtype=dtype, attn_implementation=attention
             )
     else:
-        model = _pretrained(
+        model = pretrained(
             AutoModelForCausalLM,
             cfg,
-            _checkpoint(cfg),
+            checkpoint(cfg),
             dtype=dtype,
             attn_implementation=attention,
             device_map=device,
@@ -194,7 +194,7 @@ def load_tokenizer(cfg: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     if "hidden_size" in cfg:
         tokenizer = byte_tokenizer()
     else:
-        tokenizer = _pretrained(AutoTokenizer, cfg, _checkpoint(cfg))
+        tokenizer = pretrained(AutoTokenizer, cfg, checkpoint(cfg))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -225,9 +225,9 @@ def model_digest(cfg: Mapping[str, Any]) -> str | None:
     if "hidden_size" in cfg:
         shape = [cfg[name] for name in (*SHAPE, "max_length", "seed")]
         return hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
-    source = _source(cfg)
+    source = source_of(cfg)
     if cfg.get("gguf_file"):
-        return file_digest(_gguf(cfg))
+        return file_digest(gguf_file(cfg))
     if Path(source).is_dir():
         return folder_digest(Path(source))
     cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
@@ -247,121 +247,6 @@ def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
         eos_token_id=1,
         pad_token_id=2,
     )
-
-
-def _source(cfg: Mapping[str, Any]) -> str:
-    """A hub name, a checkpoint folder, or a GGUF file (ends in .gguf, if not converted yet)."""
-    given = cfg.get("name_or_path")
-    if not given:
-        raise ConfigError("model.name_or_path", given, "name a hub model or a folder")
-    if cfg.get("gguf_file"):
-        file = _gguf(cfg)
-        if not file.is_file():
-            remedy = "there is no such file; `make model` fetches the embedded model"
-            raise ConfigError("model.gguf_file", str(file), remedy)
-        ready = _converted(file)
-        return str(ready if _fresh(ready, file) else file)
-    folder = _folder(given)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError("model.name_or_path", given, "the folder holds no config.json")
-        return str(folder)
-    if folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
-        raise ConfigError("model.name_or_path", given, "there is no such folder")
-    return given
-
-
-def _checkpoint(cfg: Mapping[str, Any]) -> str:
-    """As :func:`_source`; a GGUF file is converted once, to a float32 checkpoint beside it."""
-    source = _source(cfg)
-    return str(_convert(cfg, Path(source))) if source.endswith(".gguf") else source
-
-
-def _folder(given: str) -> Path:
-    folder = Path(given).expanduser()
-    # The embedded model lies in the checkout, wherever the harness is started.
-    return next((p for p in (folder, ROOT / folder) if p.exists()), folder)
-
-
-def _gguf(cfg: Mapping[str, Any]) -> Path:
-    return _folder(cfg["name_or_path"]) / cfg["gguf_file"]
-
-
-def _converted(gguf: Path) -> Path:
-    return gguf.with_suffix("")
-
-
-def _fresh(ready: Path, gguf: Path) -> bool:
-    """Whether a folder holds what was converted from this very file, and as it was then."""
-    source = ready / SOURCE
-    return source.is_file() and source.read_text() == _stamp(ready, gguf)
-
-
-def _stamp(ready: Path, gguf: Path) -> str:
-    return f"{gguf.name} {file_digest(gguf)} to {folder_digest(ready)}\n"
-
-
-def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
-    """GGUF to a float32 safetensors checkpoint with tokenizer, complete or not there at all."""
-    target = _converted(gguf)
-    folder, options = str(gguf.parent), {"gguf_file": gguf.name}
-    config = _pretrained(AutoConfig, cfg, folder, **options)
-    _require_supported(cfg, config)
-    tokenizer = _pretrained(AutoTokenizer, cfg, folder, **options)
-    options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    unpacked = _pretrained(AutoModelForCausalLM, cfg, folder, **options)
-    # A model that came from GGUF refuses to be saved, though its weights are plain by now.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(unpacked.state_dict(), assign=True)
-    model.tie_weights()
-    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=f".{target.name}.") as temporary:
-        part = Path(temporary) / target.name
-        with _quiet():
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-        (part / SOURCE).write_text(_stamp(part, gguf))
-        if not _fresh(target, gguf):  # or another process was faster
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(part, target)
-    return target
-
-
-def _pretrained(auto: Any, cfg: Mapping[str, Any], source: str, **options: Any) -> Any:
-    """`auto.from_pretrained`, quiet, without network for local folders, failing as ConfigError."""
-    try:
-        with _quiet():
-            local = Path(source).exists()
-            # Left unsaid, a checkpoint with code of its own would make transformers ask.
-            options |= {"local_files_only": local, "trust_remote_code": False}
-            return auto.from_pretrained(source, **options)
-    except Exception as error:  # of the hub's client, or of half a file: any kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        remedy = f"{reason} (give a local folder, or a hub name that this machine can reach)"
-        raise ConfigError("model.name_or_path", cfg["name_or_path"], remedy) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and progress bars."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _require_supported(cfg: Mapping[str, Any], config: PretrainedConfig) -> None:
-    if reason := why_unsupported(config):
-        raise ConfigError(
-            "model.name_or_path",
-            cfg["name_or_path"],
-            f"{config.model_type} {reason}; take a model such as Llama, Mistral or Qwen",
-        )
 
 
 def device_of(device: str | torch.device) -> torch.device:
