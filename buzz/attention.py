@@ -5,7 +5,8 @@ With any cache but an :class:`~buzz.EvictionCache` it only calls that one: the s
 
 Where outputs and scores come from:
 
-- methods (and steps) that read no scores: the stock backend, at its own speed;
+- methods (and steps) that read no scores: the stock backend; where :mod:`buzz.kernels` outruns
+  PyTorch's sdpa (on the CPU), the same kernels that others run;
 - with scores, under sdpa and flash attention: :mod:`buzz.kernels`, which choose by device;
 - with scores, under eager: the plain torch version of the same kernels.
 
@@ -78,19 +79,17 @@ def attend(
     def attention(
         query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None = None
     ) -> Scored:
-        if observed and query.shape[2] == 1:
-            return scorer.scored_decode(query, key, value, scale, starts)
-        if observed:
-            return scorer.scored_prefill(
-                query,
-                key,
-                value,
-                scale,
-                observe=min(observed, query.shape[2]),
-                decay=layer.policy.decay,
+        if not observed and (backend != "sdpa" or not kernels.outruns_stock(query)):
+            mask = _mask(backend, query, key, starts)
+            return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
+        if query.shape[2] == 1:
+            output, received = scorer.scored_decode(query, key, value, scale, starts)
+        else:
+            last, decay = min(observed, query.shape[2]), layer.policy.decay
+            output, received = scorer.scored_prefill(
+                query, key, value, scale, observe=last, decay=decay
             )
-        mask = _mask(backend, query, key, starts)
-        return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
+        return output, received if observed else None
 
     differentiable = torch.is_grad_enabled() and (query.requires_grad or layer.cuts_gradient)
     if differentiable:

@@ -27,7 +27,7 @@ from transformers import (
 
 from baselines import FullPolicy
 from buzz import ConfigError, EvictionCache
-from buzz.compiled import tested
+from buzz.compiled import tested as compiles
 
 HYBRID = {
     "head_dim": 16,
@@ -78,7 +78,7 @@ def test_full_equals_the_stock_cache_and_others_evict_as_predicted(family) -> No
         assert cache.lengths == [one.lengths([80] + [1] * 29)[-1] for one in each]
         if policy.name == "full":
             assert torch.equal(tokens, expected[0])
-            torch.testing.assert_close(logits, expected[1])
+            torch.testing.assert_close(logits, expected[1], atol=1e-4, rtol=0)
 
 
 def test_another_cache_on_the_same_model_runs_the_stock_path() -> None:
@@ -418,7 +418,7 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
         pytest.param("local", "cache", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.skipif(not tested(), reason="older releases of torch fail on the stock cache too")
+@pytest.mark.skipif(not compiles(), reason="older releases of torch fail on the stock cache too")
 def test_compiled_decoding_gives_the_same_and_does_not_recompile(name, positions) -> None:
     model, policy = from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 2})), METHODS[name]
     ids = prompt(50)

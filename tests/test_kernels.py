@@ -115,6 +115,12 @@ def test_prefill_equals_the_full_matrix(impl: ModuleType, sizes: dict[str, int])
     close(impl.scored_prefill(*inputs, scale), full(*inputs, scale))
 
 
+def test_nobody_needs_to_be_observed(impl: ModuleType) -> None:
+    inputs = draw(q=315, n=400)
+    output, received = impl.scored_prefill(*inputs, 0.125, observe=0)
+    close((output, received), (full(*inputs, 0.125)[0], torch.zeros(1, 2, 400).double()))
+
+
 @pytest.mark.parametrize("observe", [1, 100, 150])
 def test_only_the_observed_queries_count(impl: ModuleType, observe: int) -> None:
     inputs = draw(q=150, n=170)

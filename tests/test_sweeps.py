@@ -109,7 +109,7 @@ def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
         raise RuntimeError("the disk is on fire\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evals.run.runner.generate", broken)
+        patch.setattr("evals.run.answers.generate", broken)
         assert job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2") is None
     (line,) = sweep.read_jobs(tmp_path)
     assert line["status"] == "failed"
@@ -126,9 +126,9 @@ def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
 def test_out_of_memory_ends_in_the_table_with_the_bytes_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import evals.run.runner as runner
+    import evals.run.answers as answers
 
-    real, calls = runner.generate, []
+    real, calls = answers.generate, []
 
     def greedy(*arguments: object, **options: object) -> object:
         calls.append(1)
@@ -136,7 +136,7 @@ def test_out_of_memory_ends_in_the_table_with_the_bytes_asked_for(
             raise MemoryError("tried to allocate 2147483648 bytes")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(runner, "generate", greedy)
+    monkeypatch.setattr(answers, "generate", greedy)
     job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
     (found,) = read_runs(tmp_path)
     assert found.status == "OOM in 1 of 2 samples: MemoryError: tried to allocate 2147483648 bytes"

@@ -35,6 +35,7 @@ __all__ = [
     "implementation",
     "move",
     "originals",
+    "outruns_stock",
     "scored_decode",
     "scored_prefill",
     "step",
@@ -72,6 +73,17 @@ def implementation(tensor: Tensor) -> ModuleType:
     return reference
 
 
+def outruns_stock(query: Tensor) -> bool:
+    """Whether attention is faster here than PyTorch's own, also where nobody asks for scores.
+
+    On the CPU it is: methods must not differ by whose kernel they run. float16 is not, which would
+    be widened in every step; and torch.compile has a kernel of its own.
+    """
+    if query.dtype == torch.float16 or torch.compiler.is_compiling():
+        return False
+    return implementation(query) is cpu
+
+
 def scored_prefill(
     query: Tensor,
     key: Tensor,
@@ -92,7 +104,7 @@ def scored_prefill(
         key: [B, Hkv, n, D], n >= q.
         value: [B, Hkv, n, Dv].
         scale: factor of the logits, usually ``D ** -0.5``.
-        observe: only the last ``observe`` queries count in what is received; None: all.
+        observe: only the last ``observe`` queries count in what is received, 0: none; None: all.
         decay: a query counts ``decay`` to the power of how many come after it, from 0 to 1.
 
     Returns:

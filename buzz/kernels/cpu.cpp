@@ -7,10 +7,10 @@
 // small matrix kernel (`multiply`): scores[key][lane] = sum_d K[key][d] Q[d][lane], and
 // out[d][lane] = sum_key V[key][d] P[key][lane]. Keys come in tiles, which are packed once for
 // several blocks; maximum, sum and output of the softmax are carried from tile to tile, lane by lane.
-// A key's column sum needs the final maximum and sum of each query, so a block keeps its weights of
-// all visible keys (BLOCK * n floats), each tile's against the maximum of its time, and goes over
-// them once more at its end: cheaper than computing Q K^T twice. Everything else stays in the caches
-// near a core, however long the prompt.
+// A key's column sum needs the final maximum and sum of each query, so a block whose queries are
+// observed keeps its weights of all visible keys (BLOCK * n floats), each tile's against the maximum of
+// its time, and goes over them once more at its end: cheaper than computing Q K^T twice. Everything
+// else stays in the caches near a core, however long the prompt.
 
 #include <algorithm>
 #include <cmath>
@@ -218,14 +218,16 @@ template <class T>
 struct Block {
     typedef typename Operand<T>::type E;
     int64_t count, visible, keys;  // queries; keys of the first of them; of the last
+    bool keeps;                    // whether anybody asks what keys receive
     vec top[COLS], total[COLS];    // of the softmax so far
-    float* weights;                // [keys][BLOCK], each tile's against its row of `tops`
+    float* weights;                // [keys or TILE][BLOCK], each tile's against its row of `tops`
     std::vector<float> tops, out;  // [tile][BLOCK], [value_dim][BLOCK]
     std::vector<E> query, rounded;
 
     // `count` queries from `q` on, the first of which sees `visible` keys and each further one more.
-    void begin(const T* q, int64_t step, int64_t count_, int64_t visible_, const Tile<T>& tile) {
-        count = count_, visible = visible_, keys = visible + count - 1;
+    void begin(const T* q, int64_t step, int64_t count_, int64_t visible_, bool keeps_,
+               const Tile<T>& tile) {
+        count = count_, visible = visible_, keys = visible + count - 1, keeps = keeps_;
         query.assign(tile.depth * BLOCK, 0);
         for (int64_t i = 0; i < count; i++, q += step)
             for (int64_t t = 0; t < tile.depth; t++) {
@@ -242,7 +244,7 @@ struct Block {
         if (from >= keys) return;
         const int64_t size = std::min(TILE, keys - from), depth = tile.depth;
         const int64_t free = std::min(size, visible - from);  // keys that all of these queries see
-        float* p = weights + from * BLOCK;
+        float* p = weights + (keeps ? from * BLOCK : 0);
         vec before[COLS];
         for (int c = 0; c < COLS; c++) before[c] = top[c];
         int64_t j = 0;
@@ -294,7 +296,7 @@ struct Block {
         const int64_t value_dim = out.size() / BLOCK;
         for (int64_t i = 0; i < count; i++)
             for (int64_t d = 0; d < value_dim; d++) o[i * step + d] = out[d * BLOCK + i] * norm[i];
-        if (count <= first_observed) return;
+        if (!keeps) return;
         for (int64_t i = 0; i < BLOCK; i++)
             if (i < first_observed || i >= count)
                 norm[i] = 0;
@@ -333,15 +335,16 @@ static void scored_prefill(const T* query, const T* key, const T* value, T* out,
     // area of the causal triangle.
     const int64_t blocks = (shape.queries + BLOCK - 1) / BLOCK * group;
     const int64_t split = (8 * threads + rows - 1) / rows;
-    std::vector<float> partial(rows * split * shape.keys);
+    const int64_t observed = shape.queries - shape.observe;  // the first of them
+    const int64_t kept = shape.observe ? std::max(TILE, shape.keys) : TILE;
+    std::vector<float> partial(shape.observe ? rows * split * shape.keys : 0);
 #pragma omp parallel num_threads(threads)
     {
         Tile<T> tile(shape.dim, shape.value_dim);
         Block<T> side[SIDE];
         std::unique_ptr<float, decltype(&std::free)> weights(
-            (float*)std::aligned_alloc(64, SIDE * shape.keys * BLOCK * 4 / 64 * 64 + 64),
-            &std::free);
-        for (int64_t s = 0; s < SIDE; s++) side[s].weights = weights.get() + s * shape.keys * BLOCK;
+            (float*)std::aligned_alloc(64, SIDE * kept * BLOCK * 4), &std::free);
+        for (int64_t s = 0; s < SIDE; s++) side[s].weights = weights.get() + s * kept * BLOCK;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < rows * split; task++) {
             const int64_t b = task / split / shape.kv_heads, g = task / split % shape.kv_heads;
@@ -351,10 +354,12 @@ static void scored_prefill(const T* query, const T* key, const T* value, T* out,
                 const int64_t together = std::min(SIDE, blocks - n);
                 const auto head = [&](int64_t s) { return g * group + (n + s) % group; };
                 const auto first = [&](int64_t s) { return (n + s) / group * BLOCK; };
-                for (int64_t s = 0; s < together; s++)
+                for (int64_t s = 0; s < together; s++) {
+                    const int64_t count = std::min<int64_t>(BLOCK, shape.queries - first(s));
                     side[s].begin(query + b * sq.batch + head(s) * sq.head + first(s) * sq.token,
-                                  sq.token, std::min<int64_t>(BLOCK, shape.queries - first(s)),
-                                  shape.keys - shape.queries + first(s) + 1, tile);
+                                  sq.token, count, shape.keys - shape.queries + first(s) + 1,
+                                  first(s) + count > observed, tile);
+                }
                 const int64_t keys = side[together - 1].keys;
                 for (int64_t from = 0; from < keys; from += TILE) {
                     tile.read(k + from * sk.token, sk.token, v + from * sv.token, sv.token,
@@ -363,9 +368,9 @@ static void scored_prefill(const T* query, const T* key, const T* value, T* out,
                 }
                 for (int64_t s = 0; s < together; s++)
                     side[s].end(out + b * so.batch + head(s) * so.head + first(s) * so.token,
-                                so.token, &partial[task * shape.keys],
-                                std::max<int64_t>(0, shape.queries - shape.observe - first(s)),
-                                decay, shape.queries - first(s) - side[s].count);
+                                so.token, partial.data() + task * shape.keys,
+                                std::max<int64_t>(0, observed - first(s)), decay,
+                                shape.queries - first(s) - side[s].count);
             }
         }
     }
