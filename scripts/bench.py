@@ -4,7 +4,7 @@
     python scripts/bench.py --lengths 2048 --methods stock full buzz buzz-compiled
     python scripts/bench.py --ops                # operations of a step, counted
     python scripts/bench.py --kv-limit 512MB --lengths 2048 --model smollm2
-    python scripts/bench.py --llama-7b --device cpu --lengths 4096 8192 12288
+    python scripts/bench.py --llama-7b --device cpu --lengths 4096 8192 12288 --paired
     make gpu-bench                               # Llama-2-7B's shape on one GPU, 4K to 32K tokens
 
 Rows are measured in turn, each in a process of its own (`scripts/measure.py`), so that one's peak
@@ -14,8 +14,9 @@ while it reads the prompt, in chunks of 2,048. `-compiled` decodes by a graph; o
 transformers' StaticCache. A row's figures are medians over the repeats, with the spread (largest
 over smallest). `--batch max` searches for the largest batch, `--kv-limit` computes it; ratios of
 times are printed only beside rows of equal batch. Nothing is asserted here: the table says what was
-measured, and what ran out of memory. What a CSV of the same setting already has is not measured
-again with `--resume`.
+measured, and what ran out of memory. `--paired` takes one step of each method in turn, in one
+process: where the machine itself is unsteady, ratios are of one moment. What a CSV of the same
+setting already has is not measured again with `--resume`.
 """
 
 from __future__ import annotations
@@ -100,21 +101,40 @@ def job(arguments: argparse.Namespace, method: str, prompt: int, batch: int) -> 
 
 
 def child(arguments: argparse.Namespace, method: str, prompt: int, batch: str) -> dict[str, Any]:
-    """Measures a row in a new process; a failure is a result."""
+    """Measures a row in a new process."""
     if batch == "max":
         return largest(arguments, method, prompt)
     asked = job(arguments, method, prompt, int(batch))
     if reason := does_not_fit(asked):
         return {"failed": reason}
+    return process(arguments, asked)
+
+
+def process(arguments: argparse.Namespace, asked: dict[str, Any]) -> Any:
+    """What `scripts/measure.py` prints; a failure is a result."""
     env = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": str(arguments.threads)}
     command = [sys.executable, str(MEASURE), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode == 0:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return json.loads(done.stdout.splitlines()[-1])
     told = [line for line in done.stderr.splitlines() if line.strip()]
     out = done.returncode == -9 or re.search("out of memory|allocate|MemoryError", done.stderr)
     return {"failed": "OOM" if out else told[-1] if told else f"exit status {done.returncode}"}
+
+
+def in_turn(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of all methods at each length, a process for each length."""
+    rows = []
+    for prompt in arguments.lengths:
+        asked = job(arguments, arguments.methods[0], prompt, 1)
+        together = asked | {"method": "full"}  # the longest that is held
+        reason = does_not_fit(together)
+        found = {"failed": reason} if reason else None
+        found = found or process(arguments, asked | {"paired": arguments.methods})
+        if isinstance(found, dict):
+            found = [found | {"method": ", ".join(arguments.methods)}]
+        rows += [{"prompt": prompt} | row for row in found]
+    return rows
 
 
 def largest(arguments: argparse.Namespace, method: str, prompt: int) -> dict[str, Any]:
@@ -314,6 +334,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("results/hardware"))
+    parser.add_argument("--paired", action="store_true", help="one step of each method in turn")
     parser.add_argument("--ops", action="store_true", help="count the operations of a step")
     parser.add_argument("--resume", action="store_true", help="go on where a run was ended")
     for name, value in SHAPE.items():
@@ -325,6 +346,8 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"argument --llama-7b: not allowed with --{name.replace('_', '-')}")
     if arguments.kv_limit and arguments.batch != ["1"]:
         parser.error("argument --kv-limit: not allowed with --batch")
+    if arguments.paired and (arguments.kv_limit or arguments.batch != ["1"] or arguments.resume):
+        parser.error("argument --paired: not allowed with --kv-limit, --batch, --resume")
     if arguments.device is None:
         arguments.device = "cuda" if cuda() else "cpu"
     on_cpu, large = arguments.device == "cpu", arguments.llama_7b
@@ -400,6 +423,14 @@ def main(given: Sequence[str] | None = None) -> int:
     console.print_json(json.dumps(setting))
     stem = stem_of(arguments, setting["device"])
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.paired:
+        frame = pandas.DataFrame(in_turn(arguments))
+        file = arguments.out / f"{stem}-paired.csv"
+        frame.to_csv(file, index=False)
+        file.with_suffix(".json").write_text(json.dumps(setting, indent=1) + "\n")
+        console.print(frame.round(3).to_string(index=False))
+        console.print(f"saved: {file}")
+        return 0
     file, about = arguments.out / f"{stem}.csv", arguments.out / f"{stem}.json"
     results: list[dict[str, Any]] = []
     if arguments.resume and file.exists() and json.loads(about.read_text()) == setting:

@@ -2,7 +2,8 @@
 
     python scripts/measure.py '{"method": "buzz", "prompt": 2048, ...}'
 
-Takes a job as JSON (:class:`Job`), prints what was measured as JSON.
+Takes a job as JSON (:class:`Job`), prints what was measured as JSON; with `paired`, a list of
+methods, rows of all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +135,56 @@ def measure(job: Job) -> dict[str, Any]:
     return figures | {"copy_bytes_per_s": copy_bandwidth(device)}
 
 
+def paired(job: Job, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of several methods on one model, one step of each in turn.
+
+    Whatever else the machine does meanwhile, it does to all of them. Peaks of memory are the
+    process's own and not measured.
+    """
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    model = make_model(job)
+    ids = torch.randint(0, model.config.vocab_size, (job.batch, job.prompt)).to(job.device)
+    runs: dict[str, Run] = {}
+    prefill: dict[str, float] = {}
+    latencies: dict[str, list[float]] = {method: [] for method in methods}
+    linear: list[float] = []
+    with torch.inference_mode():
+        for method in methods:
+            runs[method] = run = Run(dataclasses.replace(job, method=method), model, job.batch)
+            start = time.perf_counter()
+            token = run.prefill(ids)
+            synchronize(token.device)
+            prefill[method] = time.perf_counter() - start
+            run.decode(token, job.settle)
+        for _ in range(job.new):
+            for method, run in runs.items():
+                latencies[method] += run.decode(token, 1)
+            linear.append(linear_seconds(model, job.batch, 1))
+    rows = []
+    for method, run in runs.items():
+        entries, entry, allocated = run.held()
+        steps = latencies[method]
+        rows.append(
+            {
+                "method": method,
+                "batch": job.batch,
+                "prefill_s": prefill[method],
+                "decode_ms": 1e3 * statistics.fmean(steps),
+                "decode_p50_ms": 1e3 * statistics.median(steps),
+                "linear_ms": 1e3 * statistics.median(linear),
+                "tokens_per_s": job.batch / statistics.fmean(steps),
+                "entries": entries,
+                "kv_bytes": job.batch * entries * entry,
+                "kv_allocated_bytes": allocated,
+                "first_over_it": statistics.median(
+                    a / b for a, b in zip(latencies[methods[0]], steps, strict=True)
+                ),
+            }
+        )
+    return rows
+
+
 def make_model(job: Job) -> nn.Module:
     """Weights are drawn in the dtype that they stay in."""
     if job.model:
@@ -239,21 +290,21 @@ class Run:
             EvictionLayer.after_attention = evict
 
 
-def linear_seconds(model: nn.Module, batch: int) -> float:
+def linear_seconds(model: nn.Module, batch: int, times: int = 10) -> float:
     """A token's way through the linear layers and nothing else: what no cache can save."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     device, dtype = layers[0].weight.device, layers[0].weight.dtype
     inputs = {m.in_features: torch.ones(batch, 1, m.in_features, device=device, dtype=dtype)
               for m in layers}  # fmt: skip
-    times = []
-    for _ in range(10):
+    seconds = []
+    for _ in range(times):
         synchronize(device)
         start = time.perf_counter()
         for layer in layers:
             layer(inputs[layer.in_features])
         synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -353,4 +404,6 @@ def operations(model: nn.Module, cache: Any, token: Tensor, **inputs: Any) -> Op
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Job(**json.loads(sys.argv[1])))))
+    asked = json.loads(sys.argv[1])
+    together = asked.pop("paired", None)
+    print(json.dumps(paired(Job(**asked), together) if together else measure(Job(**asked))))
