@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas
 import pytest
 
 from scripts import bench, measure
@@ -124,3 +125,33 @@ def test_more_methods_are_measured_when_asked_for(tmp_path: Path, monkeypatch) -
     assert measured == ["tova", "snapkv"]
     assert bench.main(common) == 0
     assert measured[2:] == list(bench.METHODS) and "tova" not in bench.METHODS
+
+
+def test_methods_take_their_steps_in_turn(tmp_path: Path, monkeypatch) -> None:
+    def process(arguments, asked: dict[str, object]) -> object:
+        methods = asked.pop("paired")
+        return measure.paired(measure.Job(**{**asked, "shape": TINY}), methods)
+
+    monkeypatch.setattr(bench, "process", process)
+    flags = ["--paired", "--device", "cpu", "--lengths", "600", "--new", "5", "--out"]
+    assert bench.main([*flags, str(tmp_path), "--methods", "full", "buzz"]) == 0
+    (file,) = tmp_path.glob("*-paired.csv")
+    rows = pandas.read_csv(file).set_index("method")
+    assert list(rows.index) == ["full", "buzz"] and rows.first_over_it["full"] == 1
+    assert rows.entries["full"] == 600 + measure.SETTLE + 5 > rows.entries["buzz"]
+    assert rows.kv_bytes["full"] == rows.entries["full"] * 2 * 2 * 2 * 8 * 4
+
+
+def test_what_does_not_fit_together_is_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bench, "process", None)
+    monkeypatch.setattr(bench, "available", lambda: 10 * 10**9)
+    flags = ["--llama-7b", "--device", "cpu", "--paired", "--lengths", "4096", "--out"]
+    assert bench.main([*flags, str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*-paired.csv")
+    assert pandas.read_csv(file).failed[0].startswith("does not fit")
+
+
+def test_pairs_have_one_row_each(capsys) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--paired", "--batch", "2"])
+    assert "--paired: not allowed with" in capsys.readouterr().err

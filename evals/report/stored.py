@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,11 @@ def _benchmark(path: Path) -> Table:
     lines = [row.dropna().to_dict() for _, row in measured.iterrows()]
     about = path.with_suffix(".json")
     setting = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+    device = setting.get("device", path.stem)
+    what = path.stem.removeprefix(re.sub("[^a-z0-9]", "-", device.lower())).strip("-")
     return Table(
         f"bench_{path.stem}",
-        f"Benchmark: {setting.get('device', path.stem)}",
+        f"Benchmark: {device}{f', {what}' if what else ''}",
         frame_of(_benchmark_row(line, lines) for line in lines),
         "Medians over repeats; spread: largest over smallest. stock: transformers' own cache; full:"
         f" this project's. {_told(setting)}".strip(),
