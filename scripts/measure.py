@@ -285,7 +285,8 @@ class Run:
 
         EvictionLayer.after_attention = timed
         try:
-            return spent / sum(self.decode(token, self.job.new))
+            seconds = sum(self.decode(token, self.job.new))
+            return spent / seconds
         finally:
             EvictionLayer.after_attention = evict
 

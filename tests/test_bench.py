@@ -127,6 +127,11 @@ def test_more_methods_are_measured_when_asked_for(tmp_path: Path, monkeypatch) -
     assert measured[2:] == list(bench.METHODS) and "tova" not in bench.METHODS
 
 
+def test_what_evictions_take_is_seen() -> None:
+    row = measure.measure(measure.Job("h2o", prompt=600, new=5, shape=TINY))
+    assert 0 < row["eviction_share"] < 1
+
+
 def test_methods_take_their_steps_in_turn(tmp_path: Path, monkeypatch) -> None:
     def process(arguments, asked: dict[str, object]) -> object:
         methods = asked.pop("paired")
