@@ -127,8 +127,8 @@ def in_turn(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for prompt in arguments.lengths:
         asked = job(arguments, arguments.methods[0], prompt, 1)
-        together = asked | {"method": "full"}  # the longest that is held
-        reason = does_not_fit(together)
+        holds_all = [name for name in arguments.methods if name.startswith(("stock", "full"))]
+        reason = does_not_fit(asked | {"method": [*holds_all, asked["method"]][0]})
         found = {"failed": reason} if reason else None
         found = found or process(arguments, asked | {"paired": arguments.methods})
         if isinstance(found, dict):

@@ -291,7 +291,6 @@ def originals(
     """See :func:`buzz.kernels.originals`."""
     size, heads, count = index.shape
     dim, bytes_of = keys.shape[-1], keys.element_size()
-    keys = keys if keys.stride(-1) == 1 else keys.contiguous()
     index = index.contiguous()
     rows = torch.arange(size) if rows is None else rows
     known = None if known is None else (known[0].contiguous(), known[1].contiguous())
