@@ -268,7 +268,7 @@ def table(rows: dict[str, dict[str, Any]], prompt: int, batch: str) -> Any:
             ratio(row, full, "decode_ms"),
             f"{row['linear_ms']:.2f}",
             f"{row['read_bytes'] / row['copy_bytes_per_s'] * 1e3:.2f}",
-            f"{100 * row['eviction_share']:.1f}" if row["eviction_share"] else "-",
+            f"{100 * row['eviction_share']:.1f}" if row.get("eviction_share", 0) > 0 else "-",
             f"{row['first_step_s']:.2f}",
         )
     return out
@@ -346,17 +346,19 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"argument --llama-7b: not allowed with --{name.replace('_', '-')}")
     if arguments.kv_limit and arguments.batch != ["1"]:
         parser.error("argument --kv-limit: not allowed with --batch")
-    if arguments.paired and (arguments.kv_limit or arguments.batch != ["1"] or arguments.resume):
-        parser.error("argument --paired: not allowed with --kv-limit, --batch, --resume")
+    alone = arguments.kv_limit or arguments.batch != ["1"] or arguments.resume or arguments.repeats
+    if arguments.paired and alone:
+        parser.error("argument --paired: not allowed with --kv-limit, --batch, --resume, --repeats")
     if arguments.device is None:
         arguments.device = "cuda" if cuda() else "cpu"
     on_cpu, large = arguments.device == "cpu", arguments.llama_7b
+    once = large or arguments.kv_limit or arguments.paired
     defaults = {
         "methods": PAPER if large and on_cpu else METHODS,
         "dtype": "bfloat16" if large or not on_cpu else "float32",
         "chunk": 1024 if large and on_cpu else 0,
         "new": 32 if large and on_cpu else 320,
-        "repeats": 1 if large or arguments.kv_limit else 3,
+        "repeats": 1 if once else 3,
     }
     for name, value in defaults.items():
         if getattr(arguments, name) is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -270,9 +271,12 @@ class Run:
         return self.seen, entry, sum(t.numel() * t.element_size() for t in tensors)
 
     def eviction_share(self, token: Tensor) -> float:
-        """What evictions take of decoding; the clock waits for the device on both sides."""
+        """What evictions take of decoding; the clock waits for the device on both sides.
+
+        NaN where nothing evicts, and in a graph, where no clock is.
+        """
         if self.job.policy is None or self.job.compiled:
-            return 0.0
+            return math.nan
         evict, spent = EvictionLayer.after_attention, 0.0
 
         def timed(layer: EvictionLayer, received: Any) -> None:

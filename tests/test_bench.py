@@ -156,7 +156,8 @@ def test_what_does_not_fit_together_is_told(tmp_path: Path, monkeypatch) -> None
     assert pandas.read_csv(file).failed[0].startswith("does not fit")
 
 
-def test_pairs_have_one_row_each(capsys) -> None:
+@pytest.mark.parametrize("flags", [["--batch", "2"], ["--repeats", "3"], ["--resume"]])
+def test_pairs_have_one_row_each(flags: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
-        bench.main(["--paired", "--batch", "2"])
+        bench.main(["--paired", *flags])
     assert "--paired: not allowed with" in capsys.readouterr().err
