@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
+from buzz import probe
 from scripts import gpu_check
 
 
@@ -50,9 +55,73 @@ def test_a_step_that_fails_fails_no_other(monkeypatch, tmp_path: Path) -> None:
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
 
 
-def test_there_are_twelve_steps_in_their_order() -> None:
+def test_there_are_fifteen_steps_in_their_order() -> None:
     numbers = [int((step.__doc__ or "0").split(".")[0]) for step in gpu_check.STEPS]
-    assert numbers == list(range(1, 13))
+    assert numbers == list(range(1, 16))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted")
+def test_every_line_runs_on_a_card_that_is_not_there(monkeypatch, tmp_path: Path) -> None:
+    """Numbers are made up and judged by nobody: it is typing errors that must not cost a card."""
+    pytest.importorskip("triton")
+    import fake_card
+
+    if not fake_card.available():
+        pytest.skip("no C++ compiler")
+    read = gpu_check.read_and_decode
+    asked: list[list[str]] = []
+
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        compile(command[2], "code", "exec") if command[1] == "-c" else None
+        return subprocess.CompletedProcess(command, 0, "64 passed in 3s\n1.5\n", "")
+
+    def generate(
+        model: Any, ids: torch.Tensor, *, max_new_tokens: int, min_new_tokens: int,
+        do_sample: bool, pad_token_id: int, **cache: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """As that of transformers, which ends when numbers say so."""
+        for tokens in (ids, *[ids[:, :1]] * max_new_tokens):
+            model(tokens, **cache)
+        return ids
+
+    def findings(model: Any, decoder: Any, kinds: list[Any]) -> list[Any]:
+        """What a probe finds of a Llama, whose numbers are none here."""
+        return [kind and probe.Turning(decoder.rotary_emb) for kind in kinds]
+
+    monkeypatch.setattr(probe, "findings", findings)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    for name, value in {
+        "METHODS": ("h2o",),
+        "LLAMA_7B": gpu_check.TINY,
+        "TOKENS": 3,
+        "STEADY": 4,
+        "CACHES": 2,
+        "expect": lambda holds, what: None,
+        "timed": lambda run: 1.0 + (run() is None),
+        "read_and_decode": lambda model, cache, prompt, new, chunk=0: read(
+            model, cache, 700, 2, chunk and 350
+        ),
+    }.items():
+        monkeypatch.setattr(gpu_check, name, value)
+    monkeypatch.setattr(gpu_check.subprocess, "run", start)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    cuda = {"max_memory_allocated": 1, "mem_get_info": (80e9, 80e9), "is_available": True}
+    names = "synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"
+    for name, answer in {**dict.fromkeys(names), **cuda}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    gpu_check.bandwidth.cache_clear()
+    with fake_card.card(answers=True) as noted:
+        gpu_check.main(["--out", str(tmp_path)])
+        gpu_check.bandwidth.cache_clear()
+    (file,) = tmp_path.iterdir()
+    steps = json.loads(file.read_text())["steps"]
+    assert {step["step"]: step.get("reason") for step in steps} == {
+        step.__doc__: None for step in gpu_check.STEPS
+    }
+    launched = {name for name, _ in noted.launches}
+    assert {"_received_kernel", "_decode_kernel", "_move_kernel", "_append_kernel"} <= launched
+    assert len(asked) == 3  # the kernels' tests, and attention with cuDNN and without
 
 
 @pytest.mark.gpu

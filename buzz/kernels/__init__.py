@@ -3,10 +3,12 @@
 The one place that chooses an implementation (:func:`implementation`):
 
 ============  ==========================================================================
-``triton``    CUDA tensors, where Triton is installed
+``triton``    float32, float16, bfloat16 on CUDA, from sm_80 on, where Triton is installed
 ``cpu``       float32, float16, bfloat16 on the CPU, where a C++ compiler is found: fused
 ``reference`` all else (other devices, float64, gradients): plain PyTorch, slower
 ============  ==========================================================================
+
+A card older than sm_80, whose multiprocessors hold less than the kernels take, is refused by name.
 
 The environment variable ``BUZZ_KERNELS`` set to one of the three names forces it for every call.
 All give the same numbers up to rounding; ``reference`` is what the others must equal.
@@ -20,25 +22,31 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
-from buzz.kernels.reference import Leading
+from buzz.kernels.reference import Leading, Move
 
 NAMES = ("triton", "cpu", "reference")
 __all__ = [
     "NAMES",
+    "Leading",
+    "Move",
     "append",
     "implementation",
     "move",
+    "move_all",
     "originals",
     "outruns_stock",
     "scored_decode",
     "scored_prefill",
     "step",
+    "step_rows",
+    "steps_rows",
 ]
 
 
@@ -49,22 +57,37 @@ def _triton() -> ModuleType | None:
     return importlib.import_module("buzz.kernels.triton_scores")
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A CUDA device's compute capability."""
+    return torch.cuda.get_device_capability(device)
+
+
+def _too_old(device: torch.device) -> ConfigError:
+    major, minor = capability(device)
+    name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+    remedy = "the kernels need sm_80; the environment's BUZZ_KERNELS=reference does without, slowly"
+    return ConfigError("device", name, remedy)
+
+
 def implementation(tensor: Tensor) -> ModuleType:
     """The module that serves a tensor of this device and dtype.
 
     Raises:
-        ConfigError: ``BUZZ_KERNELS`` names none, or one that cannot run here.
+        ConfigError: ``BUZZ_KERNELS`` names none, or one that cannot run here; a card too old.
     """
     forced = os.environ.get("BUZZ_KERNELS", "")
     if forced == "reference":
         return reference
     if forced not in ("", *NAMES):
         raise ConfigError("BUZZ_KERNELS", forced, f"write one of {', '.join(NAMES)}, or unset it")
-    if tensor.is_cuda and forced in ("", "triton") and (module := _triton()):
-        return module
-    if tensor.dtype in cpu.DTYPES and tensor.device.type == "cpu" and forced in ("", "cpu"):
-        differentiable = torch.is_grad_enabled() and tensor.requires_grad
-        if not differentiable and cpu.available():
+    differentiable = torch.is_grad_enabled() and tensor.requires_grad
+    if tensor.dtype in cpu.DTYPES and not differentiable:
+        if tensor.is_cuda and forced in ("", "triton") and (module := _triton()):
+            if capability(tensor.device) < (8, 0):
+                raise _too_old(tensor.device)
+            return module
+        if tensor.device.type == "cpu" and forced in ("", "cpu") and cpu.available():
             return cpu
     if forced:
         raise ConfigError(
@@ -214,6 +237,42 @@ def step(
     return output
 
 
+def steps_rows(query: Tensor) -> bool:
+    """Whether :func:`step_rows` serves this device and dtype."""
+    return implementation(query) is cpu and query.dtype != torch.float16
+
+
+def step_rows(
+    query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Sequence[int]], scale: float
+) -> Tensor:
+    """:func:`step` of rows whose entries lie in buffers of their own, each of its own length.
+
+    Only where :func:`steps_rows`.
+
+    Args:
+        query: [B, Hq, 1, D].
+        key, value: [B, Hkv, 1, D] and [B, Hkv, 1, Dv], the new entries.
+        rows: for each row the addresses of its keys [Hkv, C, D], values, positions (int32) and
+            scores (float32; 0: nobody asks), all dense; C; its first slot and one past its last,
+            which takes the new entry; the index of the new token; and whether scores grow by what
+            was received, or become it.
+        scale: factor of the logits.
+
+    Returns:
+        Output [B, Hq, 1, Dv].
+    """
+    return cpu.step_rows(query, key, value, rows, scale)
+
+
+def move_all(moves: Sequence[Move]) -> None:
+    """Several of :func:`move`, of tensors of one device and dtype; in any order."""
+    if moves and _mover(moves[0]) is cpu and all(_is_dense(one) for one in moves):
+        cpu.move_all(moves)
+    else:
+        for one in moves:
+            move(**vars(one))
+
+
 def move(
     source: Sequence[Tensor],
     target: Sequence[Tensor],
@@ -244,12 +303,22 @@ def move(
         interleaved: the layout of the rotary pairs (:func:`buzz.kernels.reference.rotate`).
         leading: the keys of the first of them, which are turned from how they came.
     """
-    chosen = reference if torch.compiler.is_compiling() else implementation(source[0])
-    dense = all(tensor.stride(-1) == 1 for tensor in source[:2])
-    if not dense or (chosen is cpu and source[0].dtype == torch.float16):
-        chosen = reference
+    one = Move(source, target, index, to, shift, turns, rows, interleaved, leading)
     more = {"rows": rows, "interleaved": interleaved, "leading": leading}
-    chosen.move(source, target, index, to, shift, turns, **more)
+    _mover(one).move(source, target, index, to, shift, turns, **more)
+
+
+def _mover(move: Move) -> Any:
+    """The module that serves a move."""
+    if torch.compiler.is_compiling() or not _is_dense(move):
+        return reference
+    keys = move.source[0]
+    chosen = implementation(keys)
+    return reference if chosen is cpu and keys.dtype == torch.float16 else chosen
+
+
+def _is_dense(move: Move) -> bool:
+    return move.source[0].stride(-1) == move.source[1].stride(-1) == 1
 
 
 def originals(

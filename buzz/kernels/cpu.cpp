@@ -20,6 +20,7 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -499,8 +500,24 @@ extern "C" void buzz_scored_decode(const void* query, const void* key, const voi
                       received, starts, *shape, strides, scale, threads);
 }
 
-// A decoding step in one call: the new entry is written where `bounds` says, then attended with all
-// others; scores grow by what was received, or become it.
+// A token of one row and key head: the new entry is written into slot `end - 1`, then attended with all
+// others from `start` on; scores (nullptr: nobody asks) grow by what was received, or become it.
+template <class T>
+static void step_head(const T* query, const T* key, const T* value, T* keys, T* values,
+                      int32_t* positions, float* scores, T* out, int64_t start, int64_t end,
+                      int64_t token, bool adds, int64_t group, float scale, Strides sq, Strides sk,
+                      Strides sv, Strides so, const Shape& shape) {
+    const int64_t slot = end - 1;
+    std::copy_n(key, shape.dim, keys + slot * sk.token);
+    std::copy_n(value, shape.value_dim, values + slot * sv.token);
+    positions[slot] = token;
+    if (scores) std::fill(scores + (adds ? slot : start), scores + end, 0.f);
+    decode_group<T>(query, keys + start * sk.token, values + start * sv.token, out,
+                    scores ? scores + start : nullptr, group, end - start, scale, sq, sk, sv, so,
+                    shape);
+}
+
+// A decoding step in one call.
 // bounds: [3][batch], first slot, one past the last, index of the new token.
 // least: multiplications that are worth waking other threads for.
 template <class T>
@@ -516,17 +533,12 @@ static void decode_step(const T* query, const T* key, const T* value, T* keys, T
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t b = task / shape.kv_heads, g = task % shape.kv_heads;
-        const int64_t start = bounds[b], end = bounds[shape.batch + b], slot = end - 1;
-        T* k = keys + b * sk.batch + g * sk.head;
-        T* v = values + b * sv.batch + g * sv.head;
-        std::copy_n(key + b * nk.batch + g * nk.head, shape.dim, k + slot * sk.token);
-        std::copy_n(value + b * nv.batch + g * nv.head, shape.value_dim, v + slot * sv.token);
-        positions[b * sp.batch + g * sp.head + slot] = bounds[2 * shape.batch + b];
-        float* share = scores ? scores + b * ss.batch + g * ss.head + start : nullptr;
-        if (share) std::fill(adds ? share + slot - start : share, share + end - start, 0.f);
-        decode_group<T>(query + b * sq.batch + g * group * sq.head, k + start * sk.token,
-                        v + start * sv.token, out + b * so.batch + g * group * so.head, share,
-                        group, end - start, scale, sq, sk, sv, so, shape);
+        step_head(query + b * sq.batch + g * group * sq.head, key + b * nk.batch + g * nk.head,
+                  value + b * nv.batch + g * nv.head, keys + b * sk.batch + g * sk.head,
+                  values + b * sv.batch + g * sv.head, positions + b * sp.batch + g * sp.head,
+                  scores ? scores + b * ss.batch + g * ss.head : nullptr,
+                  out + b * so.batch + g * group * so.head, bounds[b], bounds[shape.batch + b],
+                  bounds[2 * shape.batch + b], adds, group, scale, sq, sk, sv, so, shape);
     }
 }
 
@@ -542,6 +554,46 @@ extern "C" void buzz_step(const void* query, const void* key, const void* value,
         decode_step((const float*)query, (const float*)key, (const float*)value, (float*)keys,
                     (float*)values, positions, scores, (float*)out, bounds, *shape, strides, scale,
                     adds, threads, least);
+}
+
+// A row whose entries lie in buffers of its own, dense [kv_heads][capacity][...].
+struct Row {
+    void *keys, *values;
+    int32_t* positions;
+    float* scores;
+    int64_t capacity, start, end, token, adds;
+};
+
+// A decoding step of rows that each have buffers and a length of their own.
+template <class T>
+static void step_rows(const T* query, const T* key, const T* value, T* out, const Row* rows,
+                      const Shape& shape, const Strides* strides, float scale, int threads) {
+    const Strides sq = strides[0], nk = strides[1], nv = strides[2], so = strides[3];
+    const int64_t group = shape.heads / shape.kv_heads;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < shape.batch * shape.kv_heads; task++) {
+        const int64_t b = task / shape.kv_heads, g = task % shape.kv_heads;
+        const Row& row = rows[b];
+        const Strides sk{0, 0, shape.dim}, sv{0, 0, shape.value_dim};
+        const int64_t slots = g * row.capacity;
+        step_head(query + b * sq.batch + g * group * sq.head, key + b * nk.batch + g * nk.head,
+                  value + b * nv.batch + g * nv.head, (T*)row.keys + slots * shape.dim,
+                  (T*)row.values + slots * shape.value_dim, row.positions + slots,
+                  row.scores ? row.scores + slots : nullptr,
+                  out + b * so.batch + g * group * so.head, row.start, row.end, row.token,
+                  row.adds, group, scale, sq, sk, sv, so, shape);
+    }
+}
+
+extern "C" void buzz_step_rows(const void* query, const void* key, const void* value, void* out,
+                               const Row* rows, const Shape* shape, const Strides* strides,
+                               float scale, int threads, int half) {
+    if (half)
+        step_rows((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
+                  (bfloat16*)out, rows, *shape, strides, scale, threads);
+    else
+        step_rows((const float*)query, (const float*)key, (const float*)value, (float*)out, rows,
+                  *shape, strides, scale, threads);
 }
 
 // --- moving --------------------------------------------------------------------------------------
@@ -582,63 +634,90 @@ static void angles(double steps, const float* frequencies, int64_t half, float* 
 
 // Pairs of a key, in the precision of cosine and sine.
 template <class T, class F>
-static void turn(const T* x, T* y, const F* cosine, const F* sine, int64_t half, int interleaved) {
-    const int64_t first = interleaved ? 2 : 1, second = interleaved ? 1 : half;
-    for (int64_t j = 0; j < half; j++) {
-        const F p = float(x[j * first]), q = float(x[j * first + second]);
-        y[j * first] = p * cosine[j] - q * sine[j];
-        y[j * first + second] = q * cosine[j] + p * sine[j];
-    }
+static void turn(const T* __restrict x, T* __restrict y, const F* __restrict cosine,
+                 const F* __restrict sine, int64_t half, int interleaved) {
+    const auto pairs = [&](int64_t first, int64_t second) {
+        for (int64_t j = 0; j < half; j++) {
+            const F p = float(x[j * first]), q = float(x[j * first + second]);
+            y[j * first] = p * cosine[j] - q * sine[j];
+            y[j * first + second] = q * cosine[j] + p * sine[j];
+        }
+    };
+    interleaved ? pairs(2, 1) : pairs(1, half);
 }
+
+// What moves between the buffers of one store, or of two: dense index [batch][heads][count].
+struct Move {
+    const Moved* tensors;  // keys, values and whatever lies beside them
+    const int64_t *index, *rows;
+    const double *cosine, *sine;
+    Leading leading;
+    int64_t n_tensors, batch, heads, count, to, shift, half;
+};
 
 // Row `to + i` of the target <- row `index[i]` of the source, for keys (tensors[0], turned by row
-// `shift + i - index[i]` of the table) and whatever lies beside them. From the last entry to the
-// first: within one buffer, index[i] <= to + i, so that no row is overwritten before it was read.
-// Turned in double precision: a key can move a hundred thousand times, and must not shrink by it.
+// `shift + i - index[i]` of the table) and whatever lies beside them, in runs of neighbours. From the
+// last entry to the first: within one buffer, index[i] <= to + i, so that no row is overwritten before
+// it was read. Turned in double precision: a key can move a hundred thousand times, and must not
+// shrink by it.
 template <class T>
-static void move(const Moved* tensors, int64_t n_tensors, const int64_t* index,
-                 const int64_t* rows, const double* cosine, const double* sine,
-                 const Leading& leading, int64_t batch, int64_t heads, int64_t count, int64_t to,
-                 int64_t shift, int64_t half, int interleaved, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < batch * heads; task++) {
-        const int64_t b = rows[task / heads], h = task % heads, dense = tensors[0].size;
-        std::vector<float> turns(leading.count ? 2 * half : 0);
-        for (int64_t i = count - 1; i >= 0; i--) {
-            const int64_t from = index[task * count + i], steps = shift + i - from;
-            for (int64_t t = 0; t < n_tensors; t++) {
-                const Moved& m = tensors[t];
-                const char* source =
-                    m.source + b * m.source_batch + h * m.source_head + from * m.source_slot;
-                char* target =
-                    m.target + b * m.target_batch + h * m.target_head + (to + i) * m.target_slot;
-                if (!t && i < leading.count) {
-                    const int64_t own = task * leading.count + i;
-                    const char* came = leading.source + own * dense;
-                    std::memcpy(target, came, dense);
-                    angles(leading.position + i - leading.positions[own], leading.frequencies,
-                           half, turns.data(), turns.data() + half);
-                    turn((const T*)came, (T*)target, turns.data(), turns.data() + half, half,
-                         interleaved);
-                } else if (source != target) {
-                    std::memmove(target, source, m.size);
-                    if (!t && cosine && steps)
-                        turn((const T*)source, (T*)target, cosine + steps * half,
-                             sine + steps * half, half, interleaved);
-                }
-            }
+static void move_head(const Move& move, int64_t task, int interleaved) {
+    const int64_t b = move.rows ? move.rows[task / move.heads] : task / move.heads;
+    const int64_t h = task % move.heads, half = move.half, *index = move.index + task * move.count;
+    const Leading& leading = move.leading;
+    std::vector<float> turns(leading.count ? 2 * half : 0);
+    const auto source = [&](const Moved& m, int64_t slot) {
+        return m.source + b * m.source_batch + h * m.source_head + slot * m.source_slot;
+    };
+    const auto target = [&](const Moved& m, int64_t slot) {
+        return m.target + b * m.target_batch + h * m.target_head + slot * m.target_slot;
+    };
+    const Moved& keys = move.tensors[0];
+    for (int64_t end = move.count, begin; end > 0; end = begin) {
+        for (begin = end - 1; begin > 0 && index[begin - 1] + 1 == index[begin];) begin--;
+        const int64_t steps = move.shift + begin - index[begin];
+        const bool turned = move.cosine && steps;
+        for (int64_t t = 0; t < move.n_tensors; t++) {
+            const Moved& m = move.tensors[t];
+            const char* from = source(m, index[begin]);
+            char* to = target(m, move.to + begin);
+            if (from == to || (!t && turned)) continue;
+            if (m.source_slot == m.size && m.target_slot == m.size)
+                std::memmove(to, from, (end - begin) * m.size);
+            else
+                for (int64_t i = end - begin - 1; i >= 0; i--)
+                    std::memmove(to + i * m.target_slot, from + i * m.source_slot, m.size);
         }
+        for (int64_t i = end - 1; i >= begin && turned; i--) {
+            const char* from = source(keys, index[i]);
+            char* to = target(keys, move.to + i);
+            if (from == to) continue;
+            if (2 * half * int64_t(sizeof(T)) != keys.size) std::memmove(to, from, keys.size);
+            turn((const T*)from, (T*)to, move.cosine + steps * half, move.sine + steps * half, half,
+                 interleaved);
+        }
+    }
+    for (int64_t i = 0; i < std::min(leading.count, move.count); i++) {
+        const int64_t own = task * leading.count + i;
+        const char* came = leading.source + own * keys.size;
+        char* to = target(keys, move.to + i);
+        std::memcpy(to, came, keys.size);
+        angles(leading.position + i - leading.positions[own], leading.frequencies, half,
+               turns.data(), turns.data() + half);
+        turn((const T*)came, (T*)to, turns.data(), turns.data() + half, half, interleaved);
     }
 }
 
-extern "C" void buzz_move(const Moved* tensors, int64_t n_tensors, const int64_t* index,
-                          const int64_t* rows, const double* cosine, const double* sine,
-                          const Leading* leading, int64_t batch, int64_t heads, int64_t count,
-                          int64_t to, int64_t shift, int64_t half, int interleaved, int threads,
+extern "C" void buzz_move(const Move* moves, int64_t n_moves, int interleaved, int threads,
                           int is_half) {
-    (is_half ? move<bfloat16> : move<float>)(tensors, n_tensors, index, rows, cosine, sine, *leading,
-                                             batch, heads, count, to, shift, half, interleaved,
-                                             threads);
+    std::vector<std::pair<const Move*, int64_t>> tasks;
+    for (const Move* move = moves; move < moves + n_moves; move++)
+        for (int64_t task = 0; task < move->batch * move->heads; task++)
+            tasks.emplace_back(move, task);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (size_t n = 0; n < tasks.size(); n++)
+        (is_half ? move_head<bfloat16> : move_head<float>)(*tasks[n].first, tasks[n].second,
+                                                           interleaved);
 }
 
 // Rows `first + index[i]` of keys, and position + index[i]; of those that were known before,

@@ -13,9 +13,11 @@ rounded once they are counted, as stock attention rounds them.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
@@ -225,6 +227,27 @@ def step(
     return output
 
 
+def step_rows(
+    query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Sequence[int]], scale: float
+) -> Tensor:
+    """See :func:`buzz.kernels.step_rows`."""
+    query, key, value = (_dense(tensor, query.dtype) for tensor in (query, key, value))
+    batch, heads, _, dim = query.shape
+    output = query.new_empty(batch, 1, heads, value.shape[-1]).transpose(1, 2)
+    shape = (batch, heads, key.shape[1], 1, 1, dim, value.shape[-1], 1)
+    table = array.array("q", itertools.chain.from_iterable(rows))
+    _function("buzz_step_rows")(
+        *map(_pointer, (query, key, value, output)),
+        ctypes.c_void_p(table.buffer_info()[0]),
+        (ctypes.c_int64 * len(shape))(*shape),
+        _strides(query, key, value, output),
+        ctypes.c_float(scale),
+        _threads(heads * dim * sum(row[6] - row[5] for row in rows)),
+        query.dtype == torch.bfloat16,
+    )
+    return output
+
+
 class _Moved(ctypes.Structure):
     _fields_ = [("source", ctypes.c_void_p), ("target", ctypes.c_void_p)] + [
         (f"{end}_{dim}", ctypes.c_int64)
@@ -237,6 +260,16 @@ class _Moved(ctypes.Structure):
 class _Leading(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("source", "positions", "frequencies")]
     _fields_ += [(name, ctypes.c_int64) for name in ("count", "position")]
+
+
+class _Move(ctypes.Structure):
+    _fields_ = [("tensors", ctypes.POINTER(_Moved))]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("index", "rows", "cosine", "sine")]
+    _fields_ += [("leading", _Leading)]
+    _fields_ += [
+        (name, ctypes.c_int64)
+        for name in ("n_tensors", "batch", "heads", "count", "to", "shift", "half")
+    ]
 
 
 def move(
@@ -252,30 +285,52 @@ def move(
     leading: reference.Leading | None = None,
 ) -> None:
     """See :func:`buzz.kernels.move`; keys of float32 or bfloat16."""
-    keys = source[0]
-    size, heads, count = index.shape
-    moved = []
-    for old, new in zip(source, target, strict=True):
-        bytes_of = old.element_size()
-        strides = [step * bytes_of for tensor in (old, new) for step in tensor.stride()[:3]]
-        row = bytes_of * (old.shape[3] if old.ndim == 4 else 1)
-        moved.append(_Moved(old.data_ptr(), new.data_ptr(), *strides, row))
-    index = index.contiguous()
-    rows = torch.arange(size) if rows is None else rows
-    half, first = 0 if turns is None else turns[0].shape[-1], _Leading()
-    if leading is not None:
-        came = [t.contiguous() for t in (leading.source, leading.positions, leading.frequencies)]
-        first = _Leading(*(t.data_ptr() for t in came), came[0].shape[2], leading.position)
-        half = came[2].shape[0]
+    move_all([reference.Move(source, target, index, to, shift, turns, rows, interleaved, leading)])
+
+
+def move_all(moves: Sequence[reference.Move]) -> None:
+    """Several moves, of one layout of pairs and one dtype, in one call."""
+    calls = (_Move * len(moves))()
+    alive: list[Tensor] = []  # until the call is over
+    work = 0
+    for call, one in zip(calls, moves, strict=True):
+        n_tensors = len(one.source)
+        moved = (_Moved * n_tensors)()
+        for own, old, new in zip(moved, one.source, one.target, strict=True):
+            size, (batch, head, slot, *_) = old.element_size(), old.stride()
+            own.source = own.target = old.data_ptr()
+            own.source_batch = own.target_batch = batch * size
+            own.source_head = own.target_head = head * size
+            own.source_slot = own.target_slot = slot * size
+            own.size = size * (old.shape[3] if old.ndim == 4 else 1)
+            if new is not old:
+                batch, head, slot, *_ = new.stride()
+                own.target, own.target_batch = new.data_ptr(), batch * size
+                own.target_head, own.target_slot = head * size, slot * size
+        call.tensors, call.n_tensors = moved, n_tensors
+        index = one.index.contiguous()
+        alive.append(index)
+        call.index = index.data_ptr()
+        call.batch, call.heads, call.count = index.shape
+        call.to, call.shift = one.to, one.shift
+        work += index.numel() * one.source[0].shape[-1]
+        if one.rows is not None:
+            call.rows = one.rows.data_ptr()
+        if one.turns is not None:
+            cosine, sine = one.turns
+            call.cosine, call.sine = cosine.data_ptr(), sine.data_ptr()
+            call.half = cosine.shape[-1]
+        if (first := one.leading) is not None:
+            came = [t.contiguous() for t in (first.source, first.positions, first.frequencies)]
+            alive += came
+            call.leading = _Leading(*(t.data_ptr() for t in came), came[0].shape[2], first.position)
+            call.half = came[2].shape[0]
     _function("buzz_move")(
-        (_Moved * len(moved))(*moved),
-        ctypes.c_int64(len(moved)),
-        *map(_pointer, (index, rows, *(turns or (None, None)))),
-        ctypes.byref(first),
-        *map(ctypes.c_int64, (size, heads, count, to, shift, half)),
-        interleaved,
-        _threads(index.numel() * keys.shape[-1]),
-        keys.dtype == torch.bfloat16,
+        calls,
+        ctypes.c_int64(len(moves)),
+        moves[0].interleaved,
+        _threads(work),
+        moves[0].source[0].dtype == torch.bfloat16,
     )
 
 

@@ -6,6 +6,7 @@ depend on how its logits were rounded. Blocks of query rows keep the extra memor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,21 @@ class Leading(NamedTuple):
     positions: Tensor
     position: int
     frequencies: Tensor
+
+
+@dataclasses.dataclass
+class Move:
+    """The arguments of one :func:`buzz.kernels.move`."""
+
+    source: Sequence[Tensor]
+    target: Sequence[Tensor]
+    index: Tensor
+    to: int
+    shift: int
+    turns: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None
+    interleaved: bool = False
+    leading: Leading | None = None
 
 
 BLOCK = 64  # queries whose scores exist at one time

@@ -8,6 +8,7 @@ compiled anew because a length changed. What has run of them is told in
 # mypy: disallow-untyped-defs=False
 # No `from __future__ import annotations`: Triton reads `tl.constexpr` off the annotations.
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,12 @@ def wide(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@triton.jit(do_not_specialize=["slot", "token"])
+# Strides of positions and scores, which change with a buffer's capacity.
+_COUNTED = ("spb", "sph", "ssb", "ssh", "tpb", "tph", "tsb", "tsh")
+TWO_PI = tl.constexpr(2 * math.pi)
+
+
+@triton.jit(do_not_specialize=["slot", "token", *_COUNTED[:4]])
 def _append_kernel(
     key, value, keys, values, positions, scores, bounds,
     snb, snh, swb, swh, skb, skh, skt, svb, svh, svt, spb, sph, ssb, ssh,
@@ -57,8 +63,10 @@ def _append_kernel(
     if BOUNDED:
         slot = tl.load(bounds + batch + b) - 1
         token = tl.load(bounds + 2 * batch + b)
-    elif PADDED:
-        token = token - tl.load(bounds + b)
+    else:
+        slot = slot.to(tl.int64)
+        if PADDED:
+            token = token - tl.load(bounds + b)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     k = tl.load(key + b * snb + h * snh + d, mask=d < DIM)
@@ -70,7 +78,7 @@ def _append_kernel(
         tl.store(scores + b * ssb + h * ssh + slot, 0.0)
 
 
-@triton.jit(do_not_specialize=["count", "to", "shift", "residents", "position"])
+@triton.jit(do_not_specialize=["count", "to", "shift", "residents", "position", *_COUNTED])
 def _move_kernel(
     keys, values, positions, scores, new_keys, new_values, new_positions, new_scores,
     index, rows, cosine, sine, leading, leading_positions, frequencies,
@@ -78,83 +86,109 @@ def _move_kernel(
     tkb, tkh, tkt, tvb, tvh, tvt, tpb, tph, tsb, tsh,
     count, heads, to, shift, residents, position,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HALF: tl.constexpr,
-    TURNED: tl.constexpr, LED: tl.constexpr,
+    TURNED: tl.constexpr, LED: tl.constexpr, EXACT: tl.constexpr,
     INTERLEAVED: tl.constexpr, SOME_ROWS: tl.constexpr, SCORED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All kept entries of one row and head, keys turned if TURNED, from the last to the first.
 
-    If LED, the first `residents` are turned from `leading` to `position` and on.
+    The first program of the second axis moves keys, the other one all else. If LED, the first
+    `residents` keys are turned from `leading` to `position` and on. EXACT: in float64.
 
     Within one buffer no entry moves towards slot 0, so that what a block overwrites was read by it
     or by one that came before it.
     """
-    b = tl.program_id(0).to(tl.int64) // heads
-    h = tl.program_id(0).to(tl.int64) % heads
-    index += tl.program_id(0).to(tl.int64) * count
+    program = tl.program_id(0).to(tl.int64)
+    b = program // heads
+    h = program % heads
+    index += program * count
     if SOME_ROWS:
         b = tl.load(rows + b)
-    keys += b * skb + h * skh
-    values += b * svb + h * svh
-    positions += b * spb + h * sph
-    new_keys += b * tkb + h * tkh
-    new_values += b * tvb + h * tvh
-    new_positions += b * tpb + h * tph
-    if SCORED:
-        scores += b * ssb + h * ssh
-        new_scores += b * tsb + h * tsh
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_V)
-    # x cos - y sin in one half of the pairs, y cos + x sin in the other, the rest as it is.
-    if INTERLEAVED:
-        is_first = d % 2 == 0
-        partner = tl.where(d >= 2 * HALF, d, tl.where(is_first, d + 1, d - 1))
-        angle = d // 2
+    blocks = tl.cdiv(count, BLOCK_N)
+    if tl.program_id(1) == 0:
+        keys += b * skb + h * skh
+        new_keys += b * tkb + h * tkh
+        dtype = new_keys.dtype.element_ty
+        # A pair is turned by one angle: (x, y) to (x cos - y sin, y cos + x sin). z is the rest.
+        pair = tl.arange(0, BLOCK_H)
+        if INTERLEAVED:
+            dx = 2 * pair
+            dy = 2 * pair + 1
+        else:
+            dx = pair
+            dy = pair + HALF
+        dz = 2 * HALF + tl.arange(0, BLOCK_R)
+        for block in range(blocks - 1, -1, -1):
+            i = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = i < count
+            source = tl.load(index + i, mask=inside, other=0)[:, None]
+            target = (to + i).to(tl.int64)[:, None]
+            mask = inside[:, None] & (pair < HALF)[None, :]
+            rest = inside[:, None] & (dz < DIM)[None, :]
+            x = tl.load(keys + source * skt + dx[None, :], mask=mask, other=0.0)
+            y = tl.load(keys + source * skt + dy[None, :], mask=mask, other=0.0)
+            if 2 * HALF < DIM:
+                z = tl.load(keys + source * skt + dz[None, :], mask=rest, other=0.0)
+            if TURNED:
+                turn = (shift + i[:, None] - source) * HALF + pair[None, :]
+                c = tl.load(cosine + turn, mask=mask, other=1.0)
+                s = tl.load(sine + turn, mask=mask, other=0.0)
+                if not EXACT:
+                    c = c.to(tl.float32)
+                    s = s.to(tl.float32)
+                wide_x = x.to(c.dtype)
+                wide_y = y.to(c.dtype)
+                # By way of float32: old compilers know no other from float64 to bfloat16.
+                x = (wide_x * c - wide_y * s).to(tl.float32).to(dtype)
+                y = (wide_y * c + wide_x * s).to(tl.float32).to(dtype)
+            if LED:  # noqa: SIM102  (what it holds is compiled, or not)
+                if block * BLOCK_N < residents:
+                    led = (i < residents)[:, None]
+                    row = (program * residents + i)[:, None]
+                    at = tl.load(leading_positions + row, mask=led, other=0)
+                    speed = tl.load(frequencies + pair, mask=pair < HALF, other=0.0)
+                    moved = (position + i[:, None]).to(tl.int64) - at
+                    phase = moved.to(tl.float64) * speed.to(tl.float64)[None, :]
+                    # Below pi, float32 is exact enough; the way there is not.
+                    near = (phase - tl.floor(phase * (1 / TWO_PI) + 0.5) * TWO_PI).to(tl.float32)
+                    c = tl.cos(near)
+                    s = tl.sin(near)
+                    came = leading + row * DIM
+                    wide_x = tl.load(came + dx[None, :], mask=mask & led, other=0.0).to(tl.float32)
+                    wide_y = tl.load(came + dy[None, :], mask=mask & led, other=0.0).to(tl.float32)
+                    x = tl.where(led, (wide_x * c - wide_y * s).to(dtype), x)
+                    y = tl.where(led, (wide_y * c + wide_x * s).to(dtype), y)
+            tl.debug_barrier()  # all of the block is read before any of it is written
+            tl.store(new_keys + target * tkt + dx[None, :], x, mask=mask)
+            tl.store(new_keys + target * tkt + dy[None, :], y, mask=mask)
+            if 2 * HALF < DIM:
+                tl.store(new_keys + target * tkt + dz[None, :], z, mask=rest)
+            tl.debug_barrier()
     else:
-        is_first = d < HALF
-        partner = tl.where(d >= 2 * HALF, d, tl.where(is_first, d + HALF, d - HALF))
-        angle = tl.where(is_first, d, d - HALF)
-    for block in range(tl.cdiv(count, BLOCK_N) - 1, -1, -1):
-        i = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = i < count
-        source = tl.load(index + i, mask=inside, other=0)
-        target = (to + i).to(tl.int64)
-        mask = inside[:, None] & (d < DIM)[None, :]
-        value_mask = inside[:, None] & (dv < VALUE_DIM)[None, :]
-        x = tl.load(keys + source[:, None] * skt + d[None, :], mask=mask, other=0.0)
-        v = tl.load(values + source[:, None] * svt + dv[None, :], mask=value_mask, other=0.0)
-        p = tl.load(positions + source, mask=inside, other=0)
-        turned = inside[:, None] & (d < 2 * HALF)[None, :]
-        if TURNED:
-            y = tl.load(keys + source[:, None] * skt + partner[None, :], mask=mask, other=0.0)
-            turn = (shift + i - source)[:, None] * HALF + angle[None, :]
-            c = tl.load(cosine + turn, mask=turned, other=1.0)
-            s = tl.load(sine + turn, mask=turned, other=0.0)
-            s = tl.where(is_first[None, :], -s, s)
-            x = (x.to(c.dtype) * c + y.to(c.dtype) * s).to(new_keys.dtype.element_ty)
-        if LED:
-            led = i < residents
-            row = (tl.program_id(0).to(tl.int64) * residents + i)[:, None]
-            mask_led = mask & led[:, None]
-            x_led = tl.load(leading + row * DIM + d[None, :], mask=mask_led, other=0.0)
-            y_led = tl.load(leading + row * DIM + partner[None, :], mask=mask_led, other=0.0)
-            at = tl.load(leading_positions + row, mask=led[:, None], other=0)
-            moved = (position + i)[:, None].to(tl.int64) - at
-            speed = tl.load(frequencies + angle, mask=d < 2 * HALF, other=0.0).to(tl.float64)
-            phase = moved.to(tl.float64) * speed[None, :]
-            s = tl.where(is_first[None, :], -tl.sin(phase), tl.sin(phase))
-            z = x_led.to(tl.float64) * tl.cos(phase) + y_led.to(tl.float64) * s
-            z = tl.where(turned, z, x_led.to(tl.float64)).to(new_keys.dtype.element_ty)
-            x = tl.where(led[:, None], z, x)
+        values += b * svb + h * svh
+        positions += b * spb + h * sph
+        new_values += b * tvb + h * tvh
+        new_positions += b * tpb + h * tph
         if SCORED:
-            score = tl.load(scores + source, mask=inside, other=0.0)
-        tl.debug_barrier()  # all of the block is read before any of it is written
-        tl.store(new_keys + target[:, None] * tkt + d[None, :], x, mask=mask)
-        tl.store(new_values + target[:, None] * tvt + dv[None, :], v, mask=value_mask)
-        tl.store(new_positions + target, p, mask=inside)
-        if SCORED:
-            tl.store(new_scores + target, score, mask=inside)
-        tl.debug_barrier()
+            scores += b * ssb + h * ssh
+            new_scores += b * tsb + h * tsh
+        dv = tl.arange(0, BLOCK_V)[None, :]
+        for block in range(blocks - 1, -1, -1):
+            i = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = i < count
+            source = tl.load(index + i, mask=inside, other=0)
+            target = (to + i).to(tl.int64)
+            mask = inside[:, None] & (dv < VALUE_DIM)
+            v = tl.load(values + source[:, None] * svt + dv, mask=mask, other=0.0)
+            p = tl.load(positions + source, mask=inside, other=0)
+            if SCORED:
+                score = tl.load(scores + source, mask=inside, other=0.0)
+            tl.debug_barrier()
+            tl.store(new_values + target[:, None] * tvt + dv, v, mask=mask)
+            tl.store(new_positions + target, p, mask=inside)
+            if SCORED:
+                tl.store(new_scores + target, score, mask=inside)
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["count", "first", "position", "known"])
@@ -166,12 +200,12 @@ def _originals_kernel(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Keys as they came: from `source` the first `known` entries, from the cache the others."""
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     b = row // heads
     h = row % heads
     if SOME_ROWS:
         b = tl.load(rows + b)
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = i < count
     entry = tl.load(index + row * count + i, mask=inside, other=0)
@@ -223,6 +257,7 @@ def write(
         *positions.stride()[:2], *scores.stride()[:2], batch, heads, slot, token,
         BOUNDED=bounded, PADDED=bounds is not None, SCORED=len(buffers) > 3,
         DIM=dim, VALUE_DIM=value_dim, BLOCK_D=wide(dim), BLOCK_V=wide(value_dim),
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -248,13 +283,15 @@ def move(
     led = (None, None, 0, None) if leading is None else leading
     half = 0 if cos is None else cos.shape[-1]
     half = half if leading is None else leading.frequencies.shape[-1]
-    _move_kernel[(batch * heads,)](
+    _move_kernel[(batch * heads, 2)](
         *old, *new, index.contiguous(), rows, cos, sin, led[0], led[1], led[3],
         *(stride for t in (*old, *new) for stride in t.stride()[: t.ndim - 1]),
         count, heads, to, shift, 0 if leading is None else leading.source.shape[2], led[2],
         DIM=dim, VALUE_DIM=value_dim, HALF=half, TURNED=cos is not None, LED=leading is not None,
-        INTERLEAVED=interleaved, SOME_ROWS=rows is not None, SCORED=len(source) > 3,
-        BLOCK_D=wide(dim), BLOCK_V=wide(value_dim), BLOCK_N=32 if leading is None else 16,
+        EXACT=old[0].dtype == torch.float32, INTERLEAVED=interleaved, SOME_ROWS=rows is not None,
+        SCORED=len(source) > 3, BLOCK_H=triton.next_power_of_2(max(1, half)),
+        BLOCK_R=triton.next_power_of_2(max(1, dim - 2 * half)), BLOCK_V=wide(value_dim),
+        BLOCK_N=16, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -274,10 +311,10 @@ def originals(
     found = keys.new_empty(size, heads, count, dim)
     positions = index.new_empty(size, heads, count)
     source, at = (None, None) if known is None else (tensor.contiguous() for tensor in known)
-    _originals_kernel[(triton.cdiv(count, 32), size * heads)](
+    _originals_kernel[(size * heads, triton.cdiv(count, 32))](
         keys, index.contiguous(), rows, source, at, found, positions,
         *keys.stride()[:3], count, heads, first, position, 0 if source is None else source.shape[2],
         DIM=dim, KNOWN=source is not None, SOME_ROWS=rows is not None,
-        BLOCK_D=wide(dim), BLOCK_N=32,
+        BLOCK_D=wide(dim), BLOCK_N=32, enable_fp_fusion=True,
     )  # fmt: skip
     return found, positions
