@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from buzz.entries import Entries
 from buzz.policy import BudgetBy, Evicts, Policy, State
 
 
@@ -43,6 +45,10 @@ class PromptPolicy(Policy):
     def survivors(self, held: int, state: State) -> tuple[int, State]:
         """The state is 0 until the prompt is judged."""
         return (held, state) if state else (self.left(held), 1)
+
+    def score(self, entries: Entries) -> Tensor:
+        """Without a score of its own, a method ranks by the attention received."""
+        return entries.received
 
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
@@ -85,10 +91,17 @@ class RankingPolicy(Policy):
             return self.size, self.size
         return held, state or held
 
+    def score(self, entries: Entries) -> Tensor:
+        """Without a score of its own, a method ranks by the attention received."""
+        return entries.received
+
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        candidates = scores[..., : held - self.protected]
-        return candidates.topk(self.size - self.protected, dim=-1).indices.sort(dim=-1).values
+        candidates, stay = scores[..., : held - self.protected], self.size - self.protected
+        if candidates.shape[-1] == stay + 1:  # decoding: one leaves, no sort is needed
+            kept = torch.arange(stay, device=scores.device)
+            return kept + (kept >= candidates.argmin(-1, keepdim=True))
+        return candidates.topk(stay, dim=-1).indices.sort(dim=-1).values
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

@@ -32,7 +32,6 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from buzz.errors import ConfigError
-from buzz.rope import Rope, Rotation
 
 # The name under which this transformers takes a cache: `cache` from 5.24 on, which still knows the
 # older name and warns.
@@ -44,8 +43,14 @@ CACHE_ARGUMENT = (
 BACKENDS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PROJECTIONS = ("o_proj", "out_proj", "dense")  # names of W_o in attention modules
 
+TEXT = (
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
+    *("labels", "logits_to_keep"),
+)
+
 Attention = Callable[..., tuple[Tensor, Any]]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Inputs | None]
 
 # Models whose attention is more than softmax(q k) v over per-head keys.
 UNSUPPORTED = {
@@ -63,13 +68,15 @@ _installed: dict[str, Attention] = {}  # by backend, what stands in place of its
 def install(
     model: PreTrainedModel,
     attend: Callable[..., tuple[Tensor, Any]],
-    announce: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Inputs | None],
+    announce: Hook,
+    overhear: Hook,
 ) -> nn.Module:
     """Put an attention function and a pre-hook of the decoder in place (once).
 
     Args:
         attend: takes the stock function, the backend's name, and what the stock function takes.
         announce: the hook.
+        overhear: one of a model around the decoder that reads images, too.
 
     Returns:
         The decoder.
@@ -82,14 +89,38 @@ def install(
         raise ConfigError(
             "model.attn_implementation", backend, f"choose one of {', '.join(BACKENDS)}"
         )
-    stock = ALL_ATTENTION_FUNCTIONS.get(backend, _model_eager)
+    stock = ALL_ATTENTION_FUNCTIONS.get(backend, model_eager)
     if stock is not _installed.get(backend):
         _installed[backend] = functools.partial(attend, stock, backend)
         AttentionInterface.register(backend, _installed[backend])
     decoder: nn.Module = model.get_decoder()
-    if not any(hook is announce for hook in decoder._forward_pre_hooks.values()):
-        decoder.register_forward_pre_hook(announce, with_kwargs=True)
+    for module, hook in ((decoder, announce), (model.base_model, overhear)):
+        present = module._forward_pre_hooks.values()
+        if not any(known in (announce, overhear) for known in present):
+            module.register_forward_pre_hook(hook, with_kwargs=True)
     return decoder
+
+
+def before_generate(model: PreTrainedModel, check: Callable[..., None]) -> None:
+    """Have `check(inputs, **kwargs)` called with what `model.generate` is given, first (once).
+
+    It is the one place that sees a prompt whole: `generate` hands on what the cache has not seen.
+    """
+    own: Any = getattr(model, "generate", None)
+    if own is None or getattr(own, "check", None) is check:
+        return
+
+    function = getattr(own, "__func__", None)
+
+    @functools.wraps(own)
+    def generate(model: PreTrainedModel, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        check(inputs, **kwargs)
+        call = own if function is None else functools.partial(function, model)
+        return call(inputs, *args, **kwargs)
+
+    generate.__dict__["check"] = check
+    # A method, so that a copy of the model has one of its own.
+    model.__dict__["generate"] = types.MethodType(generate, model)
 
 
 def after_forward(decoder: nn.Module, hook: Callable[..., None]) -> None:
@@ -150,12 +181,26 @@ def step_tokens(inputs: dict[str, Any]) -> Tensor:
     return inputs["inputs_embeds"] if ids is None else ids
 
 
+def require_text(inputs: dict[str, Any]) -> None:
+    """Refuses a prompt with images or sounds, whose tokens may attend each other both ways.
+
+    Args:
+        inputs: of a model around a decoder, by name.
+
+    Raises:
+        ConfigError: there is something but text.
+    """
+    for name, value in inputs.items():
+        if name not in TEXT and isinstance(value, Tensor) and value.any():
+            raise ConfigError(name, tuple(value.shape), "an evicting cache serves text alone")
+
+
 def unread_mask(device: torch.device) -> Tensor:
     """A 4-D mask is passed on as it is and spares making one. This one is never read."""
     return torch.empty(1, 1, 1, 1, device=device)
 
 
-def _model_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+def model_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """The eager attention of the module's own model file, which transformers does not register."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
@@ -217,8 +262,11 @@ class SelfAttending(CacheLayerMixin):
 def why_unsupported(config: PretrainedConfig) -> str | None:
     """Why no cache can evict for models of this configuration; None if it can."""
     text = config.get_text_config(decoder=True)
+    layers = [text]
+    if hasattr(text, "num_hidden_layers"):  # which may differ in this, too
+        layers = list(getattr(text, "per_layer_config", layers))
     for field, reason in UNSUPPORTED.items():
-        if getattr(text, field, None):
+        if any(getattr(layer, field, None) for layer in layers):
             return f"{reason} (config.{field})"
     if not getattr(text, "rope_parameters", None):
         return "has no rotary position embedding (RoPE), so no kept key can be moved"
@@ -232,7 +280,12 @@ def layers_of(model: PreTrainedModel) -> Iterator[tuple[str, DynamicSlidingWindo
         ConfigError: nothing in a layer could be evicted.
     """
     config = model.config.get_text_config(decoder=True)
-    for index, (kind, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
+    try:
+        stated = list(zip(*get_layer_types_and_kwargs(config), strict=True))
+    except AttributeError as error:
+        reason = "its configuration does not tell what its layers are"
+        raise ConfigError("model", type(model).__name__, reason) from error
+    for index, (kind, kwargs) in enumerate(stated):
         window: Any = kwargs.get("sliding_window")
         if kind == "sliding_attention" and window < config.max_position_embeddings:
             yield kind, DynamicSlidingWindowLayer(sliding_window=window)
@@ -240,7 +293,7 @@ def layers_of(model: PreTrainedModel) -> Iterator[tuple[str, DynamicSlidingWindo
             yield kind, None
         else:
             name, remedy = type(model).__name__, f"layer {index} is {kind}"
-            raise ConfigError("model", name, f"{remedy}; it has no KV cache to thin")
+            raise ConfigError("model", name, f"{remedy}, which has no KV cache that can be thinned")
 
 
 def attention_of(decoder: nn.Module, index: int) -> nn.Module:
@@ -255,11 +308,6 @@ def attention_of(decoder: nn.Module, index: int) -> nn.Module:
         if hasattr(layer, name):
             return getattr(layer, name)
     raise ConfigError("model", type(decoder).__name__, "its attention layers could not be found")
-
-
-def has_rope(attention: nn.Module) -> bool:
-    """Whether a layer rotates its keys; NoPE layers of SmolLM3 and Llama 4 do not."""
-    return bool(getattr(attention, "use_rope", True))
 
 
 def output_projection(attention: nn.Module | None) -> Tensor:
@@ -282,7 +330,7 @@ def output_projection(attention: nn.Module | None) -> Tensor:
 
 def short_context(model: PreTrainedModel, decoder: nn.Module) -> int:
     """Tokens after which LongRoPE's frequencies change; 0 of any other model."""
-    longrope = getattr(decoder.rotary_emb, "rope_type", None) == "longrope"
+    longrope = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None) == "longrope"
     return model.config.original_max_position_embeddings if longrope and drops(model) else 0
 
 
@@ -292,51 +340,3 @@ def drops(model: PreTrainedModel) -> bool:
     Phi-3 does so when a text grows past its short context.
     """
     return hasattr(model.config, "original_max_position_embeddings")
-
-
-# --- how a layer rotates its keys ----------------------------------------------------------------
-
-
-def find_rope(decoder: nn.Module, attention: nn.Module, layer_type: str) -> Rope:
-    """The rotation of one attention layer, checked against the model's own code.
-
-    Raises:
-        ConfigError: the model has no RoPE, or rotates in a way that cannot be undone from cos/sin.
-    """
-    name = type(decoder).__name__
-    if not has_rope(attention):
-        return Rope(None)
-    module = getattr(decoder, "rotary_emb", None)
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if module is None or apply is None:
-        raise ConfigError("model", name, "its rotary position embedding could not be found")
-    per_type = hasattr(module, f"{layer_type}_inv_freq")
-    prefix = layer_type if per_type else ""
-    for interleaved in (False, True):
-        rope = Rope(module, prefix, interleaved)
-        if _agrees(rope, apply, attention, layer_type if per_type else None):
-            return rope
-    raise ConfigError(
-        "model", name, "rotates its keys in an unknown layout; neither half-split nor interleaved"
-    )
-
-
-@torch.no_grad()
-def _agrees(
-    rope: Rope, apply: Callable[..., Rotation], attention: nn.Module, layer_type: str | None
-) -> bool:
-    """Whether moving a key with `rope` gives what the model computes at the new position."""
-    device = rope.frequencies().device
-    head_dim = getattr(attention, "head_dim", 2 * rope.frequencies().shape[-1])
-    key = torch.linspace(-1, 1, 2 * head_dim, device=device).view(1, 1, 2, head_dim)
-    positions = torch.tensor([[2, 7]], device=device)
-    kwargs = {} if layer_type is None else {"layer_type": layer_type}
-    assert rope.module is not None
-    at_old, at_new = positions, positions.flip(-1)
-    try:
-        old = apply(key, key, *rope.module(key, at_old, **kwargs))[1]
-        new = apply(key, key, *rope.module(key, at_new, **kwargs))[1]
-        moved = rope.rotate(old, rope.turn(at_new, at_old, at_old))
-    except (TypeError, RuntimeError):  # another signature or layout: not ours
-        return False
-    return moved.shape == new.shape and torch.allclose(moved, new, atol=1e-4)

@@ -15,6 +15,7 @@ No gradient flows through kept entries, so none flows at all: a backward pass is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -29,8 +30,22 @@ from buzz.adapter import Attention, SelfAttending
 from buzz.errors import ConfigError
 from buzz.inputs import on
 from buzz.layer import EvictionLayer
+from buzz.probe import Listener
 
 Scored = tuple[Tensor, Tensor | None]  # output, and what each entry received
+
+
+@dataclasses.dataclass
+class Shared:
+    """What one attention gives to several caches that hold and are asked the same.
+
+    Attributes:
+        output: None until the first of them attends.
+        received: by how many queries count and how they fade.
+    """
+
+    output: Tensor | None = None
+    received: dict[tuple[int, float], Tensor | None] = dataclasses.field(default_factory=dict)
 
 
 def attend(
@@ -43,7 +58,7 @@ def attend(
     attention_mask: Tensor | None,
     *,
     eviction_layers: Sequence[Any] | None = None,
-    shared: dict[Any, Scored] | None = None,
+    shared: Shared | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function of transformers that evicts once the step's output is computed.
@@ -55,21 +70,28 @@ def attend(
         key, value: [batch, kv_heads, held, head_dim], the new entries last.
         eviction_layers: the layers of an evicting cache; None to run the stock function. That of
             the module holds `key` and `value`.
-        shared: results of other caches that hold and are asked the same, by how they score.
+        shared: of caches that hold and are asked the same, those first that observe the most
+            queries; no row may be padded.
 
     Returns:
         Output [batch, new, heads, head_dim]; no weights.
     """
-    index: Any = module.layer_idx
+    index: Any = getattr(module, "layer_idx", None)  # that of an image encoder has none
     layer = None if eviction_layers is None else eviction_layers[index]
+    if isinstance(layer, Listener):
+        return layer.hear(module, query, key, value, attention_mask, kwargs), None
     if isinstance(layer, SelfAttending):
         own = functools.partial(attend, stock, backend, module)
-        return layer.attend(own, query, **kwargs), None
+        return layer.attend(own, query, backend=backend, **kwargs), None
     if not isinstance(layer, EvictionLayer):
-        return stock(module, query, key, value, attention_mask, **kwargs)
-    for option in ("dropout", "softcap", "s_aux"):
-        if kwargs.get(option):
-            raise ConfigError(f"model.{option}", kwargs[option], "no evicting cache serves it")
+        window = None if layer is None else kwargs.get("sliding_window")
+        if window is None or query.shape[2] <= window or getattr(attention_mask, "ndim", 0) != 4:
+            return stock(module, query, key, value, attention_mask, **kwargs)
+        assert attention_mask is not None
+        own = functools.partial(stock, module, **kwargs)
+        return _by_window(own, window, query, key, value, attention_mask), None
+    if kwargs.get("dropout"):
+        raise ConfigError("model.dropout", kwargs["dropout"], "no evicting cache serves it")
     kwargs.pop("sliding_window", None)  # wider than the model's context, or the layer is not ours
 
     observed = layer.observed
@@ -97,14 +119,18 @@ def attend(
     query = _scaled_by_log_n(layer, query)
     layer.keep_queries(query, scale)
     rule = observed, layer.policy.decay
-    if shared is not None and rule in shared:
-        output, received = shared[rule]
+    if shared is not None and shared.output is not None:
+        output = shared.output
+        if observed and rule not in shared.received:  # of the queries that count, and no others
+            last = query[:, :, -observed:]
+            shared.received[rule] = scorer.scored_prefill(last, key, value, scale, decay=rule[1])[1]
+        received = shared.received.get(rule)
     elif query.shape[2] == 1:
         output, received = attention(query, key, value, layer.starts)
     else:
         output, received = _by_group(attention, layer, query, key, value)
-    if shared is not None:
-        shared[rule] = output, received
+    if shared is not None and shared.output is None:
+        shared.output, shared.received[rule] = output, received
     layer.after_attention(received)
     for wrong in layer.faults.values():  # a step was wrong and nobody could be told yet
         output = output.masked_fill(wrong.to(output.device), math.nan)
@@ -133,7 +159,7 @@ def _by_group(
     for group in layer.groups:
         fresh = slice(new - min(new, group.seen), new)
         entries = slice(key.shape[2] - group.held, key.shape[2])
-        rows = group.rows
+        rows = on(key.device, group.rows)
         part, scores = attention(
             query[rows, :, fresh], key[rows, :, entries], value[rows, :, entries]
         )
@@ -141,6 +167,35 @@ def _by_group(
         if received is not None and scores is not None:
             received[rows, :, entries] = scores
     return output, received
+
+
+def _by_window(
+    stock: Callable[..., tuple[Tensor, Any]],
+    window: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """Attention of a layer with a window of its own, `window` queries at a time.
+
+    So a chunk costs its length times the window, and not its square.
+
+    Args:
+        stock: the backend's function of the layer's module.
+        mask: [batch or 1, 1, new, held].
+
+    Returns:
+        [batch, new, heads, head_dim].
+    """
+    new, held = query.shape[2], key.shape[2]
+    outputs = []
+    for low in range(0, new, window):
+        high = min(low + window, new)
+        seen = slice(max(0, held - new + low - window + 1), held - new + high)
+        part = query[:, :, low:high], key[:, :, seen], value[:, :, seen], mask[:, :, low:high, seen]
+        outputs.append(stock(*part)[0])
+    return torch.cat(outputs, dim=1)
 
 
 def _mask(backend: str, query: Tensor, key: Tensor, starts: Tensor | None) -> Tensor | None:
@@ -182,8 +237,10 @@ def _scaled_by_log_n(layer: EvictionLayer, query: Tensor) -> Tensor:
     if layer.logn_base is None:
         return query
     new = query.shape[2]
-    held = on(query.device, layer.lengths)
-    attended = held[:, None] - torch.arange(new - 1, -1, -1, device=query.device)
+    longest, starts = layer.longest, layer.starts
+    attended = torch.arange(longest - new + 1, longest + 1, device=query.device)[None]
+    if starts is not None:
+        attended = attended - starts[:, None]
     scale = attended.clamp(min=1).float().log() / math.log(layer.logn_base)
     if layer.logn_clamp:
         scale = scale.clamp(min=1)

@@ -184,7 +184,11 @@ class BuzzPolicy(Policy):
 @register("buzz_strided")
 @dataclass(frozen=True, kw_only=True)
 class BuzzStridedPolicy(BuzzPolicy):
-    """BUZZ without local maxima: each new cell keeps its first entry, so no score is computed."""
+    """BUZZ without local maxima: each new cell keeps its first entry, so no score is computed.
+
+    Args:
+        history: ``strided`` alone.
+    """
 
     needs_scores: ClassVar[bool] = False
     local_max: ClassVar[bool] = False

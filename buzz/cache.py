@@ -6,18 +6,26 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from buzz import adapter, compiled, repetition
+from buzz import adapter, compiled, probe, repetition
 from buzz.attention import attend
 from buzz.errors import ConfigError
 from buzz.eviction import Group
-from buzz.inputs import REMEDIES, check_mask, first_positions, hides_more, jumps, padding_of
+from buzz.inputs import (
+    REMEDIES,
+    Told,
+    check_mask,
+    first_positions,
+    hides_more,
+    jumps,
+    padding_of,
+)
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 from buzz.rope import Rope
@@ -29,6 +37,13 @@ LONGROPE = (
     "the text grows past the {} tokens of its short context: keys that are in the cache keep the"
     " frequencies that they were rotated with, while the model's own generate() would compute all"
     " of the text again"
+)
+
+
+ANOTHER = (
+    "this is another prompt than the conversation of {} tokens that the cache holds, {}: call"
+    " cache.reset() or make a new cache; to go on, give all that was said, and behind it what is"
+    " new, or the new tokens alone with the attention_mask of all"
 )
 
 
@@ -62,6 +77,9 @@ class EvictionCache(Cache):
             method or a model that no graph can serve.
     """
 
+    _told: Told | None = None  # of a cache that `generate` may be given with a conversation in it
+    around: dict[str, Any] = {}  # what a model around the decoder was given in this step
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -77,15 +95,18 @@ class EvictionCache(Cache):
             raise ConfigError("policy", policy, "give a Policy, e.g. BuzzPolicy()")
         if logn_base is not None and not 1 < _number(logn_base) < math.inf:
             raise ConfigError("cache.logn_base", logn_base, "give a number above 1, or null")
+        check_clamp(logn_base, logn_clamp)
         self.policy = policy
         self._positions = positions_of(positions)
         self._trace = Trace()
-        decoder = adapter.install(model, attend, _announce)
+        decoder = adapter.install(model, attend, _announce, _overhear)
         layers = _make_layers(decoder, model, policy, self.positions)
         super().__init__(layers=layers)
         repetition.check(policy, layers, logn_base)
         if policy.needs_repetition:
             adapter.after_forward(decoder, _conclude)
+        adapter.before_generate(model, _check_prompt)
+        self._told = Told()
         self._prompt: list[Tensor] = []  # its tokens, while it is to be read a second time
         self._decoder = weakref.ref(decoder)
         self._is_dropped = adapter.drops(model)
@@ -149,9 +170,19 @@ class EvictionCache(Cache):
 
     @property
     def lengths(self) -> list[int]:
-        """Entries held by each evicting layer (by its longest row)."""
+        """Entries held by each layer of the model (by its longest row)."""
         self._raise_faults()
-        return [layer.longest for layer in self.evicting]
+        return [
+            layer.longest
+            if isinstance(layer, EvictionLayer)
+            else max((tensor.shape[2] for tensor in _pair(layer)), default=0)
+            for layer in self.layers
+        ]
+
+    @property
+    def windowed(self) -> list[Any]:
+        """The layers that do not evict, because they have a window of their own."""
+        return [layer for layer in self.layers if not isinstance(layer, EvictionLayer)]
 
     @property
     def distinct(self) -> list[EvictionLayer]:
@@ -169,15 +200,35 @@ class EvictionCache(Cache):
         """Bytes of one entry's keys and values over all evicting layers."""
         return sum(layer.entry_nbytes for layer in self.evicting)
 
-    def nbytes(self, allocated: bool = False) -> int:
+    def window_nbytes(self, seen: int) -> int:
+        """Bytes that the windowed layers hold of a row when it has seen so many of its tokens."""
+        return sum(
+            min(seen, tensor.shape[2]) * tensor[0, :, :1].nbytes
+            for layer in self.windowed
+            for tensor in _pair(layer)
+        )
+
+    @property
+    def window_allocated_nbytes(self) -> int:
+        """Bytes of the windowed layers' buffers as they lie in memory."""
+        tensors = [tensor for layer in self.windowed for tensor in _pair(layer)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def nbytes(self, allocated: bool = False, *, evicting: bool = False) -> int:
         """Bytes of keys and values held, padding and spare capacity not counted.
 
         Args:
             allocated: count instead every buffer as it lies in memory, with positions, scores,
                 kept original keys and spare capacity.
+            evicting: leave out layers with a window of their own: what a budget is of.
         """
         self._raise_faults()
-        return sum(layer.nbytes(allocated) for layer in self.evicting)
+        own = sum(layer.nbytes(allocated) for layer in self.evicting)
+        if evicting:
+            return own
+        if allocated:
+            return own + self.window_allocated_nbytes
+        return own + sum(map(self.window_nbytes, self.evicting[0].per_row("seen")))
 
     def kept_positions(self, layer: int) -> Tensor:
         """True token indices of the entries of layer `layer`.
@@ -215,7 +266,7 @@ class EvictionCache(Cache):
                 cache is empty then too.
         """
         super().reset()
-        self._trace = Trace()
+        self._trace, self._told = Trace(), Told()
         self._prompt = []
         self._raise_faults()
 
@@ -234,7 +285,62 @@ class EvictionCache(Cache):
         other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
         other._trace = self._trace.copy()
         other._prompt = list(self._prompt)
+        other._told = None if self._told is None else self._told.select_rows()
         return other
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, also by layers with a window of their own."""
+        self.evicting[0].crop(tokens_to_remove)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EvictionCache:
+        return self.copy()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = self.evicting[0].batch_size
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Make row i what row `indices[i]` was; or leave the rows for which it is True.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        rows = self.evicting[0].batch_size
+        if not rows:
+            return
+        indices = torch.arange(rows)[indices.cpu() if isinstance(indices, Tensor) else indices]
+        super().batch_select_indices(indices)
+        self._prompt = [tokens[indices.to(tokens.device)] for tokens in self._prompt]
+        self._told = None if self._told is None else self._told.select_rows(indices)
+
+    def note(self, tokens: Tensor, seen: int) -> None:
+        """Note what a step is fed behind `seen` tokens: ids [batch, new], or embeddings."""
+        if self._told is not None:
+            self._told.note(tokens, seen)
+
+    def check_prompt(self, ids: Tensor) -> None:
+        """Refuse a whole prompt [batch, tokens] that does not go on with what the cache was fed.
+
+        Raises:
+            ConfigError: it is no longer than that, or begins otherwise.
+        """
+        if self._told is None:
+            return
+        seen, batch = self.evicting[0].cumulative_length, self.evicting[0].batch_size
+        if not seen or batch % len(ids):
+            return
+        rows = ids.repeat_interleave(batch // len(ids), 0)  # of beams, and of several answers
+        where = self._told.differs(rows, seen, self.evicting[0].per_row("padding"))
+        if where is not None:
+            how = f"and differs from token {where} on"
+        elif ids.shape[1] <= seen:
+            how = "or the same, with nothing new behind it"
+        else:
+            return
+        raise ConfigError("input_ids", f"{ids.shape[1]} tokens", ANOTHER.format(seen, how))
 
     def begin_step(
         self,
@@ -280,6 +386,8 @@ class EvictionCache(Cache):
             padding = [0] * batch if attention_mask is None else padding_of(attention_mask)
             starts = first_positions(position_ids, padding)
             self._group(padding, starts)
+            for layer in self.evicting:
+                layer.rotation.forget()
         else:
             first.check_batch(batch)
             padding, starts = first.per_row("padding"), first.per_row("first_position")
@@ -292,11 +400,14 @@ class EvictionCache(Cache):
         elif starts != padding:  # the model counts padding, now
             raise ConfigError("position_ids", None, REMEDIES["position_ids"])
 
-    def end_step(self, decoder: nn.Module, tokens: Tensor) -> None:
+    def end_step(
+        self, decoder: nn.Module, tokens: Tensor, known: repetition.Known | None = None
+    ) -> None:
         """Read a prompt that is complete a second time, if the policy judges by that.
 
         Args:
             tokens: ids of the step, [batch, new].
+            known: what caches that hold the same have found in it.
 
         Raises:
             ConfigError: the step had embeddings and no ids.
@@ -305,7 +416,8 @@ class EvictionCache(Cache):
         if first.awaits_repetition:
             self._prompt.append(tokens)
             if self.hold_until <= first.cumulative_length:
-                repetition.repeat(decoder, self.evicting, torch.cat(self._prompt, 1))
+                known = {} if known is None else known
+                repetition.repeat(decoder, self.evicting, torch.cat(self._prompt, 1), known)
                 self._prompt = []
 
     def _group(self, padding: list[int], starts: list[int]) -> None:
@@ -380,6 +492,18 @@ def positions_of(value: Any) -> Positions:
     raise ConfigError("cache.positions", value, "choose cache or true")
 
 
+def _pair(layer: Any) -> list[Tensor]:
+    """Keys and values of a layer of transformers' own, [batch, kv_heads, held, ...], if any."""
+    return [] if layer.keys is None else [layer.keys, layer.values]
+
+
+def check_clamp(logn_base: float | None, logn_clamp: bool) -> None:
+    """Raises ConfigError if a bound is given for a scale that is not there."""
+    if logn_clamp and logn_base is None:
+        remedy = "bounds the scale by log n, and there is none: set cache.logn_base too, e.g. 512"
+        raise ConfigError("cache.logn_clamp", logn_clamp, remedy)
+
+
 def _may_wait(device: torch.device, new: int) -> bool:
     """Whether a step of so many tokens can read a number off a device and not be slower for it."""
     return not torch.compiler.is_compiling() and (device.type == "cpu" or new > 1)
@@ -401,29 +525,37 @@ def _make_layers(
     name = type(model).__name__
     if reason := adapter.why_unsupported(model.config):
         raise ConfigError("model", name, reason)
-    ropes: dict[tuple[str, bool], Rope] = {}
+    stated = list(adapter.layers_of(model))
+    found = probe.findings(model, decoder, [kind if own is None else None for kind, own in stated])
+    ropes: dict[probe.Finding, Rope] = {}
     layers: list[Any] = []
-    for index, (kind, own) in enumerate(adapter.layers_of(model)):
+    for index, (finding, (_, own)) in enumerate(zip(found, stated, strict=True)):
         if own is not None:
             layers.append(own)
             continue
-        module = adapter.attention_of(decoder, index)
-        key = (kind, adapter.has_rope(module))
-        if key not in ropes:
-            ropes[key] = adapter.find_rope(decoder, module, kind)
+        assert finding is not None
+        if isinstance(finding, str) and (positions == "cache" or policy.moments_from is not None):
+            remedy = f"layer {index} {finding}"
+            raise ConfigError(
+                "model", name, f"{remedy}; set cache.positions=true, which moves none"
+            )
+        if finding not in ropes:
+            ropes[finding] = Rope(None) if isinstance(finding, str) else finding.rope()
         # At true positions no key moves, as in a layer without RoPE.
-        rope = ropes[key] if positions == "cache" else Rope(None)
+        rope = ropes[finding] if positions == "cache" else Rope(None)
+        module = adapter.attention_of(decoder, index)
         if policy.needs_projection:
             adapter.output_projection(module)  # raises if it cannot be read
-        layers.append(EvictionLayer(policy, rope, module=module, rotation=ropes[key]))
+        layers.append(EvictionLayer(policy, rope, module=module, rotation=ropes[finding]))
     evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
     for number, layer in enumerate(evicting):
         layer.index, layer.policy = number, policy.for_layer(number, len(evicting))
     if not evicting:
+        window = model.config.get_text_config(decoder=True).sliding_window
         raise ConfigError(
             "model",
             name,
-            f"all layers have a sliding window of {model.config.sliding_window} of their own and"
+            f"all layers have a sliding window of {window} of their own and"
             " nothing is left to evict; load it with sliding_window=None",
         )
     return layers
@@ -449,6 +581,16 @@ def _run_compiled(decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
     return None if cache is None else cache.replay(decoder, inputs)
 
 
+def _check_prompt(inputs: Any, **kwargs: Any) -> None:
+    """What stands before `generate`, for which ids as long as their mask are all of the text."""
+    cache, mask = _among(kwargs.values()), kwargs.get("attention_mask")
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if cache is None or not isinstance(ids, Tensor) or kwargs.get("inputs_embeds") is not None:
+        return
+    if mask is None or mask.shape[-1] == ids.shape[1]:
+        cache.check_prompt(ids)
+
+
 def _announce(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> adapter.Inputs | None:
@@ -458,13 +600,29 @@ def _announce(
         return None
     inputs = adapter.named_inputs(decoder, args, kwargs)
     tokens = adapter.step_tokens(inputs)
-    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    around, cache.around = cache.around, {}  # its mask is 2-D; that of the decoder may be made
+    mask, position_ids = {**inputs, **around}.get("attention_mask"), inputs.get("position_ids")
     batch, new = tokens.shape[:2]
+    seen = cache.get_seq_length()
     cache.begin_step(decoder, batch, new, mask, position_ids)
+    if not torch.compiler.is_compiling():
+        cache.note(tokens, seen)
     inputs = {**inputs, "eviction_layers": cache.layers}
     if len(cache.evicting) == len(cache.layers):
         inputs["attention_mask"] = adapter.unread_mask(tokens.device)
     return (), inputs
+
+
+def _overhear(around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model around the decoder, which makes the decoder's mask itself."""
+    cache = _among((*kwargs.values(), *args))
+    if cache is None:
+        return
+    inputs = adapter.named_inputs(around, args, kwargs)
+    ids = inputs.get("input_ids")
+    if ids is None or ids.shape[1] > 1:  # a token alone is text
+        adapter.require_text(inputs)
+    cache.around = {"attention_mask": inputs.get("attention_mask")}
 
 
 def _conclude(

@@ -5,6 +5,14 @@ buffers of each layer where `bounds` says, which lies on the device
 (:func:`buzz.kernels.step`). Lengths, room and eviction stay with the cache, between two runs of
 the graph. So one graph serves every step, eviction, prompt and sample; on CUDA it is captured
 (`mode="reduce-overhead"`) and replayed.
+
+A capture holds addresses and sizes. Evictions run between two replays, on the same stream, and move
+entries within the buffers that were captured: what they change is numbers, bounds among them. It is
+recorded anew when a layer takes other buffers: with a cache that grows, with a new cache, and with
+the first eviction of a prompt, unless :meth:`EvictionCache.reset` left buffers that fit, whose
+capacities are few (:func:`buzz.store.with_spare`). So one cache that is reset between samples of
+one budget records with the first of them alone. Layers with a window of their own keep it outside
+of any graph: models that have them are refused.
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,16 +28,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import Cache
 
 from buzz import adapter, kernels
 from buzz.errors import ConfigError
 from buzz.policy import Policy
+from buzz.store import writable
 
 if TYPE_CHECKING:
     from buzz.layer import EvictionLayer
 
 BACKEND = "inductor"
+MANY = (
+    "decoding goes on without a graph: torch.compile made {} for this model, and makes no more for"
+    " other batch sizes, modes and options of the cache; raise torch._dynamo.config.recompile_limit"
+)
 TORCH = "2.13"  # 2.6 cannot capture the model's forward pass; those between were not tried
 
 _replays: weakref.WeakKeyDictionary[nn.Module, Replay] = weakref.WeakKeyDictionary()
@@ -166,6 +181,7 @@ class Replay:
         self.layers = [ReplayLayer() for _ in range(layers)]
         self.cache = Cache(layers=list(self.layers))
         self._bounds: Tensor | None = None
+        self._has_warned = False
         self._known: list[list[int]] = []
         options: dict[str, Any] = {"fullgraph": True, "backend": BACKEND}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
@@ -176,8 +192,8 @@ class Replay:
 
     def __call__(
         self, decoder: nn.Module, layers: Sequence[EvictionLayer], inputs: dict[str, Any]
-    ) -> Any:
-        """The decoder's output for one token of each row.
+    ) -> Any | None:
+        """The decoder's output for one token of each row; None if it takes one graph too many.
 
         Args:
             layers: those of the cache whose turn it is.
@@ -199,13 +215,17 @@ class Replay:
         for own, layer in zip(self.layers, layers, strict=True):
             own.follow(layer, bounds)
         cache = inputs[adapter.CACHE_ARGUMENT]
-        if inputs.get("position_ids") is None:
+        given = {**inputs, adapter.CACHE_ARGUMENT: self.cache, "eviction_layers": self.layers}
+        if given.get("position_ids") is None:
             seen = first.cumulative_length
-            inputs["position_ids"] = torch.full((1, 1), seen, device=first.device)
-        output = self._graph(
-            decoder,
-            **{**inputs, adapter.CACHE_ARGUMENT: self.cache, "eviction_layers": self.layers},
-        )
+            given["position_ids"] = torch.full((1, 1), seen, device=first.device)
+        try:
+            output = self._graph(decoder, **given)
+        except FailOnRecompileLimitHit:
+            if not self._has_warned:
+                warnings.warn(MANY.format(torch._dynamo.config.recompile_limit), stacklevel=2)
+            self._has_warned = True
+            return None
         for own, layer in zip(self.layers, layers, strict=True):
             layer.take_in(own.scores)
         if adapter.CACHE_ARGUMENT in output:
@@ -223,7 +243,8 @@ class Replay:
         bounds, known = self._bounds, self._known
         self._known = now
         if bounds is None or bounds.device != device or len(known[0]) != len(now[0]):
-            self._bounds = torch.tensor(now, device=device)
+            with writable():  # all caches of the model share them, in whatever mode they run
+                self._bounds = torch.tensor(now, device=device)
             _mark(self._bounds)
             return self._bounds
         moves = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from buzz import adapter
+from buzz.errors import ConfigError
 from buzz.queries import Moments, QueryLog
 from buzz.rope import Rope
 from buzz.store import Store
@@ -14,15 +17,14 @@ Rows = slice | Tensor  # an index into the batch
 
 
 class Entries:
-    """The entries of rows of equal length in one layer, just before an eviction.
+    """The entries of rows that hold equally many in one layer, just before an eviction.
 
-    Nothing is gathered or computed before it is asked for.
+    Nothing is gathered or computed before it is asked for. What a policy has to declare, because it
+    costs something, raises a ConfigError if it did not.
 
     Attributes:
-        received: float32 [rows, kv_heads, held], attention received by the policy's `score_rule`;
-            None unless it `needs_scores`.
         held: entries of a row.
-        seen: tokens of a row so far.
+        seen: tokens of a row so far; int64 [rows, 1, 1] where rows differ in it.
         layer: index of the layer among those that evict.
     """
 
@@ -31,7 +33,7 @@ class Entries:
         store: Store,
         rows: Rows,
         held: int,
-        seen: int,
+        seen: Any,
         *,
         received: Tensor | None = None,
         log: QueryLog | None = None,
@@ -49,7 +51,7 @@ class Entries:
             rotation: what the model rotates queries by.
             position: of the next token.
         """
-        self.received = received
+        self._received = received
         self.held = held
         self.seen = seen
         self.layer = layer
@@ -60,6 +62,16 @@ class Entries:
         self._rotation = rotation
         self._position = position
         self._module = module
+
+    @property
+    def received(self) -> Tensor:
+        """Attention received, by the policy's `score_rule`; of those that declare `needs_scores`.
+
+        float32 [rows, kv_heads, held].
+        """
+        if self._received is None:
+            raise _undeclared("received", "needs_scores = True")
+        return self._received
 
     @property
     def keys(self) -> Tensor:
@@ -83,7 +95,8 @@ class Entries:
         float32 [rows, heads, w, head_dim], w up to the policy's `queries`; fewer where an earlier
         eviction has moved the entries that the older ones attended.
         """
-        assert self._log is not None and self._log.latest is not None
+        if self._log is None or self._log.latest is None:
+            raise _undeclared("queries", "a property `queries` of how many to keep")
         latest = self._log.latest[self._rows]
         return latest[:, :, max(0, latest.shape[2] - self._uncut) :]
 
@@ -93,7 +106,8 @@ class Entries:
 
         Times the scale of the logits, and before any rotation: see :meth:`ahead`.
         """
-        assert self._log is not None and self._log.moments is not None
+        if self._log is None or self._log.moments is None:
+            raise _undeclared("moments", "a property `moments_from` of the first that counts")
         return self._log.moments.select_rows(self._rows)
 
     def ahead(self, vectors: Tensor, steps: int) -> Tensor:
@@ -116,6 +130,11 @@ class Entries:
     def _view(self, tensor: Tensor) -> Tensor:
         end = self._store.end
         return tensor[self._rows, :, end - self.held : end]
+
+
+def _undeclared(name: str, declaration: str) -> ConfigError:
+    remedy = f"the method reads it and does not declare it; give its class {declaration}"
+    return ConfigError(f"entries.{name}", None, remedy)
 
 
 def projected_norms(entries: Entries) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,10 @@ class Group:
         cut: tokens that had been seen at the last of them.
         source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
             before they first moved, where turning them again and again would add up errors.
-        source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to.
+        source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to;
+            counted with padding, where only differences matter.
+        joint: all rows that by now hold and keep equally much: one launch serves them. It has the
+            `source` of its groups and the padding of each of its rows, and counts it as seen.
     """
 
     rows: list[int]
@@ -52,15 +55,26 @@ class Group:
     cut: int = 0
     source: Tensor | None = None
     source_positions: Tensor | None = None
+    joint: Group | None = None
+    paddings: list[int] | None = None
+
+    def apart(self) -> Group:
+        """A copy that shares nothing with a joint group."""
+        alone = replace(self, rows=list(self.rows), joint=None)
+        joint = self.joint
+        if joint is not None and joint.source is not None and joint.source_positions is not None:
+            own = on(joint.source.device, [joint.rows.index(row) for row in self.rows])
+            alone.source, alone.source_positions = joint.source[own], joint.source_positions[own]
+        return alone
 
     def select_rows(self, origin: Sequence[int], device: torch.device) -> None:
         """Row i of the batch is now what row `origin[i]` was; of its rows some may be left."""
         place = {row: number for number, row in enumerate(self.rows)}
         self.rows = [row for row, old in enumerate(origin) if old in place]
         if self.source is not None and self.source_positions is not None:
-            picked = torch.tensor([place[origin[row]] for row in self.rows], dtype=torch.int64)
-            self.source = self.source[picked.to(device)]
-            self.source_positions = self.source_positions[picked.to(device)]
+            picked = on(device, [place[origin[row]] for row in self.rows])
+            self.source = self.source[picked]
+            self.source_positions = self.source_positions[picked]
 
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.source, self.source_positions) if t is not None]
@@ -81,6 +95,7 @@ def evict(
     policy: Policy,
     rope: Rope,
     look: Callable[[Group, Rows], Entries],
+    later: list[kernels.Move] | None = None,
 ) -> tuple[Store, Store | None]:
     """Thin every group to what `after` says.
 
@@ -89,6 +104,7 @@ def evict(
         after: what :func:`plan` returned.
         rope: how the layer rotates its keys.
         look: what the policy may look at, of a group and its rows.
+        later: takes moves that may wait, so that those of several caches are one call.
 
     Returns:
         The store that holds what stays, and the buffers that are idle still.
@@ -102,24 +118,76 @@ def evict(
         else:
             target = Store.like(store, with_spare(longest))
         target.end = longest
-    for group, (kept, state) in zip(groups, after, strict=True):
+    every = list(range(store.keys.shape[0]))
+    for members, (kept, state) in _alike(groups, after, policy, rope):
         # Of what is whole, the policy may still have re-labelled its history.
-        if kept < group.held or target is not store:
-            rows: Rows = slice(None) if len(groups) == 1 else on(store.device, group.rows)
+        if kept < members[0].held or target is not store:
+            group = _joined(members)
+            rows: Rows = slice(None) if group.rows == every else on(store.device, group.rows)
             tail = min(policy.protected, kept)
             if kept < group.held:
                 scores = policy.score(look(group, rows))
                 with _default(store.device):
                     chosen = policy.select(group.held, group.state, scores)
                 chosen = chosen.to(store.device, non_blocking=True)
-                group.evictions += 1
-                group.cut = group.seen
+                for member in members:
+                    member.evictions += 1
+                    member.cut = member.seen
             else:
                 chosen = torch.arange(kept - tail, device=store.device)
             chosen = chosen.expand(len(group.rows), store.keys.shape[1], kept - tail)
-            _move(store, target, group, rows, chosen, tail, policy.resident, rope)
-        group.held, group.state = kept, state
+            _move(store, target, group, rows, chosen, tail, policy.resident, rope, later)
+        for member in members:
+            member.held, member.state = kept, state
     return target, idle
+
+
+def _alike(
+    groups: Sequence[Group], after: Sequence[Lengths], policy: Policy, rope: Rope
+) -> list[tuple[list[Group], Lengths]]:
+    """Groups that are thinned alike, together: held and kept, and what is remembered of them.
+
+    Each by itself where a row's own positions count.
+    """
+    found: list[tuple[Any, list[Group], Lengths]] = []
+    own_positions = policy.moments_from is not None or not rope.static
+    for group, lengths in zip(groups, after, strict=True):
+        source = (group.joint or group).source
+        residents = None if source is None else source.shape[2]
+        kind = lengths, group.held, group.state, group.seen - group.cut, residents
+        same = [] if own_positions else [known for known in found if known[0] == kind]
+        if same:
+            same[0][1].append(group)
+        else:
+            found.append((kind, [group], lengths))
+    return [(members, lengths) for _, members, lengths in found]
+
+
+def _joined(members: list[Group]) -> Group:
+    """One group of all their rows, in the batch's order."""
+    first, *others = members
+    if not others and first.joint is None:
+        return first
+    joint = first.joint
+    rows = sorted(row for member in members for row in member.rows)
+    if joint is None or joint.rows != rows or any(one.joint is not joint for one in others):
+        alone = [member.apart() for member in members]
+        paddings = {row: member.padding for member in members for row in member.rows}
+        joint = Group(rows, paddings=[paddings[row] for row in rows])
+        known = [(x.source, x.source_positions) for x in alone]
+        sources, positions = (
+            [t for t in each if t is not None] for each in zip(*known, strict=True)
+        )
+        if sources:
+            mixed = [row for member in members for row in member.rows]
+            order = on(sources[0].device, [mixed.index(row) for row in rows])
+            joint.source = torch.cat(sources)[order]
+            joint.source_positions = torch.cat(positions)[order]
+        for member in members:
+            member.joint, member.source, member.source_positions = joint, None, None
+    joint.seen, joint.held, joint.state = first.seen + first.padding, first.held, first.state
+    joint.cut = joint.seen - (first.seen - first.cut)
+    return joint
 
 
 def _default(device: torch.device) -> AbstractContextManager[Any]:
@@ -136,6 +204,7 @@ def _move(
     tail: int,
     residents: int,
     rope: Rope,
+    later: list[kernels.Move] | None,
 ) -> None:
     """Move what a group keeps to the end of `target`, its keys rotated to their new positions.
 
@@ -157,21 +226,27 @@ def _move(
     elif rope.module is not None and store.keys.dtype in (torch.float16, torch.bfloat16):
         leading = _residents(store, group, rows, chosen[..., :residents], kept, rope)
     turns = rope.table(dropped + 1, store.device) if dropped and rope.static else None
-    tensors = store.tensors(), target.tensors()
-    kernels.move(
-        *tensors,
+    sources = store.tensors()
+    targets = sources if target is store else target.tensors()
+    move = kernels.Move(
+        sources,
+        targets,
         first + chosen,
         to,
         first + dropped,
         turns,
-        rows=None if isinstance(rows, slice) else rows,
-        interleaved=rope.interleaved,
-        leading=leading,
+        None if isinstance(rows, slice) else rows,
+        rope.interleaved,
+        leading,
     )
+    if later is None or anew is not None:
+        kernels.move_all([move])
+    else:
+        later.append(move)
     if anew is not None:
         target.keys[rows, :, to : to + anew.shape[2]] = anew
     if target is not store:
-        for source, destination in zip(*tensors, strict=True):
+        for source, destination in zip(sources, targets, strict=True):
             recent = source[rows, :, store.end - tail : store.end]
             destination[rows, :, target.end - tail : target.end] = recent
 
@@ -187,9 +262,9 @@ def _residents(
     """
     if not chosen.shape[-1]:
         return None
-    _remember(store, group, rows, chosen)
+    _remember(store, group, rows, chosen, group.padding)
     assert group.source is not None and group.source_positions is not None
-    position = group.first_position + group.seen - kept
+    position = group.padding + group.seen - kept
     frequencies = rope.frequencies().to(store.device)
     return kernels.Leading(group.source, group.source_positions, position, frequencies)
 
@@ -212,14 +287,14 @@ def _turned_anew(
     batch = on(store.device, group.rows)[:, None, None]
     heads = torch.arange(chosen.shape[1], device=store.device)[:, None]
     arrival = store.positions[batch, heads, store.end - group.held + chosen] + group.padding
-    _remember(store, group, rows, chosen)
+    _remember(store, group, rows, chosen, group.first_position)
     assert group.source is not None and group.source_positions is not None
     now = group.first_position + group.seen - kept + torch.arange(older, device=store.device)
     return rope.rotate(group.source, rope.turn(now, group.source_positions, arrival))
 
 
-def _remember(store: Store, group: Group, rows: Rows, chosen: Tensor) -> None:
-    """Keep the keys of `chosen` as they came."""
+def _remember(store: Store, group: Group, rows: Rows, chosen: Tensor, origin: int) -> None:
+    """Keep the keys of `chosen` as they came; `origin` is the position of a row's first token."""
     known = None
     if group.source is not None and group.source_positions is not None:
         known = group.source, group.source_positions
@@ -227,7 +302,7 @@ def _remember(store: Store, group: Group, rows: Rows, chosen: Tensor) -> None:
         store.keys,
         chosen,
         store.end - group.held,
-        group.first_position + group.seen - group.held,
+        origin + group.seen - group.held,
         known,
         rows=None if isinstance(rows, slice) else rows,
     )

@@ -1,26 +1,51 @@
-"""Several methods beside each other on one prompt: one prefill, then a row for each.
+"""Several methods on the same prompts: one prefill, then a row for each method on each prompt.
 
 No method evicts before a prompt is attended in full, so what a model computes for a prompt is the
 same for all of them, and so are its keys and values: they are computed once and shared until an
 eviction moves what it keeps. From then on every method is a row of one batch: the linear layers run
-once for all rows, attention runs row by row on what that row's method kept.
+once for all rows, and attention reads what each row's method kept; a token's in one call for all
+rows, where :mod:`buzz.kernels` can. Layers with a window of their own stay transformers': one cache
+of them, of a row for each prompt and later for each method.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from buzz import kernels, repetition
 from buzz.adapter import SelfAttending
+from buzz.attention import Shared
 from buzz.cache import EvictionCache
 from buzz.errors import ConfigError
+from buzz.inputs import check_mask, hides_more, padding_of
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
+
+
+@dataclass
+class Rows:
+    """Which rows a step has.
+
+    Attributes:
+        prompts: of each fork, the index of its prompt.
+        padding: of each prompt.
+        forked: whether a step has a row for each fork, and not for each prompt.
+    """
+
+    prompts: list[int]
+    padding: list[int]
+    forked: bool = False
+
+    def of_step(self) -> list[int]:
+        """The prompt of each row of a step."""
+        return self.prompts if self.forked else list(range(len(self.padding)))
 
 
 class ForkedLayer(SelfAttending):
@@ -29,90 +54,198 @@ class ForkedLayer(SelfAttending):
     Args:
         forks: their caches.
         index: the layer's.
+        rows: which of them a step has, of all layers.
+        seen: tokens so far, padding included.
     """
 
-    def __init__(self, forks: Sequence[EvictionCache], index: int) -> None:
+    def __init__(
+        self, forks: Sequence[EvictionCache], index: int, rows: Rows, seen: int = 0
+    ) -> None:
         super().__init__()
         self.forks = forks
-        self.index = index
         self.layers: list[Any] = [fork.layers[index] for fork in forks]
-        self.entries: list[tuple[Tensor, Tensor]] = []  # each fork's keys and values, in a step
+        self.rows = rows
+        self.cumulative_length = seen
 
     def get_seq_length(self) -> int:
-        return self.layers[0].get_seq_length()
+        return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append a prompt [1, kv_heads, new, head_dim] to all forks, later steps each to its own.
-
-        Returns:
-            What it was given: :meth:`attend` has the entries.
-        """
-        self.entries = [
-            layer.update(_row(key_states, row), _row(value_states, row))
-            for row, layer in enumerate(self.layers)
-        ]
-        return key_states, value_states
+        return query_length, self.cumulative_length  # of a mask that nobody reads
 
     def attend(
-        self, attention: Callable[..., tuple[Tensor, Any]], query: Tensor, **kwargs: Any
+        self,
+        attention: Callable[..., tuple[Tensor, Any]],
+        query: Tensor,
+        *,
+        backend: str = "",
+        **kwargs: Any,
     ) -> Tensor:
-        """Every fork's attention, and its eviction.
+        """Take a step's entries in, then every row's attention, and its eviction.
 
         Args:
             attention: :func:`buzz.attention.attend` of this layer's module.
-            query: [1 or forks, heads, new, head_dim].
+            query: [rows, heads, new, head_dim].
+            backend: the model's.
 
         Returns:
-            [1 or forks, new, heads, head_dim].
+            [rows, new, heads, head_dim].
         """
-        shared: dict[Any, Any] | None = {} if query.shape[0] == 1 else None
-        outputs = [
-            attention(
-                _row(query, row),
-                *self.entries[row],
-                None,
-                eviction_layers=fork.layers,
-                shared=shared,
-                **kwargs,
-            )[0]
-            for row, fork in enumerate(self.forks)
-        ]
-        self.entries = []
-        return outputs[0] if shared is not None else torch.cat(outputs)
+        key, value = self.taken()
+        self.cumulative_length += query.shape[2]
+        if not self.rows.forked:
+            return self._prompts(attention, query, key, value, **kwargs)
+        if query.shape[2] == 1 and backend == "sdpa" and self._in_one_call(query, kwargs):
+            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            return self._token(query, key, value, scale)
+        outputs = []
+        for row, (fork, layer) in enumerate(zip(self.forks, self.layers, strict=True)):
+            own = slice(row, row + 1)
+            entries = layer.update(key[own], value[own])
+            outputs.append(
+                attention(query[own], *entries, None, eviction_layers=fork.layers, **kwargs)[0]
+            )
+        return torch.cat(outputs)
+
+    def _prompts(
+        self,
+        attention: Callable[..., tuple[Tensor, Any]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Prompts, or chunks that are held back: once for all forks of each, without padding."""
+        batch, heads, new, _ = query.shape
+        output = value.new_zeros(batch, new, heads, value.shape[-1])
+        first = self.cumulative_length == new
+        for prompt, padding in enumerate(self.rows.padding):
+            rows = [row for row, own in enumerate(self.rows.prompts) if own == prompt]
+            lead, *others = (self.layers[row] for row in rows)
+            fresh = slice(padding if first else 0, None)
+            own = slice(prompt, prompt + 1)
+            entries = lead.update(key[own, :, fresh], value[own, :, fresh])
+            for layer in others:
+                layer.follow(lead)
+            if lead.cumulative_length >= lead.hold_until:  # from here on each moves out
+                lead.store.owned = False
+            shared = Shared()
+            for row in sorted(rows, key=lambda row: -self.layers[row].observed):
+                output[own, fresh] = attention(
+                    query[own, :, fresh],
+                    *entries,
+                    None,
+                    eviction_layers=self.forks[row].layers,
+                    shared=shared,
+                    **kwargs,
+                )[0]
+        return output
+
+    def _in_one_call(self, query: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether one kernel serves a token of all rows."""
+        return (
+            kernels.steps_rows(query)
+            and all(layer.rope.static and layer.logn_base is None for layer in self.layers)
+            and all(kwargs.get(option) is None for option in ("softcap", "s_aux"))
+            and not kwargs.get("dropout")
+        )
+
+    def _token(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """One token of each row."""
+        rows, scores = [], []
+        for layer in self.layers:
+            layer.make_room()
+            store, group, received = layer.store, layer.groups[0], layer.scores_of_step()
+            scores.append(received)
+            address = 0 if received is None else received.data_ptr()
+            bounds = store.end - group.held, store.end + 1, group.seen
+            adds = received is store.scores
+            rows.append((*store.addresses(), address, store.capacity, *bounds, adds))
+        output = kernels.step_rows(query, key, value, rows, scale)
+        moves: list[kernels.Move] = []
+        for row, (layer, received) in enumerate(zip(self.layers, scores, strict=True)):
+            layer.take_in(received, query[row : row + 1], scale, moves)
+        kernels.move_all(moves)
+        return output.transpose(1, 2)
 
 
 class ForkedCache(EvictionCache):
-    """One cache for several methods: `model(prompt)` of one row, then steps of a row for each.
+    """One cache for several methods, on one prompt or on several.
 
-    Row i of a step continues under `policies[i]`; `forks[i]` is that method's cache, for lengths,
-    kept positions and bytes. Prompts have no padding and come in one piece; later steps may be
-    chunks. What a row gives is what it gives alone, up to the rounding of batched matrix products.
+    `model(prompts)` of a row for each prompt, then steps of a row for each method on each prompt:
+    the rows of the first prompt's methods, then those of the second's (:attr:`prompts`). `forks[i]`
+    is row i's cache, for lengths, kept positions and bytes. A prompt may come in chunks: up to
+    `hold_until` nobody evicts, and steps have a row for each prompt. Later steps may be chunks,
+    too. What a row gives is what its method gives alone on its prompt, without padding, up to the
+    rounding of batched matrix products.
 
     Args:
         model, options: as of :class:`buzz.EvictionCache`.
-        policies: the methods; one may be there several times.
+        policies: the methods for one prompt, or a list of methods for each of several prompts; one
+            may be there several times.
 
     Raises:
-        ConfigError: no policy; a model with layers that do not evict; as EvictionCache.
+        ConfigError: no policy; `compiled`; what is one method's, asked of all (e.g. `lengths`,
+            which is `forks[i].lengths`); rows that are to change places; as EvictionCache.
     """
 
-    def __init__(self, model: PreTrainedModel, policies: Sequence[Policy], **options: Any) -> None:
-        if not policies:
-            raise ConfigError("policies", [], "give at least one")
-        self.forks = [EvictionCache(model, policy, **options) for policy in policies]
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policies: Sequence[Policy] | Sequence[Sequence[Policy]],
+        **options: Any,
+    ) -> None:
+        several: Any = policies
+        if policies and isinstance(policies[0], Policy):
+            several = [policies]
+        if not several or not all(several):
+            raise ConfigError("policies", policies, "give at least one, for each prompt")
+        if options.get("compiled"):
+            raise ConfigError("compiled", True, "rows of different lengths are no graph; leave out")
+        self.forks = [EvictionCache(model, policy, **options) for own in several for policy in own]
+        self._rows = Rows([i for i, own in enumerate(several) for _ in own], [0] * len(several))
+        self._replay = None
+        self._positions = self.forks[0].positions
+        self._hold_until = self.forks[0].hold_until
+        Cache.__init__(self, layers=[])
+        self._join()
+
+    def _join(self, seen: int = 0) -> None:
+        """Make layers of those of all forks, which have seen so many tokens."""
         first = self.forks[0]
-        if not all(isinstance(layer, EvictionLayer) for layer in first.layers):
-            name = type(model).__name__
-            raise ConfigError("model", name, "has layers that do not evict; run methods one by one")
-        layers: list[Any] = [ForkedLayer(self.forks, index) for index in range(len(first.layers))]
-        Cache.__init__(self, layers=layers)
-        self.evicting = layers
-        self._replay = None  # rows of different lengths are no graph
+        self.layers = []
+        for index, layer in enumerate(first.layers):
+            if isinstance(layer, EvictionLayer):
+                self.layers.append(ForkedLayer(self.forks, index, self._rows, seen))
+            else:
+                self.layers.append(layer)
+                for fork in self.forks:
+                    fork.layers[index] = layer
+        evicting: list[Any] = [layer for layer in self.layers if isinstance(layer, ForkedLayer)]
+        self.evicting = evicting
+
+    def __bool__(self) -> bool:
+        return bool(self.forks[0])
+
+    @property
+    def prompts(self) -> list[int]:
+        """The index of each row's prompt."""
+        return list(self._rows.prompts)
+
+    @property
+    def hold_until(self) -> int:
+        return self._hold_until
+
+    @hold_until.setter
+    def hold_until(self, tokens: int) -> None:
+        self.forks[0].hold_until = tokens  # raises
+        self._hold_until = tokens
+        for fork, prompt in zip(self.forks, self._rows.prompts, strict=True):
+            fork.hold_until = max(0, tokens - self._rows.padding[prompt])
+
+    @property
+    def logn_base(self) -> float | None:
+        return self.forks[0].logn_base
 
     def begin_step(
         self,
@@ -122,37 +255,122 @@ class ForkedCache(EvictionCache):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
     ) -> None:
-        """As of every fork.
+        """As of every fork, without its padding.
 
         Raises:
-            ConfigError: a mask.
-            RuntimeError: a prompt of several rows; a later step that has not a row for each fork.
+            ConfigError: padding that a layer with a window of its own is not told of.
+            RuntimeError: a step that has not a row for each prompt, or for each fork.
         """
-        wanted = len(self.forks) if self.get_seq_length() else 1
-        if batch != wanted:
-            raise RuntimeError(f"this step has {batch} rows and not {wanted}")
+        rows, seen = self._rows, self.get_seq_length()
+        if self._is_read:
+            self._fork()
+        if batch != len(rows.of_step()):
+            raise RuntimeError(f"this step has {batch} rows and not {len(rows.of_step())}")
         if attention_mask is not None:
-            raise ConfigError("attention_mask", "of this step", "leave it out: no row is padded")
+            check_mask(attention_mask, batch, seen + new)
+        if not seen:
+            rows.padding = [0] * batch if attention_mask is None else padding_of(attention_mask)
+            self.hold_until = self.hold_until  # of each fork, without padding
+        padding = [rows.padding[prompt] for prompt in rows.of_step()]
+        if seen and attention_mask is not None:
+            wrong = hides_more(attention_mask, padding)
+            for fork in self.forks:
+                fork._refuse("attention_mask", wrong, new)
+        elif any(padding) and attention_mask is None and self._with_window():
+            remedy = "give it with every step: layers with a window of their own read it"
+            raise ConfigError("attention_mask", None, remedy)
+        if position_ids is None and any(padding):  # the model counts padding, too
+            position_ids = torch.arange(seen, seen + new, device=self._device(decoder))[None]
         for row, fork in enumerate(self.forks):
-            own = None if position_ids is None else _row(position_ids, row)
-            fork.begin_step(decoder, 1, new, None, own)
+            own = slice(self._cut(row, seen), None)
+            positions = None if position_ids is None else self._of(row, position_ids)[:, own]
+            fork.begin_step(decoder, 1, len(range(new)[own]), None, positions)
 
-    def end_step(self, decoder: nn.Module, tokens: Tensor) -> None:
+    @property
+    def _is_read(self) -> bool:
+        """Whether the prompts are over, and each fork goes its own way."""
+        seen = self.get_seq_length()
+        return self._rows.forked or 0 < seen >= self.hold_until
+
+    def _fork(self) -> None:
+        """From now on steps have a row for each fork."""
+        rows = self._rows
+        if not rows.forked:
+            rows.forked = True
+            for layer in self._with_window():
+                layer.batch_select_indices(torch.tensor(rows.prompts, device=layer.keys.device))
+
+    def end_step(
+        self, decoder: nn.Module, tokens: Tensor, known: repetition.Known | None = None
+    ) -> None:
+        known = {} if known is None else known
+        before = self.get_seq_length() - tokens.shape[1]
         for row, fork in enumerate(self.forks):
-            fork.end_step(decoder, _row(tokens, row))
+            fork.end_step(decoder, self._of(row, tokens)[:, self._cut(row, before) :], known)
+
+    def _of(self, row: int, tensor: Tensor) -> Tensor:
+        """A fork's row of a step's input [rows or 1, ...]."""
+        index = row if self._rows.forked else self._rows.prompts[row]
+        return tensor if tensor.shape[0] == 1 else tensor[index : index + 1]
+
+    def _cut(self, row: int, before: int) -> int:
+        """How many of a step's tokens are padding of a fork; only of the first."""
+        return 0 if before else self._rows.padding[self._rows.prompts[row]]
+
+    def _with_window(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, ForkedLayer)]
+
+    @staticmethod
+    def _device(decoder: nn.Module) -> torch.device:
+        return next(decoder.parameters()).device
+
+    def _raise_faults(self) -> None:
+        for fork in self.forks:
+            fork._raise_faults()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, e.g. those that have ended: row i is what `rows[i]` was.
+
+        Raises:
+            ConfigError: none, or one of them twice.
+            RuntimeError: the prompts are still being read.
+        """
+        if not rows or len(set(rows)) < len(rows):
+            raise ConfigError("rows", list(rows), "name at least one, and each once")
+        if not self._is_read:
+            raise RuntimeError("rows can be dropped once their prompts have been read")
+        self._fork()
+        self.forks = [self.forks[row] for row in rows]
+        self._rows.prompts = [self._rows.prompts[row] for row in rows]
+        for layer in self._with_window():
+            layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
+        self._join(self.get_seq_length())
 
     def copy(self) -> ForkedCache:
         other = copy.copy(self)
         other.forks = [fork.copy() for fork in self.forks]
-        layers: list[Any] = [ForkedLayer(other.forks, index) for index in range(len(self.layers))]
-        other.layers = other.evicting = layers
+        other._rows = replace(self._rows)  # whose lists are never changed in place
+        other._join(self.get_seq_length())
         return other
 
     def reset(self) -> None:
         for fork in self.forks:
             fork.reset()
+        self._rows.forked = False
+        self._join()
 
 
-def _row(tensor: Tensor, row: int) -> Tensor:
-    """A fork's row of a step, or the prompt that all share."""
-    return tensor if tensor.shape[0] == 1 else tensor[row : row + 1]
+def _refusal(name: str, remedy: str) -> property:
+    def refuse(cache: ForkedCache) -> Any:
+        raise ConfigError(name, "ForkedCache", remedy)
+
+    return property(refuse)
+
+
+for _name in (
+    *("policy", "lengths", "distinct", "evictions", "entry_nbytes"),
+    *("nbytes", "kept_positions", "trace"),
+):
+    setattr(ForkedCache, _name, _refusal(_name, f"each method has its own: ask forks[i].{_name}"))
+for _name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"):
+    setattr(ForkedCache, _name, _refusal(_name, "row i is forks[i]'s, and stays so; see keep"))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from buzz.errors import ConfigError
+from buzz.store import with_spare, writable
 
 REMEDIES = {
     "attention_mask": "it must hide the padding before each row's first token, as it did with the"
@@ -99,6 +100,59 @@ def jumps(position_ids: Tensor, seen: int, padding: Sequence[int], first: Sequen
     return (wrong & (slots >= on(slots.device, padding)[:, None])).any()
 
 
+class Told:
+    """The token ids that a cache was fed, which tell a conversation that goes on from another.
+
+    Copied as they come, on their device: whoever feeds tokens from one buffer writes to it again.
+    """
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None  # int64 [batch, capacity], -1 where they are unknown
+
+    def note(self, tokens: Tensor, seen: int) -> None:
+        """Note a step behind `seen` tokens: ids [batch, new]; embeddings [batch, new, hidden].
+
+        Those of embeddings are unknown, and so are those of a step that was not noted.
+        """
+        batch, new = tokens.shape[:2]
+        end = seen + new
+        if self._ids is None or self._ids.shape[1] < end:
+            with writable():
+                larger = torch.full((batch, with_spare(end)), -1, device=tokens.device)
+            if self._ids is not None:
+                larger[:, : self._ids.shape[1]] = self._ids
+            self._ids = larger
+        self._ids[:, seen:end] = tokens if tokens.ndim == 2 else -1
+
+    def differs(self, ids: Tensor, seen: int, padding: Sequence[int]) -> int | None:
+        """The first of `seen` tokens in which ids [batch, tokens] are others in any row.
+
+        Waits for the device.
+
+        Args:
+            padding: of each row, which may be any tokens.
+
+        Returns:
+            None if there is none.
+        """
+        if self._ids is None:
+            return None
+        told = self._ids[:, : min(seen, ids.shape[1])]
+        slots = torch.arange(told.shape[1], device=told.device)
+        others = (told != ids[:, : told.shape[1]].to(told.device)) & (told >= 0)
+        others = (others & (slots >= on(told.device, padding)[:, None])).any(0)
+        return int(others.int().argmax()) if others.any() else None
+
+    def select_rows(self, rows: Tensor | None = None) -> Told:
+        """A copy; or one of other rows, whose row i is what row `rows[i]` was."""
+        other = Told()
+        if self._ids is not None:
+            with writable():
+                ids = self._ids
+                other._ids = ids.clone() if rows is None else ids[rows.to(ids.device)]
+        return other
+
+
 def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
     """Whole numbers as int64 on a device; not to be changed, as they are sent there but once."""
     if torch.compiler.is_compiling():
@@ -108,5 +162,5 @@ def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _sent(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
+    with writable():
+        return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)

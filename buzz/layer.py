@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
+from buzz import kernels
 from buzz.entries import Entries, Rows
 from buzz.eviction import Group, Lengths, evict, plan
 from buzz.inputs import on
 from buzz.policy import Policy
 from buzz.queries import BLOCK, QueryLog
 from buzz.rope import Rope
-from buzz.store import Store
+from buzz.store import Store, writable
 
 
 class EvictionLayer(CacheLayerMixin):
@@ -78,7 +79,8 @@ class EvictionLayer(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.longest + query_length, self.cumulative_length - self.longest
+        # Where other layers need masks, one is made for this one too: never read, so a small one.
+        return query_length, self.cumulative_length
 
     def get_max_length(self) -> int:
         return -1
@@ -110,7 +112,7 @@ class EvictionLayer(CacheLayerMixin):
         if not self.groups:
             self.groups = [Group(list(range(batch)))]
         self.check_batch(batch)
-        self.rope.observe(self.cumulative_length)
+        self.rope.observe(self.cumulative_length, new)
         if self.store is None:  # a prompt is attended where it lies and thinned before it is kept
             positions = self._positions(new).expand(batch, keys.shape[1], new)
             self.store = Store(keys, values, positions, scores=None, end=new, owned=False)
@@ -125,8 +127,26 @@ class EvictionLayer(CacheLayerMixin):
         self.awaits_attention = True
         return self.view(self.store.keys), self.view(self.store.values)
 
+    def follow(self, lead: EvictionLayer) -> None:
+        """Take a step's entries in where another layer has put them, which holds the same."""
+        store, own = lead.store, self.store
+        assert store is not None
+        self.groups = self.groups or [Group([0])]
+        self.lazy_initialization(store.keys, store.values)
+        self.rope.observe(self.cumulative_length, lead.new)
+        scores = None if own is None else own.scores
+        if scores is not None and scores.shape != store.positions.shape:
+            grown = torch.zeros(store.positions.shape, device=self.device)
+            grown[:, :, : scores.shape[-1]] = scores
+            scores = grown
+        self.store = replace(store, scores=scores, owned=False)
+        self._count(lead.new)
+        self.awaits_attention = True
+
     def _make_room(self, new: int) -> None:
         assert self.store is not None
+        # At once for all of a prompt that is held back.
+        new = max(new, self.hold_until - self.cumulative_length)
         self.store = self.store.with_room(self.start, new, self.idle)
         if self.store is self.idle:
             self.idle = None
@@ -161,7 +181,7 @@ class EvictionLayer(CacheLayerMixin):
         other = copy.copy(self)
         other.store = None if self.store is None else self.store.shared()
         other.idle = None
-        other.groups = [replace(group, rows=list(group.rows)) for group in self.groups]
+        other.groups = [group.apart() for group in self.groups]
         other.faults = dict(self.faults)
         other.log = copy.copy(self.log)
         other.rope = copy.deepcopy(self.rope, ropes)
@@ -173,6 +193,9 @@ class EvictionLayer(CacheLayerMixin):
             "an evicting cache cannot be cropped: what was evicted since cannot come back."
             " Assisted decoding and other rollbacks need a DynamicCache"
         )
+
+    def offload(self) -> None:
+        raise NotImplementedError("an evicting cache is not offloaded: what it holds is read anew")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -187,6 +210,7 @@ class EvictionLayer(CacheLayerMixin):
         self.store = self.store.select_rows(indices.to(self.device))
         self.log = self.log.select_rows(indices.to(self.device))
         origin = indices.tolist()
+        self.groups = [group.apart() for group in self.groups]
         for group in self.groups:
             group.select_rows(origin, self.device)
         self.groups = [group for group in self.groups if group.rows]
@@ -222,7 +246,10 @@ class EvictionLayer(CacheLayerMixin):
     @property
     def longest(self) -> int:
         """Entries that the longest row holds."""
-        return max([group.held for group in self.groups]) if self.groups else 0
+        groups = self.groups
+        if len(groups) == 1:
+            return groups[0].held
+        return max([group.held for group in groups], default=0)
 
     @property
     def start(self) -> int:
@@ -233,7 +260,7 @@ class EvictionLayer(CacheLayerMixin):
     @property
     def starts(self) -> Tensor | None:
         """First entry of each row in the views of :meth:`update`, int64 [batch]; None if all 0."""
-        if len(self.groups) == 1:
+        if len({group.held for group in self.groups}) == 1:
             return None
         return on(self.device, [self.longest - held for held in self.lengths])
 
@@ -255,9 +282,10 @@ class EvictionLayer(CacheLayerMixin):
         """Bytes of the keys and values held, or of every buffer with its bookkeeping."""
         if not allocated:
             return self.entry_nbytes * sum(self.lengths)
-        sources = [tensor for group in self.groups for tensor in group.tensors()]
+        each = {id(one): one for group in self.groups for one in (group.joint or group,)}
+        sources = [tensor for group in each.values() for tensor in group.tensors()]
         stores = [store for store in (self.store, self.idle) if store is not None]
-        sources += self.log.tensors()
+        sources += [*self.log.tensors(), *([] if self.scratch is None else [self.scratch])]
         return sum(t.numel() * t.element_size() for t in sources) + sum(s.nbytes() for s in stores)
 
     # --- scores and eviction ------------------------------------------------------------------
@@ -330,7 +358,8 @@ class EvictionLayer(CacheLayerMixin):
         lasting = self.policy.score_rule != "step" or self.holds_back
         if received is not None and (lasting or store.scores is not None):
             if store.scores is None:
-                store.scores = torch.zeros(store.positions.shape, device=self.device)
+                with writable():
+                    store.scores = torch.zeros(store.positions.shape, device=self.device)
             elif self.policy.decay != 1:
                 self.view(store.scores).mul_(self.policy.decay**self.new)
             scores = self.view(store.scores).add_(received)
@@ -347,21 +376,22 @@ class EvictionLayer(CacheLayerMixin):
         self.awaits_repetition = False
         self._evict(scores)
 
-    def _evict(self, scores: Tensor | None) -> None:
+    def _evict(self, scores: Tensor | None, later: list[kernels.Move] | None = None) -> None:
         """Thin what is held, if it is time to.
 
         Args:
             scores: float32 [batch, kv_heads, held].
+            later: see :func:`buzz.eviction.evict`.
         """
         after = self._plan()
         if after is not None:
             assert self.store is not None
             look = partial(self._look, scores, self.start)
             self.store, self.idle = evict(
-                self.store, self.idle, self.groups, after, self.policy, self.rope, look
+                self.store, self.idle, self.groups, after, self.policy, self.rope, look, later
             )
 
-    # --- a compiled step, see buzz.compiled ---------------------------------------------------
+    # --- a step of one call, see buzz.compiled and buzz.forked --------------------------------
 
     def make_room(self) -> None:
         """Have buffers that can take a token: the layer's own, and one for scores of one step."""
@@ -371,18 +401,47 @@ class EvictionLayer(CacheLayerMixin):
         shape = store.positions.shape
         alone = policy.needs_scores and policy.score_rule == "step"
         if alone and (self.scratch is None or self.scratch.shape != shape):
-            self.scratch = torch.zeros(shape, device=self.device)
+            with writable():
+                self.scratch = torch.zeros(shape, device=self.device)
 
-    def take_in(self, scores: Tensor | None) -> None:
-        """Count the token that a compiled step has put in the store, and evict.
+    def scores_of_step(self) -> Tensor | None:
+        """Where to put what entries receive from the next token; None if nobody reads it.
+
+        float32 [batch, kv_heads, capacity]: sums, which grow, or the layer's `scratch`.
+        """
+        policy, store = self.policy, self.store
+        assert store is not None
+        if not policy.needs_scores:
+            return None
+        if policy.score_rule == "step":
+            after = [policy.survivors(group.held + 1, group.state)[0] for group in self.groups]
+            return self.scratch if after != [group.held + 1 for group in self.groups] else None
+        if store.scores is None:
+            store.scores = torch.zeros(store.positions.shape, device=self.device)
+        elif policy.decay != 1:
+            self.view(store.scores).mul_(policy.decay)
+        return store.scores
+
+    def take_in(
+        self,
+        scores: Tensor | None,
+        query: Tensor | None = None,
+        scale: float = 1.0,
+        later: list[kernels.Move] | None = None,
+    ) -> None:
+        """Count the token that a step of one call has put in the store, and evict.
 
         Args:
             scores: float32 [batch, kv_heads, capacity], or None.
+            query, scale: as of :meth:`keep_queries`; None: the policy asks for none.
+            later: see :func:`buzz.eviction.evict`.
         """
         assert self.store is not None
         self.store.end += 1
         self._count(1)
-        self._evict(None if scores is None else self.view(scores))
+        if query is not None:
+            self.keep_queries(query, scale)
+        self._evict(None if scores is None else self.view(scores), later)
 
     def _plan(self) -> list[Lengths] | None:
         return None if self.holds_back else plan(self.policy, self.groups)
@@ -394,18 +453,21 @@ class EvictionLayer(CacheLayerMixin):
             scores: float32 [batch, kv_heads, longest row], from slot `start` on.
         """
         store = self.store
+        seen: int | Tensor = group.seen
         assert store is not None
+        if group.paddings is not None:
+            seen = seen - on(self.device, group.paddings)[:, None, None]
         if scores is not None:
             first = store.end - group.held
             scores = scores[rows, :, first - start :]
             if self.policy.score_rule == "mean":
-                could_see = group.seen - store.positions[rows, :, first : store.end]
+                could_see = seen - store.positions[rows, :, first : store.end]
                 scores = scores / could_see
         return Entries(
             store,
             rows,
             group.held,
-            group.seen,
+            seen,
             received=scores,
             log=self.log,
             uncut=group.seen - group.cut,

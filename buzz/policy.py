@@ -170,7 +170,7 @@ class Policy(ABC):
             float32 [rows, kv_heads, held], high for what should stay; by default the attention
             received, None unless :attr:`needs_scores`.
         """
-        return entries.received
+        return entries.received if self.needs_scores else None
 
     @abstractmethod
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:

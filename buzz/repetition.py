@@ -22,6 +22,9 @@ from buzz.eviction import Group
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 
+# What entries are worth to each layer, float32 [kv_heads, held], by the tokens of a row and by what
+# is read to judge them.
+Known = dict[tuple[Any, ...], list[Tensor]]
 BLOCK = 256  # queries whose weights exist at a time
 SINK = 4  # first entries, which are attended with every chunk
 
@@ -95,11 +98,14 @@ def check(policy: Policy, layers: Sequence[Any], logn_base: float | None) -> Non
 
 
 @torch.no_grad()
-def repeat(decoder: nn.Module, layers: Sequence[EvictionLayer], prompt: Tensor) -> None:
+def repeat(
+    decoder: nn.Module, layers: Sequence[EvictionLayer], prompt: Tensor, known: Known
+) -> None:
     """Score what all layers hold of a prompt, and let them evict.
 
     Args:
         prompt: token ids [batch, n], padding included.
+        known: of rows and caches that hold the same; what is found here is added.
 
     Raises:
         ConfigError: the model was given embeddings.
@@ -115,10 +121,11 @@ def repeat(decoder: nn.Module, layers: Sequence[EvictionLayer], prompt: Tensor) 
     for number, group in enumerate(first.groups):
         if first.policy.survivors(group.held, group.state)[0] == group.held:
             continue
-        known: dict[tuple[int, ...], list[Tensor]] = {}
         for row in group.rows:
             tokens = prompt[row, group.padding :].tolist()
-            if (same := tuple(tokens)) not in known:
+            read = [(start, end, *ids) for start, end, ids in first.policy.repetitions(tokens)]
+            same = (group.first_position, tuple(tokens), tuple(read))
+            if same not in known:
                 known[same] = _scores(decoder, layers, number, row, tokens)
             for scores, own in zip(received, known[same], strict=True):
                 scores[row, :, scores.shape[-1] - group.held :] = own

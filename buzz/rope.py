@@ -9,6 +9,7 @@ positions nothing moves: a cache then treats every layer as one without RoPE.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Rope:
             rope_type = rope_type[layer_type]
         # Whether frequencies may change from one forward pass to the next.
         self.static = "dynamic" not in rope_type and rope_type != "longrope"
+        self._two_tables = rope_type == "longrope"  # written into one buffer, by a text's length
         self._tables: dict[torch.device, Rotation] = {}
         self._observed: Tensor | None = None  # the buffer that was looked at last
         self._history: list[tuple[int, Tensor]] = []
@@ -52,20 +54,51 @@ class Rope:
         """Inverse frequencies that the current forward pass uses, float32 [R / 2]."""
         return getattr(self.module, self._buffer)
 
-    def observe(self, slot: int) -> None:
-        """Note the frequencies that tokens from `slot` on are rotated with (if they can change)."""
+    def observe(self, slot: int, new: int) -> None:
+        """Note the frequencies that tokens are rotated with, if they can change.
+
+        To compare numbers waits for the device, so it is done only where a change is possible:
+        dynamic RoPE brings another buffer; LongRoPE's changes once, behind its short context.
+
+        Args:
+            slot: the first of these tokens.
+            new: how many there are.
+        """
         if self.static or self.module is None:
             return
         current = self.frequencies()
-        if self._history and current is self._observed:
-            return  # a change comes as another buffer; to compare numbers waits for the device
+        if self._history:
+            if self._two_tables:
+                if len(self._history) > 1 or slot + new <= self._short_context():
+                    return
+            elif current is self._observed:
+                return
         self._observed = current
         if not self._history or not torch.equal(self._history[-1][1], current):
             self._history.append((slot, current.clone()))
 
+    def _short_context(self) -> int:
+        """Tokens up to which LongRoPE has its short frequencies."""
+        config: Any = getattr(self.module, "config", None)
+        parameters = config.rope_parameters
+        prefix = self._buffer.removesuffix("inv_freq").removesuffix("_")
+        own = parameters[prefix] if prefix else parameters
+        return int(own["original_max_position_embeddings"])
+
     def forget(self) -> None:
-        """Start over, with a new prompt."""
+        """Start over, with a new prompt, whose frequencies are those of a text that begins.
+
+        A dynamic RoPE keeps those of the longest text that it has met, in whatever cache.
+        """
         self._history.clear()
+        module: Any = self.module
+        prefix = self._buffer.removesuffix("inv_freq")
+        original = getattr(module, f"{prefix}original_inv_freq", None)
+        if not self.static and not self._two_tables and original is not None:
+            current = self.frequencies()
+            if current is not original:
+                module.register_buffer(self._buffer, original.to(current.device), persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Rope:
         """A copy that reads the same module, since it is in that one that frequencies change."""

@@ -13,6 +13,8 @@ out, the entries slide back to slot 0, once in as many tokens as there were spar
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,22 @@ from buzz import kernels
 
 
 def with_spare(entries: int) -> int:
-    """Capacity for `entries`: sliding or growing then costs a few copied entries per token."""
-    return entries + 64 + entries // 8
+    """Capacity for `entries`: sliding or growing then costs a few copied entries per token.
+
+    Rounded up by less than an eighth, so that prompts of many lengths take buffers of few: what is
+    compiled or captured for one of a size serves the next.
+    """
+    needed = entries + 64 + entries // 8
+    step = 1 << max(0, needed.bit_length() - 4)
+    return -(-needed // step) * step
+
+
+def writable() -> AbstractContextManager[Any]:
+    """For making what later steps write to: a buffer of inference mode can be written in no other.
+
+    Compiled code has one mode, and cannot leave it.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 @dataclasses.dataclass
@@ -54,8 +70,9 @@ class Store:
         def empty(tensor: Tensor) -> Tensor:
             return tensor.new_zeros(*tensor.shape[:2], capacity, *tensor.shape[3:])
 
-        scores = None if other.scores is None else empty(other.scores)
-        return cls(empty(other.keys), empty(other.values), empty(other.positions), scores)
+        with writable():
+            scores = None if other.scores is None else empty(other.scores)
+            return cls(empty(other.keys), empty(other.values), empty(other.positions), scores)
 
     @property
     def capacity(self) -> int:
@@ -68,6 +85,10 @@ class Store:
     def tensors(self) -> list[Tensor]:
         every = (self.keys, self.values, self.positions, self.scores)
         return [tensor for tensor in every if tensor is not None]
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Where keys, values and positions lie."""
+        return self.keys.data_ptr(), self.values.data_ptr(), self.positions.data_ptr()
 
     def nbytes(self) -> int:
         """Bytes of all buffers, spare capacity included."""
@@ -132,6 +153,7 @@ class Store:
 
     def select_rows(self, rows: Tensor) -> Store:
         """A store whose row i is row `rows[i]` of this one."""
-        picked = [tensor.index_select(0, rows) for tensor in self.tensors()]
+        with writable():
+            picked = [tensor.index_select(0, rows) for tensor in self.tensors()]
         scores = picked[3] if self.scores is not None else None
         return Store(picked[0], picked[1], picked[2], scores, self.end)

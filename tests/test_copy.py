@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -81,6 +82,57 @@ def test_both_go_on_as_if_alone(family: str, method: str, dtype: torch.dtype) ->
     for one, (_, other) in zip((cache, twin), alone, strict=True):
         assert one.evictions == other.evictions and one.trace() == other.trace()
         assert torch.equal(one.kept_positions(-1), other.kept_positions(-1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_pythons_own_copies_are_copies(family: str, mode: type) -> None:
+    """As transformers' recipe for one context and many questions has them."""
+    model = tiny(family)
+    cache = EvictionCache(model, METHODS["h2o"])
+    with mode():
+        model(prompt(40, 2), past_key_values=cache)
+        twin = copy.deepcopy(cache)
+    expected = feed(model, cache.copy(), tokens(4, 1), 0)
+    for one in (twin, cache):
+        assert torch.equal(feed(model, one, tokens(4, 1), 0), expected)
+        with torch.no_grad():
+            model(prompt(1, 2), past_key_values=one)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+@pytest.mark.parametrize(
+    "rows",
+    [[2, 0], [False, True, True], [-1, -3], torch.tensor([1]), torch.tensor([True] * 3)],
+    ids=str,
+)
+def test_rows_are_chosen_as_of_a_stock_cache(family: str, rows) -> None:
+    model, ids = tiny(family), prompt(40, 3)
+    chosen = torch.arange(3)[rows]
+    cache, alone = (EvictionCache(model, METHODS["h2o"]) for _ in range(2))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.batch_select_indices(rows)
+        model(ids[chosen], past_key_values=alone)
+        step = prompt(1, len(chosen), seed=1)
+        found, want = (model(step, past_key_values=one).logits for one in (cache, alone))
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(cache.kept_positions(1), alone.kept_positions(1))
+    before = cache.nbytes()
+    with pytest.raises(IndexError):
+        cache.batch_select_indices(torch.tensor([5]))
+    assert cache.nbytes() == before and cache.evicting[0].batch_size == len(chosen)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+@pytest.mark.parametrize("tokens", [0, 5, 40])
+def test_no_layer_is_cropped(family: str, tokens: int) -> None:
+    model = tiny(family)
+    cache = EvictionCache(model, METHODS["h2o"])
+    if tokens:
+        model(prompt(tokens), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize("first", ["cache", "twin"])

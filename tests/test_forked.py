@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
+import dataclasses
 
-import pandas as pd
 import pytest
 import torch
-from runs import MODEL, NEEDLE, ROOT
+import torch.nn.functional as F
+from methods import METHODS
 from tiny import prompt, tiny
 
 from baselines import FullPolicy
-from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache
-from evals.report import fidelity as report
-from evals.run.fidelity import copied
-from evals.run.forced import compare_with_full
-from evals.run.forked import compare
+from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache, repetition
 
 TOKENS = 60
-FORKED = [*MODEL, *NEEDLE, "+experiment=fidelity", "task=needle", "fidelity.budgets=[0.25,0.5]"]
 
 
 def fitted(budget: float = 0.5) -> list:
@@ -27,206 +21,239 @@ def fitted(budget: float = 0.5) -> list:
     return [Budget(budget).policy(cls(), TOKENS)[0] for _, cls in sorted(POLICIES.items())]
 
 
+def padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts [1, n] as one left-padded batch, with its mask and positions."""
+    longest = max(ids.shape[1] for ids in prompts)
+    ids = torch.cat([F.pad(own, (longest - own.shape[1], 0)) for own in prompts])
+    mask = (ids != 0).long()
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
+
+
+def feed(model, cache, inputs: dict[str, torch.Tensor], steps: list[int]) -> torch.Tensor:
+    """Logits of all tokens, fed in steps of so many."""
+    logits, seen = [], cache.get_seq_length()
+    for new in steps:
+        own = {name: given[:, seen : seen + new] for name, given in inputs.items()}
+        own["attention_mask"] = inputs["attention_mask"][:, : seen + new]
+        logits.append(model(**own, past_key_values=cache).logits)
+        seen += new
+    return torch.cat(logits, dim=1)
+
+
+def continued(inputs: dict[str, torch.Tensor], rows: list[int], later: torch.Tensor) -> dict:
+    """A batch whose row i is `rows[i]` of another, and goes on by `later` [rows, new]."""
+    of = {name: given[rows] for name, given in inputs.items()}
+    new = torch.arange(1, later.shape[1] + 1)
+    return {
+        "input_ids": torch.cat([of["input_ids"], later], 1),
+        "attention_mask": F.pad(of["attention_mask"], (0, later.shape[1]), value=1),
+        "position_ids": torch.cat([of["position_ids"], of["position_ids"][:, -1:] + new], 1),
+    }
+
+
+def alone(model, policy, ids: torch.Tensor, later: torch.Tensor, steps: list[int], **options):
+    """The cache of one method and its logits, from a prompt [1, n] in one piece on."""
+    cache = EvictionCache(model, policy, **options)
+    inputs = padded([torch.cat([ids, later], 1)])
+    return cache, feed(model, cache, inputs, [ids.shape[1], *steps])
+
+
+def check_fork(fork, cache, name: str) -> None:
+    assert fork.lengths == cache.lengths and fork.evictions == cache.evictions, name
+    assert torch.equal(fork.kept_positions(1), cache.kept_positions(1)), name
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("positions", ["cache", "true"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_rows_are_what_methods_give_alone(family, positions) -> None:
-    """A prompt, tokens, and a chunk of several: logits, lengths and kept entries of each."""
-    model, policies = tiny(family), fitted()
-    parts = prompt(TOKENS + 16).split([TOKENS, *[1] * 12, 4], dim=1)
-    forked = ForkedCache(model, policies, positions=positions)
-    together = [model(parts[0], past_key_values=forked).logits.expand(len(policies), -1, -1)]
-    for part in parts[1:]:
-        together.append(model(part.expand(len(policies), -1), past_key_values=forked).logits)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("qwen3", torch.float32), ("gemma3-mixed", torch.float32)]
+    + [("llama", torch.float64)],
+)
+def test_rows_are_what_methods_give_alone(family, dtype, positions) -> None:
+    """Every method on two prompts, padded and in chunks, then tokens and a chunk of several."""
+    model = tiny(family, dtype=dtype)
+    served = [p for p in METHODS.values() if not p.needs_repetition or family != "gemma3-mixed"]
+    policies = [served, [p for p in fitted(0.4) if p in served or not p.needs_repetition]]
+    prompts = [prompt(45, seed=1), prompt(TOKENS, seed=2)]
+    steps = [1] * 12 + [4, 1, 1]
+    inputs, chunks = padded(prompts), [24, 20, 16]
+    cache = ForkedCache(model, policies, positions=positions, hold_until=TOKENS)
+    logits = feed(model, cache, inputs, chunks)
+    rows = [0] * len(policies[0]) + [1] * len(policies[1])
+    assert cache.prompts == rows and logits.shape[0] == 2
+    later = prompt(sum(steps), batch=len(rows), seed=3)
+    after = feed(model, cache, continued(inputs, rows, later), steps)
+    for row, policy in enumerate([*policies[0], *policies[1]]):
+        ids = prompts[rows[row]]
+        one, expected = alone(model, policy, ids, later[row : row + 1], steps, positions=positions)
+        found = torch.cat([logits[rows[row], -ids.shape[1] :], after[row]])
+        torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4, msg=policy.name)
+        check_fork(cache.forks[row], one, policy.name)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed", "llama-dynamic"])
+def test_a_question_is_read_by_each_row(family) -> None:
+    """A context that is thinned before the question comes, and after each of its chunks."""
+    model, names = tiny(family), ("h2o", "buzz", "snapkv", "tova", "full")
+    policies = [METHODS[name] for name in names]
+    cache, steps = ForkedCache(model, policies), [20, 20, 5, 1, 1]
+    inputs = padded([prompt(TOKENS)])
+    feed(model, cache, inputs, [TOKENS])
+    later = prompt(sum(steps), batch=len(policies), seed=4)
+    found = feed(model, cache, continued(inputs, [0] * len(policies), later), steps)
     for row, policy in enumerate(policies):
-        alone = EvictionCache(model, policy, positions=positions)
-        for part, logits in zip(parts, together, strict=True):
-            expected = model(part, past_key_values=alone).logits[0]
-            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
-        fork = forked.forks[row]
-        assert fork.lengths == alone.lengths and fork.evictions == alone.evictions
-        assert torch.equal(fork.kept_positions(1), alone.kept_positions(1)), policy.name
+        one, expected = alone(model, policy, prompt(TOKENS), later[row : row + 1], steps)
+        own = expected[0, TOKENS:]
+        torch.testing.assert_close(found[row], own, atol=1e-4, rtol=1e-4, msg=policy.name)
+        check_fork(cache.forks[row], one, policy.name)
 
 
-def test_comparison_is_that_of_separate_runs() -> None:
-    """To 1e-5: the divergences of every method, on the answer that the full cache gives."""
-    model, policies, ids = tiny(), fitted(), prompt(TOKENS)[0].tolist()
-    answer, found, own = compare(model, ids, policies, 12, set(), {}, (), 8)
-    greedy = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
-    assert answer == greedy[0, TOKENS:].tolist()
-    for policy, one in zip(policies, found, strict=True):
-        (alone,) = compare_with_full(model, [ids], [answer], policy, 0, {})
-        assert one["kl"] == pytest.approx(alone.kl_to_full, abs=1e-5)
-        assert one["top1"] == alone.top1_to_full
-        each = [policy.for_layer(layer, 3).lengths([TOKENS] + [1] * 11) for layer in range(3)]
-        assert one["entries_peak"] == max(sum(held) / 3 for held in zip(*each, strict=True))
-    assert any(one["kl"] > 0.01 for one in found)
-    for policy, tokens in zip([FullPolicy(), *policies], own, strict=True):
-        cache = EvictionCache(model, policy)
-        greedy = model.generate(
-            torch.tensor([ids]), past_key_values=cache, max_new_tokens=8, do_sample=False
-        )
-        assert tokens == greedy[0, TOKENS:].tolist(), policy.name
-    assert len({tuple(tokens) for tokens in own}) > 1
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+def test_copies_go_on_apart_and_rows_can_be_dropped(family) -> None:
+    """A copy made after the prompt sees nothing of what the other reads, nor who leaves it."""
+    model, policies = tiny(family), [[METHODS[name] for name in ("h2o", "buzz", "full")]] * 2
+    prompts = [prompt(40, seed=5), prompt(50, seed=6)]
+    inputs, cache = padded(prompts), ForkedCache(model, policies)
+    feed(model, cache, inputs, [50])
+    rows = cache.prompts
+    later = prompt(12, batch=6, seed=7)
+    expected = feed(model, cache.copy(), continued(inputs, rows, later), [1] * 12)
+    others = continued(inputs, rows, prompt(3, batch=6, seed=8))
+    other = cache.copy()
+    feed(model, other, others, [1] * 3)
+    other.keep([4])
+    feed(model, other, continued(others, [4], prompt(3, seed=9)), [3])
+    whole = continued(inputs, rows, later)
+    found = feed(model, cache, whole, [1] * 5)
+    torch.testing.assert_close(found, expected[:, :5], rtol=0, atol=0)
+    left = [0, 2, 3]
+    cache.keep(left)
+    assert cache.prompts == [0, 0, 1] and len(cache.forks) == 3
+    whole = {name: given[left] for name, given in whole.items()}
+    found = feed(model, cache, whole, [1] * 7)
+    torch.testing.assert_close(found, expected[left, 5:], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="rows"):
+        cache.keep([0, 0])
+    cache.reset()
+    with pytest.raises(RuntimeError, match="prompt"):
+        cache.keep([0])
 
 
-def test_answers_end_where_the_full_cache_ends_them() -> None:
-    model, ids = tiny(), prompt(TOKENS)[0].tolist()
-    answer, *_ = compare(model, ids, [FullPolicy()], 12, set(), {})
-    ended, (found,), own = compare(model, ids, [FullPolicy()], 12, {answer[0]}, {}, (), 12)
-    assert ended == own[0] == own[1] == answer[:1] and found["kl"] is None and found["top1"] is None
-    *_, own = compare(model, ids, [FullPolicy()], 12, set(), {}, (), 12, {answer[0]})
-    assert own[0] == own[1] == answer[:1]
+@torch.inference_mode()
+@pytest.mark.parametrize("forked", [False, True])
+def test_no_mask_of_a_chunk_is_as_long_as_the_prompt(forked: bool) -> None:
+    """Nobody reads a full layer's; a window's has as many entries as the window and the chunk."""
+    model, shapes = tiny("gemma3-mixed"), []
+
+    def note(module, args, given) -> None:
+        if given["attention_mask"] is not None:
+            shapes.append(given["attention_mask"].shape)
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+    policy = METHODS["h2o"]
+    kind = ForkedCache if forked else EvictionCache
+    cache = kind(model, [policy] * 3 if forked else policy, hold_until=200)
+    feed(model, cache, padded([prompt(200)]), [40] * 5)
+    window = model.config.sliding_window
+    assert max(shape[-1] for shape in shapes) == 40 + window - 1
+    assert max(shape[-2] for shape in shapes) == 40
+
+
+@torch.inference_mode()
+def test_a_second_pass_over_a_prompt_is_made_once(monkeypatch) -> None:
+    """For budgets of one method; another that asks otherwise reads it again."""
+    model, passes = tiny(), []
+    scores = repetition._scores
+    monkeypatch.setattr(repetition, "_scores", lambda *a: passes.append(1) or scores(*a))
+    one, other = METHODS["kvzip"], dataclasses.replace(METHODS["kvzip"], chunk=20)
+    policies = [[one, dataclasses.replace(one, capacity=30), other]] * 2
+    inputs = padded([prompt(40, seed=1), prompt(50, seed=2)])
+    cache = ForkedCache(model, policies)
+    feed(model, cache, inputs, [50])
+    assert len(passes) == 4
+    for fork, policy, row in zip(cache.forks, sum(policies, []), cache.prompts, strict=True):
+        ids = prompt([40, 50][row], seed=row + 1)
+        check_fork(fork, alone(model, policy, ids, prompt(0), [])[0], policy.name)
+
+
+@torch.inference_mode()
+def test_an_emptied_cache_reads_other_prompts() -> None:
+    model, policies = tiny("gemma3-mixed"), [[METHODS["h2o"], METHODS["full"]]] * 2
+    cache, steps = ForkedCache(model, policies), [50, 1, 1]
+    for seed in (1, 2):
+        inputs = padded([prompt(50 - 10 * seed, seed=seed), prompt(50, seed=seed + 5)])
+        own = continued(inputs, cache.prompts, prompt(2, batch=4, seed=seed))
+        first = feed(model, cache, inputs, steps[:1])
+        found = feed(model, cache, own, steps[1:])
+        fresh = ForkedCache(model, policies)
+        assert torch.equal(first, feed(model, fresh, inputs, steps[:1]))
+        assert torch.equal(found, feed(model, fresh, own, steps[1:]))
+        cache.reset()
 
 
 def test_what_is_refused() -> None:
     model = tiny()
-    with pytest.raises(ConfigError, match="at least one"):
-        ForkedCache(model, [])
-    with pytest.raises(ConfigError, match="do not evict"):
-        ForkedCache(tiny("gemma3-mixed"), [FullPolicy()])
-    cache = ForkedCache(model, [FullPolicy()] * 2)
+    for nothing in ([], [[]], [[FullPolicy()], []]):
+        with pytest.raises(ConfigError, match="at least one"):
+            ForkedCache(model, nothing)
+    cache = ForkedCache(model, [FullPolicy()] * 3)
     ids = prompt(8, batch=2)
-    with pytest.raises(ConfigError, match="attention_mask"):
-        model(ids[:1], attention_mask=torch.ones(1, 8), past_key_values=cache)
     with pytest.raises(RuntimeError, match="2 rows and not 1"):
         model(ids, past_key_values=cache)
+    model(ids[:1], past_key_values=cache)
+    with pytest.raises(RuntimeError, match="2 rows and not 3"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(ConfigError, match="attention_mask"):
+        mask = torch.ones(3, 9).index_fill(1, torch.tensor(4), 0)
+        model(ids[:1, :1].expand(3, -1), attention_mask=mask, past_key_values=cache)
+    mixed = ForkedCache(tiny("gemma3-mixed"), [[FullPolicy()]] * 2)
+    inputs = padded([ids[:1, :5], ids[1:]])
+    mixed_model = tiny("gemma3-mixed")
+    mixed = ForkedCache(mixed_model, [[FullPolicy()]] * 2)
+    mixed_model(**inputs, past_key_values=mixed)
+    with pytest.raises(ConfigError, match="attention_mask=None"):
+        mixed_model(ids[:, :1], past_key_values=mixed)
 
 
-def test_where_an_answer_comes_from() -> None:
-    text = list(range(100))
-    found = copied(text, [7, 40, 41, 42, 43, 44, 3])
-    assert (found.tokens, found.distance, found.share) == (5, 60, 5 / 7)
-    assert copied(text, [200]).distance is None
-    assert copied([1, 2, 3, 9, 1, 2, 3], [1, 2, 3]).distance == 3  # the last of equals
-    assert copied([1, 1, 1, 1, 1], [1, 1, 1, 1]).share == 1
+@pytest.mark.parametrize("tokens", [0, 30])
+def test_the_hold_can_be_set_later(tokens: int) -> None:
+    """As that of a single cache: for all forks, whatever they were made with."""
+    model, policies = tiny(), fitted()[:2]
+    cache = ForkedCache(model, policies, hold_until=20)
+    cache.hold_until = tokens
+    assert cache.hold_until == tokens and [fork.hold_until for fork in cache.forks] == [tokens] * 2
+    assert cache.copy().hold_until == tokens
+    with pytest.raises(ConfigError, match="hold_until=-1"):
+        cache.hold_until = -1
 
 
-def test_an_experiment_from_config_to_table(main, tmp_path, capsys) -> None:
-    """Resumes without work, is put together from shards, and is rebuilt from its numbers alone."""
-    shared = [*FORKED, "fidelity.tokens=6", "fidelity.answers=true", f"output={tmp_path}/runs"]
-    for shard in ("0/2", "1/2", "1/2"):
-        assert main(*shared, f"task.shard={shard}") == 0
-    assert "| 0.250 | h2o |" in capsys.readouterr().out
-    files = sorted(tmp_path.glob("runs/*/forks.jsonl"))
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert sorted(record["status"] for record in records) == ["ok"] * 3
-    out = tmp_path / "out"
-    written = [f"out={out}", f"pictures={out}"]
-
-    def files_of() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-    assert report.main([f"runs={tmp_path}/runs", *written]) == 0
-    before = files_of()
-    assert {"samples.csv.gz", "fidelity.csv", "sources.png", "contrasts.md"} <= before.keys()
-    environment, *_ = json.loads(before["environment.json"])  # of a checkout that changes, more
-    assert torch.__version__.startswith(environment["versions"]["torch"])
-    assert report.main(written) == 0
-    assert files_of() == before
-    lines = before["fidelity.csv"].decode().splitlines()
-    methods = {line.split(",")[1] for line in lines[1:]}
-    assert methods == {one["method"] for one in records[0]["forks"]} and "h2o" in methods
-    assert all(0 <= one["score"] <= 1 for record in records for one in record["forks"])
-    assert "score,full_score" in lines[0]
-    table = before["answers_prompt_0.25.md"].decode()
-    assert "| method | mean | 0% | 100% | 50% |" in table and "| full | " in table
-
-
-def test_more_prompts_are_put_beside_committed_numbers(main, tmp_path, capsys) -> None:
-    """As if all had been measured at once; other answers to the same prompts are refused."""
-    for shard in ("0/2", "1/2"):
-        folder = f"output={tmp_path}/{shard[0]}"
-        assert main(*FORKED, "fidelity.tokens=6", folder, f"task.shard={shard}") == 0
-    assert main(*FORKED, "fidelity.tokens=6", f"output={tmp_path}/both") == 0
-
-    def write(*arguments: str) -> int:
-        return report.main([*arguments, f"pictures={tmp_path}"])
-
-    one, two, both = (tmp_path / name for name in ("one", "two", "whole"))
-    assert write(f"runs={tmp_path}/both", f"out={both}") == 0
-    assert write(f"runs={tmp_path}/0", f"out={one}") == 0
-    assert write(f"runs={tmp_path}/1", f"beside={one}", f"out={two}") == 0
-    assert (two / "fidelity.csv").read_bytes() != (one / "fidelity.csv").read_bytes()
-    for name in ("samples.csv.gz", "fidelity.csv", "environment.json"):
-        assert (two / name).read_bytes() == (both / name).read_bytes(), name
-    assert main(*FORKED, "fidelity.tokens=4", f"output={tmp_path}/4") == 0
-    assert write(f"runs={tmp_path}/4", f"beside={both}", f"out={both}") == 2
-    assert "two answers" in capsys.readouterr().err
-    assert write(f"runs={tmp_path}/4", f"beside={tmp_path}") == 2
-    assert "beside" in capsys.readouterr().err
-
-
-def test_the_figure_of_cells(tmp_path) -> None:
-    rows = [
-        {"task": "needle", "sample": str(sample), "prompt_tokens": 100, "answer": "same"}
-        | {"method": method, "budget": budget, "budget_by": "peak", "kl": kl, "kl_median": kl}
-        | {"top1": 0.5, "entries_mean": 9.0, "entries_peak": 10, "evictions": 2}
-        | {"copied_distance": None}
-        for sample in range(3)
-        for budget in (0.1, 0.25)
-        for kl, method in enumerate(("h2o", "lazy", "cells_4", "cells_16", "cells_all"))
-    ]
-    pd.DataFrame(rows).to_csv(tmp_path / "samples.csv.gz", index=False)
-    assert [path.name for path in report.build(tmp_path, tmp_path)] == ["cells.png"]
-
-
-@pytest.mark.parametrize(
-    "override, reason",
-    [
-        ("fidelity.tokens=1", "fidelity.tokens"),
-        ("fidelity.budgets=[1.5]", "budget"),
-        ("fidelity.budgets=[0.001]", "budget"),
-        ("fidelity.methods.h2o.scoring=none", "scoring"),
-        ("task=wikitext", "task"),
-        ("cache.logn_base=512", "cache.logn_base"),
-        ("model.compile=true", "model.compile"),
-    ],
-)
-def test_refusals(main, capsys, override, reason) -> None:
-    task = [] if override.startswith("task") else ["task=needle", *NEEDLE]
-    assert main(*MODEL, "+experiment=fidelity", *task, override) == 2
-    assert reason in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_readme_shows_the_committed_results() -> None:
-    """Cell by cell."""
-    summary = pd.read_csv(ROOT / "results/embedded/fidelity.csv")
-    summary = summary[summary.budget == 0.25].set_index(["method", "task"])
-    lines = (ROOT / "README.md").read_text().splitlines()
-    rows = [
-        [c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("| `")
-    ]
-    rows = [row for row in rows if len(row) == 6]
-    assert len(rows) > 10
-    for name, *cells, held, evictions in rows:
-        own = summary.loc[name.strip("`")]
-        for task, cell in zip(("nq10", "xsum", "multi_news"), cells, strict=True):
-            one = own.loc[task]
-            assert cell == f"{one.kl:.2f} [{one.kl_low:.2f}, {one.kl_high:.2f}]"
-        three = own.loc[["nq10", "xsum", "multi_news"]]
-        assert held == f"{three.held_over_budget.mean():.2f}"
-        assert evictions == f"{three.evictions.mean():.0f}"
-
-
-def test_the_page_on_honeycomb_shows_what_was_measured() -> None:
-    """Cell by cell: differences to H2O, and evictions as a part of H2O's."""
-    summary = pd.read_csv(ROOT / "results/embedded/honeycomb_check/fidelity.csv")
-    summary = summary.set_index(["method", "task", "budget"])
-    columns = [(task, budget) for task in ("nq10", "xsum", "multi_news") for budget in (0.1, 0.25)]
-    page = (ROOT / "docs/honeycomb.md").read_text().split("## The other half, looked at once")[1]
-    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
-    shown = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row[2] != "-"]
-    method = ""
-    for name, *cells in shown:
-        method = name.split("`")[1] if "`" in name else method
-        for cell, (task, budget) in zip(cells, columns, strict=True):
-            own, rival = summary.loc[method, task, budget], summary.loc["h2o", task, budget]
-            if "`" in name:
-                ends = [own[f"kl_less_h2o{end}"] for end in ("", "_low", "_high")]
-                told = [float(number) for number in re.findall(r"[-+]?\d\.\d{3}", cell)]
-                assert told == pytest.approx(ends, abs=6e-4), name  # both are rounded
-                assert cell.startswith("**") == (ends[2] < 0)
-            else:
-                assert cell == f"{own.evictions / rival.evictions:.0%}".replace("%", " %"), method
-    assert len(shown) == 8
+def test_every_member_is_served_or_refused_by_name() -> None:
+    """Before and after a prompt: an AttributeError is neither."""
+    model = tiny()
+    cache = ForkedCache(model, fitted()[:2], logn_base=16)
+    calls = {"nbytes": (), "trace": (), "kept_positions": (0,), "copy": (), "crop": (-1,)}
+    calls |= dict.fromkeys(("reorder_cache", "batch_select_indices"), (torch.tensor([1, 0]),))
+    calls |= {"batch_repeat_interleave": (2,), "get_seq_length": (), "__bool__": ()}
+    refused = set()
+    for ids in ([], [prompt(30)]):
+        for one in ids:
+            model(one, past_key_values=cache)
+        for name in [*(name for name in vars(EvictionCache) if name[0] != "_"), *calls]:
+            try:
+                member = getattr(cache, name)
+                member(*calls[name]) if name in calls else None
+            except ConfigError as error:
+                assert str(error).startswith(f"{name}='ForkedCache': "), name
+                refused.add(name)
+        assert cache and cache.positions == "cache" and cache.logn_base == 16
+        assert not cache.compiled
+    assert {"lengths", "nbytes", "trace", "reorder_cache", "crop"} <= refused
+    assert all(fork.lengths for fork in cache.forks)

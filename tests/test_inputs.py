@@ -12,7 +12,7 @@ from recomputed import Keys, Recorder
 from tiny import FAMILIES, SHAPE, from_config, prompt, tiny
 from transformers import DynamicCache, LlamaConfig
 
-from buzz import BuzzFastPolicy, ConfigError, EvictionCache
+from buzz import BuzzFastPolicy, ConfigError, EvictionCache, ForkedCache
 from buzz.inputs import first_positions, hides_more, jumps
 
 BUZZ = METHODS["buzz"]
@@ -530,6 +530,15 @@ def test_what_is_no_policy(llama, given) -> None:
 def test_what_is_no_base(llama, value) -> None:
     with pytest.raises(ConfigError, match="^cache.logn_base="):
         EvictionCache(llama, BUZZ, logn_base=value)
+
+
+@pytest.mark.parametrize(
+    "kind", [EvictionCache, lambda model, one, **own: ForkedCache(model, [one], **own)]
+)
+def test_a_clamp_of_no_scale(llama, kind) -> None:
+    with pytest.raises(ConfigError, match="^cache.logn_clamp=True: .*cache.logn_base"):
+        kind(llama, BUZZ, logn_clamp=True)
+    kind(llama, BUZZ, logn_clamp=True, logn_base=16)
 
 
 @pytest.mark.parametrize("value", ["truth", False, None, 1, ["cache"]])

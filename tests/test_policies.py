@@ -7,26 +7,25 @@ import functools
 import itertools
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, reject
 from hypothesis import strategies as st
 from one_layer import feed, finish, held, projecting
 from tiny import tiny
 
 from baselines import H2OPolicy, LocalPolicy, StreamingLLMPolicy
+from baselines.ranking import PromptPolicy, RankingPolicy
 from buzz import (
     POLICIES,
     BuzzPolicy,
     BuzzStridedPolicy,
     ConfigError,
+    EvictionCache,
     Policy,
 )
-from buzz.adapter import attention_of, find_rope
 from buzz.layer import EvictionLayer
 from buzz.rope import Rope
 
@@ -108,16 +107,6 @@ def steps(
             received = torch.rand(before.shape, generator=generator)
         finish(layer, received)
         yield layer, before, received
-
-
-def test_every_method_has_its_config_with_its_own_defaults() -> None:
-    files = Path(__file__).parents[1].glob("configs/method/*.yaml")
-    configs = {file.stem: yaml.safe_load(file.read_text()) for file in files}
-    assert {config["name"] for config in configs.values()} == set(POLICIES)
-    for stem, config in configs.items():
-        policy = POLICIES[config.pop("name")]()
-        if stem == policy.name:  # and no further variant of it
-            assert config.items() <= dataclasses.asdict(policy).items()
 
 
 @given(policies, chunks, st.integers(0, 9))
@@ -291,7 +280,7 @@ def farthest_from_one_turn(policy: Policy, tokens: int) -> float:
     As a share of the key's largest number; a single rounding is 2^-9 of its own.
     """
     model = tiny("llama")
-    rope = find_rope(model.get_decoder(), attention_of(model.get_decoder(), 0), "full_attention")
+    rope = Rope(model.get_decoder().rotary_emb)
     layer = EvictionLayer(policy, rope, module=projecting(2))
     generator = torch.Generator().manual_seed(0)
     arrived = torch.randn(3, 1, 2, tokens, 16, generator=generator).bfloat16()
@@ -319,3 +308,29 @@ def test_rounding_does_not_build_up_over_a_thousand_steps(name) -> None:
 def test_keys_turned_step_by_step_would_drift(monkeypatch) -> None:
     monkeypatch.setattr(H2OPolicy, "resident", 0)
     assert farthest_from_one_turn(H2OPolicy().fit(24), 1060) > 2**-5
+
+
+@pytest.mark.parametrize("kind", [PromptPolicy, RankingPolicy])
+@pytest.mark.parametrize("name", ["received", "queries", "moments"])
+def test_what_is_read_and_not_declared_is_named(kind: type[Policy], name: str) -> None:
+    """Where the method has to say so; all else is there for the asking."""
+
+    class Curious(kind):
+        name = "curious"
+
+        def score(self, entries) -> torch.Tensor:
+            assert entries.keys.shape == entries.values.shape
+            return getattr(entries, name)
+
+    model, ids = tiny(), torch.arange(3, 63)[None]
+    with pytest.raises(ConfigError, match=f"entries.{name}=None: .*declare") as error:
+        model(ids, past_key_values=EvictionCache(model, Curious().fit(24)))
+    assert "\n" not in str(error.value)
+    if name == "received":
+        plain = type("Plain", (kind,), {"name": "plain"})().fit(24)
+        with pytest.raises(ConfigError, match="needs_scores = True"):
+            model(ids, past_key_values=EvictionCache(model, plain))
+        declared = type("Declared", (Curious,), {"needs_scores": True})().fit(24)
+        cache = EvictionCache(model, declared)
+        model(ids, past_key_values=cache)
+        assert cache.lengths == [24] * 3

@@ -97,3 +97,23 @@ def test_no_drift_after_thousands_of_evictions(policy, dtype, steps) -> None:
     error = (layer.view(layer.store.keys)[0, 0].double() - exact).abs().max()
     # One rounding of a key of about 4 in size, however often it has moved.
     assert error < {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["phi3-longrope", "llama-dynamic"])
+def test_changed_frequencies_are_noticed_and_a_new_text_begins_with_the_first(family: str) -> None:
+    """Wherever the model keeps them: LongRoPE has one buffer, dynamic RoPE brings others."""
+    model = tiny(family)
+    policy = StreamingLLMPolicy(sink=4, window=30)
+    first = []
+    for tokens in (50, 90, 50):
+        cache = EvictionCache(model, policy)
+        model(prompt(50), past_key_values=cache)
+        first.append(cache.evicting[0].rope.frequencies().clone())
+        for number in range(tokens - 50):
+            model(prompt(1, seed=number), past_key_values=cache)
+        tables = [table for _, table in cache.evicting[0].rope._history]
+        assert len(tables) == 1 if tokens == 50 else len(tables) > 1
+        torch.testing.assert_close(tables[0], first[0])
+        torch.testing.assert_close(tables[-1], cache.evicting[0].rope.frequencies())
+    torch.testing.assert_close(first[2], first[0])

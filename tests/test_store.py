@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from methods import METHODS, every_method
-from one_layer import feed, finish, projecting
+from one_layer import feed, finish, held, projecting
 from tiny import prompt, tiny
 
 from buzz import EvictionCache
+from buzz.eviction import Group
 from buzz.layer import EvictionLayer
 from buzz.rope import Rope
 from buzz.store import Store, with_spare
@@ -79,3 +82,43 @@ def test_allocated_bytes_count_everything() -> None:
     per_slot = 2 * (4 + 4) * 4 + 2 * 4 + 2 * 4  # two heads: key and value, position, score
     assert layer.nbytes(allocated=True) == store.capacity * per_slot
     assert layer.nbytes() == 24 * 2 * (4 + 4) * 4 == layer.entry_nbytes * 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "h2o-mean", "buzz", "expected_attention"])
+def test_rows_that_evict_as_one_hold_what_each_would_alone(name: str, dtype: torch.dtype) -> None:
+    """Three prompts of three lengths; halfway, rows change places, and one is there twice."""
+    random = torch.Generator().manual_seed(0)
+    rotary = tiny("llama").get_decoder().rotary_emb
+    policy, paddings, steps = METHODS[name], [9, 0, 4], [40, *[1] * 60]
+
+    def layer(groups: list[Group]) -> EvictionLayer:
+        made = EvictionLayer(policy, Rope(rotary))
+        made.groups = groups
+        return made
+
+    kinds = [Group([1], 0, 0), Group([2], 4, 0), Group([0], 9, 0)]
+    batch = layer(kinds)
+    alone = [layer([Group([0])]) for _ in paddings]
+    for number, new in enumerate(steps):
+        if number == 30:
+            batch.batch_select_indices(torch.tensor([2, 0, 2]))
+            alone = [alone[2], alone[0], copy.deepcopy(alone[2])]
+            paddings = [4, 9, 4]
+        key, value, query = torch.randn(3, 3, 2, new, 16, generator=random).to(dtype)
+        cut = paddings if number == 0 else [0, 0, 0]
+        feed(batch, key, value, query)
+        given = torch.rand(held(batch).shape, generator=random)
+        lengths = batch.lengths
+        finish(batch, given if batch.wants_scores else None)
+        for row, own in enumerate(alone):
+            one = slice(row, row + 1)
+            feed(own, *(tensor[one, :, cut[row] :] for tensor in (key, value, query)))
+            mine = given[one, :, given.shape[-1] - lengths[row] :]
+            finish(own, mine if own.wants_scores else None)
+    assert len(batch.groups) == 2 and batch.evictions == [own.evictions[0] for own in alone]
+    for row, own in enumerate(alone):
+        assert batch.lengths[row] == own.lengths[0]
+        for tensor, due in zip(batch.store.tensors(), own.store.tensors(), strict=True):
+            got = batch.view(tensor)[row, :, -own.lengths[0] :]
+            torch.testing.assert_close(got, own.view(due)[0], atol=1e-6, rtol=1e-6)
