@@ -25,7 +25,6 @@ class ChunkKVPolicy(SnapKVPolicy):
     layers is in neither.
 
     Args:
-        capacity, window, kernel, pooling: as of SnapKV.
         chunk: tokens of a chunk.
     """
 

@@ -23,7 +23,6 @@ class CriticalKVPolicy(SnapKVPolicy):
     window counts in the first stage; where it is larger than that share, here it still stays whole.
 
     Args:
-        capacity, window, kernel, pooling: as of SnapKV.
         first: share of the capacity that goes by attention alone.
         epsilon: added to the attention before it is weighed.
     """

@@ -24,7 +24,6 @@ class DefensiveKVPolicy(SnapKVPolicy):
     window" is that of the last `window` entries before it.
 
     Args:
-        capacity, window, kernel, pooling: as of SnapKV.
         mass: share of the attention whose entries stay by it alone.
     """
 

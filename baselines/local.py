@@ -13,7 +13,11 @@ from buzz.policy import BudgetBy, Policy, State, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class LocalPolicy(Policy):
-    """Keeps the last `window` entries."""
+    """Keeps the last `window` entries.
+
+    Args:
+        window: last entries kept.
+    """
 
     window: int = 164
 

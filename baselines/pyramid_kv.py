@@ -18,7 +18,7 @@ class PyramidKVPolicy(SnapKVPolicy):
     A prompt of less than twice what is kept beside the window gets the same in every layer.
 
     Args:
-        capacity, window, kernel, pooling: as of SnapKV; the capacity is the mean over the layers.
+        capacity: prompt entries kept by a layer on average, window included.
         beta: the last layer keeps, beside the window, this part of the mean: 1 / beta.
         step: ``floor`` rounds the difference between two layers down, as the original does: all
             layers then hold up to (layers - 1) / 2 more than the capacity, on average. ``exact``,

@@ -23,7 +23,6 @@ class RKVPolicy(SnapKVEveryPolicy):
     `snapkv_every`). Its code and runner have `trade` 0.07, its paper and README 0.1.
 
     Args:
-        size, window, kernel, every: as of `snapkv_every`.
         trade: share of attention in the score.
         similar: cosine above which keys are alike; the newest of those is no repetition.
     """

@@ -29,7 +29,8 @@ class RandomPolicy(RankingPolicy):
 
     Args:
         size: entries kept, ends included.
-        sink, window: first and last entries kept; a budget makes them a tenth of it each.
+        sink: first entries kept; a budget makes them a tenth of it.
+        window: last entries kept; a budget makes them a tenth of it.
         seed: of the sample.
     """
 

@@ -13,7 +13,12 @@ from buzz.policy import BudgetBy, Policy, State, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLMPolicy(Policy):
-    """Keeps the first `sink` and the last `window` entries."""
+    """Keeps the first `sink` and the last `window` entries.
+
+    Args:
+        sink: first entries kept.
+        window: last entries kept.
+    """
 
     sink: int = 4
     window: int = 160
