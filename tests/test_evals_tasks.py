@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tools import verify_scores
 
 from buzz import ConfigError
 from evals.run.models import byte_tokenizer
@@ -19,7 +20,6 @@ from evals.tasks.needle import NEEDLE, Needle
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
 from evals.tasks.wikitext import Wikitext
-from scripts import verify_scores
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden/longbench_scores.json"
@@ -74,15 +74,13 @@ def test_needle_scores_the_share_of_passkeys_found() -> None:
     assert task.score(sample, {"prediction": ""}) == {"accuracy": 0}
 
 
-def test_needle_draws_its_grid(tmp_path: Path) -> None:
+def test_needle_is_broken_down_by_length_and_depth() -> None:
     task = Needle(name="n", lengths=[500, 900], depths=[0, 100])
     records = [
         {"meta": {"length": n, "depth": depth}, "scores": {"accuracy": float(n == 500)}}
         for n in task.lengths
         for depth in task.depths
     ]
-    task.draw(records[1:], tmp_path)  # a cell may be missing
-    assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     found = task.breakdown(records)
     assert found["length"] == {"500": 1, "900": 0}
     assert found["length and depth"]["500 at 100%"] == 1
@@ -93,7 +91,8 @@ def test_needle_scores_the_passkey_alone() -> None:
     (sample, *_) = task.load(TOKENIZER)
     key = sample.references[0]
     assert task.score(sample, {"prediction": f"The pass key is {key}."}) == {"accuracy": 1}
-    assert task.score(sample, {"prediction": f"The pass key is {key[:4]}."}) == {"accuracy": 0}
+    for said in (key[:4], f"9{key}", f"{key}0"):
+        assert task.score(sample, {"prediction": f"The pass key is {said}."}) == {"accuracy": 0}
 
 
 def test_samples_limits_the_needle() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, StringConstraints
@@ -13,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.environment import package_version
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.tasks.build import check_fields
-from evals.tasks.picture import Picture
 
 Shard = Annotated[str, StringConstraints(pattern=r"^\d+/[1-9]\d*$")]
 
@@ -60,37 +58,6 @@ class Sample:
     starts: tuple[int, ...] = (0,)
 
 
-Averages = Callable[[dict[str, float]], dict[str, dict[str, float]]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table of reports: one for all tasks that name it.
-
-    Attributes:
-        name: the files' stem.
-        columns: metrics that are shown beside the headline.
-        note: what a reader must know.
-        averages: of a benchmark whose groups are data sets, which are shown in rows: its own
-            averages, {kind: {name: value}}, of their scores.
-    """
-
-    name: str
-    title: str
-    columns: tuple[str, ...] = ()
-    note: str = ""
-    averages: Averages | None = None
-
-
-OTHERS = Section(
-    "other_tasks",
-    "Passkeys and other tasks",
-    note="An interval of no width means that every sample scored the same, not certainty. KL to"
-    " full: divergence, in nats a token, of the next-token distribution from the full cache's,"
-    " on the full cache's own answers.",
-)
-
-
 @dataclass(kw_only=True)
 class Task(ABC):
     """Data, prompts and scores. Subclasses are dataclasses whose fields are the YAML's keys.
@@ -111,8 +78,10 @@ class Task(ABC):
         grouped_by: what a sample's group is.
         version: of prompts and scores; raise it with any change to them, and runs of before, whose
             records would no longer be comparable, count no more.
-        section, picture: where and how reports show it.
+        scores_version: of scores alone; raise it with a change to them that takes the same answers,
+            and answers that are there are scored again.
         timed: whether speed is what it is run for: its score is no quality.
+        of_rows: settings of a timed task that tell rows of one table apart, as a method does.
         scorers: packages that compute scores. Under another version of theirs, answers that are
             there are scored again.
     """
@@ -122,10 +91,10 @@ class Task(ABC):
     statistic: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = True
     grouped_by: ClassVar[str] = "group"
-    section: ClassVar[Section] = OTHERS
-    picture: ClassVar[Picture | None] = None
     timed: ClassVar[bool] = False
+    of_rows: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
+    scores_version: ClassVar[int] = 1
     scorers: ClassVar[tuple[str, ...]] = ()
 
     name: str
@@ -184,6 +153,8 @@ class Task(ABC):
     def scoring(self) -> str:
         """Names the version of all that turns an answer into scores."""
         known = [self.version, *(package_version(package) for package in self.scorers)]
+        if self.scores_version > 1:
+            known.append(f"scores {self.scores_version}")
         return " ".join(map(str, known))
 
     def longest_prompt(self) -> int:
@@ -206,20 +177,6 @@ class Task(ABC):
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """Means by anything but the group, as {title: {row: value}}, for summary and table."""
         return {}
-
-    @classmethod
-    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
-        """What claims about a topic may read of its runs: groups, None for all of them.
-
-        Args:
-            config: the task's section of a run's configuration.
-        """
-        return {}
-
-    def draw(self, records: Sequence[Record], folder: Path) -> None:
-        """Puts the task's picture, if it has one, into the run's folder as heatmap.png."""
-        if self.picture and records:
-            self.picture.save(records, folder.name.rpartition("-")[0], folder / "heatmap.png")
 
 
 @dataclass(kw_only=True)

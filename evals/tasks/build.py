@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from buzz.errors import ConfigError
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # `no` is no boolean
+KNOWN = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
 def build(section: str, config: dict[str, Any], kind: type) -> Any:
@@ -22,14 +23,56 @@ def build(section: str, config: dict[str, Any], kind: type) -> Any:
     target = config.get("_target_")
     try:
         found = resolve_name(str(target))
-        if not (isinstance(found, type) and issubclass(found, kind)):
-            raise ConfigError(f"{section}._target_", target, f"is no {kind.__name__}")
-        return found(**{key: value for key, value in config.items() if key != "_target_"})
+    except Exception as error:
+        raise _refused(section, target, error) from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ConfigError(f"{section}._target_", target, f"is no {kind.__name__}")
+    return construct(section, found, {k: v for k, v in config.items() if k != "_target_"})
+
+
+def construct(section: str, kind: type, fields: Mapping[str, Any]) -> Any:
+    """An object of a dataclass; whatever goes wrong names the section.
+
+    Raises:
+        ConfigError: there is no such field, or the class refuses a value.
+    """
+    known = sorted(field.name for field in dataclasses.fields(kind) if field.init)
+    for name, value in fields.items():
+        if name not in known:
+            remedy = f"choose one of {', '.join(known)}" if known else "there is none"
+            raise ConfigError(f"{section}.{name}", value, f"no such setting; {remedy}")
+    try:
+        return kind(**fields)
     except ConfigError:
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(section, target, reason) from error
+        raise _refused(section, kind.__name__, error) from error
+
+
+def _refused(section: str, value: Any, error: Exception) -> ConfigError:
+    return ConfigError(section, value, (str(error) or type(error).__name__).splitlines()[0])
+
+
+def with_lists(config: dict[str, Any]) -> dict[str, Any]:
+    """A section in which single values stand for lists of one, where its class wants lists.
+
+    >>> with_lists({"_target_": "evals.tasks.throughput.Throughput", "lengths": 2000})["lengths"]
+    [2000]
+    """
+    try:
+        hints = get_type_hints(resolve_name(str(config.get("_target_"))))
+    except Exception:  # build() says what is wrong with it
+        return config
+    return {
+        name: [value]
+        if isinstance(value, int | float | str) and _of_many(hints.get(name))
+        else value
+        for name, value in config.items()
+    }
+
+
+def _of_many(hint: Any) -> bool:
+    return get_origin(hint) is Sequence or any(_of_many(one) for one in get_args(hint))
 
 
 def check_fields(section: str, built: Any) -> None:
@@ -57,7 +100,12 @@ def validate(kind: type[BaseModel], values: Mapping[str, Any], *section: str) ->
     try:
         kind.model_validate(values)
     except ValidationError as error:
-        name = ".".join(map(str, (*section, *error.errors()[0]["loc"])))
+        first = error.errors()[0]
+        name = ".".join(map(str, (*section, *first["loc"])))
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(kind.model_fields)) if len(first["loc"]) == 1 else ""
+            remedy = "no such setting" + (f"; choose one of {known}" if known else "")
+            raise ConfigError(name, first["input"], remedy) from error
         raise refusal(name, error) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 
@@ -71,8 +72,8 @@ def encode_prompt(
     applied afterwards and stays whole. So does `prefix`, the beginning of the answer.
 
     Raises:
-        ConfigError: not even the template fits; the prompt is empty, or holds half a surrogate
-            pair, which no tokenizer takes.
+        ConfigError: not even the template fits, or it refuses the prompt; the prompt is empty, or
+            holds half a surrogate pair, which no tokenizer takes.
     """
 
     def encoded(user: str) -> Encoded:
@@ -82,9 +83,11 @@ def encode_prompt(
             messages = [{"role": "user", "content": user}]
             if prefix:
                 messages.append({"role": "assistant", "content": prefix})
-            kind = {"continue_final_message" if prefix else "add_generation_prompt": True}
-            whole = tokenizer.apply_chat_template(messages, tokenize=False, **kind)
+            whole = in_template(tokenizer, messages)
         ids = tokenizer(whole, add_special_tokens=not chat)["input_ids"]
+        end = getattr(tokenizer, "eos_token", None)
+        if end and ids[-1:] == [tokenizer.eos_token_id] and not whole.endswith(end):
+            ids = ids[:-1]  # of tokenizers that end every text: an answer goes on from it
         return Encoded(ids, 0, user, whole, prefix, not chat)
 
     try:
@@ -108,3 +111,25 @@ def encode_prompt(
             return replace(cut, truncated=len(whole.ids) - len(cut.ids))
         room -= len(cut.ids) - limit
     raise ConfigError("model.max_length", limit, "leaves no room for the prompt")
+
+
+def in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages in the chat template, up to where the model writes.
+
+    That is the beginning of its answer, or the end of the last message if that is its own.
+
+    Raises:
+        ConfigError: the template refuses the messages, or leaves one of them out.
+    """
+    goes_on = messages[-1]["role"] == "assistant"
+    kind = {"continue_final_message" if goes_on else "add_generation_prompt": True}
+    reason = "leaves out a message"
+    try:
+        whole = tokenizer.apply_chat_template([*messages], tokenize=False, **kind)
+    except Exception as error:  # of the template's own code: any kind
+        whole, reason = None, f"says: {(str(error) or type(error).__name__).splitlines()[0]}"
+    if whole is None or not all(message["content"].strip() in whole for message in messages):
+        roles = ", ".join(message["role"] for message in messages)
+        remedy = f"the model's template {reason} (of {roles}); write false, or take another model"
+        raise ConfigError("task.chat_template", True, remedy)
+    return whole

@@ -12,7 +12,7 @@ import logging
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,9 +24,9 @@ from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Section, Task, after
+from evals.tasks.base import Sample, Task, after
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
 
@@ -113,12 +113,6 @@ class LongBench(Task):
 
     headline: ClassVar[str] = "score"
     grouped_by: ClassVar[str] = "data set"
-    section: ClassVar[Section] = Section(
-        "longbench",
-        "LongBench",
-        note="Scores 0 to 100 by the benchmark's own metrics; averages as in its own tables.",
-        averages=averages,
-    )
 
     data_dir: str | None = None
     extended: bool = False
@@ -126,11 +120,6 @@ class LongBench(Task):
     hub_revision: str | None = None
     max_new_tokens: PositiveInt | None = None
     _rows: dict[str, list[dict[str, Any]]] = field(init=False, repr=False, default_factory=dict)
-
-    @classmethod
-    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
-        names = {"summaries": "summarization", "documents": "multi_doc_qa"}
-        return {topic: set(CATEGORIES[name]) for topic, name in names.items()}
 
     def prepare(self) -> None:
         known = dataset_names(self.extended)

@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.results.statistics import means_by_meta
 from evals.tasks.base import Sample, Task
 from evals.tasks.data import are_texts, load_hub, read_json, read_jsonl
@@ -33,8 +33,12 @@ CODE = "Code Repository Understanding"  # in no group of lm-eval's
 LETTER = "Answer:"
 SENTENCE = 'Format your response as follows: "The correct answer is (insert answer here)".'
 FORMS = {
-    "sentence": (SENTENCE, re.compile(r"The correct answer is \(?([A-D])")),
-    "letter": (LETTER, re.compile(r"\A\W*([A-D])\b")),
+    # As in the benchmark's code: a letter in brackets anywhere, or else the first one without.
+    "sentence": (
+        SENTENCE,
+        (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"),
+    ),
+    "letter": (LETTER, (r"\A\W*([A-D])\b",)),
 }
 
 
@@ -50,6 +54,7 @@ class LongBench2(Task):
     """
 
     headline: ClassVar[str] = "accuracy"
+    scores_version: ClassVar[int] = 2
 
     data_file: str | None = None
     hub_revision: str | None = None
@@ -91,8 +96,9 @@ class LongBench2(Task):
         )
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:
-        # The benchmark's code takes asterisks out first.
-        found = FORMS[self.answer][1].search(record["prediction"].replace("*", ""))
+        said = record["prediction"].replace("*", "")  # as the benchmark's code does first
+        tried = (re.search(form, said) for form in FORMS[self.answer][1])
+        found = next(filter(None, tried), None)
         right = found is not None and found[1] in sample.references
         return {"accuracy": float(right), "answered": float(found is not None)}
 

@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.results.statistics import means_by_meta
 from evals.tasks.base import Sample, Task
 from evals.tasks.data import load_hub, read_jsonl

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from pydoc_data.topics import topics
 from typing import ClassVar
 
@@ -17,8 +18,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.tasks.base import Sample, Task
+from evals.tasks.text import Words
 
 QUESTION = "Summarize the text above in one or two sentences."
 
@@ -36,6 +38,7 @@ class Pydoc(Task):
     """
 
     headline: ClassVar[str] = "rouge2"
+    scores_version: ClassVar[int] = 2
     scorers: ClassVar[tuple[str, ...]] = ("rouge-score",)
 
     shortest: PositiveInt = 400
@@ -73,5 +76,10 @@ class Pydoc(Task):
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:
         page, summary = sample.references[0], record["prediction"]
-        scores = RougeScorer(["rouge1", "rouge2"]).score(page, summary)
+        scores = _scorer().score(page, summary)
         return {name: score.precision for name, score in scores.items()}
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rouge1", "rouge2"], tokenizer=Words(use_stemmer=False))

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.results.statistics import means_by_meta
 from evals.tasks.base import Task
 

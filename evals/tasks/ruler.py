@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.results.statistics import means_by
 from evals.tasks.base import Sample
 from evals.tasks.encoding import encode

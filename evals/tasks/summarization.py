@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,10 +10,10 @@ from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
-from evals.tasks.base import Sample, Section, Task, after
+from evals.results.record import Record
+from evals.tasks.base import Sample, Task, after
 from evals.tasks.data import load_hub, read_jsonl
-from evals.tasks.text import as_buzz_writes, package_rouge, rouge, self_bleu
+from evals.tasks.text import WORDS, as_buzz_writes, package_rouge, rouge, self_bleu
 from evals.tasks.types import template
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -32,7 +31,8 @@ READY_PROMPT = re.compile(f"{READY}(.*)\n\nSummarize the above article in [^\n]*
 class Summarization(Task):
     """Scores: ROUGE-1, -2 and -L F-measure, 0..100, by two packages that differ by some points.
 
-    `rouge1`, `rouge2`, `rougeL` are by rouge-score with stemming; `pkg_rouge1`, ... are those of
+    `rouge1`, `rouge2`, `rougeL` are by rouge-score with stemming, on the words of any script
+    (:class:`evals.tasks.text.Words`, which each record names); `pkg_rouge1`, ... are those of
     the BUZZ paper's code: by the package `rouge` (:func:`package_rouge`), of the
     answer as that code writes it (:func:`as_buzz_writes`). `self_bleu`, 0..1: how far
     the summary repeats itself (:func:`self_bleu`); lower is better.
@@ -45,14 +45,8 @@ class Summarization(Task):
         hub, hub_config, hub_revision, split: the data set on the hub.
     """
 
-    section: ClassVar[Section] = Section(
-        "summarization",
-        "Summaries of news: CNN/DailyMail and XSUM",
-        (*ROUGE, "pkg_rougeL"),
-        "ROUGE F-measure, 0 to 100; rouge1, rouge2, rougeL by rouge-score with stemming, pkg_rougeL"
-        " by the package rouge. Intervals: 95% bootstrap over samples.",
-    )
     version: ClassVar[int] = 2
+    scores_version: ClassVar[int] = 2
     scorers: ClassVar[tuple[str, ...]] = ("rouge", "rouge-score", "nltk")
 
     headline: Literal[METRICS] = "rougeL"
@@ -70,10 +64,6 @@ class Summarization(Task):
     @property
     def higher_is_better(self) -> bool:
         return self.headline != "self_bleu"
-
-    @classmethod
-    def topics(cls, config: Mapping[str, Any]) -> dict[str, set[str] | None]:
-        return {} if config.get("headline") == "self_bleu" else {"summaries": None}
 
     def prepare(self) -> None:
         if self.data_file is None:
@@ -96,7 +86,7 @@ class Summarization(Task):
             prompt=prompt,
             references=(_first(row, SUMMARY_FIELDS),),
             question=after(article, prompt),
-            meta={"id": row.get("id")},
+            meta={"id": row.get("id"), "rouge_tokens": WORDS},
         )
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:

@@ -1,14 +1,12 @@
 """Speed and memory of a method on prompts of given lengths: what is said does not matter.
 
-The figures that count are every record's own measurements (TTFT, decode tokens per second,
-inter-token latency, KV bytes, peak memory); this task only makes prompts of exact lengths.
+The figures that count are every record's own measurements (:mod:`evals.run.speed`): TTFT, time per
+token, share of evictions, KV bytes, peak memory. This task only makes prompts of exact lengths.
 """
 
 from __future__ import annotations
 
 import random
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,21 +14,14 @@ from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.tasks.base import Sample, Task
 from evals.tasks.types import Grid, Size, nbytes
-
-MEASURES = {
-    "decode tokens/s": "decode_tokens_per_s",
-    "TTFT s": "ttft_s",
-    "inter-token p95 ms": "itl_p95_ms",
-    "peak memory MB": "memory_peak_nbytes",
-}
 
 
 @dataclass(kw_only=True)
 class Throughput(Task):
-    """Score: tokens answered (fewer than `max_new_tokens` where the model ended by itself).
+    """Score: tokens answered, always `max_new_tokens`.
 
     Attributes:
         lengths: prompt tokens; `samples` prompts of each.
@@ -38,12 +29,17 @@ class Throughput(Task):
         batch_size: prompts per batch; ``max``: as many as fit into `kv_limit`.
         kv_limit: of the keys and values of a batch, such as ``512MB``, at the most entries that the
             method ever holds between two steps.
+        prefill_chunk: tokens of a step in which a prompt is read, with an eviction after each;
+            None: all at once.
+        hold: with `prefill_chunk`: evict nothing before the prompt's end.
+        paired: one step of each method in turn, for machines that are slower at times.
     """
 
     headline: ClassVar[str] = "answer_tokens"
     grouped_by: ClassVar[str] = "prompt tokens"
     timed: ClassVar[bool] = True
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
+    of_rows: ClassVar[tuple[str, ...]] = ("prefill_chunk", "hold")
 
     lengths: Grid[PositiveInt] = (1024,)
     samples: PositiveInt = 3
@@ -51,6 +47,9 @@ class Throughput(Task):
     chat_template: Literal[False] = False  # prompts are random tokens
     batch_size: PositiveInt | Literal["max"] = 1
     kv_limit: Size | None = None
+    prefill_chunk: PositiveInt | None = None
+    hold: bool = False
+    paired: bool = False
 
     def check(self) -> None:
         super().check()
@@ -62,6 +61,13 @@ class Throughput(Task):
         if self.kv_limit and len(self.lengths) > 1:
             remedy = "give one: each has its own largest batch"
             raise ConfigError("task.lengths", list(self.lengths), remedy)
+
+        if self.hold and self.prefill_chunk is None:
+            remedy = "is of prompts in chunks; write task.prefill_chunk=1024, too"
+            raise ConfigError("task.hold", True, remedy)
+        if self.paired and self.batch_size != 1:
+            remedy = "methods take their steps in turn on one prompt; write 1"
+            raise ConfigError("task.batch_size", self.batch_size, remedy)
 
     @property
     def room(self) -> int | None:
@@ -88,16 +94,3 @@ class Throughput(Task):
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:
         return {"answer_tokens": float(record["generated_tokens"])}
-
-    def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        by_length: dict[str, list[Record]] = {}
-        for record in records:
-            by_length.setdefault(record["group"], []).append(record)
-        return {
-            title: {
-                length: statistics.median(values) * (1e-6 if name == "memory_peak_nbytes" else 1)
-                for length, rows in by_length.items()
-                if (values := [row[name] for row in rows if row.get(name) is not None])
-            }
-            for title, name in MEASURES.items()
-        }

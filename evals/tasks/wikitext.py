@@ -15,8 +15,8 @@ from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results.schema import Record
-from evals.tasks.base import Sample, Section, StreamTask
+from evals.results.record import Record
+from evals.tasks.base import Sample, StreamTask
 from evals.tasks.data import load_hub, read_text
 
 
@@ -42,12 +42,6 @@ class Wikitext(StreamTask):
     headline: ClassVar[str] = "token_perplexity"
     statistic: ClassVar[str] = "exp"
     higher_is_better: ClassVar[bool] = False
-    section: ClassVar[Section] = Section(
-        "wikitext",
-        "Wikitext perplexity",
-        ("token_perplexity", "word_perplexity"),
-        "Lower is better. Intervals of the score: bootstrap over the text's blocks.",
-    )
 
     samples: PositiveInt | None = 1
     rows: PositiveInt | None = None
