@@ -17,7 +17,7 @@ help:
 	@echo "make tables  tables, figures and results/report.html from results/runs; runs=FOLDER out=FOLDER"
 	@echo "make test    lint, types and tests"
 	@echo "make test-versions   the tests on the oldest and newest releases: 25 GB, most of an hour"
-	@echo "make bench   speed and memory beside two full caches, under an hour"
+	@echo "make bench   speed and memory beside two full caches; BENCH='task.samples=1'"
 	@echo "make gpu-check   what a CUDA card must show, in ten minutes; gpu-bench: Llama-2-7B's shape"
 	@echo "make docs    the documentation as a site: build/site/index.html"
 	@echo "make setup   only the environment (.venv) and the model (models/)"
@@ -32,29 +32,29 @@ demo: setup
 	@$(BIN)/python run.py +experiment=demo
 
 tables: $(VENV)/.ready
-	@$(BIN)/python -m evals.report.fidelity
-	@$(BIN)/python scripts/make_tables.py $(foreach name,runs out bench,$(if $($(name)),$(name)=$($(name))))
+	@$(BIN)/python -m evals.report $(foreach name,runs out bench,$(if $($(name)),$(name)=$($(name))))
 
 test: setup lint
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 test-versions: $(GGUF)
-	@$(BIN)/python scripts/test_versions.py $(CELLS)
+	@$(BIN)/python tests/tools/versions.py $(CELLS)
 
 bench: $(VENV)/.ready
-	@$(BIN)/python scripts/bench.py
+	@$(BIN)/python run.py +experiment=bench $(BENCH)
 
 gpu-check: $(VENV)/.ready
 	@$(BIN)/python scripts/gpu_check.py
 
+# PyTorch takes cuDNN's attention first on some cards, which plans anew for every length of a cache.
+gpu-bench: export TORCH_CUDNN_SDPA_DEPRIORITIZED = 1
 gpu-bench: $(VENV)/.ready
-	@$(BIN)/python scripts/bench.py --llama-7b --device cuda --resume --new 128 \
-		--lengths 4096 8192 16384 32768 --batch 1 --methods stock stock-compiled full full-compiled \
-		streaming_llm streaming_llm-compiled h2o h2o-compiled buzz buzz-compiled buzz-chunked
-	@$(BIN)/python scripts/bench.py --llama-7b --device cuda --resume --new 128 \
-		--lengths 4096 --batch max --out results/hardware/largest-batch \
-		--methods full streaming_llm h2o buzz
+	@$(BIN)/python run.py +experiment=bench model=llama2_7b_random \
+		'task.lengths=[4096,8192,16384,32768]' task.max_new_tokens=136 $(BENCH)
+	@$(BIN)/python run.py -m task=throughput model=llama2_7b_random method=full,streaming_llm,h2o,buzz \
+		budget=1024 'task.lengths=[4096]' task.samples=31 task.batch_size=max task.kv_limit=17GB \
+		output=results/bench
 
 # The variable silences a notice of MkDocs Material about its future.
 docs: $(VENV)/.docs

@@ -24,7 +24,7 @@ import torch
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import POLICIES, Policy
-from evals.report.drawing import RC, plt
+from evals.report.figures import RC, plt
 from evals.report.methods import style_of
 
 LEAST = 0.2  # seconds that a point is measured for, at least 5 times

@@ -29,7 +29,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import baselines  # noqa: F401  (registers its methods)
@@ -44,10 +43,7 @@ from buzz import (
 )
 from buzz.policy import BudgetBy
 from evals.report.kept import HISTORY, SINK, WINDOW, Kept, Pieces, draw, draw_for_paper, page
-from evals.run.checkpoints import ROOT
 from evals.run.models import NAMED, complete_model, load_model, named_config
-from evals.run.plan import policy_of
-from evals.tasks.build import check_fields
 from evals.tasks.encoding import encode
 
 
@@ -137,9 +133,9 @@ def _kept(
         layers=list(dropped),
         ids=ids + answer,
         prompt_tokens=len(ids),
-        entries=statistics.fmean(cache.lengths),
+        entries=statistics.fmean(layer.longest for layer in cache.evicting),
         nbytes=cache.nbytes(),
-        full_nbytes=seen * cache.entry_nbytes,
+        full_nbytes=seen * cache.entry_nbytes + cache.window_nbytes(seen),
         evictions=cache.evictions[0],
     )
 
@@ -170,18 +166,14 @@ def read_text(path: str) -> str:
 
 
 def method_of(name: str) -> Policy:
-    """A method with the settings that run.py gives it: those of its file in configs/method.
+    """A method with its own defaults, as run.py has it.
 
     Raises:
         ConfigError: there is no such method.
     """
     if name not in POLICIES:
         raise ConfigError("methods", name, f"choose from {', '.join(POLICIES)}")
-    path = ROOT / "configs" / "method" / f"{name}.yaml"
-    settings: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
-    policy = policy_of("method", {**settings, "name": name})
-    check_fields("method", policy)
-    return policy
+    return POLICIES[name]()
 
 
 def model_settings(name: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
-import evals.run.answers
 import evals.run.runner
+from evals.launch.sweep import run_all
+from evals.report.terminal import print_tables
+from evals.report.views import summary
+from evals.results.frame import load
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
@@ -33,21 +38,48 @@ MADE = {"process", "load", "loaded"}
 def run_tiny(
     output: Path, *overrides: str, fixed: frozenset[str] = frozenset(), needle: bool = True
 ) -> Path:
-    """Runs the tiny model with some overrides; the run's folder."""
+    """Runs the tiny model with some overrides; the file of the method's records."""
     task = NEEDLE if needle else []
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         cfg = compose("config", [*MODEL, *task, f"output={output}", *overrides])
-    return evals.run.runner.run(cfg, fixed)
+    (row,) = run_all(cfg, [f"method.{name}=" for name in fixed])
+    if row.error:
+        raise row.error
+    return row.outcome.file
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, in the order in which they were written."""
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+def read(file: Path) -> list[dict[str, Any]]:
+    """A row's records, of each sample the last, in the order in which they were first written."""
+    records = map(json.loads, file.read_text().splitlines())
+    return list({record["id"]: record for record in records}.values())
 
 
-def timeless(folder: Path) -> list[dict[str, Any]]:
-    """Them without what differs from one run to the next."""
-    return [{key: r[key] for key in r.keys() - TIMES - MADE} for r in read(folder)]
+def full_of(file: Path) -> Path:
+    """The file of the full cache beside a row's."""
+    return file.parent / "full.jsonl"
+
+
+def rewrite(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Puts other records into a row's file."""
+    write_lines(file, records)
+
+
+def summary_of(file: Path) -> dict[str, Any]:
+    """What a row comes to."""
+    rows = load(file.parent)
+    return summary(rows[rows.row == file.stem])
+
+
+def shown(file: Path) -> str:
+    """What the terminal shows of a row's setting."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_tables([file.parent])
+    return out.getvalue()
+
+
+def timeless(file: Path) -> list[dict[str, Any]]:
+    """A row's records without what differs from one run to the next."""
+    return [{key: r[key] for key in r.keys() - TIMES - MADE} for r in read(file)]
 
 
 def cells(table: Table) -> dict[str, dict[str, str]]:
@@ -66,7 +98,7 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
     Returns:
         The prompts that were answered since, warm-ups among them.
     """
-    real, asked = evals.run.answers.generate, []
+    real, asked = evals.run.runner.generate, []
     measured = []
 
     def generate(
@@ -83,7 +115,7 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
             found.append(dataclasses.replace(measured[0], prompt_tokens=len(ids), **changes))
         return found
 
-    monkeypatch.setattr(evals.run.answers, "generate", generate)
+    monkeypatch.setattr(evals.run.runner, "generate", generate)
     return asked
 
 

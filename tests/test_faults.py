@@ -17,18 +17,15 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from rich.console import Console
-from runs import MODEL, NEEDLE, read
+from runs import MODEL, NEEDLE, full_of, read, shown, summary_of
 from tiny import FAMILIES
 
 import evals.launch.loggers
-import evals.run.comparison
 import evals.run.logger
 import evals.run.runner
+from baselines import TOVAPolicy
 from buzz import ConfigError, EvictionCache
-from evals.report.terminal import tables
-from evals.results.reading import find_references, read_runs, read_summary
-from evals.results.records import RunFailed, RunFolder
+from evals.results.folder import RunFailed, SettingFolder
 from evals.run.faults import asked_nbytes, fault
 from evals.run.interrupt import Interrupted, deferred_signals
 from evals.run.models import byte_tokenizer, load_model
@@ -41,11 +38,13 @@ class Pass:
     """A forward pass at its first attention layer.
 
     Attributes:
-        prompt, step: of the run, from 0; step 0 reads the prompt. The warm-up is not counted.
+        method: the cache's, or "several" where methods share the pass.
+        prompt, step: of this method, from 0; step 0 reads the prompt. Warm-ups are not counted.
         rows, new: shape of the token ids.
         cache: what it writes to.
     """
 
+    method = ""
     prompt = step = -1
     rows = new = 0
     cache: EvictionCache
@@ -54,42 +53,39 @@ class Pass:
 
 @pytest.fixture
 def during(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Act], None]]:
-    """Makes a function run inside every forward pass."""
-    now, acts = Pass(), []
+    """Makes a function run inside the forward passes of a method, or of all but the full cache."""
+    passes: dict[str, Pass] = {}
+    acts: list[tuple[Act, str | None]] = []
+    last = Pass()
 
     def before_attention(module, args, kwargs) -> None:
+        nonlocal last
+        cache = next(v for v in kwargs.values() if isinstance(v, EvictionCache))
+        method = cache.policy.name if type(cache) is EvictionCache else "several"
+        last = now = passes.setdefault(method, Pass())
+        now.method, now.cache = method, cache
         now.rows, now.new, _ = kwargs["hidden_states"].shape
-        now.cache = next(v for v in kwargs.values() if isinstance(v, EvictionCache))
         if now.new > 1:
             warm_up = now.new == 32
             now.prompt, now.step = (-1 if warm_up else now.prompt + 1), -1
         now.step += 1
         now.logits = 1.0
-        if now.prompt >= 0:
-            for act in acts:
+        for act, on in acts:
+            if now.prompt >= 0 and (method == on if on else method != "full"):
                 act(now)
 
     def load(*arguments):
         model, tokenizer = original(*arguments)
         attention = model.model.layers[0].self_attn
         attention.register_forward_pre_hook(before_attention, with_kwargs=True)
-        model.lm_head.register_forward_hook(lambda module, args, out: out * now.logits)
+        model.lm_head.register_forward_hook(lambda module, args, out: out * last.logits)
         return model, tokenizer
 
     original = evals.run.runner.load_model
     monkeypatch.setattr(evals.run.runner, "load_model", load)
     evals.run.runner._loaded.clear()
-    yield acts.append
+    yield lambda act, on=None: acts.append((act, on))
     evals.run.runner._loaded.clear()
-
-
-def shown(folder: Path) -> str:
-    """The table of a run."""
-    console = Console(width=200)
-    with console.capture() as capture:
-        for part in tables([folder]):
-            console.print(part)
-    return capture.get()
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -115,9 +111,8 @@ def test_out_of_memory_costs_one_sample_and_gives_its_memory_back(go, during, st
     assert freed == [True]
     assert oom["asked_nbytes"] == ASKED and 50e6 < oom["in_use_nbytes"] < 20e9
     assert "scores" not in oom and str(ASKED) in oom["error"]
-    summary = read_summary(folder)
-    assert (summary["n"], summary["oom"], summary["oom_asked_nbytes"]) == (2, 1, ASKED)
-    assert f"2 (+1 oom of {ASKED / 1e9:.1f} GB)" in shown(folder)
+    assert (summary_of(folder)["n"], summary_of(folder)["oom"]) == (2, 1)
+    assert "+1 oom" in shown(folder)
     go("method=h2o", "budget=60")
     assert len(read(folder)) == 3  # it is a result, and no reason to run again
 
@@ -175,9 +170,7 @@ def test_logits_that_are_not_finite_make_no_answer(go, during, value: float) -> 
     assert read(folder)[1]["error"] == (
         "NotFinite: the logits were not finite at step 2 (model.dtype=bfloat16)"
     )
-    assert "2 (+1 FAILED)" in shown(folder)
-    (run,) = read_runs(folder.parent)
-    assert run.status.startswith("FAILED in 1 of 3 samples: NotFinite")
+    assert "+1 FAILED" in shown(folder)
 
 
 def test_one_row_of_nan_does_not_fail_its_batch(go, during) -> None:
@@ -219,26 +212,29 @@ def test_a_sample_that_fails_is_named_and_runs_again(main, monkeypatch, capsys, 
     assert main(*MODEL, *NEEDLE, "method=buzz") == 1
     out, err = capsys.readouterr()
     error = "ZeroDivisionError: no words" if isinstance(score, Exception) else "ArithmeticError"
-    assert f"sample 400-50-0 failed: {error}" in err
-    assert "2 (+1 FAILED)" in out
-    (folder,) = main.runs.glob("needle-*")
-    assert read_summary(folder)["failed"] == 1
+    assert f"sample 400-50-0 failed under buzz: {error}" in err
+    assert "+1 FAILED" in out
+    (file,) = main.runs.glob("needle-*/buzz.jsonl")
+    assert summary_of(file)["failed"] == 1
     monkeypatch.undo()
     assert main(*MODEL, *NEEDLE, "method=buzz") == 0
-    assert [r["status"] for r in read(folder)] == ["ok", "failed", "ok", "ok"]
-    assert read_summary(folder)["failed"] == 0 and read_summary(folder)["n"] == 3
+    assert len(file.read_text().splitlines()) == 4
+    assert summary_of(file)["failed"] == 0 and summary_of(file)["n"] == 3
 
 
-def test_samples_that_fail_in_a_sweep_decide_its_exit_status(main, during, capsys) -> None:
-    def act(now: Pass) -> None:
-        if now.prompt == 1 or now.cache.policy.name == "local":
-            raise RuntimeError("an ill-treated kernel")
+def test_samples_that_fail_in_a_sweep_decide_its_exit_status(main, monkeypatch, capsys) -> None:
+    """A row that fails in a pass takes no other along."""
 
-    during(act)
-    assert main("-m", *MODEL, *NEEDLE, "method=full,local,h2o") == 1
+    def score(self, entries):
+        raise RuntimeError("an ill-treated kernel")
+
+    monkeypatch.setattr(TOVAPolicy, "score", score)
+    assert main("-m", *MODEL, *NEEDLE, "method=full,tova,h2o", "budget=60") == 1
     out = capsys.readouterr().out
-    assert "2 of the complete ones with samples that failed" in out and "2 (+1 FAILED)" in out
-    assert "FAILED method=local: all 3 samples failed, the first with RuntimeError: an ill" in out
+    assert "2 complete, 1 failed" in out
+    assert "FAILED method=tova: all 3 samples failed, the first with RuntimeError: an ill" in out
+    (file,) = main.runs.glob("needle-*/h2o@60.jsonl")
+    assert [record["status"] for record in read(file)] == ["ok"] * 3
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -273,34 +269,31 @@ def test_a_signal_stops_after_the_sample_in_flight_and_a_second_at_once(
     main, during, capfd, number: int, times: int, kept: int, status: int
 ) -> None:
     before = signal.getsignal(number)
-    during(interrupt(number, times))
+    during(interrupt(number, times), "full")
     assert main(*MODEL, *NEEDLE, "method=full") == status
     assert signal.getsignal(number) is before
     err = capfd.readouterr().err
     assert "once more stops at once" in err and "the same command goes on from here" in err
-    (folder,) = main.runs.glob("needle-*")
-    assert [record["status"] for record in read(folder)] == ["ok"] * kept
-    summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["status"], summary["n"]) == ("interrupted", kept)
-    with pytest.raises(ConfigError, match=f"interrupted after {kept} of 3 samples"):
-        read_summary(folder)
-    assert find_references(summary["setting"], [folder]) == ([], [])
-    (run,) = read_runs(folder.parent)
-    assert run.status == f"unfinished: {kept} of 3 samples" and not run.scored
+    (file,) = main.runs.glob("needle-*/full.jsonl")
+    assert [record["status"] for record in read(file)] == ["ok"] * kept
+    assert summary_of(file)["not_run"] == 3 - kept
     assert main(*MODEL, *NEEDLE, "method=full") == 0
-    assert len({record["id"] for record in read(folder)}) == len(read(folder)) == 3
+    assert len(read(file)) == len(file.read_text().splitlines()) == 3
 
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_a_sweep_too(main, during, capsys) -> None:
     during(interrupt(signal.SIGINT))
-    assert main("-m", *MODEL, *NEEDLE, "method=full,local") == 130
-    assert [path.name.split("-")[1] for path in main.runs.glob("needle-*")] == ["full"]
+    assert main("-m", *MODEL, *NEEDLE, "method=full,local,h2o", "budget=60") == 130
+    for name in ("full", "local@60", "h2o@60"):
+        (file,) = main.runs.glob(f"needle-*/{name}.jsonl")
+        assert len(read(file)) == 2
 
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_signal_during_the_last_sample_ends_a_sweep_too(go, during) -> None:
-    during(lambda now: now.prompt == 2 and now.step == 1 and os.kill(os.getpid(), signal.SIGINT))
+    last = lambda now: now.prompt == 2 and now.step == 1 and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    during(last, "full")
     with pytest.raises(Interrupted):
         go("method=full")
     assert len(read(go("method=full"))) == 3
@@ -336,38 +329,38 @@ class FullDisk:
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_full_disk_loses_nothing_that_was_written(main, monkeypatch, capsys, torn) -> None:
-    def append(self, record, name="samples.jsonl"):
-        size = self.samples.stat().st_size if self.samples.exists() else 0
+    def append(self, file, record):
+        size = file.stat().st_size if file.exists() else 0
         if size:
             with FullDisk(size + 200), monkeypatch.context() as patch:
                 if torn:  # not even the half line can be taken back
-                    patch.setattr("evals.results.records.os.truncate", refuse)
-                return original(self, record, name)
-        return original(self, record, name)
+                    patch.setattr("evals.results.folder.os.truncate", refuse)
+                return original(self, file, record)
+        return original(self, file, record)
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    original = RunFolder.append
+    original = SettingFolder.append
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", append)
+        patch.setattr(SettingFolder, "append", append)
         assert main(*MODEL, *NEEDLE, "method=full") == 1
-    (folder,) = main.runs.glob("needle-*")
+    (file,) = main.runs.glob("needle-*/full.jsonl")
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"error: {folder}/samples.jsonl cannot be written: No space left")
-    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    assert last.startswith(f"error: {file} cannot be written: No space left")
+    lines = file.read_bytes().splitlines(keepends=True)
     assert [line.endswith(b"\n") for line in lines] == [True] + [False] * torn
     assert main(*MODEL, *NEEDLE, "method=full") == 0
-    assert (folder / "samples.jsonl").read_bytes().startswith(lines[0])
-    assert len({record["id"] for record in read(folder)}) == len(read(folder)) == 3
+    assert file.read_bytes().startswith(lines[0])
+    assert len(read(file)) == len(file.read_bytes().splitlines()) == 3
 
 
-def test_a_summary_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.write("summary.json", {"n": 1})
-    with FullDisk(5), pytest.raises(RunFailed, match="summary.json cannot be written: File too"):
-        folder.write("summary.json", {"n": 2, "much": "more"})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"n": 1}
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = SettingFolder(tmp_path)
+    folder.write("prompts.json", {"of": 1})
+    with FullDisk(5), pytest.raises(RunFailed, match="prompts.json cannot be written: File too"):
+        folder.write("prompts.json", {"of": 2, "much": "more"})
+    assert json.loads((tmp_path / "prompts.json").read_text()) == {"of": 1}
 
 
 @pytest.mark.parametrize("output", ["/proc/none", "/dev/null/runs"])
@@ -403,7 +396,7 @@ def test_weights_and_biases_never_fails_a_run(go, monkeypatch, call: str, hangs:
     with pytest.warns(UserWarning, match=f"not logged to Weights & Biases: {reason}"):
         folder = go("method=full", "logger=wandb")
     over.set()
-    assert read_summary(folder)["n"] == 3
+    assert summary_of(folder)["n"] == 3
 
 
 def test_tensorboard_never_fails_a_run(go, monkeypatch) -> None:
@@ -416,7 +409,7 @@ def test_tensorboard_never_fails_a_run(go, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.warns(UserWarning, match="not logged to TensorBoard"):
         folder = go("method=full", "logger=tensorboard")
-    assert read_summary(folder)["n"] == 3
+    assert summary_of(folder)["n"] == 3
 
 
 def unreachable() -> list[Exception]:
@@ -468,26 +461,27 @@ def test_a_clock_that_is_set_back_changes_no_measurement(go, monkeypatch) -> Non
 # --- comparison with the full cache ---------------------------------------------------------------
 
 
-def test_a_comparison_that_fails_is_named_counted_and_made_again(go, monkeypatch, capsys) -> None:
-    def fails_once(model, ids, answers, *rest):
-        if calls.append(len(answers)) or len(calls) == 2:
-            raise ValueError("no luck")
-        return original(model, ids, answers, *rest)
+def test_a_comparison_that_fails_is_named_and_made_again(go, monkeypatch, capsys) -> None:
+    """The answers that are there stay, and are not made again."""
 
-    calls: list[int] = []
-    original = evals.run.comparison.compare_with_full
-    monkeypatch.setattr(evals.run.comparison, "compare_with_full", fails_once)
-    go("method=full")
-    setting = ("method=h2o", "budget=60", "kl=true")
-    folder = go(*setting)
-    summary = read_summary(folder)
-    assert summary["n"] == 3 and summary["failed"] == 1
-    assert summary["against_full"]["kl_n"] == 2 and "(n=2)" in shown(folder)
+    def fails_once(*arguments, **options):
+        calls.append(options["own"])
+        if len(calls) == 2:
+            raise ValueError("no luck")
+        return original(*arguments, **options)
+
+    calls: list[bool] = []
+    original = evals.run.runner.answer_together
+    monkeypatch.setattr(evals.run.runner, "answer_together", fails_once)
+    setting = ("method=h2o", "budget=60")
+    before = read(go(*setting))
+    file = go(*setting, "kl=true")
     assert "failed: ValueError: no luck" in capsys.readouterr().err
-    again = read_summary(go(*setting))
-    assert len(calls) == 4 and again["failed"] == 0 and again["against_full"]["kl_n"] == 3
+    assert ["kl_to_full" in record for record in read(file)] == [True, False, True]
+    assert read(go(*setting, "kl=true"))[1]["kl_to_full"] > 0
+    assert calls == [False] * 4
+    assert [r["tokens"] for r in read(file)] == [r["tokens"] for r in before]
 
 
 def test_the_full_cache_is_not_compared_with_itself(go) -> None:
-    once, twice = (read_summary(go("method=full")) for _ in range(2))
-    assert once == twice and "against_full" not in once
+    assert all("kl_to_full" not in record for record in read(full_of(go("method=h2o", "kl=true"))))

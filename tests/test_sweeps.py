@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
 import evals.launch.sweep as sweep
+import evals.run.runner
 from buzz.errors import ConfigError
-from evals.results.reading import read_runs
+from evals.results.frame import NOT_RUN, load
 from evals.run.runner import run
+from hydra_plugins.one_pass import OnePassSweeper
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TINY = [
@@ -37,8 +41,14 @@ def config(*overrides: str) -> DictConfig:
 
 
 def job(folder: Path, *overrides: str) -> sweep.Objectives:
-    fixed = [o.partition("=")[0].removeprefix("method.") for o in overrides if "method." in o]
-    return sweep.run_job(config(f"output={folder}", *overrides), list(overrides), fixed, folder)
+    folder.mkdir(exist_ok=True)
+    return sweep.run_sweep_job(config(f"output={folder}", *overrides), list(overrides), folder)
+
+
+def rows(folder: Path, name: str) -> Any:
+    """What is there of a row."""
+    frame = load(folder)
+    return frame[frame.row == name]
 
 
 def installed(group: str, name: str) -> bool:
@@ -51,17 +61,15 @@ def installed(group: str, name: str) -> bool:
 def test_the_demo_is_a_sweep_whose_scores_are_drawn(tmp_path: Path, capsys) -> None:
     with initialize_config_dir(str(CONFIGS), version_base=None):
         cfg = compose("config", ["+experiment=demo"], return_hydra_config=True)
-    assert cfg.hydra.mode.name == "MULTIRUN" and cfg.budget == 0.25
+    assert cfg.hydra.mode.name == "MULTIRUN" and cfg.hydra.sweeper.params.budget == "0.1,0.25,0.5"
     assert cfg.task.tasks == ["needle", "pydoc"] and cfg.task.settings.needle.repeats == 2
     assert cfg.hydra.callbacks.results.picture == "results/figures/demo.png"
     with_hydra = DictConfig({"hydra": {"sweep": {"dir": str(tmp_path)}}, "output": str(tmp_path)})
     callback = sweep.ResultsCallback(picture=str(tmp_path / "figures/demo.png"))
-    small = ("task.depths=[0,100]", "task.repeats=1")
-    for drawn, method in enumerate(["full", "local"]):
-        job(tmp_path, f"method={method}", *small)
-        callback.on_multirun_end(with_hydra)
-        assert (tmp_path / "figures/demo.png").is_file() == bool(drawn)
-        assert ("picture: " in capsys.readouterr().out) == bool(drawn)
+    job(tmp_path, "method=local", "task.depths=[0,100]", "task.repeats=1")
+    callback.on_multirun_end(with_hydra)
+    assert (tmp_path / "figures/demo.png").is_file()
+    assert "picture: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
@@ -109,51 +117,38 @@ def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
         raise RuntimeError("the disk is on fire\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evals.run.answers.generate", broken)
+        patch.setattr("evals.run.runner.generate", broken)
         assert job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2") is None
     (line,) = sweep.read_jobs(tmp_path)
     assert line["status"] == "failed"
-    (failed,) = read_runs(tmp_path)
     reason = "all 2 samples failed, the first with RuntimeError: the disk is on fire"
-    assert line["reason"] == reason and failed.status == f"FAILED: {reason}"
-    assert not failed.scored
+    assert line["reason"] == reason and set(rows(tmp_path, "local").status) == {"failed"}
 
     job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
-    (repeated,) = read_runs(tmp_path)
-    assert repeated.status == "complete" and len(repeated.ran) == 2
+    assert list(rows(tmp_path, "local").status) == ["ok", "ok"]
 
 
-def test_out_of_memory_ends_in_the_table_with_the_bytes_asked_for(
+def test_out_of_memory_in_every_sample_is_a_failed_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import evals.run.answers as answers
-
-    real, calls = answers.generate, []
-
     def greedy(*arguments: object, **options: object) -> object:
-        calls.append(1)
-        if len(calls) == 2:  # the first is the warm-up
-            raise MemoryError("tried to allocate 2147483648 bytes")
-        return real(*arguments, **options)
+        raise MemoryError("tried to allocate 2147483648 bytes")
 
-    monkeypatch.setattr(answers, "generate", greedy)
-    job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
-    (found,) = read_runs(tmp_path)
-    assert found.status == "OOM in 1 of 2 samples: MemoryError: tried to allocate 2147483648 bytes"
-    calls.clear()
+    monkeypatch.setattr(evals.run.runner, "generate", greedy)
     small = ("method=local", "task.depths=[0]", "task.repeats=1")
-    assert job(tmp_path, *small, "objectives=[score]") is None  # a failed trial, not the last one
+    assert job(tmp_path, *small, "objectives=[score]") is None
+    (record,) = rows(tmp_path, "local").to_dict("records")
+    assert (record["status"], record["asked_nbytes"]) == ("oom", 2147483648)
 
 
 def test_objectives_are_numbers_of_the_summary(tmp_path: Path) -> None:
     small = ("method=local", "task.depths=[0]", "task.repeats=1")
     one = job(tmp_path, *small, "objectives=[kv_nbytes_mean]")
     both = job(tmp_path, *small, "objectives=[score,kv_nbytes_mean]")
-    (done,) = read_runs(tmp_path)
-    assert one == done.mean("kv_nbytes_mean")
-    assert both == [done.score(), one]
+    done = rows(tmp_path, "local")
+    assert one == done.kv_nbytes_mean.mean() and both == [done.score.mean(), one]
     with pytest.raises(ConfigError, match="objectives='status'"):
-        sweep.objective(done.summary, "status")
+        sweep.objective({"score": 1.0}, "status")
 
 
 def test_shards_put_together_equal_the_whole(tmp_path: Path) -> None:
@@ -161,17 +156,13 @@ def test_shards_put_together_equal_the_whole(tmp_path: Path) -> None:
     run(config(f"output={tmp_path / 'whole'}", *small))
     for shard in ("1/4", "0/4", "3/4"):
         run(config(f"output={tmp_path / 'parts'}", *small, f"task.shard={shard}"))
-    (parts,) = read_runs(tmp_path / "parts")
-    assert parts.status == "unfinished: without shards 2/4"
-    assert not parts.scored
-
+    name = "buzz@0.25"
     run(config(f"output={tmp_path / 'parts'}", *small, "task.shard=2/4"))
-    (whole,), (parts,) = (read_runs(tmp_path / name) for name in ("whole", "parts"))
-    by_id = {record["id"]: record["tokens"] for record in parts.records}
-    assert by_id == {record["id"]: record["tokens"] for record in whole.records}
-    assert parts.score() == whole.score() and parts.status == "complete"
-    assert parts.mean("kv_nbytes_mean") == pytest.approx(whole.mean("kv_nbytes_mean"))
-    assert parts.setting == whole.setting
+    whole, parts = (rows(tmp_path / of, name).set_index("id") for of in ("whole", "parts"))
+    assert parts.tokens.to_dict() == whole.tokens.to_dict() and len(parts) == 6
+    assert NOT_RUN not in set(parts.status) and parts.score.mean() == whole.score.mean()
+    folders = [next((tmp_path / of).glob("needle-*")).name for of in ("whole", "parts")]
+    assert folders[0] == folders[1]
 
 
 @pytest.mark.parametrize("shard", ["8/8", "1", "a/b", "-1/8", "0/0"])
@@ -185,11 +176,11 @@ def test_more_shards_than_samples_are_refused(tmp_path: Path) -> None:
         run(config(f"output={tmp_path}", "task.shard=98/99"))
 
 
-def test_weights_and_biases_gets_group_lengths_and_pictures(
+def test_weights_and_biases_gets_group_and_lengths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = MagicMock()
-    wandb.Histogram.side_effect = wandb.Image.side_effect = lambda value: value
+    wandb.Histogram.side_effect = lambda value: value
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     job(
         tmp_path,
@@ -203,7 +194,6 @@ def test_weights_and_biases_gets_group_lengths_and_pictures(
     assert wandb.init.call_args.kwargs["mode"] == "offline"
     (logged,) = wandb.init.return_value.log.call_args.args
     assert logged["cache length"] == [164, 164, 164]
-    assert logged["heatmap"].endswith("heatmap.png") and Path(logged["heatmap"]).is_file()
 
 
 def test_the_sweep_ends_with_what_became_of_all(
@@ -224,3 +214,36 @@ def test_the_sweep_ends_with_what_became_of_all(
     assert shown.endswith("1 complete, 1 skipped, 1 failed\n")
     assert sweep.ResultsCallback.failed == 1
     sweep.ResultsCallback.failed = 0
+
+
+def test_rows_of_one_setting_are_one_job() -> None:
+    """And what makes another setting makes another job; values with quotes and commas survive."""
+    parser = OverridesParser.create()
+    asked = ["method=h2o,buzz", "budget=0.1,0.25", "seed=0,1", "task=needle"]
+    asked += ["cache={positions: cache},{positions: 'true'}"]
+    (jobs,) = OnePassSweeper.split_arguments(parser.parse_overrides(asked), None)
+    assert len(jobs) == 2 and [job[:2] for job in jobs] == [
+        ["seed=0", "task=needle"],
+        ["seed=1", "task=needle"],
+    ]
+    rows = parser.parse_override(jobs[0][2]).value()
+    assert len(rows) == 8 and rows[0][:2] == ["method=h2o", "budget=0.1"]
+    (single,) = OnePassSweeper.split_arguments(parser.parse_overrides(["method=h2o"]), None)
+    assert single == [["method=h2o"]]
+
+
+def test_a_sweep_shares_a_pass_and_equals_its_methods_alone(tmp_path: Path) -> None:
+    small = ("task.depths=[0,100]", "task.repeats=1", "task.max_new_tokens=12")
+    each = [[f"method={name}", f"budget={size}"] for name in ("h2o", "tova") for size in (60, 0.25)]
+    rows = "rows=" + json.dumps(each).replace('"', "'")
+    for of, jobs in (("one", [[rows]]), ("alone", each)):
+        for own in jobs:
+            job(tmp_path / of, *TINY, f"output={tmp_path / of}", *small, *own, "kl=true")
+    one, alone = (load(tmp_path / of).set_index(["row", "id"]) for of in ("one", "alone"))
+    assert set(one.index) == set(alone.index) and len(one) == 10
+    for name in ("tokens", "trace", "scores", "evictions"):
+        assert one[name].to_dict() == alone[name].to_dict(), name
+    others = one.drop(index="full").index
+    known = [frame.loc[others, "kl_to_full"].tolist() for frame in (one, alone)]
+    assert known[0] == pytest.approx(known[1], abs=1e-5) and max(known[0]) > 1e-4
+    assert set(one.loc["h2o@60", "rows"]) == {5} and one.timed.all()

@@ -1,4 +1,4 @@
-"""Services that take results besides the run folder, which is always written."""
+"""Services that take results besides the setting's folder, which is always written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from buzz.errors import ConfigError
-from evals.results.records import unrolled
-from evals.results.schema import Record
+from evals.results.folder import unrolled
+from evals.results.record import Record
 from evals.run.logger import Logger
 
 LEFT_OUT = {"trace", "tokens"}  # long, and of no use in a table
@@ -21,7 +21,7 @@ LEFT_OUT = {"trace", "tokens"}  # long, and of no use in a table
 
 @dataclass(kw_only=True)
 class WandbLogger(Logger):
-    """Weights & Biases: configuration, per-sample table, cache lengths, pictures, summary.
+    """Weights & Biases: configuration, per-sample table, cache lengths, summary.
 
     A sweep's runs share a group.
 
@@ -37,18 +37,18 @@ class WandbLogger(Logger):
     mode: Literal["online", "offline", "disabled"] | None = None
 
     def _log(
-        self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+        self, file: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
     ) -> None:
         import wandb
 
         run = wandb.init(
             project=self.project,
             entity=self.entity,
-            name=folder.name,
+            name=f"{file.parent.name} {file.stem}",
             group=config["sweep_name"],
             config=config,
             mode=self.mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
-            dir=folder,
+            dir=file.parent,
             settings=wandb.Settings(silent=True),
         )
         columns = sorted({key for record in records for key in record} - LEFT_OUT)
@@ -57,7 +57,6 @@ class WandbLogger(Logger):
             {
                 "samples": wandb.Table(columns=columns, data=rows),
                 "cache length": wandb.Histogram(cache_lengths(records)),
-                **{path.stem: wandb.Image(str(path)) for path in folder.glob("*.png")},
             }
         )
         run.summary.update(summary)
@@ -66,7 +65,7 @@ class WandbLogger(Logger):
 
 @dataclass(kw_only=True)
 class TensorBoardLogger(Logger):
-    """TensorBoard event files in the run's folder: numbers, cache lengths, pictures, config."""
+    """TensorBoard event files, a folder for each row: numbers, cache lengths, configuration."""
 
     service: ClassVar[str] = "TensorBoard"
 
@@ -77,20 +76,17 @@ class TensorBoardLogger(Logger):
             raise ConfigError("logger", self.name, remedy)
 
     def _log(
-        self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+        self, file: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
     ) -> None:
-        from matplotlib.image import imread
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(folder)) as writer:
+        with SummaryWriter(str(file.parent / file.stem)) as writer:
             writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
             for name, value in summary.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     writer.add_scalar(name, value)
             if lengths := cache_lengths(records):
                 writer.add_histogram("cache length", np.array(lengths))
-            for path in folder.glob("*.png"):
-                writer.add_image(path.stem, imread(path), dataformats="HWC")
 
 
 def cache_lengths(records: list[Record]) -> list[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUOTED = re.compile(r"'([^']*)'")
+HOME = re.compile(r"=([\"']?)~(?=/)")
+# Names in configs/launcher and configs/sweep, and the extras that install what they need.
+EXTRAS = {
+    "hydra/launcher=joblib": "joblib",
+    "hydra/launcher=ray": "ray",
+    "hydra/launcher=submitit_slurm": "slurm",
+    "hydra/launcher=submitit_local": "slurm",
+    "hydra/sweeper=optuna": "optuna",
+}
 
 
 def in_one_line(error: Exception, overrides: Sequence[str] = ()) -> str:
@@ -28,16 +39,41 @@ def in_one_line(error: Exception, overrides: Sequence[str] = ()) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = [option for option in error.options or [] if "/" not in option]
+        if extra := EXTRAS.get(f"{group}={name}"):
+            return f"{group}={name}: is not installed: pip install -e '.[{extra}]'"
         return f"{group or 'config'}={name}: {_choices(name, options)}"
     if isinstance(error, OverrideParseException):
-        remedy = "write NAME=VALUE, and quote lists: 'task.lengths=[512,1024]'"
-        return f"{error.override}: {_first_line(error)}; {remedy}"
+        return f"{error.override}: {_first_line(error)}; write {_quoted(error.override)}"
     if isinstance(error, ConfigCompositionException):
+        if str(error).startswith("Ambiguous value"):
+            wrong = QUOTED.search(str(error))[1]
+            name, _, values = wrong.partition("=")
+            if (CONFIGS / name).is_dir():
+                one = ""
+            elif re.fullmatch(r"[\d., ]*", values):
+                one = f"; for one list write '{name}=[{values}]'"
+            else:
+                one = f"; for one value write {_quoted(wrong)}"
+            return f"{wrong}: several values are several runs: write -m {wrong}{one}"
         named = QUOTED.search(str(error))
         wrong = next((one for one in overrides if named and _key(one) == named[1]), None)
         if named and wrong:
             return f"{wrong}: {_unknown(named[1], overrides)}"
     return _first_line(error)
+
+
+def _quoted(override: str) -> str:
+    """What to write for an override that Hydra cannot read, such as a path with brackets."""
+    name, given, value = override.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    fixed = f'{name}="{escaped}"'
+    try:
+        OverridesParser.create().parse_override(fixed)
+    except OverrideParseException:
+        given = ""
+    if not given or value.startswith(("[", "{")):
+        return "NAME=VALUE, and quote lists: 'task.lengths=[512,1024]'"
+    return shlex.quote(fixed)
 
 
 def _unknown(key: str, overrides: Sequence[str]) -> str:
@@ -91,6 +127,14 @@ def _first_line(error: Exception) -> str:
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """What of a command line are overrides and no flags."""
     return [one for one in arguments if not one.startswith("-")]
+
+
+def arguments_of(given: Sequence[str]) -> list[str]:
+    """A command line with `-m` in front, where Hydra wants it, and `~/` written out."""
+    several = [one for one in given if one in ("-m", "--multirun")]
+    others = [one for one in given if one not in several]
+    home = os.path.expanduser("~")
+    return [*several[:1], *(HOME.sub(lambda found: f"={found[1]}{home}", one) for one in others)]
 
 
 def report(error: Exception) -> None:

@@ -1,7 +1,8 @@
-"""The jobs of a sweep: what cannot run is skipped or recorded, and never stops the others.
+"""From a command to jobs: rows of one setting share a job, and what cannot run stops no other.
 
-Each job adds one line to `jobs.jsonl` in the sweep's folder, in whatever process or machine it ran,
-so that the process that launched them can tell in the end what became of all.
+Each job of a sweep adds a line for each of its rows to `jobs.jsonl` in the sweep's folder, in
+whatever process or machine it ran, so that the process that launched them can tell in the end what
+became of all.
 """
 
 from __future__ import annotations
@@ -10,56 +11,193 @@ import json
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from buzz.errors import ConfigError
+from evals.launch import messages
 from evals.report.terminal import print_tables
-from evals.results.reading import put_together, read_run, read_summary
-from evals.results.records import InUse, RunFailed, RunFolder, parse
+from evals.report.views import summary
+from evals.results.folder import InUse, RunFailed, parse
+from evals.results.frame import load
 from evals.run.plan import Plan, expand
-from evals.run.runner import run
+from evals.run.runner import Outcome, run_job
 
 JOBS = "jobs.jsonl"
 # A setting of these that cannot be served is a combination to leave out of the grid.
+SHARED = ["task", "model", "logger", "seed", "device", "output", "compress", "compress_chunk"]
 COMBINED = ("method.", "budget", "cache.")
+
+# Why a model cannot be had, by its section: other jobs need not wait for it again.
+_missing: dict[str, ConfigError] = {}
 
 Objectives = float | list[float] | None
 
 
-def run_job(cfg: DictConfig, overrides: list[str], fixed: list[str], folder: Path) -> Objectives:
-    """Runs one configuration of a sweep, of a suite all its tasks, and notes what became of it.
+@dataclass
+class Asked:
+    """One row of a job.
+
+    Attributes:
+        overrides: what tells it from the job's other rows.
+        plan: None where there is an error.
+    """
+
+    overrides: list[str]
+    plan: Plan | None = None
+    outcome: Outcome | None = None
+    error: Exception | None = None
+
+    @property
+    def status(self) -> str:
+        if self.error is None:
+            return "complete"
+        # Two jobs may come to the same row.
+        combined = isinstance(self.error, ConfigError) and self.error.field.startswith(COMBINED)
+        return "skipped" if combined or isinstance(self.error, InUse) else "failed"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """What the sweep's folder says of it."""
+        known: dict[str, Any] = {"overrides": self.overrides, "status": self.status}
+        if self.error is not None:
+            known["reason"] = _first_line(self.error)
+        if self.outcome is not None:
+            known |= {"folder": str(self.outcome.file.parent), "failed": self.outcome.failed}
+            known["row"] = self.outcome.plan.row
+        return known
+
+
+def run_all(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Asked]:
+    """Runs what a configuration asks for: its rows under its tasks, those of one setting together.
 
     Args:
         cfg: the composed configuration.
-        overrides: what the sweep composed it from.
-        fixed: the method's parameters that the user set, which a budget leaves alone.
+        overrides: what it was composed from; a budget leaves the method's parameters among them
+            alone.
+
+    Returns:
+        What became of each row.
+    """
+    asked: list[Asked] = []
+    settings: dict[str, list[Asked]] = {}
+    known: dict[str, Plan] = {}  # by all that rows of one setting share
+    for config, own, fixed in _rows(cfg, overrides):
+        try:
+            every = expand(config)
+        except ConfigError as error:
+            asked.append(Asked(own, error=error))
+            continue
+        for one in every:
+            of_suite = [f"task={one.task.name}"] if len(every) > 1 else []
+            asked.append(row := Asked([*own, *of_suite]))
+            model = OmegaConf.to_yaml(one.model)
+            try:
+                if model in _missing:
+                    raise _missing[model]
+                shared = OmegaConf.to_yaml(OmegaConf.masked_copy(one, SHARED), resolve=True)
+                row.plan = Plan.of(one, fixed, known.get(shared))
+                known.setdefault(shared, row.plan)
+                settings.setdefault(str(row.plan.folder), []).append(row)
+            except ConfigError as error:
+                row.error = error
+                if error.field == "model.name_or_path":
+                    _missing[model] = error
+    for rows in settings.values():
+        _run(rows)
+    return asked
+
+
+def _run(rows: Sequence[Asked]) -> None:
+    """Runs the rows of one setting."""
+    try:
+        for row, outcome in zip(rows, run_job([row.plan for row in rows if row.plan]), strict=True):
+            row.outcome, row.error = outcome, outcome.error
+            if outcome.new and not outcome.error:
+                plan = outcome.plan
+                plan.logger.log(outcome.file, plan.config, outcome.records, _summary(outcome))
+    except (ConfigError, RunFailed) as error:
+        for row in rows:
+            row.error = error
+    except Exception as error:  # whatever it is, the other jobs go on
+        traceback.print_exc()
+        for row in rows:
+            row.error = error
+
+
+def _rows(
+    cfg: DictConfig, overrides: Sequence[str]
+) -> Iterator[tuple[DictConfig, list[str], list[str]]]:
+    """Each row's configuration, what tells it from the others, and its fixed parameters.
+
+    A sweep's `rows` meet an experiment's `variants` in every combination. What the user typed stays
+    fixed under a budget; a variant's parameters are scaled by it.
+    """
+    shared = [one for one in overrides if not one.startswith("rows=")]
+    rows = [list(row) for row in cfg.rows or [[]]]
+    variants = [list(variant) for variant in cfg.variants or [[]]]
+    for row in rows:
+        fixed = [name for one in [*shared, *row] if (name := _parameter(one))]
+        for variant in variants:
+            own = [*variant, *row]
+            yield (_composed([*shared, *own]) if own else cfg), own, fixed
+
+
+def _parameter(override: str) -> str | None:
+    """The method's parameter that an override sets."""
+    name = override.partition("=")[0].lstrip("+")
+    return name.removeprefix("method.") if name.startswith("method.") else None
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return compose("config", list(overrides))
+    folder = str(messages.CONFIGS)
+    if HydraConfig.initialized():  # in a process that a launcher started
+        sources = HydraConfig.get().runtime.config_sources
+        (folder,) = (source.path for source in sources if source.provider == "main")
+    with initialize_config_dir(folder, version_base=None):
+        return compose("config", list(overrides))
+
+
+def run_sweep_job(cfg: DictConfig, overrides: list[str], folder: Path) -> Objectives:
+    """Runs one job of a sweep, and notes what became of its rows.
+
+    Args:
         folder: the sweep's.
 
     Returns:
-        What `cfg.objectives` names, from the summaries, task after task: a number if there is one
-        objective and one task. None if there are no objectives, or a task did not finish
-        a sample.
+        What `cfg.objectives` names, row after row: a number if there is one objective and one row.
+        None if there are no objectives, or a row did not finish a sample.
     """
-    try:
-        outcomes = [_run_task(one, fixed) for one in expand(cfg)]
-    except ConfigError as error:
-        outcomes = [{"status": "failed", "reason": str(error)}]
+    rows = run_all(cfg, overrides)
     with open(folder / JOBS, "a", encoding="utf-8") as file:
-        for outcome in outcomes:
-            file.write(json.dumps({"overrides": overrides, **outcome}, allow_nan=False) + "\n")
-    if not cfg.objectives or any(outcome["status"] != "complete" for outcome in outcomes):
+        for row in rows:
+            own = [one for one in overrides if not one.startswith("rows=")]
+            line = row.line | {"overrides": [*own, *row.overrides]}
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+    if not cfg.objectives or any(row.error for row in rows):
         return None
-    summaries = [read_summary(Path(outcome["folder"])) for outcome in outcomes]
-    if not all(summary["n"] for summary in summaries):
+    summaries = [_summary(row.outcome) for row in rows if row.outcome]
+    if not all(one["n"] for one in summaries):
         return None  # out of memory in every sample: a failed trial
-    values = [objective(summary, name) for summary in summaries for name in cfg.objectives]
+    values = [objective(one, name) for one in summaries for name in cfg.objectives]
     return values[0] if len(values) == 1 else values
+
+
+def _summary(outcome: Outcome) -> dict[str, Any]:
+    frame = load(outcome.file.parent)
+    return summary(frame[frame.row == outcome.plan.row])
 
 
 def objective(summary: dict[str, Any], name: str) -> float:
@@ -75,32 +213,11 @@ def objective(summary: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _run_task(cfg: DictConfig, fixed: list[str]) -> dict[str, Any]:
-    try:
-        folder = run(cfg, fixed)
-        failed = read_summary(folder)["failed"]
-        return {"status": "complete", "folder": str(folder), "failed_samples": failed}
-    except RunFailed as error:  # its folder says so
-        return {"status": "failed", "reason": str(error)}
-    except ConfigError as error:
-        # Two jobs may come to the same run: the full cache, for one, has no budget.
-        skipped = isinstance(error, InUse) or error.field.startswith(COMBINED)
-        status = "skipped" if skipped else "failed"
-        return {"status": status, "reason": str(error)}
-    except Exception as error:  # whatever it is, the other jobs go on
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        folder = _record_failure(Plan.of(cfg, fixed), reason)
-        return {"status": "failed", "reason": reason, "folder": str(folder)}
-
-
-def _record_failure(plan: Plan, reason: str) -> Path:
-    """Leaves a run folder that says what was asked for and why it is not there."""
-    folder = RunFolder(plan.folder)
-    with folder.lock():
-        folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
-        folder.write("summary.json", {"status": "failed", "error": reason})
-    return folder.path
+def _first_line(error: Exception) -> str:
+    text = str(error)
+    if not isinstance(error, ConfigError | RunFailed):
+        text = f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
 
 
 class ResultsCallback(Callback):
@@ -125,7 +242,9 @@ class ResultsCallback(Callback):
             print(f"error: {refused}", file=sys.stderr)
             raise SystemExit(2) from None
 
-    on_multirun_start = on_run_start
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _missing.clear()
+        self.on_run_start(config, **kwargs)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         single = config.hydra.mode is not RunMode.MULTIRUN
@@ -134,40 +253,44 @@ class ResultsCallback(Callback):
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.folders:
-            print_tables(self.folders)
+            print_tables(list(dict.fromkeys(self.folders)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        jobs = read_jobs(Path(config.hydra.sweep.dir))
-        done = [Path(job["folder"]) for job in jobs if job["status"] == "complete"]
+        rows = read_jobs(Path(config.hydra.sweep.dir))
+        done = list(dict.fromkeys(Path(r["folder"]) for r in rows if r["status"] == "complete"))
         if done:
-            print_tables(list(dict.fromkeys(done)))
-        common = set.intersection(*(set(job["overrides"]) for job in jobs)) if jobs else set()
-        for job in jobs:
-            if job["status"] != "complete":
-                own = " ".join(name for name in job["overrides"] if name not in common)
-                print(f"{job['status'].upper()} {own}: {job['reason']}")
-        counts = Counter(job["status"] for job in jobs)
+            print_tables(done)
+        common = set.intersection(*(set(row["overrides"]) for row in rows)) if rows else set()
+        incomplete: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            if row["status"] != "complete":
+                own = " ".join(name for name in row["overrides"] if name not in common)
+                incomplete.setdefault((row["status"], row["reason"]), []).append(own)
+        for (status, reason), alike in incomplete.items():
+            more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+            print(f"{status.upper()} {alike[0]}{more}: {reason}")
+        counts = Counter(row["status"] for row in rows)
         print(", ".join(f"{count} {status}" for status, count in counts.items()))
-        incomplete = sum(job.get("failed_samples", 0) > 0 for job in jobs)
-        if incomplete:
-            print(f"{incomplete} of the complete ones with samples that failed")
-        ResultsCallback.failed = counts["failed"] + incomplete
+        lacking = sum(r["status"] == "complete" and r.get("failed", 0) > 0 for r in rows)
+        if lacking:
+            print(f"{lacking} of the complete ones with samples that failed")
+        ResultsCallback.failed = counts["failed"] + lacking
         if self.picture and done:
             from evals.report.figures import draw_pareto  # with matplotlib, which is slow to import
 
-            if draw_pareto(put_together(map(read_run, done)), Path(self.picture)):
+            if draw_pareto(load(*done), Path(self.picture)):
                 print(f"picture: {self.picture}   records: {config.output}/*/")
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """What became of a sweep's jobs so far."""
+    """What became of the rows of a sweep's jobs so far."""
     path = folder / JOBS
-    jobs = []
+    rows = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            jobs.append(parse(line))
+            rows.append(parse(line))
         except ValueError:  # its process was killed as it wrote
             torn = {"overrides": [], "status": "failed", "reason": f"{path}:{number} is torn"}
-            jobs.append(torn)
-    return jobs
+            rows.append(torn)
+    return rows

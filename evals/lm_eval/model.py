@@ -30,7 +30,14 @@ import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
 from buzz.cache import positions_of
 from buzz.policy import BudgetBy
-from evals.run.models import NAMED, device_of, load_model, named_config
+from evals.run.models import (
+    NAMED,
+    clear_settings,
+    device_of,
+    load_model,
+    named_config,
+    set_date,
+)
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation to score
 Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token was the likeliest
@@ -97,6 +104,9 @@ class EvictionLM(HFLM):
             pretrained, kwargs["tokenizer"] = load_model(settings, kwargs.pop("device"))
             kwargs.setdefault("max_length", settings["max_length"])
         super().__init__(pretrained, batch_size=int(batch_size), **kwargs)
+        if pretrained is not self.model:  # load_model has seen to it
+            clear_settings(self.model)
+        set_date(self.tokenizer)
         self.policy = self.policy.for_tokenizer(self.tokenizer)
         self.new_cache(self.policy)  # refuses a model that no cache can serve
 

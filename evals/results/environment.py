@@ -14,7 +14,7 @@ from uuid import uuid4
 import psutil
 import torch
 
-from evals.results.schema import Environment
+from evals.results.record import Environment
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "rouge", "rouge-score", "lm-eval")
 WINDOW = 1.0  # seconds that other processes are watched at least: /proc/stat counts in 10 ms
@@ -29,7 +29,7 @@ def environment(device: str, seed: int, parameters: int) -> Environment:
     Args:
         parameters: of the model, in all.
     """
-    return {
+    found: Environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -41,6 +41,10 @@ def environment(device: str, seed: int, parameters: int) -> Environment:
         "git_revision": _git_revision(),
         "versions": {name: package_version(name) for name in PACKAGES},
     }
+    if device.startswith("cuda"):  # timings depend on it
+        deprioritized = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED", "0")
+        found["cudnn_attention_deprioritized"] = deprioritized
+    return found
 
 
 def machine(environment: Environment) -> str:

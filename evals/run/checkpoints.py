@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -122,14 +123,17 @@ def pretrained(auto: Any, cfg: Mapping[str, Any], source: str, **options: Any) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and progress bars."""
+    """Without warnings and progress bars of transformers and the hub's client."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    of_hub = hub_logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(of_hub)
         if bars:
             logging.enable_progress_bar()
 

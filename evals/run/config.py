@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PositiveInt, StringConstraints
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstraints
 
-from buzz.cache import positions_of
+from buzz.cache import check_clamp, positions_of
+from buzz.errors import ConfigError
 from evals.run.compress import Compress
-from evals.tasks.build import STRICT, validate
+from evals.tasks.build import KNOWN, STRICT, validate
 
 # Run folders are named by these, and must stay inside `output`.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+@-]{1,60}$")]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+CHUNK = 512  # compress_chunk, where nobody gives another
 
 
 class Group(BaseModel):
@@ -22,11 +26,12 @@ class Group(BaseModel):
 
 
 class Protocol(Group):
+    model_config = KNOWN
     budgets: bool
 
 
 class Cache(BaseModel):
-    model_config = STRICT
+    model_config = KNOWN
     positions: Literal["cache", "true", True]  # what YAML reads `true` as
     logn_base: Annotated[float, Field(gt=1)] | None
     logn_clamp: bool
@@ -35,7 +40,7 @@ class Cache(BaseModel):
 class Config(BaseModel):
     """What every configuration has; method, task and model check the rest of their sections."""
 
-    model_config = STRICT
+    model_config = KNOWN
     method: Group
     task: Group
     model: Group
@@ -47,6 +52,10 @@ class Config(BaseModel):
     compress: Compress
     compress_chunk: PositiveInt
     kl: bool
+    label: Name | None
+    variants: list[list[str]] | None
+    rows: list[list[str]] | None
+    time_samples: NonNegativeInt
     seed: Seed
     device: Text
     output: Text
@@ -55,9 +64,15 @@ class Config(BaseModel):
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raises ConfigError unless a configuration has all of :class:`Config`.
+    """Raises ConfigError unless a configuration has all of :class:`Config`, and a scale to clamp.
 
     `cache.positions` is written as the name that it stands for, so that equal ones are equal.
     """
     validate(Config, config)
+    chunk = config["compress_chunk"]
+    if chunk != CHUNK and config["compress"] != "stream":
+        raise ConfigError("compress_chunk", chunk, "is of a stream; write compress=stream, too")
+    if config["budget_by"] == "mean" and config["budget"] is None:
+        raise ConfigError("budget_by", "mean", "says what a budget is of; give budget, too")
     config["cache"]["positions"] = positions_of(config["cache"]["positions"])
+    check_clamp(config["cache"]["logn_base"], config["cache"]["logn_clamp"])

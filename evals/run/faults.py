@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from buzz.errors import ConfigError
-from evals.results.records import RunFailed
-from evals.results.schema import Record
+from evals.results.folder import RunFailed
+from evals.results.record import Record
 from evals.run.memory import memory_in_use
 
 Row = TypeVar("Row")
@@ -20,6 +22,15 @@ Row = TypeVar("Row")
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]iB)")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+# The environment variable by which a command line asks for them.
+TRACEBACKS = "BUZZ_TRACEBACKS"
+
+
+def show_tracebacks() -> bool:
+    """Whether HYDRA_FULL_ERROR=1 was given: what went wrong is shown in full."""
+    return os.environ.get(TRACEBACKS) == "1"
 
 
 class LengthMismatch(RuntimeError):
@@ -55,6 +66,8 @@ def attempt(
         raise
     except Exception as error:
         found = fault(error, device)
+        if show_tracebacks():
+            traceback.print_exc()
     # The exception held the cache, by its traceback; only out here is it gone.
     gc.collect()
     if device.type == "cuda":

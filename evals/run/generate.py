@@ -7,9 +7,11 @@ k tokens the cache has seen the prompt and k - 1 of them: the last is never fed 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +28,24 @@ from transformers import (
 )
 
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
-from evals.results.records import arithmetic_runs
-from evals.results.schema import Record
+from evals.results.folder import arithmetic_runs
+from evals.results.record import Record
 from evals.run.compress import read_context
 from evals.run.faults import NotFinite
 from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
 from evals.run.sampling import Sampling
+
+# Of a record whose method ran alone; the last three where a context is read before its question.
+OF_QUESTIONS = ("question_s", "context_peak_nbytes", "question_peak_nbytes")
+TIMINGS = (
+    "ttft_s",
+    "decode_tokens_per_s",
+    "itl_p50_ms",
+    "itl_p95_ms",
+    "memory_peak_nbytes",
+    *OF_QUESTIONS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +58,12 @@ class Measurements:
             is read in several from the one that ends its context on; of a method whose layers hold
             different numbers, their mean.
         evictions: steps that evicted, over the whole batch's decoding.
-        entry_nbytes: bytes of K and V of one entry over all layers.
-        allocated_nbytes: a row's share of the batch's buffers at the end: keys and values, with
-            positions, scores, kept originals and spare slots.
-        ttft_s: seconds to the first token, the batch's prefill included.
+        entry_nbytes: bytes of K and V of one entry over the layers that evict.
+        window_nbytes: bytes of K and V after each step in layers with a window of their own.
+        allocated_nbytes: a row's share of the most that the batch's buffers took after any step:
+            keys and values, with positions, scores, kept originals and spare slots.
+        ttft_s: seconds to the first token, the batch's prefill included; None, as are all timings
+            and memory peaks, of a method that shared its pass with others.
         decode_tokens_per_s: of this row alone; None for answers of one token.
         itl_p50_ms, itl_p95_ms: inter-token latency percentiles.
         memory_peak_nbytes: device memory allocated at the peak (CUDA) or resident memory of the
@@ -63,29 +78,40 @@ class Measurements:
     lengths: list[float]
     evictions: int
     entry_nbytes: int
+    window_nbytes: list[int]
     allocated_nbytes: int
-    ttft_s: float
-    decode_tokens_per_s: float | None
-    itl_p50_ms: float | None
-    itl_p95_ms: float | None
-    memory_peak_nbytes: int
+    ttft_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    itl_p50_ms: float | None = None
+    itl_p95_ms: float | None = None
+    memory_peak_nbytes: int | None = None
     question_s: float | None = None
     context_peak_nbytes: int | None = None
     question_peak_nbytes: int | None = None
 
     def record(self) -> Record:
-        """The fields of a record that were measured."""
+        """The fields of a record that were measured.
+
+        Bytes are those of all layers; those of the layers that evict, which a budget is of, are
+        there too if not all do.
+        """
         record = dataclasses.asdict(self)
-        if self.question_s is None:
-            for name in ("question_s", "context_peak_nbytes", "question_peak_nbytes"):
-                del record[name]
+        missing = OF_QUESTIONS if self.question_s is None else ()
+        for name in TIMINGS if self.ttft_s is None else missing:
+            del record[name]
+        record["timed"] = self.ttft_s is not None
         lengths, entry = record.pop("lengths"), record.pop("entry_nbytes")
+        windows = record.pop("window_nbytes")
         average, peak = statistics.fmean(lengths), max(lengths)
+        held = [entry * own + beside for own, beside in zip(lengths, windows, strict=True)]
+        if any(windows):
+            record["kv_evicting_nbytes_mean"] = average * entry
+            record["kv_evicting_nbytes_peak"] = peak * entry
         return record | {
             "kv_entries_mean": average,
             "kv_entries_peak": peak,
-            "kv_nbytes_mean": average * entry,
-            "kv_nbytes_peak": peak * entry,
+            "kv_nbytes_mean": average * entry + statistics.fmean(windows),
+            "kv_nbytes_peak": max(held),
             "trace": arithmetic_runs([round(held) for held in lengths]),
         }
 
@@ -109,6 +135,41 @@ class Generation(Measurements):
     def record(self) -> Record:
         record = super().record()
         return {"prediction": record.pop("text")} | record
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens that end an answer.
+
+    Attributes:
+        eos: end-of-sequence tokens.
+        stop: the last tokens of stop strings, which do not end an answer as its first token.
+    """
+
+    eos: frozenset[int]
+    stop: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
+    ) -> Ends:
+        """As LongBench does: a stop string acts through its last token."""
+        last = (tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop)
+        return cls(frozenset(eos_ids(model, tokenizer)), frozenset(last))
+
+    @property
+    def all(self) -> frozenset[int]:
+        return self.eos | self.stop
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """Up to the token that ends them, that one included."""
+        end = next((i for i, token in enumerate(tokens) if token in self.all), len(tokens))
+        return tokens[: end + 1]
+
+    def reason(self, answer: Sequence[int]) -> str:
+        """Why an answer ended, by its last token: ``eos``, ``stop`` or ``length``."""
+        last = answer[-1]
+        return "eos" if last in self.eos else "stop" if last in self.stop else "length"
 
 
 class Trace(StoppingCriteria):
@@ -222,14 +283,12 @@ def generate(
     """
     device = model.device
     finite = _Finite()
-    ends_answer = eos_ids(model, tokenizer)
-    # As LongBench does: a stop string acts through its last token.
-    stop_ids = {tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop}
+    ends = Ends.of(model, tokenizer, stop)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        min_new_tokens=1 if stop_ids else None,
-        eos_token_id=sorted(ends_answer | stop_ids),
+        min_new_tokens=1 if ends.stop else None,
+        eos_token_id=sorted(ends.all) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
@@ -241,7 +300,7 @@ def generate(
     reset_memory_peak(device)
     synchronize(device)
     asked = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), without_settings(model):
         output = model.generate(
             input_ids=inputs[0],
             attention_mask=inputs[1],
@@ -256,28 +315,29 @@ def generate(
 
     generations = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ends = (i for i, token in enumerate(answer) if token in ends_answer | stop_ids)
-        end = next(ends, None)
-        count = len(answer) if end is None else end + 1
+        answer = ends.cut(answer)
+        count = len(answer)
         if False in sound[row][:count]:
             raise NotFinite("the logits were", sound[row].index(False), model.dtype)
-        reason = "length" if end is None else "eos" if answer[end] in ends_answer else "stop"
         before = reading.steps[row]
         steps = [*before, len(prompt) - sum(before)] + [1] * (count - 1)
-        lengths = trace.lengths.verified(row, steps)
+        earlier = max(0, len(before) - 1)  # steps before the one that ends the context
+        lengths = trace.lengths.verified(row, steps)[earlier:]
+        seen = list(itertools.accumulate(steps))[earlier:]
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
         generations.append(
             Generation(
-                text=tokenizer.decode(answer[:count], skip_special_tokens=True),
-                tokens=answer[:count],
+                text=tokenizer.decode(answer, skip_special_tokens=True),
+                tokens=answer,
                 prompt_tokens=len(prompt),
                 generated_tokens=count,
-                stop_reason=reason,
-                lengths=lengths[max(0, len(before) - 1) :],
+                stop_reason=ends.reason(answer),
+                lengths=lengths,
                 evictions=cache.evictions[row],
                 entry_nbytes=cache.entry_nbytes,
-                allocated_nbytes=cache.nbytes(allocated=True) // len(prompts),
+                window_nbytes=[cache.window_nbytes(tokens) for tokens in seen],
+                allocated_nbytes=trace.lengths.allocated // len(prompts),
                 ttft_s=(reading.seconds if split else 0) + trace.times[0] - asked,
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
@@ -291,12 +351,26 @@ def generate(
     return generations
 
 
-def left_padded(prompts: list[list[int]], pad: int) -> torch.Tensor:
+def left_padded(prompts: list[list[int]], pad: int | None) -> torch.Tensor:
     """Token ids and attention mask, stacked: int64 [2, rows, longest]."""
     longest = max(map(len, prompts))
-    ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    ids = [[pad or 0] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor([ids, mask])
+
+
+@contextmanager
+def without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """`model.generate` does what it is told, whatever the model's own generation settings are.
+
+    They fill in all that a call leaves unsaid: penalties, biases, beams, time limits.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -10,29 +10,45 @@ from evals.run.faults import LengthMismatch
 
 
 class Lengths:
-    """Notes what a cache holds.
+    """Notes what a cache holds, in layers that evict, and what is allocated for it.
 
     Layers under the same policy hold the same, so only one of each is looked at in every step, and
     all of them at the end.
 
     Args:
         policy: what the cache was told to follow; None: what its layers follow.
+
+    Attributes:
+        allocated: the most bytes of buffers that a step left, of all layers.
     """
 
     def __init__(self, cache: EvictionCache, policy: Policy | None = None) -> None:
         self._cache = cache
         self._policy = policy
         self._layers = cache.distinct
+        self._count = Counter(layer.policy for layer in cache.evicting)
+        self.allocated = 0
         self._steps: list[list[list[int]]] = []  # by step and layer: entries of each row
+        self._evictions: list[list[int]] = []  # by step: evictions so far of each row
 
     def of_copy(self, cache: EvictionCache) -> Lengths:
         """Those of a copy of the cache, which goes on by itself."""
         other = Lengths(cache, self._policy)
-        other._steps = list(self._steps)
+        other._steps, other._evictions = list(self._steps), list(self._evictions)
+        other.allocated = self.allocated
         return other
 
     def note(self) -> None:
         self._steps.append([list(layer.lengths) for layer in self._layers])
+        counts = zip(*(layer.evictions for layer in self._layers), strict=True)
+        self._evictions.append([max(row) for row in counts])
+        alike = [layer.nbytes(allocated=True) * self._count[layer.policy] for layer in self._layers]
+        now = sum(alike) + self._cache.window_allocated_nbytes
+        self.allocated = max(self.allocated, now)
+
+    def evictions(self, row: int, steps: int) -> int:
+        """Steps of a row that evicted, of its first so many."""
+        return self._evictions[steps - 1][row]
 
     def verified(self, row: int, steps: Sequence[int]) -> list[float]:
         """Entries per layer and KV head after each of a row's steps, on average over the layers.
@@ -44,14 +60,13 @@ class Lengths:
             LengthMismatch: a layer held another number than its policy's recurrence says, or than
                 another layer under the same policy.
         """
-        count = Counter(layer.policy for layer in self._cache.evicting)
         totals = [0] * len(steps)
         for number, layer in enumerate(self._layers):
             measured = [step[number][row] for step in self._steps[: len(steps)]]
             told = self._policy and self._policy.for_layer(layer.index, len(self._cache.evicting))
             verify_lengths(told or layer.policy, steps, measured)
             for step, held in enumerate(measured):
-                totals[step] += held * count[layer.policy]
+                totals[step] += held * self._count[layer.policy]
         by_policy = {layer.policy: layer.lengths for layer in self._layers}
         for layer in self._cache.evicting:
             if layer.lengths != by_policy[layer.policy]:

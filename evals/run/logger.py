@@ -1,4 +1,4 @@
-"""Where results go besides the run folder, which is always written: by default nowhere."""
+"""Where results go besides the setting's folder, which is always written: by default nowhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
-from evals.results.schema import Record
+from evals.results.record import Record
 from evals.tasks.build import check_fields
 
 PATIENCE = 300.0  # seconds that a logger may take
@@ -35,9 +35,9 @@ class Logger:
         check_fields("logger", self)
 
     def log(
-        self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+        self, file: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
     ) -> None:
-        """Takes a finished run, whose folder is written by now. Failures are warnings.
+        """Takes a finished row, whose file is written by now. Failures are warnings.
 
         So is a service that takes no end: it runs in a thread that dies with the process.
         """
@@ -45,7 +45,7 @@ class Logger:
 
         def guarded() -> None:
             try:
-                self._log(folder, config, records, summary)
+                self._log(file, config, records, summary)
             except Exception as error:  # a logger must not cost the result
                 problems.append(str(error) or type(error).__name__)
 
@@ -58,6 +58,6 @@ class Logger:
             warnings.warn(f"not logged to {self.service}: {problems[0]}", stacklevel=2)
 
     def _log(
-        self, folder: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+        self, file: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
     ) -> None:
         pass

@@ -7,8 +7,12 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
+
+from baselines import FullPolicy
+from buzz import EvictionCache
 
 
 def reset_memory_peak(device: torch.device) -> None:
@@ -36,11 +40,26 @@ def memory_in_use(device: torch.device) -> int:
     return _of_process("VmRSS:")
 
 
-def entry_nbytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    heads = config.num_key_value_heads
+def free_nbytes(device: torch.device) -> int:
+    """Bytes that can still be had on the device (CUDA), or on this machine (CPU)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def row_nbytes(model: PreTrainedModel, held: int, seen: int) -> int:
+    """Bytes of a row's keys and values over all layers.
+
+    Args:
+        held: entries of each layer that evicts.
+        seen: tokens read, of which other layers hold what their windows leave.
+    """
+    config = model.config.get_text_config(decoder=True)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * dim * dtype.itemsize)
+    cache = EvictionCache(model, FullPolicy())
+    windows = [min(seen, layer.sliding_window - 1) for layer in cache.windowed]
+    entries = held * len(cache.evicting) + sum(windows)
+    return int(2 * entries * config.num_key_value_heads * dim * model.dtype.itemsize)
 
 
 def _of_process(name: str) -> int:

@@ -12,7 +12,9 @@ Code from a hub is never executed (`trust_remote_code` stays off).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -43,19 +46,30 @@ from evals.run.checkpoints import (
     source_of,
 )
 from evals.run.config import Seed, Text
+from evals.run.console import console
 from evals.run.weights import file_digest, folder_digest
-from evals.tasks.build import STRICT, validate
+from evals.tasks.build import KNOWN, validate
 
 NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SPECIAL = ("<bos>", "<eos>", "<pad>")
+# What chat templates are told today is: one that asks would make other prompts tomorrow.
+TODAY = date(2024, 7, 26)
+CLOCK = "strftime_now"  # a function of theirs
+# Of strftime, `%-d` and its like before `%d`.
+DIRECTIVES = ("-d", "-m", "-H", "-I", *"aAwdebBmyYHIpMSfjUWcxXDFTR%")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SETTINGS = "unused_generation_settings"  # of a model: what its generation_config.json asked for
+# The shortest context that a model was trained on before a linear RoPE stretched it.
+LEAST_CONTEXT = 2048
 
 
 class Model(BaseModel):
     """What every model config has."""
 
-    model_config = STRICT
+    model_config = KNOWN
+    name: Text | None = None
     max_length: PositiveInt
     dtype: Literal[tuple(DTYPES)]
     attn_implementation: Literal[ATTENTION]
@@ -111,7 +125,29 @@ def context_length(config: PretrainedConfig) -> int | None:
         return None
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     original, factor = rope.get("original_max_position_embeddings"), rope.get("factor") or 1
+    kind = rope.get("rope_type") or rope.get("type")
+    # Beside a linear RoPE most files give the stretched positions, and some those of before.
+    if kind == "linear" and positions >= LEAST_CONTEXT * factor:
+        return int(positions)
     return int(max(positions, (original or positions) * factor))
+
+
+def rope_by_length(cfg: Mapping[str, Any]) -> str | None:
+    """The type of a checked model's RoPE, if its frequencies depend on how long a text is.
+
+    None where all texts of the model config's `max_length` have the same.
+    """
+    source = "" if "hidden_size" in cfg else source_of(cfg)
+    if not source or source.endswith(".gguf"):
+        return None
+    config = pretrained(AutoConfig, cfg, source).get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(one for one in ropes.values() if isinstance(one, dict))):
+        kind = rope.get("rope_type", "default")
+        trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if ("dynamic" in kind or kind == "longrope") and cfg["max_length"] > trained:
+            return kind
+    return None
 
 
 def check_model(cfg: Mapping[str, Any]) -> None:
@@ -176,12 +212,38 @@ def load_model(
             attn_implementation=attention,
             device_map=device,
         )
-    generation = model.generation_config
-    generation.pad_token_id = tokenizer.pad_token_id
-    # Decoding is greedy; a checkpoint's sampling defaults would only make `generate` warn.
-    generation.do_sample = False
-    generation.temperature = generation.top_p = generation.top_k = None
+    clear_settings(model)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval().requires_grad_(False), tokenizer
+
+
+def clear_settings(model: PreTrainedModel) -> None:
+    """Leaves a model no generation settings but its special tokens, and names those it had.
+
+    `generate` would take penalties, biases, beams or time limits from them, and the likeliest token
+    would no longer be the answer's.
+    """
+    usual = GenerationConfig._get_default_generation_params()
+    usual |= dict.fromkeys(("output_attentions", "output_hidden_states"), False)
+    had = json.loads(model.generation_config.to_json_string(use_diff=True))
+    tokens = {name: had.pop(name, None) for name in TOKENS}
+    for name in ("transformers_version", "_from_model_config"):
+        had.pop(name, None)
+    had = {name: value for name, value in had.items() if value != usual.get(name)}
+    setattr(model, SETTINGS, had)
+    model.generation_config = GenerationConfig(**tokens)
+    model.config.return_dict = True  # a tuple, which config.json may ask for, names nothing
+    if had:
+        asked = ", ".join(f"{name}={value}" for name, value in had.items())
+        line = f"{model.name_or_path}: its generation_config.json asks for {asked}; not used"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def own_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a checkpoint asked for and was not given, or was told, for the record."""
+    told = {"template_date": TODAY.isoformat()} if CLOCK in str(tokenizer.chat_template) else {}
+    had = getattr(model, SETTINGS, None)
+    return told | ({SETTINGS: had} if had else {})
 
 
 def load_tokenizer(cfg: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -198,7 +260,23 @@ def load_tokenizer(cfg: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_date(tokenizer)
     return tokenizer
+
+
+def set_date(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tells chat templates that it is :data:`TODAY`, which they ask `strftime_now` for."""
+    steps = "".join(f"|replace('%{one}', {TODAY.strftime(f'%{one}')!r})" for one in DIRECTIVES)
+    clock = f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}"
+
+    def fixed(template: str) -> str:
+        return clock + template if CLOCK in template and clock not in template else template
+
+    templates = tokenizer.chat_template
+    if isinstance(templates, str):
+        tokenizer.chat_template = fixed(templates)
+    elif templates:
+        tokenizer.chat_template = {name: fixed(one) for name, one in templates.items()}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -250,8 +328,18 @@ def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
 
 
 def device_of(device: str | torch.device) -> torch.device:
+    """
+    Args:
+        device: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        remedy = "there is no CUDA device here, or torch was built without; write auto or cpu"
+        raise ConfigError("device", str(device), remedy)
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,16 +17,31 @@ import baselines  # noqa: F401  (registers its methods)
 from buzz import POLICIES, Budget, Policy
 from buzz.compiled import check_policy as check_compiled
 from buzz.errors import ConfigError
-from evals.results.compare import REFERENCE
-from evals.results.reading import find_references, nearest_reference, put_together
-from evals.results.records import digest
-from evals.results.runs import Run, comparable, reference
+from evals.results.folder import REFERENCE, digest, row_name
+from evals.results.record import Setting
 from evals.run.config import check_config
-from evals.run.forced import reading_steps
 from evals.run.logger import Logger
-from evals.run.models import check_model, complete_model, model_digest
+from evals.run.models import (
+    check_model,
+    complete_model,
+    device_of,
+    model_digest,
+    rope_by_length,
+)
+from evals.run.read import reading_steps
+from evals.run.speed import StockPolicy
 from evals.tasks.base import Task
-from evals.tasks.build import build, check_fields
+from evals.tasks.build import build, check_fields, construct, with_lists
+
+NOT_OF_STREAMS = (
+    "evicts once, after its first step, so that a stream's other chunks all stay; write"
+    " compress=context, or take another method"
+)
+
+ONLY_TIMED = {StockPolicy.name: StockPolicy}  # methods of task=throughput alone
+
+OF_SETTING = ("task", "model", "model_digest", "rope_by_length")
+VERSION = 3  # of settings; raise it with a default that changes, and earlier folders stay apart
 
 
 @dataclass(frozen=True)
@@ -45,20 +61,23 @@ class Plan:
     config: dict[str, Any]
 
     @classmethod
-    def of(cls, cfg: DictConfig, fixed: Iterable[str] = ()) -> Plan:
+    def of(cls, cfg: DictConfig, fixed: Iterable[str] = (), like: Plan | None = None) -> Plan:
         """Builds and checks what `cfg` asks for.
+
+        Args:
+            like: another plan of the same setting, whose task, data and model serve this one too.
 
         Raises:
             ConfigError: something in `cfg` cannot be served.
         """
         config = _plain(cfg)
-        config["method"] = with_class("method", config["method"])
+        config["task"] = with_lists(config["task"])
         if config["model"].get("compile") is False:  # what runs had before it could be said
             del config["model"]["compile"]
         plan = cls(
             policy=policy_of("method", config["method"]),
-            task=build("task", config["task"], Task),
-            logger=build("logger", config["logger"], Logger),
+            task=like.task if like else build("task", config["task"], Task),
+            logger=like.logger if like else build("logger", config["logger"], Logger),
             budget=_budget(config),
             fixed=frozenset(fixed),
             config=config,
@@ -67,34 +86,121 @@ class Plan:
         # Without a budget all parameters are as set, by whomever.
         own = {field.name for field in dataclasses.fields(plan.policy)} if plan.fits else set()
         config["fixed"] = sorted(own & plan.fixed)
-        complete_model(config["model"])
-        check_model(config["model"])
-        config["model_digest"] = model_digest(config["model"])
+        if like is None:
+            complete_model(config["model"])
+            check_model(config["model"])
+            config["model_digest"] = model_digest(config["model"])
+            config["rope_by_length"] = rope_by_length(config["model"])
+            plan.task.check()
+            plan.logger.check()
+            device_of(config["device"])
+        else:
+            config |= {name: like.config[name] for name in OF_SETTING}
         plan._check()
+        if like is None:
+            plan.task.prepare()
         return plan
 
     @property
     def label(self) -> str:
-        """The method, and what tells this run from others of a sweep."""
-        own = dataclasses.asdict(self.policy)
-        given = {name: value for name, value in own.items() if name in self.fixed}
-        given |= {name: self.config[name] for name in ("budget", "compress", "seed")}
-        given |= self.config["cache"]
-        usual = {"compress": "prompt", "seed": 0, "positions": "cache"}
-        if not self.fits:
-            del given["budget"]
-        said = [f"{k}={v}" for k, v in given.items() if v not in (usual.get(k), None, False)]
-        return " ".join([self.config["method"]["name"], *said])
+        """The method, or what an experiment calls this variant of it."""
+        return self.config["label"] or self.config["method"]["name"]
+
+    @property
+    def row(self) -> str:
+        """Names this method among those of its setting: its file, and its line in tables."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self.policy)}
+        own: dict[str, Any] = {}
+        if self.config["label"] is None:
+            values = dataclasses.asdict(self.policy)
+            own = {name: value for name, value in values.items() if value != defaults[name]}
+            if same := [name for name in self.config["fixed"] if name not in own]:
+                own["fixed"] = "+".join(same)
+        usual = {"positions": "cache", "logn_base": None, "logn_clamp": False}
+        cache = self.config["cache"]
+        if self.policy.evicts == "never":  # no entry ever moves
+            cache = cache | {"positions": "cache"}
+        own |= {name: cache[name] for name in usual if cache[name] != usual[name]}
+        own |= self.variant
+        budget = self.config["budget"] if self.fits else None
+        return row_name(self.label, budget, self.config["budget_by"], own)
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """What else tells rows apart where they are timed; of other tasks it makes two settings."""
+        if not self.task.timed:
+            return {}
+        known = {"compile": self.config["model"].get("compile")}
+        known |= {name: self.config["task"].get(name) for name in self.task.of_rows}
+        return {name: value for name, value in known.items() if value}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields of a record that say which row it is of."""
+        return {
+            "row": self.row,
+            "method": self.config["method"]["name"],
+            "label": self.label,
+            "parameters": dataclasses.asdict(self.policy),
+            "budget": self.config["budget"] if self.fits else None,
+            "budget_by": self.config["budget_by"] if self.fits else None,
+            "fixed": self.config["fixed"],
+            "cache": self.config["cache"] | self.variant,
+        }
+
+    @property
+    def is_reference(self) -> bool:
+        return self.row == REFERENCE
+
+    def reference(self) -> Plan:
+        """The full cache under the same setting.
+
+        Raises:
+            ConfigError: it cannot be served, as where it would outgrow the model's positions.
+        """
+        config = self.config | {
+            "method": {"name": REFERENCE},
+            "label": None,
+            "budget": None,
+            "fixed": [],
+            "cache": {"positions": "cache", "logn_base": None, "logn_clamp": False},
+        }
+        config |= {"task": self._shared("task"), "model": self._shared("model")}
+        task = dataclasses.replace(
+            self.task, **{name: config["task"][name] for name in self.task.of_rows}
+        )
+        policy = policy_of("method", config["method"])
+        full = dataclasses.replace(
+            self, policy=policy, task=task, budget=None, fixed=frozenset(), config=config
+        )
+        full._check()
+        return full
+
+    def _shared(self, section: str) -> dict[str, Any]:
+        """The task's or the model's settings without what tells timed rows apart."""
+        usual, variant = _defaults(type(self.task)), self.variant
+        return {
+            name: usual[name] if name in variant else value
+            for name, value in self.config[section].items()
+            if name != "compile" or not self.task.timed
+        }
 
     def _check(self) -> None:
         check_fields("method", self.policy)
-        self.task.check()
-        self.logger.check()
-        if self.cache_options["compiled"]:
+        if self.policy.name in ONLY_TIMED and not self.task.timed:
+            remedy = "is for speed, with task=throughput; write method=full"
+            raise ConfigError("method.name", self.policy.name, remedy)
+        if self.policy.name in ONLY_TIMED and self.config["cache"]["logn_base"]:
+            remedy = "transformers' own cache scales nothing; leave it out"
+            raise ConfigError("cache.logn_base", self.config["cache"]["logn_base"], remedy)
+        if self.config["compress"] == "stream" and self.policy.evicts == "prompt":
+            raise ConfigError("method.name", self.config["method"]["name"], NOT_OF_STREAMS)
+        self._check_rope()
+        if self.cache_options["compiled"] and self.policy.name not in ONLY_TIMED:
             check_compiled(self.policy)
         context, task = self.config["model"]["max_length"], self.task
         answer = task.max_new_tokens or 0
-        if task.conversation and (self.config["kl"] or "fidelity" in self.config):
+        if task.conversation and self.config["kl"]:
             remedy = "later answers depend on earlier ones; compare with task.asked=copies"
             raise ConfigError("task.asked", "conversation", remedy)
         if answer >= context:
@@ -114,17 +220,6 @@ class Plan:
                 raise ConfigError(
                     f"method.{field.name}", value, f"larger than the model's {context} tokens"
                 )
-        if self.compares:
-            full, unreadable = self.reference()
-            if full is None:
-                beside = unreadable or nearest_reference(self.config, self._others())
-                raise ConfigError(
-                    "kl",
-                    True,
-                    f"needs the {REFERENCE} run of the same task, model and seed in"
-                    f" {self.folder.parent}; run method={REFERENCE} first"
-                    + "".join(f" ({one})" for one in beside[:1]),
-                )
         self._check_budget(longest)
         if task.mode == "read":
             if self.config["compress"] != "prompt":
@@ -132,7 +227,21 @@ class Plan:
                 raise ConfigError("compress", self.config["compress"], remedy)
             if task.tokens is not None:
                 self.check_reading(task.tokens)
-        task.prepare()
+
+    def _check_rope(self) -> None:
+        """Refuses what would make an answer depend on other texts than its prompt."""
+        kind = self.config["rope_by_length"]
+        if kind is None:
+            return
+        several = f"the model's RoPE ({kind}) goes by the longest text that it has read"
+        if self.task.batch_size != 1:
+            remedy = f"{several}, in a batch too; write 1"
+            raise ConfigError("task.batch_size", self.task.batch_size, remedy)
+        if self.config["kl"]:
+            raise ConfigError("kl", True, f"{several}, by any cache in a pass; leave it out")
+        questions = getattr(self.task, "questions", 1)
+        if questions > 1 and kind != "longrope":  # which goes by the text at hand
+            raise ConfigError("task.questions", questions, f"{several}; write 1")
 
     def _check_budget(self, longest: int) -> None:
         if self.budget is None:
@@ -165,31 +274,9 @@ class Plan:
                 f" {context} tokens; read less, or give it a budget",
             )
 
-    @property
-    def compares(self) -> bool:
-        """Whether answers are compared with the full cache's, token by token."""
-        of_full = self.config["method"]["name"] == REFERENCE
-        return self.config["kl"] and not of_full and self.task.mode == "answer"
-
-    def reference(self) -> tuple[Run | None, list[str]]:
-        """The finished full-cache run of the same setting, and what beside it cannot be read.
-
-        Of several that of the same shard, then that of the same device.
-        """
-        found, unreadable = find_references(self.setting, self._others())
-        if self.config["method"]["name"] == REFERENCE and not self.config["cache"]["logn_base"]:
-            return None, unreadable
-        shard, device = self.config["task"].get("shard"), self.config["device"]
-        candidates = [run for run in found if run.shard == shard]
-        candidates += [run for run in put_together(found) if not run.shard]
-
-        def apart(run: Run) -> tuple[bool, bool]:
-            return run.shard != shard, run.config.get("device") != device
-
-        return reference(self.setting, candidates, apart), unreadable
-
-    def _others(self) -> list[Path]:
-        return [path for path in self.folder.parent.glob("*/") if path != self.folder]
+    def doubts(self, prompt_tokens: int) -> str | None:
+        """What is odd about the budget beside a prompt of this length, in a line."""
+        return None if self.budget is None else percent_or_entries(self.budget.size, prompt_tokens)
 
     @property
     def fits(self) -> bool:
@@ -212,26 +299,63 @@ class Plan:
         return {**self.config["cache"], "compiled": bool(self.config["model"].get("compile"))}
 
     @property
-    def setting(self) -> str:
-        """What runs must share for their scores to be compared, as a hash."""
-        return comparable(self.config)
+    def setting(self) -> Setting:
+        """What all rows of the folder share."""
+        task = self.task
+        return {
+            "version": VERSION,
+            "task": self._shared("task") | {"shard": None},
+            "task_version": task.version,
+            "model": self._shared("model"),
+            "model_digest": self.config["model_digest"],
+            "seed": self.config["seed"],
+            "compress": self.config["compress"],
+            "compress_chunk": self.config["compress_chunk"],
+            "metric": {
+                "headline": task.headline,
+                "statistic": task.statistic,
+                "higher_is_better": task.higher_is_better,
+                "grouped_by": task.grouped_by,
+            },
+        }
 
     @property
     def folder(self) -> Path:
-        """Named by what determines the result."""
-        method, task, model = (self.config[key] for key in ("method", "task", "model"))
-        result = {
-            "setting": self.setting,
-            "shard": task.get("shard"),
-            "device": self.config["device"],
-            "method": method,
-            "cache": self.config["cache"],
-            "budget": [self.config["budget"], self.config["budget_by"], self.config["fixed"]]
-            if self.fits
-            else None,
+        """Named by what rows must share for their scores to be compared.
+
+        The hash is of what differs from the defaults, so that a setting which is new to the code
+        changes no folder's name. Not of the device: a model answers alike on all, but for rounding.
+        Where speed is what a task is run for, the device counts.
+        """
+        task, model = self._shared("task"), self._shared("model")
+        usual = _defaults(type(self.task)) | {"shard": task.get("shard"), "name": task["name"]}
+        known: dict[str, Any] = {
+            "version": VERSION,
+            "task": {k: v for k, v in task.items() if k not in usual or usual[k] != v},
+            "task_version": self.task.version,
+            "model": model,
+            "model_digest": self.config["model_digest"],
+            "seed": self.config["seed"],
         }
-        name = f"{task['name']}-{method['name']}-{model['name']}-{digest(result)}"
+        if self.config["compress"] != "prompt":
+            known["compress"] = self.config["compress"]
+        if self.config["compress"] == "stream":
+            known["compress_chunk"] = self.config["compress_chunk"]
+        if self.task.timed:
+            known["device"] = self.config["device"]
+        name = f"{task['name']}-{model['name']}-{digest(known)}"
         return Path(self.config["output"]) / name
+
+
+def _defaults(kind: type[Task]) -> dict[str, Any]:
+    """A task's settings that have a default, as plain data."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = (
+                list(field.default) if isinstance(field.default, tuple) else field.default
+            )
+    return found
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
@@ -243,6 +367,8 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     if "settings" not in cfg.task:
         return [cfg]
     names = cfg.task.tasks
+    if isinstance(names, str):
+        names = OmegaConf.create([names])
     if not OmegaConf.is_list(names) or not names:
         raise ConfigError("task.tasks", names, "give a list, e.g. [needle,xsum]")
     single = []
@@ -256,28 +382,35 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     return single
 
 
-def with_class(section: str, method: dict[str, Any]) -> dict[str, Any]:
-    """A method's section with its class, which is the one of its name unless it says another.
+def store_methods() -> None:
+    """Tells Hydra of every registered method: its dataclass is its configuration."""
+    for name, method in (POLICIES | ONLY_TIMED).items():
+        defaults = dataclasses.asdict(method())
+        ConfigStore.instance().store(name, {"name": name, **defaults}, group="method")
 
-    Raises:
-        ConfigError: no method has this name.
-    """
-    if "_target_" in method:
-        return method
-    found = POLICIES.get(name := method.get("name"))
-    if found is None:
-        raise ConfigError(f"{section}.name", name, f"choose one of {', '.join(POLICIES)}")
-    return {"_target_": f"{found.__module__.partition('.')[0]}.{found.__name__}"} | method
+
+store_methods()
 
 
 def policy_of(section: str, method: dict[str, Any]) -> Policy:
-    """The policy that a section's settings are of.
+    """The policy that a section asks for by its name and parameters.
 
     Raises:
-        ConfigError: they are of none.
+        ConfigError: no method has this name, or it has no such parameter, or refuses its value.
     """
-    config = {k: v for k, v in with_class(section, method).items() if k != "name"}
-    return build(section, config, Policy)
+    found = (POLICIES | ONLY_TIMED).get(name := method.get("name"))
+    if found is None:
+        raise ConfigError(f"{section}.name", name, f"choose one of {', '.join(POLICIES)}")
+    return construct(section, found, {k: v for k, v in method.items() if k != "name"})
+
+
+def percent_or_entries(size: float | int, prompt_tokens: int) -> str | None:
+    """A remark on a budget in entries that looks like one in percent; None of others."""
+    if not isinstance(size, int) or size > 100 or prompt_tokens < 10 * size:
+        return None
+    fraction = f"; budget={size / 100:g} is {size} % of it" if size < 100 else ""
+    share = f"{size / prompt_tokens:.1%} of a prompt of {prompt_tokens:,} tokens"
+    return f"budget={size} is {size} entries, {share}{fraction}"
 
 
 def _budget(config: dict[str, Any]) -> Budget | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from evals.results.records import sha256
-from evals.results.schema import Record
+from evals.results.folder import sha256
+from evals.results.record import Record
 from evals.tasks.base import Sample
 
 

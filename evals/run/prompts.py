@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
-from evals.results import schema
+from evals.results import record
 from evals.run.compress import steps_before
-from evals.run.memory import entry_nbytes
+from evals.run.memory import row_nbytes
 from evals.run.plan import Plan
 from evals.run.prompt import Prompt
 from evals.run.questions import share_contexts
@@ -26,11 +26,13 @@ class Asked(NamedTuple):
 
     Attributes:
         prompts: in the task's order; of a shard, its own.
-        stored: prompts.json.
+        stored: of prompts.json.
+        order: ids of all samples, those of other shards among them.
     """
 
     prompts: list[Prompt]
-    stored: schema.Asked
+    stored: record.Asked
+    order: list[str]
 
 
 def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
@@ -67,16 +69,14 @@ def load_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Asked:
     whole = plan.config["model"]["max_length"] if plan.task.conversation else None
     prompts = share_contexts(prompts, *compress, tokenizer, whole)
     known = {prompt.sample.id: prompt.sample_sha256 for prompt in prompts}
-    return Asked(prompts, {"samples": known, "of": len(samples), "data": _digest(samples)})
+    stored: record.Asked = {"samples": known, "of": len(samples), "data": _digest(samples)}
+    return Asked(prompts, stored, [sample.id for sample in samples])
 
 
 def _digest(samples: Sequence[Sample]) -> str:
     found = hashlib.sha256()
     for sample in samples:
-        known = dataclasses.asdict(sample)
-        if not known["shared"]:  # which came later: shards of before go with those of today
-            del known["shared"]
-        found.update(json.dumps(known).encode())
+        found.update(json.dumps(dataclasses.asdict(sample)).encode())
     return found.hexdigest()[:16]
 
 
@@ -91,8 +91,8 @@ def batch_size(plan: Plan, prompts: Sequence[Prompt], model: PreTrainedModel) ->
         return plan.task.batch_size
     prompt = prompts[0]
     policy, _ = plan.fit(prompt.context)
-    held = max(policy.lengths([len(prompt.ids)] + [1] * (prompt.max_new_tokens - 1)))
-    each = held * entry_nbytes(model.config, model.dtype)
+    steps = [len(prompt.ids)] + [1] * (prompt.max_new_tokens - 1)
+    each = row_nbytes(model, max(policy.lengths(steps)), sum(steps))
     rows = room // each
     if not rows:
         raise ConfigError("task.kv_limit", f"{room:,} bytes", f"a single row takes {each:,}")
@@ -117,6 +117,8 @@ def batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
             contexts.setdefault(prompt.sample.shared, []).append(prompt)
             continue
         key = prompt.max_new_tokens, prompt.sample.stop, prompt.before and prompt.later
+        if prompt.sample.ids is not None:  # of an exact length: none is padded
+            key = *key, len(prompt.ids)
         kinds.setdefault(key, []).append(prompt)
     for alike in kinds.values():
         if size > 1:

@@ -20,6 +20,7 @@ from evals.run.compress import Compress, in_steps
 from evals.run.generate import Generation, eos_ids, generate, left_padded, read
 from evals.run.prompt import Prompt
 from evals.tasks.base import Sample
+from evals.tasks.encoding import in_template
 
 MARKER = "@ANSWER@"
 
@@ -78,8 +79,7 @@ def follow_up(tokenizer: PreTrainedTokenizerBase, sample: Sample, chat: bool) ->
     ]
     if prefix:
         messages.append({"role": "assistant", "content": prefix})
-    kind = {"continue_final_message" if prefix else "add_generation_prompt": True}
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, **kind)
+    whole = in_template(tokenizer, messages)
     return tokenizer(whole.rpartition(MARKER)[2], add_special_tokens=False)["input_ids"]
 
 

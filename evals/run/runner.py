@@ -1,40 +1,81 @@
-"""The steps of a run: plan, prompts, answers, comparison with the full cache, summary."""
+"""A job: one setting and one or more methods. What is missing is answered, scored and recorded.
+
+The full cache is always among them: it is what the others are compared with. Methods share one pass
+(:mod:`evals.run.forked`); one that is run for itself, or cannot share, runs alone
+(:mod:`evals.run.generate`), and so does every method on a few samples, in turn, for its timings.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import psutil
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.results.compare import compare
-from evals.results.records import FIDELITY, RunFailed, RunFolder, digest, writing
-from evals.results.runs import Run
-from evals.results.schema import Record
-from evals.run.answers import make_answers
-from evals.run.comparison import compare_answers
+from buzz import Policy
+from buzz.errors import ConfigError
+from evals.results.environment import Neighbours, busy, environment, process
+from evals.results.folder import REFERENCE, InUse, RunFailed, SettingFolder, digest
+from evals.results.record import Record
 from evals.run.console import console
-from evals.run.faults import LengthMismatch
+from evals.run.faults import LengthMismatch, attempt, fault
+from evals.run.forked import Fidelity, Found, answer_together
+from evals.run.generate import TIMINGS, generate
 from evals.run.interrupt import deferred_signals
-from evals.run.models import load_model, load_tokenizer
-from evals.run.plan import Plan, expand
-from evals.run.prompts import batch_size, load_prompts
-from evals.run.work import Work, finished
+from evals.run.memory import free_nbytes, row_nbytes
+from evals.run.models import load_model, load_tokenizer, own_settings
+from evals.run.plan import Plan
+from evals.run.prompt import Prompt
+from evals.run.prompts import batch_size, batches, load_prompts
+from evals.run.questions import answer
+from evals.run.read import read
+from evals.run.row import Row
+from evals.run.sampling import Sampling
+from evals.run.speed import Method, measure
+from evals.tasks.throughput import Throughput
+
+FIDELITY = {field.name for field in dataclasses.fields(Fidelity)} | {"reference_sha256"}
+NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason": "end"}
+ROOM = 0.7  # of the free memory, for the rows of a pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one method of a job.
+
+    Attributes:
+        file: its records.
+        records: of the setting's samples, in their order.
+        error: why it is not complete; None if it is.
+        failed: samples, and comparisons with the full cache, that failed.
+        new: whether anything of it was run, or scored again, now.
+    """
+
+    plan: Plan
+    file: Path
+    records: list[Record]
+    error: Exception | None = None
+    failed: int = 0
+    new: bool = False
 
 
 def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
-    """Runs what is still missing of a configured run.
+    """Runs what is still missing of one configured method, and of the full cache beside it.
 
     Args:
         cfg: the composed configuration.
         fixed: names of the method's parameters that the user set, which a budget leaves alone.
 
     Returns:
-        The run's folder.
+        The file of the method's records.
 
     Raises:
         ConfigError: a setting cannot be served.
@@ -42,127 +83,461 @@ def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
             can be written. A sample that fails beside others that don't is only recorded.
         Interrupted: by a signal, after the sample in flight.
     """
-    return _execute(Plan.of(cfg, fixed))
+    (outcome,) = run_job([Plan.of(cfg, fixed)])
+    if outcome.error:
+        raise outcome.error
+    return outcome.file
 
 
-def run_all(cfg: DictConfig, fixed: Iterable[str] = ()) -> list[Path]:
-    """As :func:`run`, for every task of a suite; all are checked before the first one runs."""
-    fixed = frozenset(fixed)
-    return [_execute(plan) for plan in [Plan.of(one, fixed) for one in expand(cfg)]]
+def run_job(plans: Sequence[Plan]) -> list[Outcome]:
+    """Runs what is still missing of several methods under one setting.
 
-
-def _execute(plan: Plan) -> Path:
-    folder = RunFolder(plan.folder)
-    with folder.lock():
-        work = _begin(plan, folder)
-        rescored = work.rescore()
-        if rescored:
-            _say(
-                f"{folder.path}: {rescored} answers scored again, their references or metrics are"
-                " others"
-            )
-        if work.stale:
-            _say(f"{folder.path}: {work.stale} more records are of other data and do not count")
-        before = len(work.done)
-        full = _make(work)
-        summary = _sum_up(work, full)
-        if rescored or before < len(work.prompts):
-            plan.logger.log(folder.path, plan.config, work.ordered, summary)
-    return folder.path
-
-
-def _begin(plan: Plan, folder: RunFolder) -> Work:
-    """What is asked for and what of it is there, before anything is written."""
-    records = folder.read()
-    folder.read(FIDELITY), folder.environments()  # refuse now what could not be added to
-    torch.manual_seed(plan.config["seed"])
-    asked = load_prompts(plan, _tokenizer(plan))
-    lengths = [prompt.context for prompt in asked.prompts]
-    for tokens in (min(lengths), max(lengths)):
-        plan.fit(tokens)  # refuse a budget that cannot be met now, not later
-    model, tokenizer = _load(plan)
-    plan = dataclasses.replace(plan, policy=plan.policy.for_tokenizer(tokenizer))
-    rows = batch_size(plan, asked.prompts, model)
-    done = finished(folder, records, asked.prompts)
-    if done:
-        _say(f"{folder.path}: {len(done)} of {len(asked.prompts)} samples are there already")
-    folder.write("config.yaml", OmegaConf.to_yaml(plan.config))
-    folder.write("prompts.json", asked.stored)
-    return Work(plan, folder, asked.prompts, records, done, model, tokenizer, rows)
-
-
-def _make(work: Work) -> Run | None:
-    """Answers, and their comparison with those of the full cache, whose run is returned."""
-    try:
-        with deferred_signals() as stop_here:
-            make_answers(work, stop_here)
-            full = _reference(work.plan)
-            if full and work.plan.compares:
-                compare_answers(work, full.by_id, stop_here)
-            return full
-    except LengthMismatch as error:
-        work.folder.write("summary.json", {"status": "failed", "error": str(error)})
-        raise RunFailed(str(error)) from error
-    except KeyboardInterrupt:
-        there = f"{len(work.ordered)} of {len(work.prompts)} samples"
-        unfinished = {"status": "interrupted", "error": f"interrupted after {there}; run it again"}
-        work.folder.write("summary.json", work.summary() | unfinished)
-        raise
-
-
-def _sum_up(work: Work, full: Run | None) -> dict[str, Any]:
-    """Writes the summary, and the task's picture."""
-    folder, records = work.folder, work.ordered
-    _report_failed(folder, records)
-    summary = work.summary()
-    if full:
-        own = {record["id"]: record for record in records}
-        fidelity = {id: one for id, one in folder.read(FIDELITY).items() if id in own}
-        summary["against_full"] = compare(own, full.by_id, summary, fidelity)
-        summary["failed"] += _name_failed("comparison of", fidelity.values())
-    folder.write("summary.json", summary)
-    with writing(folder.path):
-        work.plan.task.draw([r for r in records if r["status"] == "ok"], folder.path)
-    return summary
-
-
-def _report_failed(folder: RunFolder, records: list[Record]) -> None:
-    """Names the samples that failed.
+    Returns:
+        What became of each, in their order. One that cannot be served takes no other along.
 
     Raises:
-        RunFailed: all of them did.
+        ConfigError: the setting cannot be served.
+        RunFailed: nothing can be written.
+        Interrupted: by a signal, after the samples in flight.
     """
-    if _name_failed("sample", records) == len(records):
-        error = f"all {len(records)} samples failed, the first with {records[0]['error']}"
-        folder.write("summary.json", {"status": "failed", "error": error})
-        raise RunFailed(error)
+    with ExitStack() as stack:
+        job = Job(plans, stack)
+        with deferred_signals() as stop_here:
+            job.run(stop_here)
+        return [job.outcome(plan) for plan in plans]
 
 
-def _name_failed(what: str, records: Iterable[Record]) -> int:
-    """Prints a line for each record of a failure; how many there are."""
-    failed = [record for record in records if record.get("status") == "failed"]
-    for record in failed:
-        _say(f"{what} {record['id']} failed: {record['error']}")
-    return len(failed)
+class Job:
+    """One setting and its rows.
+
+    Attributes:
+        plan: of one of the rows, for all that they share.
+        prompts: in the task's order.
+        asked: the rows that the user wants, by name.
+        full: the full cache's row, asked for or not; None where it cannot be served.
+        rows: all of them, the full cache's first.
+    """
+
+    def __init__(self, plans: Sequence[Plan], stack: ExitStack) -> None:
+        self.plan = plans[0]
+        self.kl = any(plan.config["kl"] for plan in plans)
+        self.folder = SettingFolder(self.plan.folder)
+        torch.manual_seed(self.plan.config["seed"])
+        loaded = load_prompts(self.plan, _tokenizer(self.plan))
+        self.prompts = loaded.prompts
+        self.asked: dict[str, Row] = {}
+        for plan in plans:
+            if plan.row not in self.asked:
+                self.asked[plan.row] = self._row(plan, stack)
+        self.full = self.asked.get(REFERENCE) or self._reference(stack)
+        others = [row for name, row in self.asked.items() if name != REFERENCE]
+        self.rows = [self.full, *others] if self.full else others
+        self.several = len(others) > 1
+        if self.running:
+            self.folder.write("setting.yaml", self.plan.setting)
+            self.folder.ask(loaded.stored, loaded.order)
+
+    def _row(self, plan: Plan, stack: ExitStack) -> Row:
+        """A method's row, held for this process, with what is there; or why it cannot run."""
+        file = self.folder.file(plan.row, plan.task.shard)
+        row = Row(plan, self.folder, file, {})
+        try:
+            stack.enter_context(self.folder.lock(file))
+            row.records = self.folder.read(file)
+            lengths = [prompt.context for prompt in self.prompts]
+            for tokens in (min(lengths), max(lengths)):
+                plan.fit(tokens)  # refuse a budget that cannot be met now, not later
+            if doubt := plan.doubts(max(lengths)):
+                _say(doubt)
+            if again := row.begin(self.prompts):
+                _say(f"{file}: {again} answers scored again: other references, or other metrics")
+            if there := len(row.done):
+                _say(f"{file}: {there} of {len(self.prompts)} samples are there already")
+        except ConfigError as error:
+            row.error = error
+        return row
+
+    def _reference(self, stack: ExitStack) -> Row | None:
+        """The full cache's row, which nobody asked for by name.
+
+        Raises:
+            ConfigError: it cannot be served, and answers are to be compared with it; or what is
+                there of it is of other prompts.
+        """
+        try:
+            plan = self.plan.reference()
+        except ConfigError as error:
+            if self.kl:
+                raise ConfigError("kl", True, f"needs the full cache's answers: {error}") from error
+            _say(f"without the full cache: {error}")
+            return None
+        row = self._row(plan, stack)
+        if isinstance(row.error, InUse):  # another job writes the same records
+            row.error, row.file = None, None
+            row.records, _ = self.folder.put_together(self.folder.rows.get(REFERENCE, []))
+            row.begin(self.prompts)
+        if row.error:
+            raise row.error
+        return row
+
+    @property
+    def running(self) -> list[Row]:
+        return [row for row in self.rows if row.error is None]
+
+    def run(self, stop_here: Callable[[], None]) -> None:
+        """Answers, comparisons and timings, as far as they are missing."""
+        room = self.plan.task.room is not None
+        parts = [] if room else list(batches(self.prompts, self.plan.task.batch_size))
+        if any(self._lacks(row, self.prompts) for row in self.running) or any(
+            self._untimed(part) for part in self._chosen(parts)
+        ):
+            self._load()
+            with self._progress() as advance:
+                for part in parts:
+                    self._answer(part)
+                    advance(len(part))
+                    stop_here()
+                for row in self.running if room else ():  # each has its own largest batch
+                    size = self._largest(row)
+                    for part in batches(self.prompts, size) if size else ():
+                        self._alone(row, part)
+                        stop_here()
+                for part in self._chosen(parts):
+                    self._time(part)
+                    stop_here()
+
+    def _largest(self, row: Row) -> int | None:
+        """Prompts of the largest batch that a row has room for."""
+        try:
+            return batch_size(row.plan, self.prompts, self.model)
+        except ConfigError as error:
+            row.error = error
+            return None
+
+    def _lacks(self, row: Row, prompts: Iterable[Prompt]) -> bool:
+        """Whether answers are missing, or their comparison with the full cache's."""
+        return any(
+            prompt.sample.id not in row.done or self._uncompared(row, prompt) for prompt in prompts
+        )
+
+    def _uncompared(self, row: Row, prompt: Prompt) -> bool:
+        compares = self.kl and self.full is not None and row is not self.full
+        return compares and not row.compared(prompt, self.full)
+
+    def _load(self) -> None:
+        self.model, self.tokenizer = _load(self.plan)
+        for row in self.rows:
+            told = row.plan.policy.for_tokenizer(self.tokenizer)
+            row.plan = dataclasses.replace(row.plan, policy=told)
+        parameters = sum(weights.numel() for weights in self.model.parameters())
+        now = environment(str(self.model.device), self.plan.config["seed"], parameters)
+        now |= own_settings(self.model, self.tokenizer)
+        self.made = {"environment": self.folder.note(now), "process": process()}
+        self.neighbours = Neighbours()
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[int], None]]:
+        """Yields a function that takes how many more prompts are done."""
+        columns = (
+            TextColumn("{task.description:>14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        last, headline = self.rows[-1], self.plan.task.headline
+        name = f"{self.plan.task.name}: {len(self.rows)} methods"
+
+        def status() -> str:
+            ran = [r["scores"][headline] for r in last.of(self.prompts) if r["status"] == "ok"]
+            return f"{last.plan.row} {headline} {sum(ran) / len(ran):.3g}" if ran else ""
+
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task(name, total=len(self.prompts), status="")
+            yield lambda count: progress.update(bar, advance=count, status=status())
+
+    def _answer(self, batch: list[Prompt]) -> None:
+        """Answers a batch under every row that lacks it, and compares the answers."""
+        lacking = [r for r in self.running if any(p.sample.id not in r.done for p in batch)]
+        together = [row for row in lacking if self._shares(row)]
+        for row in lacking:
+            if row not in together:
+                self._alone(row, batch)
+        self._together(together, batch, own=True)
+        left = [r for r in self.running if any(self._uncompared(r, prompt) for prompt in batch)]
+        self._together(left, batch, own=False)
+
+    def _shares(self, row: Row) -> bool:
+        """Whether a method is a row of a pass of several.
+
+        Where speed is what is measured, if methods are to take their steps in turn. Else not where
+        it is all that was asked for; nor where rows would be fed different numbers of tokens
+        (conversations), need a graph (compiled decoding), attend differently to the prompt already
+        (log n), or turn keys by the longest of them.
+        """
+        task, options = row.plan.task, row.plan.cache_options
+        if isinstance(task, Throughput):
+            return task.paired
+        alone = options["logn_base"] or options["compiled"] or task.conversation
+        alone = alone or row.plan.config["rope_by_length"]
+        return (self.several or self.kl) and task.mode == "answer" and not alone
+
+    # --- several methods in one pass --------------------------------------------------------------
+
+    def _together(self, rows: list[Row], batch: list[Prompt], own: bool) -> None:
+        """Answers and compares a batch's prompts under several rows.
+
+        Args:
+            own: whether the rows answer by themselves; otherwise they are only compared.
+        """
+        contexts = [batch] if batch[0].sample.shared else [[prompt] for prompt in batch]
+        for positions in dict.fromkeys(row.plan.cache_options["positions"] for row in rows):
+            alike = [row for row in rows if row.plan.cache_options["positions"] == positions]
+            for prompts in contexts:
+                size = self._fitting(alike, prompts)
+                for start in range(0, len(alike), size):
+                    part = [row for row in alike[start : start + size] if row.error is None]
+                    self._record_pass(part, prompts, batch, own)
+
+    def _fitting(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> int:
+        """How many rows fit into the memory that is free, with their keys, values and logits."""
+        longest = max(prompts, key=lambda prompt: len(prompt.ids))
+        steps = [len(longest.ids)] + [1] * longest.max_new_tokens
+        held = max(max(row.plan.fit(longest.context)[0].lengths(steps)) for row in rows)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        each = row_nbytes(self.model, held, sum(steps)) + 16 * vocabulary
+        return max(1, int(ROOM * free_nbytes(self.model.device)) // each)
+
+    def _record_pass(
+        self, rows: list[Row], prompts: list[Prompt], batch: list[Prompt], own: bool
+    ) -> None:
+        """Runs a pass; a row that fails in it takes no other along."""
+        if not rows:
+            return
+        found = attempt(rows, lambda some: self._pass(some, prompts, batch, own), self.model.device)
+        conditions = self._conditions()
+        for row, made in zip(rows, found, strict=True):
+            ones = made if isinstance(made, list) else [made] * len(prompts)
+            for prompt, one in zip(prompts, ones, strict=True):
+                known = row.records.get(prompt.sample.id)
+                if prompt.sample.id not in row.done:
+                    self._record(row, prompt, batch, one, len(rows), conditions)
+                elif isinstance(one, Exception) or "status" in one:
+                    row.uncompared += 1
+                    reason = one if isinstance(one, Exception) else one["error"]
+                    _say(f"comparison of {prompt.sample.id} under {row.plan.row} failed: {reason}")
+                elif row is not self.full:
+                    row.add(known | {name: one[name] for name in FIDELITY & one.keys()})
+
+    def _pass(
+        self, rows: list[Row], prompts: list[Prompt], batch: list[Prompt], own: bool
+    ) -> list[list[Found] | Exception]:
+        """By row what was found for each prompt; for a comparison the full cache rides along."""
+        context = min(prompt.context for prompt in batch)
+        if own and self.plan.task.timed:
+            methods = [self._method(row, row.plan.fit(context)[0]) for row in rows]
+            new = prompts[0].max_new_tokens
+            return measure(self.model, [prompt.ids for prompt in prompts], methods, new)
+        beside = [self.full] if self.kl and self.full and self.full not in rows else []
+        everyone = [*beside, *rows]
+        found = answer_together(
+            self.model,
+            self.tokenizer,
+            prompts,
+            [row.plan.fit(context)[0] for row in everyone],
+            {"positions": rows[-1].plan.cache_options["positions"]},
+            [self.plan.task.sampling([prompt.sample]) for prompt in prompts],
+            [self.full.answer(prompt) if self.full else None for prompt in prompts],
+            own=own,
+            kl=self.kl and self.full is not None,
+        )
+        return [list(of_row) for of_row in zip(*found, strict=True)][len(beside) :]
+
+    def _record(
+        self,
+        row: Row,
+        prompt: Prompt,
+        batch: list[Prompt],
+        found: Found,
+        rows: int,
+        conditions: Record,
+    ) -> None:
+        """Scores and records what became of a prompt under one row."""
+        record = row.frame(prompt, batch) | {"rows": rows}
+        try:
+            if isinstance(found, LengthMismatch):
+                row.error = RunFailed(str(found))
+            if isinstance(found, Exception):
+                raise found
+            record |= {"status": "ok"} | found
+            if record["status"] == "ok":
+                record["scores"] = row.score(prompt, record)
+        except Exception as error:
+            record = row.frame(prompt, batch) | fault(error, self.model.device)
+        row.add(record | conditions)
+
+    # --- a method alone ---------------------------------------------------------------------------
+
+    def _alone(self, row: Row, batch: list[Prompt]) -> None:
+        """Answers what a row lacks of a batch by itself, with timings."""
+        todo = [prompt for prompt in batch if prompt.sample.id not in row.done]
+        if not todo or row.error:
+            return
+        if not row.warm:
+            self._warm_up(row)
+        try:
+            found = self._attempt(row, batch)
+        except LengthMismatch as error:
+            found = [{"status": "failed", "error": str(error)}] * len(batch)
+            row.error = RunFailed(str(error))
+        conditions = self._conditions()
+        for prompt, one in zip(batch, found, strict=True):
+            if prompt in todo:
+                row.add(row.frame(prompt, batch) | one | conditions)
+
+    def _attempt(self, row: Row, batch: list[Prompt]) -> list[Record]:
+        """The batch's records. Rows that are run again in a smaller one keep the batch's budget."""
+        policy, _ = row.plan.fit(min(prompt.context for prompt in batch))
+        make = self._read_texts if row.plan.task.mode == "read" else self._generate
+        make = self._measure if row.plan.task.timed else make
+
+        def results(prompts: list[Prompt]) -> list[Record]:
+            found = make(row, prompts, policy, batch)
+            for prompt, record in zip(prompts, found, strict=True):
+                record |= {"status": "ok", "batch_size": len(prompts)}
+                record["scores"] = row.score(prompt, record)
+                record.pop("losses", None)  # as long as the text
+            return found
+
+        return attempt(batch, results, self.model.device)
+
+    def _generate(
+        self, row: Row, batch: list[Prompt], policy: Policy, together: list[Prompt]
+    ) -> list[Record]:
+        """Records of a batch's answers. Of a conversation, all that is asked is answered again.
+
+        Args:
+            together: the whole batch, of which some prompts may run by themselves.
+        """
+        task, options = row.plan.task, row.plan.cache_options
+        if batch[0].sample.shared:
+            asked = together if task.conversation else batch
+            found = answer(self.model, self.tokenizer, asked, policy, options, task.conversation)
+            return [found[asked.index(prompt)].record() for prompt in batch]
+        sampled = task.sampling([prompt.sample for prompt in batch])
+        made = generate(
+            self.model,
+            self.tokenizer,
+            [prompt.ids for prompt in batch],
+            policy,
+            batch[0].max_new_tokens,
+            batch[0].sample.stop,
+            options,
+            batch[0].later,
+            sampling=None if sampled is None else Sampling(*sampled),
+        )
+        return [one.record() for one in made]
+
+    def _read_texts(
+        self, row: Row, batch: list[Prompt], policy: Policy, together: list[Prompt]
+    ) -> list[Record]:
+        task, options = row.plan.task, row.plan.cache_options
+        found = []
+        for prompt in batch:
+            starts = prompt.sample.starts
+            measured, losses = read(self.model, prompt.ids, policy, task.chunk, options, starts)
+            blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
+            found.append(NO_ANSWER | measured.record() | {"losses": losses, "blocks": blocks})
+        return found
+
+    def _measure(
+        self, row: Row, batch: list[Prompt], policy: Policy, together: list[Prompt]
+    ) -> list[Record]:
+        prompts, new = [prompt.ids for prompt in batch], batch[0].max_new_tokens
+        (found,) = measure(self.model, prompts, [self._method(row, policy)], new)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @staticmethod
+    def _method(row: Row, policy: Policy) -> Method:
+        task = row.plan.task
+        assert isinstance(task, Throughput)
+        return Method(policy, row.plan.cache_options, task.prefill_chunk, task.hold)
+
+    # --- timings ----------------------------------------------------------------------------------
+
+    def _chosen(self, parts: Sequence[list[Prompt]]) -> list[list[Prompt]]:
+        """The batches that are timed: all where one method was asked for, else some, spread out."""
+        if not self.several or not parts:
+            return list(parts)
+        count = min(len(parts), -(-self.plan.config["time_samples"] // len(parts[0])))
+        return [parts[i] for i in np.linspace(0, len(parts) - 1, count).round().astype(int)]
+
+    def _untimed(self, batch: list[Prompt]) -> list[Row]:
+        """The rows that answered all of a batch in a pass with others."""
+        if self.plan.task.conversation:
+            return []
+        return [
+            row
+            for row in self.running
+            if row.file is not None
+            and all(r["status"] == "ok" and not r["timed"] for r in row.of(batch))
+            and len(row.of(batch)) == len(batch)
+        ]
+
+    def _time(self, batch: list[Prompt]) -> None:
+        """Times every method alone, in turn, on the same prompts."""
+        for row in self._untimed(batch):
+            if not row.warm:
+                self._warm_up(row)
+            with suppress(LengthMismatch):
+                found = self._attempt(row, batch)
+                conditions = self._conditions()
+                for known, one in zip(row.of(batch), found, strict=True):
+                    if one["status"] == "ok":
+                        timings = {k: one[k] for k in (*TIMINGS, "allocated_nbytes") if k in one}
+                        row.add(known | timings | {"timed": True} | conditions)
+
+    def _warm_up(self, row: Row) -> None:
+        """What runs once per process (kernels, allocator pools) must not count in a timing."""
+        row.warm = True
+        if row.plan.task.timed:  # which does so itself
+            return
+        with suppress(Exception):  # should it fail, the sample will and is recorded
+            first, options = [self.prompts[0].ids[:32]], row.plan.cache_options
+            generate(self.model, self.tokenizer, first, row.plan.policy, 2, (), options)
+
+    def _conditions(self) -> Record:
+        """Where a record was made, and how busy the machine was with other things meanwhile."""
+        threads, load = torch.get_num_threads(), self.neighbours.load()
+        needed = threads if self.model.device.type == "cpu" else 1
+        loaded = busy(load, needed, psutil.cpu_count() or 1)
+        return self.made | {"threads": threads, "load": load, "loaded": loaded}
+
+    def outcome(self, plan: Plan) -> Outcome:
+        """What became of a row; names the samples that failed."""
+        row = self.asked[plan.row]
+        records, error = row.of(self.prompts), row.error
+        failed = [record for record in records if record["status"] == "failed"]
+        for record in failed if row.new else ():
+            _say(f"sample {record['id']} failed under {row.plan.row}: {record['error']}")
+        if error is None and records and len(failed) == len(records):
+            text = f"all {len(failed)} samples failed, the first with {failed[0]['error']}"
+            error = RunFailed(text)
+        file = self.folder.file(plan.row, plan.task.shard)
+        return Outcome(row.plan, file, records, error, len(failed) + row.uncompared, row.new)
 
 
 def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _reference(plan: Plan) -> Run | None:
-    """The full-cache run to compare with; names what lies beside it and cannot be read."""
-    full, unreadable = plan.reference()
-    for folder in unreadable:
-        _say(f"left out: {folder}")
-    return full
-
-
 _loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
 
 
 def _load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, kept for the next run of this process as long as that wants the same."""
+    """The model, kept for the next job of this process as long as that wants the same."""
     if _key(plan) not in _loaded:
         _loaded.clear()
         _loaded[_key(plan)] = load_model(plan.config["model"], plan.config["device"])

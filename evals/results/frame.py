@@ -1,0 +1,532 @@
+"""All records of a folder as one pandas.DataFrame, and the one interval of whatever it amounts to.
+
+    from evals.results import frame
+    rows = frame.load("results/runs")
+    frame.view(rows, ["task", "row"])                           # scores with 95 % intervals
+    frame.view(rows, ["task", "row"], "kl_to_full", against="h2o")    # and paired with H2O
+
+A row is a sample as one method answered it. Every table, figure and verdict is a grouping of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from buzz.errors import ConfigError
+from evals.results.environment import machine
+from evals.results.folder import REFERENCE, SettingFolder, sha256
+from evals.results.record import FORMAT
+
+TOLERANCE = 0.05  # of the memory, by which methods may differ and still hold the same
+MARK = "†"  # of what holds more than its budget and TOLERANCE
+COLUMNS = (
+    # the setting: what rows share whose scores may be compared
+    *("setting", "task", "model", "seed", "compress", "headline", "statistic"),
+    *("higher_is_better", "grouped_by", "task_settings", "model_settings"),
+    # the method, and what it was given
+    *("row", "label", "method", "parameters", "fixed", "cache", "budget", "budget_by"),
+    # the sample
+    *("id", "group", "unit", "meta", "prompt_sha256", "sample_sha256", "prompt_tokens"),
+    *("status", "error", "asked_nbytes", "scores", "score", "blocks", "prediction", "references"),
+    *("tokens", "generated_tokens", "stop_reason", "truncated_tokens", "chat_template"),
+    # what the cache held: entries per layer and KV head, bytes of keys and values
+    *("budget_entries", "held", "kv_entries_mean", "kv_entries_peak", "kv_nbytes_mean"),
+    *("kv_nbytes_peak", "kv_evicting_nbytes_mean", "kv_evicting_nbytes_peak"),
+    *("allocated_nbytes", "evictions", "batch_size"),
+    # distance to the full cache
+    *("kl_to_full", "kl_median", "top1_to_full"),
+    # times, of timed samples alone
+    *("timed", "loaded", "ttft_s", "question_s", "decode_tokens_per_s", "itl_p50_ms"),
+    *("itl_p95_ms", "memory_peak_nbytes", "context_peak_nbytes", "question_peak_nbytes"),
+    *("process", "environment", "machine", "model_parameters", "git_revision"),
+)
+SAME = ["setting", "id", "prompt_sha256", "sample_sha256"]  # of samples that are compared
+WITHOUT_BUDGET = (
+    REFERENCE,
+    "stock",
+)  # caches that keep everything, this project's and transformers'
+NOT_RUN = "not run"  # the status of a sample that counts and has no record
+# What becomes of the mean of the groups' means to be the score; and the other way round.
+STATISTICS: dict[str, Callable[[Any], Any]] = {"mean": lambda means: means, "exp": np.exp}
+INVERSES: dict[str, Callable[[Any], Any]] = {"mean": lambda scores: scores, "exp": np.log}
+
+
+# Reading
+
+
+def load(*roots: str | Path) -> pd.DataFrame:
+    """A row per method and sample, of all settings in or below some folders.
+
+    Samples that count and have no record are there with the status `not run`. Numbers of committed
+    samples (samples.csv.gz, spread.csv) come in the same columns. Distances that were measured on
+    another answer of the full cache than the one that is there are left blank.
+
+    Returns:
+        :data:`COLUMNS`, `scores.NAME` of every metric and whatever else records have;
+        `attrs["left_out"]` names what could not be read or does not count.
+    """
+    rows: list[dict[str, Any]] = []
+    stored: list[pd.DataFrame] = []
+    left_out: list[str] = []
+    for root in dict.fromkeys(map(Path, roots)):
+        for path in sorted(file.parent for file in root.rglob("setting.yaml")):
+            try:
+                rows += _rows(SettingFolder(path), left_out)
+            except (ConfigError, OSError) as error:
+                reason = error.remedy if isinstance(error, ConfigError) else str(error)
+                left_out.append(f"{path}: {reason}")
+        stored += [_committed(file, root) for file in sorted(root.rglob("samples.csv.gz"))]
+        stored += [_spread(file) for file in sorted(root.rglob("spread.csv"))]
+    read = pd.DataFrame(rows)
+    read["budget"] = pd.Series([row["budget"] for row in rows], dtype=object)  # 512, not 512.0
+    parts = [one for one in (read, *stored) if len(one)]  # nothing would make seeds of it 0.0
+    found = pd.concat(parts or [read], ignore_index=True)
+    more = [name for name in found.columns if name not in COLUMNS]
+    found = found.reindex(columns=[*COLUMNS, *more])
+    found["budget"] = found["budget"].astype(object).where(found["budget"].notna(), None)
+    for name in ("group", "prompt_sha256", "sample_sha256"):
+        found[name] = found[name].astype(object).fillna("")
+    for name in ("timed", "loaded"):
+        found[name] = found[name].eq(True)
+    found.attrs["left_out"] = left_out
+    return found
+
+
+def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]]:
+    """A setting's rows of the frame.
+
+    Args:
+        left_out: takes what of it does not count, by name and reason.
+
+    Raises:
+        ConfigError: what all its rows share cannot be read.
+    """
+    known, asked = folder.setting, folder.asked
+    if known["version"] != FORMAT or asked is None:
+        version = f"written by another version ({known['version']}, not {FORMAT})"
+        remedy = "no prompts.json: nothing was asked" if asked is None else version
+        raise ConfigError("runs", str(folder.path), remedy)
+    if lacking := asked["of"] - len(asked["samples"]):
+        left_out.append(f"{folder.path}: {lacking} of {asked['of']} samples are of other shards")
+    metric, environments = known["metric"], folder.environments
+    shared: dict[str, Any] = {
+        "setting": folder.path.name,
+        "task": known["task"]["name"],
+        "model": known["model"]["name"] + (", compiled" if known["model"].get("compile") else ""),
+        "task_settings": known["task"],
+        "model_settings": known["model"],
+        **{name: known.get(name) for name in ("seed", "compress", "model_digest")},
+        **{name: metric[name] for name in ("headline", "statistic", "higher_is_better")},
+        "grouped_by": metric["grouped_by"],
+    }
+    if known["compress"] == "stream":
+        shared["compress"] = f"stream {known['compress_chunk']}"
+    full: dict[str, Any] = {}
+    for row, files in folder.rows.items():
+        records, reasons = folder.put_together(files, asked["samples"])
+        left_out += reasons
+        if row == REFERENCE:  # it is the first
+            full = records
+        told = next(iter(records.values()), {})
+        same: dict[str, Any] = {
+            key: told.get(key) for key in ("label", "method", "parameters", "fixed", "cache")
+        }
+        same |= {key: told.get(key) for key in ("budget", "budget_by")}
+        for name, digest in asked["samples"].items():
+            record: Any = records.get(name)
+            if record is None:
+                record = {"status": NOT_RUN, "id": name, "sample_sha256": digest}
+            place = environments.get(str(record.get("environment")), {})
+            yield {
+                **shared,
+                "row": row,
+                **same,
+                **record,
+                **_of_scores(record, metric["headline"]),
+                **_of_distance(record, full.get(name)),
+                "held": _held(record),
+                "machine": machine(place) if place else "unknown",
+                **{name: place.get(name) for name in ("model_parameters", "git_revision")},
+            }
+
+
+def _of_scores(record: dict[str, Any], headline: str) -> dict[str, Any]:
+    scores = record.get("scores") or {}
+    return {f"scores.{name}": value for name, value in scores.items()} | {
+        "score": scores.get(headline)
+    }
+
+
+def _of_distance(record: dict[str, Any], full: dict[str, Any] | None) -> dict[str, Any]:
+    """Blanks for distances on an answer that the full cache no longer gives."""
+    told = record.get("reference_sha256")
+    if told is None or (full is not None and told == sha256(full.get("tokens"))):
+        return {}
+    return {"kl_to_full": None, "kl_median": None, "top1_to_full": None}
+
+
+def _held(record: dict[str, Any]) -> float | None:
+    """Entries held, by the budget's measure, over the budget: 1.0 for one that is met exactly."""
+    by, entries = record.get("budget_by"), record.get("budget_entries")
+    return record[f"kv_entries_{by}"] / entries if by and entries and "scores" in record else None
+
+
+def _committed(file: Path, root: Path) -> pd.DataFrame:
+    """Numbers of prompts on the embedded model; `held` is of the entries on average."""
+    found = pd.read_csv(file, dtype={"sample": str})
+    folder = file.parent.relative_to(root).as_posix()
+    context = found.get("context_tokens", found.prompt_tokens)  # in older files all of it
+    found["setting"] = found.task if folder == "." else f"{folder}/" + found.task
+    found["compress"] = found.task.str.extract(r"-(context|stream.*)$")[0].fillna("prompt")
+    found["task"] = found.task.str.replace(r"-(context|stream.*)$", "", regex=True)
+    found["budget_entries"] = found.budget.where(found.budget >= 1, context * found.budget)
+    found["held"] = found.entries_mean / found.budget_entries
+    found["row"] = found.method + "@" + found.budget.map("{:g}".format)
+    if "score" not in found:
+        found["score"] = np.nan
+    full = found.drop_duplicates(["setting", "sample"]).copy()
+    measured = [*("budget", "budget_by", "kl", "kl_median", "top1", "budget_entries", "held")]
+    full[[*measured, "entries_mean", "entries_peak", "evictions"]] = None
+    full = full.assign(row=REFERENCE, method=REFERENCE, score=full.full_score)
+    found = pd.concat([full.astype(object), found.astype(object)], ignore_index=True)
+    numbers = found.columns.difference(["setting", "compress", "task", "row", "method", "sample"])
+    for name in numbers.difference(["answer", "budget_by"]):
+        found[name] = pd.to_numeric(found[name])
+    found = found.rename(columns=STORED).drop(columns="full_score")
+    return found.assign(label=found.method, **_SMOLLM)
+
+
+# Columns of committed samples that are called otherwise here.
+STORED = {"sample": "id", "kl": "kl_to_full", "top1": "top1_to_full", "answer": "reference_sha256"}
+STORED |= {"entries_mean": "kv_entries_mean", "entries_peak": "kv_entries_peak"}
+_SMOLLM = {"model": "smollm2", "seed": 0, "status": "ok", "headline": "score", "statistic": "mean"}
+_SMOLLM |= {"higher_is_better": True, "grouped_by": "group"}
+
+
+def _spread(file: Path) -> pd.DataFrame:
+    """The same facts told in one cell, in neighbouring cells, and over the prompt."""
+    found = pd.read_csv(file).rename(columns={"sample": "id", "kl": "kl_to_full"})
+    found["setting"] = found.task + "-spread=" + found.spread
+    full = found.method == REFERENCE
+    found["row"] = np.where(full, REFERENCE, found.method + "@" + found.budget.map("{:g}".format))
+    found["budget"] = found.budget.astype(object).mask(full, None)
+    found["budget_by"] = full.map({True: None, False: "peak"})
+    found["score"] = found.accuracy
+    return found.assign(label=found.method, **_SMOLLM | {"headline": "accuracy"})
+
+
+# What samples amount to
+
+
+class Estimate(NamedTuple):
+    """A number, its 95 % interval if there is one, and how many samples it is of."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+Weights = tuple[Sequence[float], Sequence[float] | None]
+VALUE: Weights = ((1,), None)
+DIFFERENCE: Weights = ((1, -1), None)
+RATIO: Weights = ((1, 0), (0, 1))
+
+
+def interval(
+    values: Any,
+    of: Weights = VALUE,
+    *,
+    group: Any = None,
+    unit: Any = None,
+    statistic: str = "mean",
+    level: float = 0.95,
+    guard: bool | None = None,
+    span: tuple[float, float] | None = None,
+) -> Estimate:
+    """A score of samples with its percentile bootstrap interval.
+
+    It is (over . m) / (under . m), or without `under` over . m.
+
+    m are the means of what is measured of each sample: a method's score, or those of several
+    methods on the same samples, which stay together. They are the mean of the groups' means, and
+    `statistic` of it: exp of losses is a perplexity. The seed is fixed: the same samples give the
+    same interval. Seeds and processes are samples too.
+
+    A difference that is rare may not have been seen at all. With the guard one more sample is
+    counted, in the smallest group, on either side as far out as any two methods were seen apart on
+    one sample (single values: as they are apart from each other), or, where they never differ, as
+    the largest value: of n equal samples the interval reaches 3 / (n + 1) of that (rule of three).
+
+    Args:
+        values: [n], or [n, methods]; samples with an unknown value are left out.
+        of: VALUE, DIFFERENCE (the first less the second), RATIO, or other weights of the methods.
+        group: [n], what each sample belongs to; all groups count the same.
+        unit: [n], what it is about; samples of one unit count once, as their mean.
+        level: probability that the interval covers the truth.
+        guard: None: where samples never differ. Few samples that decide something need it.
+        span: the least and the largest value that a single sample can have; the guard's is there.
+
+    Returns:
+        No ends where a group has a single sample, or where they are not finite: a ratio to what
+        may be nothing.
+    """
+    table = np.asarray(values, float)
+    table = table[:, None] if table.ndim == 1 else table
+    known = np.isfinite(table).all(axis=1)
+    if not known.any():
+        return Estimate(None, None, None, 0)
+    parts = (None if one is None else np.asarray(one, object)[known] for one in (group, unit))
+    groups, together = strata(table[known], *parts)
+    means = np.mean([np.nanmean(one, axis=0) for one in groups], axis=0)
+    value = float(_quotient(STATISTICS[statistic](means), of))
+    both = np.asarray(ends(groups, of, statistic, level, guard, span, together))
+    low, high = both.tolist() if np.isfinite(both).all() else (None, None)
+    return Estimate(value if np.isfinite(value) else None, low, high, int(known.sum()))
+
+
+def strata(values: Any, group: Any, unit: Any) -> tuple[list[Any], bool]:
+    """What is drawn, [n, methods] of each group: samples, or units as the means of theirs.
+
+    Units that have samples in several groups are drawn together: each group then has all of them,
+    blank where a unit has no sample in it.
+    """
+    names = np.zeros(len(values), int) if group is None else pd.factorize(group)[0]
+    about = -np.ones(len(values), int)
+    if unit is not None:
+        about = pd.factorize(np.where(unit == "", None, unit))[0]
+    if (about < 0).all():
+        return [values[names == i] for i in pd.unique(names)], False
+    about = np.where(about < 0, about.max() + 1 + np.arange(len(values)), about)
+    cells = pd.DataFrame(values).groupby([names, about], sort=False).mean()
+    together = cells.index.get_level_values(1).has_duplicates
+    every = pd.unique(about)
+    found = (cells.loc[i] for i in pd.unique(names))
+    return [(one.reindex(every) if together else one).to_numpy() for one in found], together
+
+
+def ends(
+    groups: Sequence[Any],
+    of: Weights = VALUE,
+    statistic: str = "mean",
+    level: float = 0.95,
+    guard: bool | None = None,
+    span: tuple[float, float] | None = None,
+    together: bool = False,
+) -> tuple[Any, Any]:
+    """Both ends of :func:`interval`, of groups [n, methods, ...].
+
+    Further axes are repetitions, each with ends of its own.
+
+    Args:
+        together: the groups' samples of one place are drawn together.
+    """
+    if min(map(len, groups)) < 2:
+        nothing = np.full(groups[0].shape[2:], np.nan)
+        return nothing, nothing
+    chances = (1 - level) / 2, (1 + level) / 2
+
+    def quantiles(groups: Sequence[Any]) -> Any:
+        sizes = tuple(map(len, groups))
+        weights = _weights(sizes[:1]) * len(groups) if together else _weights(sizes)
+        found = _quotient(np.moveaxis(_score(weights, groups, statistic), 1, 0), of)
+        finite = np.isfinite(found).all(axis=0)
+        return np.where(finite, np.quantile(np.where(finite, found, 0), chances, axis=0), np.nan)
+
+    if not guard:
+        low, high = quantiles(groups)
+        if guard is False or not (np.abs(high - low) <= 1e-12 * np.abs(high)).any():
+            return low, high
+    low, high = (quantiles(_with_one_more(groups, of, i, span, together))[i] for i in (0, 1))
+    apart = low != high  # else nothing says how far apart samples might be
+    return np.where(apart, low, np.nan), np.where(apart, high, np.nan)
+
+
+def _quotient(means: Any, of: Weights) -> Any:
+    """Of means [methods, ...]."""
+    over, under = of
+    top = np.tensordot(np.asarray(over, float), means, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return top if under is None else top / np.tensordot(np.asarray(under, float), means, 1)
+
+
+def _score(weights: Sequence[Any], groups: Sequence[Any], statistic: str) -> Any:
+    """A statistic of the mean of the groups' means, [resamples, methods, ...]."""
+    total: Any = 0
+    count: Any = 0
+    for weight, values in zip(weights, groups, strict=True):
+        known = np.isfinite(values)
+        if known.all():
+            total, count = total + np.tensordot(weight, values, 1) / len(values), count + 1
+            continue
+        with np.errstate(invalid="ignore"):
+            n = np.tensordot(weight, known.astype(float), 1)
+            means = np.tensordot(weight, np.where(known, values, 0), 1) / n
+        total, count = total + np.nan_to_num(means), count + (n > 0)
+    with np.errstate(over="ignore"):
+        return STATISTICS[statistic](total / count)
+
+
+@lru_cache(maxsize=4)
+def _weights(sizes: tuple[int, ...], resamples: int = 2000) -> list[Any]:
+    """How often each resample has each sample, [resamples, n] of each group."""
+    rng, found = np.random.default_rng(0), []
+    for n in sizes:
+        picks = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
+        counts = np.bincount(picks.ravel(), minlength=resamples * n)
+        found.append(counts.reshape(-1, n).astype(float))
+    return found
+
+
+def _with_one_more(
+    groups: Sequence[Any], of: Weights, end: int, span: Any, together: bool
+) -> list[Any]:
+    """The smallest group with one more sample, as far out at the low or the high end as any."""
+    weights = np.asarray(of[0], float)
+    axis = 0 if len(weights) == 1 else 1
+    apart = [np.max(np.nanmax(g, axis) - np.nanmin(g, axis), axis=0) for g in groups]
+    largest = [np.nanmax(np.abs(g), axis=(0, 1)) for g in groups]
+    gap, largest = np.max(apart, axis=0), np.max(largest, axis=0)
+    far = (-1, 1)[end] * np.where(gap > 0, gap, largest)
+    direction = (weights / (weights @ weights)).reshape(-1, *[1] * far.ndim)
+    smallest = min(map(len, groups))
+    found, added = [], False
+    for group in groups:
+        if together or (len(group) == smallest and not added):
+            more = np.nanmean(group, axis=0) + far * direction
+            if span:  # what counts is at one end, what is taken from it at the other
+                more[weights > 0], more[weights < 0] = span[end], span[1 - end]
+            group, added = np.concatenate([group, more[None]]), True
+        found.append(group)
+    return found
+
+
+# Groupings
+
+
+def partner(rows: pd.DataFrame, against: str = REFERENCE) -> pd.DataFrame:
+    """What another method made of the same samples, row by row; blank where it has none.
+
+    Args:
+        against: a cache that keeps everything; or another method's label: its row of the same
+            budget.
+
+    Returns:
+        The columns of `rows`, on its index.
+    """
+    same = rows.row if against == REFERENCE else rows.label
+    others = rows[(rows.status == "ok") & (same == against)]
+    keys = SAME if against in WITHOUT_BUDGET else [*SAME, "budget", "budget_by"]
+    others = others.iloc[others.row.map(len).argsort(kind="stable")]  # of several the plainest
+    right = others.set_index(_keys(others, keys))
+    right = right[~right.index.duplicated()]
+    found = right.reindex(_keys(rows, keys)).set_axis(rows.index)
+    return found[rows.columns]
+
+
+def _keys(rows: pd.DataFrame, names: Sequence[str]) -> pd.Index:
+    return pd.Index(
+        list(zip(*(rows[name].fillna("").astype(str) for name in names), strict=True)),
+        tupleize_cols=False,
+    )
+
+
+def estimate(
+    rows: pd.DataFrame,
+    metric: str = "score",
+    other: pd.DataFrame | None = None,
+    of: Weights = VALUE,
+    **options: Any,
+) -> Estimate:
+    """A metric of some rows of one method and setting, or of them beside `other`'s, in pairs.
+
+    Scores are means of groups' means, by unit, and perplexities exp of losses; what else is
+    measured counts by the sample. The interval of a text's score is over its blocks.
+
+    Args:
+        metric: a column.
+        other: :func:`partner` of the same rows, for DIFFERENCE and RATIO.
+        options: see :func:`interval`.
+    """
+    sides = [rows] if other is None or of is VALUE else [rows, other]
+    values = np.stack([side[metric].astype(float) for side in sides], axis=-1)
+    if metric != "score" and not metric.startswith("scores."):
+        if of is DIFFERENCE:
+            return interval(values[:, 0] - values[:, 1], **options)
+        return interval(values, of, **options)
+    options["statistic"] = statistic = next(iter(rows.statistic), "mean")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = INVERSES[statistic](values)
+    names = {name: rows[name].to_numpy(object) for name in ("group", "unit")}
+    found = interval(values, of, **options, **names)
+    known = np.isfinite(values).all(axis=1)
+    if metric != "score" or not rows.blocks.map(lambda one: isinstance(one, list))[known].any():
+        return found
+    texts = zip(*(side.blocks[known] for side in sides), strict=True)
+    blocks = [np.stack(text, axis=-1) for text in texts]
+    counts = [len(text) for text in blocks]
+    names = {name: np.repeat(one[known], counts) for name, one in names.items()}
+    drawn = interval(np.concatenate(blocks), of, **options, **names)
+    return found._replace(low=drawn.low, high=drawn.high)
+
+
+def view(
+    rows: pd.DataFrame,
+    by: Sequence[str],
+    metric: str = "score",
+    against: str | None = None,
+    across: str | None = None,
+) -> pd.DataFrame:
+    """A metric by whatever columns, with its interval; and in pairs with another method.
+
+    Args:
+        against: a label; adds difference and ratio over the samples that both have.
+        across: `seed` or `process`: the mean of what each of these comes to, and its interval over
+            them.
+
+    Returns:
+        `value`, `low`, `high`, `n`; `difference`, `difference_low`, ..., `ratio`, ...
+    """
+    ran = rows[rows.status == "ok"]
+    others = None if against is None else partner(rows, against)
+    kinds = {"": VALUE} if others is None else {"": VALUE, "difference": DIFFERENCE, "ratio": RATIO}
+    found = {}
+    for name, part in ran.groupby(list(by), sort=False, dropna=False):
+        line: dict[str, Any] = {}
+        for kind, of in kinds.items():
+            one = over_parts(part, across, metric, others, of)
+            stem = f"{kind}_" if kind else ""
+            line |= {kind or "value": one.value}
+            line |= {f"{stem}low": one.low, f"{stem}high": one.high, f"{stem}n": one.n}
+        found[name] = line
+    index = pd.MultiIndex.from_tuples(list(found), names=list(by)) if found else None
+    index = index.get_level_values(0) if index is not None and len(by) == 1 else index
+    return pd.DataFrame(list(found.values()), index=index)
+
+
+def over_parts(
+    rows: pd.DataFrame,
+    parts: str | None,
+    metric: str,
+    others: pd.DataFrame | None = None,
+    of: Weights = VALUE,
+) -> Estimate:
+    """:func:`estimate`, or, with `parts`, the mean over seeds or processes of each one's."""
+    pieces = [rows] if parts is None else [part for _, part in rows.groupby(parts)]
+    found = [
+        estimate(piece, metric, None if others is None else others.loc[piece.index], of)
+        for piece in pieces
+    ]
+    if parts is None:
+        return found[0]
+    return interval([np.nan if one.value is None else one.value for one in found], guard=True)

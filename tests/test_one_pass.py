@@ -1,0 +1,159 @@
+"""Methods that share a pass give what each of them gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import prompt, tiny
+from torch.nn.functional import kl_div, log_softmax
+
+from baselines import FullPolicy
+from buzz import POLICIES, Budget, EvictionCache, Policy
+from evals.run.forked import answer_together
+from evals.run.generate import generate
+from evals.run.models import byte_tokenizer
+from evals.run.prompt import Prompt
+from evals.run.questions import answer
+from evals.run.sampling import Sampling
+from evals.tasks.base import Sample
+
+TOKENS, NEW = 60, 12
+TOKENIZER = byte_tokenizer()
+TOKENIZER.eos_token = None  # an answer has the length that is asked for
+POSITIONS = ("cache", "true")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+def fitted(tokens: int = TOKENS) -> list[Policy]:
+    """The full cache, and every registered method that meets a budget of a short prompt."""
+    return [Budget(0.5).policy(cls(), tokens)[0] for _, cls in sorted(POLICIES.items())]
+
+
+def asked(ids: Sequence[int], before: tuple[int, ...] = (), **sample: Any) -> Prompt:
+    return Prompt(Sample("0", "", (), **sample), list(ids), 0, False, NEW, before=before)
+
+
+def together(model, prompts: list[Prompt], policies, positions="cache", **options: Any) -> Any:
+    options = {"own": True, "kl": False, "sampling": [None] * len(prompts)} | options
+    references = options.pop("references", [None] * len(prompts))
+    own = {"positions": positions}
+    drawn = options.pop("sampling")
+    return answer_together(model, TOKENIZER, prompts, policies, own, drawn, references, **options)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("before", [(), (48,), (16, 16, 16)], ids=["prompt", "context", "stream"])
+def test_every_methods_answer_is_its_own(model, positions, before) -> None:
+    one, policies = asked(prompt(TOKENS)[0].tolist(), before), fitted()
+    (found,) = together(model, [one], policies, positions)
+    for policy, record in zip(policies, found, strict=True):
+        options = {"positions": positions}
+        (alone,) = generate(model, TOKENIZER, [one.ids], policy, NEW, (), options, one.later)
+        expected = alone.record()
+        for name in ("tokens", "trace", "kv_entries_mean", "kv_nbytes_peak", "stop_reason"):
+            assert record[name] == expected[name], (policy.name, name)
+        assert record["evictions"] == expected["evictions"], policy.name
+        assert expected["timed"] and not record["timed"] and "ttft_s" not in record
+    assert len({tuple(record["tokens"]) for record in found}) > 1
+
+
+def test_a_comparison_is_that_of_two_plain_loops(model) -> None:
+    ids, policies = prompt(TOKENS), [FullPolicy(), *fitted()]
+    (found,) = together(model, [asked(ids[0].tolist())], policies, kl=True)
+    answered = found[0]["tokens"]
+    distributions = []
+    for policy in policies:
+        cache = EvictionCache(model, policy)
+        model(ids, past_key_values=cache)
+        steps = [model(torch.tensor([[one]]), past_key_values=cache) for one in answered[:-1]]
+        distributions.append(log_softmax(torch.cat([step.logits[:, -1] for step in steps]), -1))
+    full = distributions[0]
+    assert "kl_to_full" not in found[0]
+    for policy, own, record in zip(policies[1:], distributions[1:], found[1:], strict=True):
+        kl = kl_div(own, full, reduction="batchmean", log_target=True).item()
+        assert record["kl_to_full"] == pytest.approx(kl, abs=1e-5), policy.name
+        same = (own.argmax(-1) == full.argmax(-1)).float().mean().item()
+        assert record["top1_to_full"] == pytest.approx(same)
+        assert len(record["kl_tokens"]) == NEW - 1
+    assert max(record["kl_to_full"] for record in found[1:]) > 0.01
+
+
+def test_answers_that_are_there_are_compared_without_being_made_again(model) -> None:
+    one, policies = asked(prompt(TOKENS)[0].tolist()), fitted()
+    (whole,) = together(model, [one], [FullPolicy(), *policies], kl=True)
+    references = [whole[0]["tokens"]]
+    (found,) = together(
+        model, [one], [FullPolicy(), *policies], own=False, kl=True, references=references
+    )
+    for before, after in zip(whole[1:], found[1:], strict=True):
+        assert after["kl_to_full"] == before["kl_to_full"] and "tokens" not in after
+        assert after["reference_sha256"] == before["reference_sha256"]
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_rows_end_where_each_of_them_ends(model, place) -> None:
+    """By end-of-sequence anywhere; by the last token of a stop string not as its first token."""
+    ids, policies = prompt(TOKENS)[0].tolist(), fitted()
+    (free,) = together(model, [asked(ids)], policies)
+    end = free[0]["tokens"][place]
+    text = TOKENIZER.decode([end])
+    for options in ({"eos": end}, {"stop": (text,)}):
+        if "stop" in options and TOKENIZER.encode(text, add_special_tokens=False) != [end]:
+            continue
+        one = asked(ids, stop=options.get("stop", ()))
+        model.generation_config.eos_token_id = options.get("eos")
+        try:
+            (found,) = together(model, [one], policies)
+            for policy, record in zip(policies, found, strict=True):
+                (alone,) = generate(model, TOKENIZER, [ids], policy, NEW, one.sample.stop)
+                assert record["tokens"] == alone.tokens, policy.name
+                assert record["stop_reason"] == alone.stop_reason
+                assert record["trace"] == alone.record()["trace"]
+        finally:
+            model.generation_config.eos_token_id = None
+
+
+def test_sampled_rows_draw_as_they_do_alone(model) -> None:
+    one, policies = asked(prompt(TOKENS)[0].tolist()), fitted()
+    (found,) = together(model, [one], policies, sampling=[(0.9, 0.8, [7])])
+    for policy, record in zip(policies, found, strict=True):
+        sampling = Sampling(0.9, 0.8, [7])
+        (alone,) = generate(model, TOKENIZER, [one.ids], policy, NEW, sampling=sampling)
+        assert record["tokens"] == alone.tokens, policy.name
+
+
+def test_questions_on_one_context_are_answered_from_copies(model) -> None:
+    context, policies = prompt(48)[0].tolist(), fitted(48)
+    questions = [prompt(n, seed=n)[0].tolist() for n in (9, 12)]
+    prompts = [asked([*context, *q], (48,), shared="c") for q in questions]
+    found = together(model, prompts, policies)
+    for row, policy in enumerate(policies):
+        alone = answer(model, TOKENIZER, prompts, policy, {}, conversation=False)
+        for made, one in zip(found, alone, strict=True):
+            assert made[row]["tokens"] == one.tokens, policy.name
+            assert made[row]["trace"] == one.record()["trace"], policy.name
+
+
+def test_a_row_whose_logits_are_not_finite_fails_alone(model, monkeypatch) -> None:
+    policies = fitted()
+
+    def spoiled(module, args, output):
+        if output.shape[0] > 1:
+            output[1] = float("nan")
+
+    hook = model.lm_head.register_forward_hook(spoiled)
+    try:
+        (found,) = together(model, [asked(prompt(TOKENS)[0].tolist())], policies)
+    finally:
+        hook.remove()
+    assert [isinstance(one, ArithmeticError) for one in found] == [
+        number == 1 for number in range(len(policies))
+    ]
+    assert "logits were not finite at step 1" in str(found[1])
