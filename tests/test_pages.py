@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from report_runs import write_run
+from report_runs import write_row
 from test_show_kept import POLICIES, look
 
+from evals.report.__main__ import main
 from evals.report.kept import page
 from evals.run.models import byte_tokenizer
-from scripts import make_tables
 from scripts.show_kept import texts
 
 pytestmark = pytest.mark.browser
@@ -33,8 +33,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scores, budget = [number / 10, 1.0], None if method == "full" else 0.25
         where = {"task": "needle", "budget": budget, "kv": 10.0 ** (5 + number % 4)}
         hostile = "<script>document.title = 'taken'</script>"
-        write_run(folder / "runs", method, method, scores, prediction=hostile, **where)
-    make_tables.main([f"runs={folder / 'runs'}", f"out={folder}"])
+        write_row(folder / "runs", method, scores, prediction=hostile, lengths=[512], **where)
+    main([f"runs={folder / 'runs'}", f"out={folder}"])
     return folder / "report.html"
 
 
@@ -58,7 +58,7 @@ def column(browser: Browser, number: int) -> list[str]:
 
 def test_a_table_unfolds_sorts_and_filters(browser, report) -> None:
     browser.open(report)
-    browser.click("#other_tasks > summary")
+    browser.click("#costs > summary")
     assert browser.run(OPEN) == 1
     names = browser.run(f"[...document.querySelectorAll('{TABLE} th')].map(one => one.textContent)")
     memory, method = names.index("KV MB"), names.index("method")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import found, judged, write_run
+from report_runs import found, judged, write_row
 
-from evals.report.verdicts import FAILS, HOLDS, NOT_RUN, UNDECIDED
+from evals.report.claims import FAILS, HOLDS, NOT_RUN, UNDECIDED
 
 LONG = {"prompt": 31_000, "task": "throughput"}
 
@@ -17,11 +17,15 @@ def repeat(root: Path, speed: float, count: int = 5, **more: Any) -> None:
     """Both methods in each of `count` processes, the full cache at 10 tokens a second and more."""
     for seed in range(count):
         where: dict[str, Any] = {"process": f"p{seed}", "seed": seed, **LONG, **more}
-        where |= {"lengths": [where["prompt"]], "batch_size": where.get("batch", 1)}
-        name = f"{seed} {where['prompt']} {where['batch_size']}"
+        where |= {"lengths": [where["prompt"]], "of": where.get("batch_size", 1)}
         own = speed * (1 + seed / 100)
-        write_run(root, f"full {name}", "full", [8.0] * 3, speed=10.0, **where)
-        write_run(root, f"buzz {name}", "buzz", [8.0] * 3, speed=own, **where)
+        write_row(root, "full", [8.0] * 3, speed=10.0, **where)
+        write_row(root, "buzz", [8.0] * 3, speed=own, **where)
+
+
+def edit(root: Path, row: str, old: str, new: str, of: str = "jsonl") -> None:
+    for file in root.glob(f"*/{row}.{of}"):
+        file.write_text(file.read_text().replace(old, new))
 
 
 def test_speed_needs_processes_and_is_over_them(tmp_path: Path) -> None:
@@ -29,12 +33,12 @@ def test_speed_needs_processes_and_is_over_them(tmp_path: Path) -> None:
     fast = found(tmp_path / "four", "Decoding is 1.3x")
     assert fast.kind == UNDECIDED
     assert fast.verdict == "undecided: needs 5 processes, has 4"
-    assert fast.measured and fast.measured.interval and fast.measured.n == 12
+    assert fast.measured and fast.measured.number.ends and fast.measured.number.n == 12
 
     repeat(tmp_path / "five", 14.0)
     fast = found(tmp_path / "five", "Decoding is 1.3x")
     assert fast.verdict == "holds, within 1.3 to 1.5"
-    assert fast.measured and fast.measured.value == pytest.approx(15.28 / 11, abs=1e-3)
+    assert fast.measured and fast.measured.number.value == pytest.approx(15.28 / 11, abs=1e-3)
     assert fast.measured.processes == 5
 
 
@@ -44,14 +48,13 @@ def test_repeats_in_one_process_are_one(tmp_path: Path, process: str | None) -> 
     repeat(tmp_path, 15.0, process=process)
     fast = found(tmp_path, "Decoding is 1.3x")
     assert fast.verdict == "undecided: needs 5 processes, has 1"
-    assert fast.measured and fast.measured.interval is None and fast.measured.n == 15
+    assert fast.measured and fast.measured.number.ends is None and fast.measured.number.n == 15
 
 
 def test_repeats_that_share_the_full_caches_process_are_one(tmp_path: Path) -> None:
     repeat(tmp_path, 15.0)
     for seed in range(5):
-        samples = tmp_path / f"full {seed} 31000 1/samples.jsonl"
-        samples.write_text(samples.read_text().replace(f'"p{seed}"', '"other"'))
+        edit(tmp_path, "full", f'"p{seed}"', '"other"')
     assert found(tmp_path, "Decoding is 1.3x").verdict == "undecided: needs 5 processes, has 1"
 
 
@@ -72,11 +75,10 @@ def test_a_range_of_speed_has_two_ends(tmp_path: Path, speed: float, expected: s
 def test_timings_under_load_count_nowhere(tmp_path: Path) -> None:
     repeat(tmp_path, 15.0)
     for prompt, batch in ((31_000, 4), (2_000, 1)):
-        repeat(tmp_path, 15.0, prompt=prompt, batch=batch)
+        repeat(tmp_path, 15.0, prompt=prompt, batch_size=batch)
     starts = ("Decoding is 1.3x", "Decoding in batches", "Work", "Time per token")
     assert NOT_RUN not in {one.verdict for start in starts for one in judged(tmp_path, start)}
-    for samples in tmp_path.glob("buzz*/samples.jsonl"):
-        samples.write_text(samples.read_text().replace('"loaded": false', '"loaded": true'))
+    edit(tmp_path, "buzz", '"loaded": false', '"loaded": true')
     assert {one.verdict for start in starts for one in judged(tmp_path, start)} == {NOT_RUN}
 
 
@@ -84,17 +86,17 @@ def test_speed_counts_at_32k_on_one_machine_and_latency_below_4k(tmp_path: Path)
     for prompt in (31_000, 2_000):
         repeat(tmp_path, 20.0, prompt=prompt)
     fast, latency = found(tmp_path, "Decoding is 1.3x"), found(tmp_path, "Work")
-    assert fast.kind == HOLDS and fast.measured and fast.measured.n == 15
-    assert latency.kind == HOLDS and latency.measured and latency.measured.n == 15
+    assert fast.kind == HOLDS and fast.measured and fast.measured.number.n == 15
+    assert latency.kind == HOLDS and latency.measured and latency.measured.number.n == 15
 
-    for environment in tmp_path.glob("buzz*/environment.json"):
-        environment.write_text(environment.read_text().replace("a CPU", "another CPU"))
+    edit(tmp_path, "buzz", "a CPU", "another CPU")
+    edit(tmp_path, "environments", '{"a CPU"', '{"another CPU": {"cpu": "b"}, "a CPU"', "json")
     assert found(tmp_path, "Decoding is 1.3x").verdict == NOT_RUN
 
 
 def test_batches_are_compared_with_batches_of_their_size(tmp_path: Path) -> None:
-    repeat(tmp_path, 12.0, batch=8)
-    repeat(tmp_path, 9.0, batch=4, prompt=2_000)
+    repeat(tmp_path, 12.0, batch_size=8)
+    repeat(tmp_path, 9.0, batch_size=4, prompt=2_000)
     four, eight = judged(tmp_path, "Decoding in batches")
     if four.measured and "batches of 8" in four.measured.of:
         four, eight = eight, four
@@ -102,8 +104,7 @@ def test_batches_are_compared_with_batches_of_their_size(tmp_path: Path) -> None
     assert eight.kind == HOLDS and eight.measured and "batches of 8" in eight.measured.of
     assert found(tmp_path, "Work").verdict == NOT_RUN
 
-    for samples in tmp_path.glob("full*/samples.jsonl"):
-        samples.write_text(samples.read_text().replace('"batch_size": 8', '"batch_size": 4'))
+    edit(tmp_path, "full", '"batch_size": 8', '"batch_size": 4')
     assert len(judged(tmp_path, "Decoding in batches")) == 1
 
 
@@ -113,15 +114,18 @@ def test_growth_is_measured_against_log_n(tmp_path: Path, speed: float, expected
         where: dict[str, Any] = {"process": f"p{seed}", "seed": seed, "task": "throughput"}
         for prompt, own in ((1024, 10.0), (8192, speed)):
             where |= {"prompt": prompt, "lengths": [prompt], "speed": own}
-            write_run(tmp_path, f"{seed} {prompt}", "buzz", [1.0] * 9, **where)
+            write_row(tmp_path, "full", [1.0] * 9, **where)
+            write_row(tmp_path, "buzz", [1.0] * 9, budget=512, **where)
+            where |= {"speed": 1.0}  # grows with the prompt by design, and says nothing
+            write_row(tmp_path, "buzz", [1.0] * 9, budget=0.25, **where)
     growth = found(tmp_path, "Time per token")
     ratio = (1000 / speed + 1) / (100 + 1) / (13 / 10)
-    assert growth.measured and growth.measured.value == pytest.approx(ratio)
+    assert growth.measured and growth.measured.number.value == pytest.approx(ratio)
     assert growth.verdict == expected
 
 
 def test_growth_is_seen_within_a_process(tmp_path: Path) -> None:
     for seed, prompt in enumerate((1024, 8192) * 5):
         where: dict[str, Any] = {"process": f"p{seed}", "seed": seed, "task": "throughput"}
-        write_run(tmp_path, f"{seed}", "buzz", [1.0] * 9, prompt=prompt, **where)
+        write_row(tmp_path, "buzz", [1.0] * 9, prompt=prompt, **where)
     assert found(tmp_path, "Time per token").verdict == "undecided: needs 5 processes, has 0"

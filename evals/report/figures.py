@@ -1,31 +1,52 @@
-"""Figures of runs, as PNG files."""
+"""Figures of a frame of samples, as PNG files.
+
+Points stand at the memory that was measured, and are named where they stand: at most LABELLED
+methods of a panel in colour, the others grey.
+"""
 
 from __future__ import annotations
 
 import base64
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from evals.report.chosen import families, left_to_budget
-from evals.report.curves import by_length, by_question
-from evals.report.drawing import RC, legend, panels, plt
-from evals.report.kinds import kind
-from evals.report.marks import budget_text, held, label, mark, over_note, varied
-from evals.report.methods import place, style_of
-from evals.report.speed import alone
-from evals.report.tables import ordered
-from evals.results.compare import REFERENCE
-from evals.results.runs import Run, length_bin
-from evals.results.schema import Record
-from evals.results.statistics import bootstrap
-from evals.tasks.picture import heat
+import matplotlib
 
-APART = 0.015  # of the axis, between the first and the last of methods that hold equally much
-SWEPT = ("window", "sink", "threshold", "stride")
-MANY = 12  # runs of which a figure shows one per method and budget
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+
+from evals.report.methods import place, style_of  # noqa: E402
+from evals.report.views import (  # noqa: E402
+    SPEC,
+    across_seeds,
+    finished,
+    groups,
+    labels,
+    mark,
+    over_note,
+    ran,
+    score,
+)
+from evals.results.frame import MARK, REFERENCE, Estimate, estimate, over_parts  # noqa: E402
+
+RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+}
+ROW = 0.18  # inches of a legend's row
+LABELLED = 8  # methods of a panel that have a colour and a name
+GREY = "#BBBBBB"
+CURVES = {"question": "question", "length": "prompt (tokens)"}
 
 
 @dataclass(frozen=True)
@@ -42,126 +63,204 @@ class Figure:
         return base64.b64encode(self.path.read_bytes()).decode()
 
 
-def draw_all(runs: Sequence[Run], folder: Path) -> list[Figure]:
-    """Every figure for which there are runs, as PNG files in `folder`."""
-    kinds = (
-        *(pareto, fidelity, pictures, by_question, by_length),
-        *(positions, sensitivity, decode_time),
-    )
+Parts = dict[tuple[str, str], pd.DataFrame]
+# Of each figure: the file's stem, its title, what a reader must know, the figure, what is in it.
+Drawn = Iterator[tuple[str, str, str, Any, Sequence[pd.DataFrame]]]
+
+
+def draw_all(rows: pd.DataFrame, folder: Path) -> list[Figure]:
+    """Every figure for which there are rows, as PNG files in `folder`."""
+    kinds = (pareto, distance, maps, by_question, by_length)
     return [
-        one for draw in kinds for one in _saved(draw, runs, lambda name: folder / f"{name}.png")
+        one for draw in kinds for one in _saved(draw, rows, lambda name: folder / f"{name}.png")
     ]
 
 
-def draw_pareto(runs: Sequence[Run], path: Path) -> list[Figure]:
-    """Scores against KV memory alone, if there are two runs to compare."""
-    return _saved(pareto, runs, lambda name: path)
+def draw_pareto(rows: pd.DataFrame, path: Path) -> bool:
+    """Scores against KV memory alone, if there are two methods to compare."""
+    return bool(_saved(pareto, rows, lambda name: path))
 
 
 def _saved(
-    draw: Callable[[Sequence[Run]], Drawn], runs: Sequence[Run], where: Callable[[str], Path]
+    draw: Callable[[Parts, dict[str, str]], Drawn], rows: pd.DataFrame, where: Callable[[str], Path]
 ) -> list[Figure]:
-    figures = []
+    parts = {key: ran(part) for key, part in groups(rows).items() if finished(part)}
+    parts, figures = {key: part for key, part in parts.items() if len(part)}, []
     with plt.rc_context(RC):
-        for name, title, note, figure, shown in draw([run for run in ordered(runs) if run.scored]):
+        for name, title, note, figure, shown in draw(parts, labels(rows)):
             path = where(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
             plt.close(figure)
-            note = " ".join(filter(None, [note, over_note((run, held(run)) for run in shown)]))
+            note = " ".join(filter(None, [note, over_note(shown)]))
             figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
 
 
-# Of each figure: the file's stem, its title, what a reader must know, the figure, the runs in it.
-Drawn = Iterator[tuple[str, str, str, Any, Sequence[Run]]]
+def panels(
+    count: int, width: float = 3.4, height: float = 2.9, most: int = 3
+) -> tuple[Any, list[Any]]:
+    """A figure of `count` axes, at most `most` in a row."""
+    columns = min(most, count)
+    rows = -(-count // columns)
+    size = (width * columns + 0.6, height * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.remove()
+    return figure, flat[:count]
 
 
-def _by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    found: dict[Any, list[Run]] = {}
-    for run in runs:
-        found.setdefault(key(run), []).append(run)
+def legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend for all panels, above them."""
+    entries = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        entries |= dict(zip(names, handles, strict=True))
+    names = sorted(entries, key=lambda name: (place(name.split()[0].rstrip(MARK)), name))
+    widest = 0.45 + 0.075 * max(map(len, names), default=1)  # inches of an entry, at this font size
+    columns = max(1, min(int(figure.get_figwidth() / widest), len(names)))
+    figure.set_figheight(figure.get_figheight() + ROW * -(-len(names) // columns))
+    where = {"loc": "outside upper center", "ncols": columns}
+    figure.legend([entries[name] for name in names], names, **where)
+
+
+def name_points(axis: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Writes names beside points (x, y, name, color), each where it covers the fewest others."""
+    taken: list[tuple[float, float]] = [axis.transData.transform((x, y)) for x, y, *_ in points]
+    size = axis.figure.dpi * 0.1
+    for x, y, name, color in points:
+        at = axis.transData.transform((x, y))
+        best, least = (6, 3, "left"), np.inf
+        for dx, dy, align in ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right")):
+            ends = at[0] + np.linspace(0, np.sign(dx) * size * 0.55 * len(name), 4)
+            spots = [(end, at[1] + dy * 1.4) for end in ends]
+            near = sum(abs(a - c) < size and abs(b - d) < size for a, b in spots for c, d in taken)
+            outside = axis.bbox.width + axis.bbox.x0 < ends[-1] or ends[-1] < axis.bbox.x0
+            if (cost := near + 5 * outside) < least:
+                best, least, chosen = (dx, dy, align), cost, spots
+        taken += chosen
+        style = {"fontsize": 7, "color": color, "ha": best[2], "annotation_clip": False}
+        axis.annotate(name, (x, y), best[:2], textcoords="offset points", **style)
+
+
+def highlighted(methods: Sequence[str]) -> set[str]:
+    """Those that a panel names in colour: of many, the first by :func:`place`."""
+    return set(sorted(dict.fromkeys(methods), key=place)[:LABELLED])
+
+
+def _by_setting(parts: Parts, keep: Callable[[pd.DataFrame], bool] = len) -> dict[str, Parts]:
+    found: dict[str, Parts] = {}
+    for (setting, row), part in parts.items():
+        if keep(part):
+            found.setdefault(setting, {})[setting, row] = part
     return found
 
 
-def _title(run: Run) -> str:
-    text = f"{run.task}, {run.model}, seed {run.config['seed']}"
-    variant = run.config["task"].get("variant", "single")
-    return text if variant == "single" else f"{text}, {variant}"
+def _title(part: pd.DataFrame, named: dict[str, str]) -> str:
+    one = part.iloc[0]
+    label = named[one.setting]
+    more = [
+        text for text in (str(one.model), f"seed {one.seed}") if text.replace(" ", "=") not in label
+    ]
+    return ", ".join([label, *more])
 
 
-def pareto(runs: Sequence[Run]) -> Drawn:
-    """Score against KV memory, a panel per setting; the line joins runs that no other beats."""
-    answered = [run for run in runs if not kind(run).timed]
-    groups = [g for g in _by(answered, lambda run: run.setting).values() if len(g) > 1]
-    if not groups:
-        return
-    figure, axes = panels(len(groups))
-    for axis, group in zip(axes, groups, strict=True):
-        memory = [_memory(run) for run in group]
-        scores = [run.score() or 0.0 for run in group]
-        _against_memory(axis, group, [(run.score(), run.score_interval()) for run in group])
-        best = front(memory, scores, group[0].summary["higher_is_better"])
-        style = {"color": "#888888", "lw": 0.8, "drawstyle": "steps-post", "zorder": 0}
-        axis.plot([x for x, _ in best], [y for _, y in best], **style)
-        axis.set_ylabel(group[0].summary["headline"])
-        if not any(scores):
-            axis.set_ylim(-0.02, 1)
-    legend(figure, axes)
+def pareto(parts: Parts, named: dict[str, str]) -> Drawn:
+    """Score against KV memory, a panel per setting; the line joins what nothing smaller beats."""
+    settings = _by_setting(parts, lambda part: part.task.iloc[0] not in SPEC["timed"])
+    settings = {key: group for key, group in settings.items() if len(group) > 1}
     note = (
-        "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey: the front of"
-        " runs that none of less memory beats. Methods of one budget are drawn a little apart."
+        "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey line: what"
+        " nothing of less memory beats."
     )
-    shown = [run for group in groups for run in group]
-    yield "pareto", "Score against KV memory", note + _hollow(shown), figure, shown
+    title = "Score against KV memory"
+    yield from _memory_panels("pareto", title, note, settings, named, "score")
 
 
-def fidelity(runs: Sequence[Run]) -> Drawn:
+def distance(parts: Parts, named: dict[str, str]) -> Drawn:
     """How far the next token's distribution is from the full cache's, against KV memory."""
-    groups = _by([run for run in runs if run.kl()[0] is not None], lambda run: run.setting)
-    if not groups:
-        return
-    figure, axes = panels(len(groups))
-    for axis, group in zip(axes, groups.values(), strict=True):
-        _against_memory(axis, group, [run.kl() for run in group])
-        axis.set_ylabel("KL to full cache (nats a token)")
-        axis.set_ylim(bottom=0)
-    legend(figure, axes)
+    settings = _by_setting(parts, lambda part: part.kl_to_full.notna().any())
     note = (
         "Divergence of the next-token distribution from the full cache's, while both read the full"
         " cache's answers: 0 is no difference. Bars: 95% bootstrap intervals over samples."
     )
-    shown = [run for group in groups.values() for run in group]
     title = "Distance to the full cache against KV memory"
-    yield "fidelity", title, note + _hollow(shown), figure, shown
+    yield from _memory_panels("distance", title, note, settings, named, "kl_to_full")
 
 
-def _hollow(runs: Sequence[Run]) -> str:
-    return " Hollow: more is held than the budget." if any(map(mark, runs)) else ""
+def _memory_panels(
+    name: str, title: str, note: str, settings: dict[str, Parts], named: dict[str, str], metric: str
+) -> Drawn:
+    """A panel per setting, and one of means for settings that differ in the seed alone."""
+    if not settings:
+        return
+    shown = [part for group in settings.values() for part in group.values()]
+    whole = pd.concat(shown)
+    means: dict[str, Parts] = {}
+    for (same, row), part in across_seeds(whole).items():
+        means.setdefault(same, {})[same, row] = part
+    figure, axes = panels(len(settings) + len(means))
+    for axis, group in zip(axes, [*settings.values(), *means.values()], strict=True):
+        first, over = next(iter(group.values())), group in means.values()
+        if over:
+            found = {key: over_parts(part, "seed", metric) for key, part in group.items()}
+            seeds = ", ".join(map(str, sorted(first.seed.unique())))
+            told = f"{first.task.iloc[0]}, {first.model.iloc[0]}, mean of seeds {seeds}"
+        elif metric == "score":
+            found = {key: score(part, whole) for key, part in group.items()}
+            told = f"{_title(first, named)}, n = {len(first)}"
+        else:
+            found = {key: estimate(part, metric) for key, part in group.items()}
+            told = f"{_title(first, named)}, n = {len(first)}"
+        _against_memory(axis, group, found, told)
+        axis.set_ylabel(
+            first.headline.iloc[0] if metric == "score" else "KL to full (nats a token)"
+        )
+        if metric != "score" or not any(one.value for one in found.values()):
+            axis.set_ylim(bottom=0 if metric != "score" else -0.02)
+        if metric == "score":
+            points = [(_memory(part), found[key].value or 0.0) for key, part in group.items()]
+            best = front(*zip(*points, strict=True), first.higher_is_better.iloc[0])
+            style = {"color": "#888888", "lw": 0.8, "drawstyle": "steps-post", "zorder": 0}
+            axis.plot([x for x, _ in best], [y for _, y in best], **style)
+    note += " Means of several seeds: 95% intervals over the seeds." if means else ""
+    yield name, title, note + _hollow(shown), figure, shown
 
 
-def _memory(run: Run) -> float:
+def _hollow(parts: Sequence[pd.DataFrame]) -> str:
+    return " Hollow: more is held than the budget." if any(map(mark, parts)) else ""
+
+
+def _memory(part: pd.DataFrame) -> float:
     """Mean megabytes of keys and values."""
-    return (run.mean("kv_nbytes_mean") or 0) / 1e6
+    return float(np.nan_to_num(part.kv_nbytes_mean.mean())) / 1e6
 
 
-def _against_memory(axis: Any, group: Sequence[Run], values: Sequence[tuple[Any, Any]]) -> None:
-    """Points and intervals of runs over their KV memory, those of one budget a little apart."""
-    widest = max(map(_memory, group))
-    methods = sorted({run.method for run in group if run.budget is not None}, key=place)
-    for run, (value, interval) in zip(group, values, strict=True):
-        _, color, marker = style_of(run.method)
-        at = _memory(run)
-        if run.budget is not None and len(methods) > 1:
-            at += (methods.index(run.method) / (len(methods) - 1) - 0.5) * APART * widest
-        if interval:
-            axis.vlines(at, *interval, color=color, lw=1, alpha=0.5)
-        style = {"ms": 6, "ls": "", "label": f"{run.method}{mark(run)}"}
-        fill = "none" if mark(run) else color
-        axis.plot(at, value or 0.0, marker, color=color, markerfacecolor=fill, **style)
-    axis.set_title(f"{_title(group[0])}, n = {len(group[0].ran)}", fontsize=9)
+def _against_memory(axis: Any, group: Parts, values: dict[Any, Estimate], title: str) -> None:
+    """Points and intervals over KV memory; points of one method at several budgets are joined."""
+    chosen = highlighted([part.method.iloc[0] for part in group.values()])
+    axis.set_xlim(0, 1.25 * max(map(_memory, group.values())) or 1)
+    points, lines = [], {}
+    for key, part in group.items():
+        one, found, at = part.iloc[0], values[key], _memory(part)
+        _, color, marker = style_of(one.method)
+        color = color if one.method in chosen else GREY
+        if found.ends:
+            axis.vlines(at, *found.ends, color=color, lw=1, alpha=0.5)
+        fill = "none" if mark(part) else color
+        style = {"ms": 5, "ls": "", "label": f"{one.label}{mark(part)}", "markerfacecolor": fill}
+        axis.plot(at, found.value or 0.0, marker, color=color, **style)
+        told = f"{one.label}{mark(part)}"
+        lines.setdefault((one.label, one.method), []).append((at, found.value or 0.0, told, color))
+    for spots in lines.values():
+        spots.sort(key=lambda spot: spot[:2])
+        axis.plot(*zip(*[spot[:2] for spot in spots], strict=True), color=spots[0][3], lw=0.6)
+        points += spots[-1:]
+    axis.set_title("\n".join(wrap(title, 44)), fontsize=8)
     axis.set_xlabel("KV cache, mean (MB)")
-    axis.set_xlim(0, 1.08 * widest or 1)
+    axis.figure.draw_without_rendering()
+    name_points(axis, points)
 
 
 def front(
@@ -176,161 +275,101 @@ def front(
     return best
 
 
-def pictures(runs: Sequence[Run]) -> Drawn:
-    """What a task shows by two of its settings, a panel per run (per method of a swept setting)."""
-    chosen = [run for run in runs if kind(run).picture]
-    for number, group in enumerate(_by(chosen, lambda run: run.setting).values()):
-        picture = kind(group[0]).picture
-        assert picture is not None
-        shown = group if len(group) <= MANY else _one_each(group)
+def maps(parts: Parts, named: dict[str, str]) -> Drawn:
+    """Scores by two settings of a task, a panel per row."""
+    settings = _by_setting(parts, lambda part: part.task.iloc[0] in SPEC["maps"])
+    for number, group in enumerate(settings.values()):
+        shown = list(group.values())
+        (x, x_label), (y, y_label) = SPEC["maps"][shown[0].task.iloc[0]]
         most = 3 if len(shown) <= 6 else 5
         figure, axes = panels(len(shown), 2.4, 2.3, most)
-        for axis, run in zip(axes, shown, strict=True):
-            drawn = picture.draw(axis, run.ran)
-            axis.set_title(label(run, shown).replace(" ", "\n", 1), fontsize=8)
-        figure.supxlabel(picture.x, fontsize=9)
-        figure.supylabel(picture.y, fontsize=9)
+        for axis, part in zip(axes, shown, strict=True):
+            meta = pd.DataFrame(part.meta.tolist(), index=part.index)
+            if not {x, y} <= set(meta):
+                continue
+            cells = part.score.astype(float).groupby([meta[y], meta[x]]).mean().unstack()
+            drawn = heat(axis, cells, (0, 1))
+            axis.set_title(f"{part.row.iloc[0]}{mark(part)}", fontsize=8)
+        figure.supxlabel(x_label, fontsize=9)
+        figure.supylabel(y_label, fontsize=9)
         rows = -(-len(shown) // most)
-        figure.colorbar(drawn, ax=axes, label=picture.value, shrink=0.8 / rows, aspect=12)
-        note = f"{len(shown[0].ran)} samples a panel."
-        if len(shown) < len(group):
-            note += f" Of {len(group)} runs one per method and budget, the best, is shown."
-        title = f"{picture.title}: {_title(group[0])}"
-        yield f"{group[0].task}_{number}", title, note, figure, shown
+        label = shown[0].headline.iloc[0]
+        figure.colorbar(drawn, ax=axes, label=label, shrink=0.8 / rows, aspect=12)
+        title = f"{_title(shown[0], named)}: {label} by {x} and {y}"
+        yield f"map_{number}", title, f"{len(shown[0])} samples a panel.", figure, shown
 
 
-def _one_each(runs: Sequence[Run]) -> list[Run]:
-    """The best run of each method and budget."""
-
-    def gain(run: Run) -> float:
-        return (run.score() or 0) * (1 if run.summary["higher_is_better"] else -1)
-
-    return [max(group, key=gain) for group in _by(runs, lambda r: (r.method, _budget(r))).values()]
-
-
-def _budget(run: Run) -> tuple[Any, ...]:
-    return run.budget, run.config.get("budget_by") if run.budget is not None else None
-
-
-def _per_budget(runs: Sequence[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
-    """Runs by `key` and budget, with the full cache's in each."""
-    found = []
-    for group in _by(runs, key).values():
-        full = [run for run in group if run.method == REFERENCE]
-        others = _by([run for run in group if run.method != REFERENCE], _budget).values()
-        found += [[*full, *same] for same in others] or [full]
-    return found
+def heat(axis: Any, cells: pd.DataFrame, ends: Sequence[float], marks: Any = None) -> Any:
+    """A heat map with its values, and what marks them, written in; `ends` are of the colours."""
+    low, high = ends
+    drawn = axis.imshow(cells.astype(float), cmap="cividis", aspect="auto", vmin=low, vmax=high)
+    for row, column in np.ndindex(*cells.shape):
+        value = cells.iloc[row, column]
+        color = "white" if value < low + 0.6 * (high - low) else "black"
+        style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+        own = "" if marks is None else marks.iloc[row, column] or ""
+        axis.text(column, row, f"{value:.3g}{own}", **style)
+    axis.set_xticks(range(cells.shape[1]), [_number(value) for value in cells.columns])
+    axis.set_yticks(range(cells.shape[0]), [_number(value) for value in cells.index])
+    axis.grid(False)
+    return drawn
 
 
-def _budget_title(group: Sequence[Run]) -> str:
-    """Of runs of one budget, and the full cache's."""
-    given = [run for run in group if run.method != REFERENCE]
-    if not given:
-        return ""
-    text = budget_text(given[0], None)
-    return "its own sizes" if text == "own" else f"budget {text}"
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value}"
 
 
-def positions(runs: Sequence[Run]) -> Drawn:
-    """Loss over position in a text."""
-    chosen = [run for run in runs if run.ran and run.ran[0].get("blocks")]
-    groups = _per_budget(chosen, lambda run: run.setting)
-    if not groups:
-        return
-    figure, axes = panels(len(groups), 4.0, 3.0)
-    for axis, group in zip(axes, groups, strict=True):
-        shown = group if len(group) <= MANY else _one_each(group)
-        for run in shown:
-            blocks = [record["blocks"] for record in run.ran]
-            curve = [statistics.fmean(losses) for losses in zip(*blocks, strict=True)]
-            tokens = statistics.fmean(record["prompt_tokens"] for record in run.ran)
-            places = [tokens * (i + 0.5) / len(curve) for i in range(len(curve))]
-            _, color, marker = style_of(run.method)
-            name = f"{run.method}{mark(run)} {varied(run, shown)}".strip()
-            axis.plot(places, curve, color=color, marker=marker, ms=4, lw=1.2, label=name)
-        axis.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
-        axis.set_title(f"{_title(group[0])}\n{_budget_title(group)}", fontsize=9)
-    legend(figure, axes)
-    note = f"Means over blocks of the text. Of more than {MANY} runs the best of each method."
-    yield "loss_by_position", "Loss by position", note, figure, chosen
-
-
-def sensitivity(runs: Sequence[Run]) -> Drawn:
-    """Score by pairs of BUZZ's parameters, all else equal or averaged over."""
-    number = 0
-    for whole in _by(
-        runs, lambda r: (r.setting, r.method, r.budget, r.config.get("budget_by"))
-    ).values():
-        group = [r for r in whole if not any(left_to_budget(r, p) for p in _varied(whole))]
-        varied = _varied(group)
-        couples = [(a, b) for i, a in enumerate(varied) for b in varied[i + 1 :]]
-        if not couples:
-            continue
-        figure, axes = panels(len(couples), 3.0, 2.6)
-        values = [run.score() or 0 for run in group]
-        low, high = min(values), max(values)
-        margin = 0 if high > low else abs(low) / 10 or 0.1
-        ends = (low - margin, high + margin)
-        for axis, (x, y) in zip(axes, couples, strict=True):
-            cells = _by(group, lambda run, x=x, y=y: (run.parameters[x], run.parameters[y]))
-            xs, ys = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-            image = [[_mean_score(cells.get((a, b), [])) for a in xs] for b in ys]
-            marks = [[max(map(mark, cells.get((a, b), [])), default="") for a in xs] for b in ys]
-            drawn = heat(axis, image, [str(v) for v in xs], [str(v) for v in ys], ends, marks)
-            axis.set(xlabel=x, ylabel=y)
-        run = group[0]
-        figure.colorbar(drawn, ax=axes, label=run.summary["headline"], shrink=0.8)
-        budget = "own sizes" if run.budget is None else f"budget {run.budget}"
-        title = f"Sensitivity of {run.method}: {_title(run)}, {budget}"
-        note = f"{len(run.ran)} samples a run; a cell is the mean over the parameters not shown."
-        yield f"sensitivity_{number}", title, note, figure, group
-        number += 1
-
-
-def _varied(runs: Sequence[Run]) -> list[str]:
-    return [p for p in SWEPT if len({run.parameters.get(p) for run in runs}) > 1]
-
-
-def _mean_score(runs: Sequence[Run]) -> float:
-    found = [score for run in runs if (score := run.score()) is not None]
-    return statistics.fmean(found) if found else float("nan")
-
-
-def decode_time(runs: Sequence[Run]) -> Drawn:
-    """Time per token by prompt length, a panel per model, machine and budget."""
-    swept = {id(r) for parameter in SWEPT for family in families(runs, parameter) for r in family}
-    answered = [run for run in runs if id(run) not in swept and any(map(_timed_alone, run.ran))]
-    groups = _per_budget(answered, lambda run: (run.model, run.machine))
-    if not groups:
-        return
-    figure, axes = panels(len(groups), 3.6, 2.9)
-    for axis, group in zip(axes, groups, strict=True):
-        for method, same in _by(group, lambda run: run.method).items():
-            bins: dict[int, list[float]] = {}
-            for record in (record for run in same for record in run.ran if _timed_alone(record)):
-                at = length_bin(record["prompt_tokens"])
-                bins.setdefault(at, []).append(record["itl_p50_ms"])
-            _, color, marker = style_of(method)
-            lengths = sorted(bins)
-            means = [statistics.fmean(bins[n]) for n in lengths]
-            style = {"color": color, "marker": marker, "ms": 5, "lw": 1.2}
-            axis.plot(lengths, means, label=f"{method}{max(map(mark, same))}", **style)
-            for n in lengths:
-                if interval := bootstrap([bins[n]]):
-                    axis.vlines(n, *interval, color=color, lw=1, alpha=0.5)
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        run = group[-1]
-        axis.set_title(f"{run.model}, {_budget_title(group)}\n{run.machine}", fontsize=9)
-        axis.set(xlabel="prompt (tokens)", ylabel="time per token, median (ms)")
-    legend(figure, axes)
+def by_question(parts: Parts, named: dict[str, str]) -> Drawn:
+    """What a method forgets: the score of the first question on a context, the second, ..."""
     note = (
-        "Batch of 1, without samples timed under load; means over samples of their median, with"
-        " 95% bootstrap intervals over samples, which know nothing of how processes differ."
+        "Every context is compressed once. In a conversation the questions follow each other on one"
+        " cache; else each is put to a copy of it."
     )
-    yield "decode_time", "Decoding time by prompt length", note, figure, answered
+    yield from _curves(parts, named, "question", "Score by question number", note)
 
 
-def _timed_alone(record: Record) -> bool:
-    return alone(record) and bool(record["itl_p50_ms"]) and not record.get("loaded")
+def by_length(parts: Parts, named: dict[str, str]) -> Drawn:
+    """Of tasks with prompts of several lengths, but for those that draw a map of them."""
+    own = {key: part for key, part in parts.items() if part.task.iloc[0] not in SPEC["maps"]}
+    yield from _curves(own, named, "length", "Score by length of the prompt", "Lengths in tokens.")
+
+
+def points(part: pd.DataFrame, key: str) -> pd.Series:
+    """Mean headline by a number in the samples' `meta`, ascending."""
+    told = part.meta.map(lambda meta: meta.get(key) if isinstance(meta, dict) else None)
+    known = told.map(lambda one: isinstance(one, int))
+    return part.score[known].astype(float).groupby(told[known].astype(int)).mean()
+
+
+def _curves(parts: Parts, named: dict[str, str], key: str, title: str, note: str) -> Drawn:
+    settings = _by_setting(parts, lambda part: len(points(part, key)) > 1)
+    if not settings:
+        return
+    figure, axes = panels(len(settings))
+    for axis, group in zip(axes, settings.values(), strict=True):
+        chosen = highlighted([part.method.iloc[0] for part in group.values()])
+        for under, part in enumerate(group.values()):
+            one, values = part.iloc[0], points(part, key)
+            _, color, marker = style_of(one.method)
+            # Scores of few samples coincide: a curve under others is wider, so that it shows.
+            width = 1.2 + 4 * under / len(group)
+            look = {"color": color if one.method in chosen else GREY, "marker": marker}
+            look |= {"linewidth": width, "markersize": 3 + width, "zorder": 3 - under / len(group)}
+            look |= {"linestyle": "--"} if one.method == REFERENCE else {}
+            axis.plot(values.index, values, label=f"{one.row}{mark(part)}", clip_on=False, **look)
+        first = next(iter(group.values()))
+        counts = sorted({f"{n}" for n in (min(map(len, group.values())) // len(values),)})
+        asked = (first.task_settings.iloc[0] or {}).get("asked") if key == "question" else None
+        more = [part for part in (asked,) if part]
+        axis.set_title("\n".join([*wrap(_title(first, named), 44), *more]), fontsize=8)
+        axis.set_xlabel(f"{CURVES[key]}; {', '.join(counts)} samples a point")
+        axis.set_ylabel(first.headline.iloc[0])
+        axis.set_xticks(list(values.index))
+        if key == "length":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(list(values.index), [f"{n:,}" for n in values.index])
+            axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+    legend(figure, axes)
+    shown = [part for group in settings.values() for part in group.values()]
+    yield f"by_{key}", title, note, figure, shown

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from buzz import POLICIES, Policy
-from evals.report.drawing import plt
+from evals.report.figures import plt
 from evals.report.methods import style_of
 from evals.report.page import templates
 
@@ -45,8 +45,8 @@ class Kept:
             it.
         prompt_tokens: how many of them are the prompt's.
         entries: held per head at the end, on average over the layers.
-        nbytes: of their keys and values.
-        full_nbytes: of those of all tokens seen.
+        nbytes: of keys and values, those of layers with a window of their own included.
+        full_nbytes: of those that a full cache would hold.
         evictions: steps that evicted.
     """
 

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: verdicts, pictures, tables, what the models wrote."""
+"""One HTML file with everything in it: your scores, verdicts, figures, what the models wrote."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 
+from evals.report.claims import FAILS, HOLDS, NOT_RUN, Claim, Judged
 from evals.report.figures import Figure
-from evals.report.forms import Table
-from evals.report.marks import label
-from evals.report.tables import ordered
-from evals.report.verdicts import FAILS, HOLDS, NOT_RUN, Claim, Judged
-from evals.results.runs import Run
+from evals.report.table import Table
+from evals.report.views import finished, groups, labels, mark, ran
 
 ANSWERS = 2  # samples shown per setting
 LONGEST = 700  # characters of an answer
 CLASSES = {HOLDS: "holds", FAILS: "fails"}
-FIRST = ("pareto", "fidelity")  # figures that are not folded away
+FIRST = ("pareto", "distance")  # figures that are not folded away
 COUNTED = {  # how claims stand, as the first lines count them
     HOLDS: "hold on the models that they are about",
     FAILS: "do not hold",
@@ -29,32 +28,35 @@ COUNTED = {  # how claims stand, as the first lines count them
 
 
 def page(
-    runs: Sequence[Run],
+    rows: pd.DataFrame,
+    scores: Sequence[Table],
     judged: Sequence[Judged],
     claims: Table,
-    groups: Mapping[str, Sequence[Table]],
+    details: Mapping[str, Sequence[Table]],
     figures: Iterable[Figure],
+    notes: Sequence[str] = (),
 ) -> str:
     """The report as one self-contained document. All text from runs is escaped.
 
     Args:
-        groups: tables under a title each; those without rows share one line.
+        scores: what it opens with.
+        details: tables under a title each; those without rows share one line.
+        notes: what a reader must know before comparing rows.
     """
-    tables = [table for group in groups.values() for table in group]
-    shown = {name: [t for t in group if not t.frame.empty] for name, group in groups.items()}
-    figures = list(figures)
-    cards = list(_cards(judged))
+    every = [*scores, *(table for group in details.values() for table in group)]
+    shown = {name: [t for t in group if len(t.frame)] for name, group in details.items()}
+    figures, cards = list(figures), list(_cards(judged))
     kinds = [kind for _, kind, _ in cards]
+    parts = groups(rows).values() if len(rows) else []
     return (
         templates()
         .get_template("report.html")
         .render(
-            runs=runs,
-            finished=sum(run.status == "complete" for run in runs),
-            models=dict.fromkeys(run.model for run in runs),
-            machines=dict.fromkeys(run.machine for run in runs),
-            tasks=dict.fromkeys(run.task for run in runs),
-            methods=dict.fromkeys(run.method for run in ordered(runs)),
+            asked=len(parts),
+            finished=sum(map(finished, parts)),
+            **{name: list(rows[name].dropna().unique()) if len(rows) else [] for name in ASKED},
+            scores=[table for table in scores if len(table.frame)],
+            notes=notes,
             claims=claims,
             classes=CLASSES,
             counted=[
@@ -63,13 +65,16 @@ def page(
             cards=[card for card in cards if card[1] != NOT_RUN],
             waiting=[claim for claim, kind, _ in cards if kind == NOT_RUN],
             groups={name: group for name, group in shown.items() if group},
-            empty=[table.title for table in tables if table.frame.empty],
+            empty=[table.title for table in every if table.frame.empty],
             figures=[figure for figure in figures if figure.path.stem in FIRST],
             more_figures=[figure for figure in figures if figure.path.stem not in FIRST],
-            answers=list(_answers(runs)),
+            answers=list(_answers(rows)) if len(rows) else [],
             longest=LONGEST,
         )
     )
+
+
+ASKED = ("task", "model", "seed", "label", "machine")
 
 
 def templates() -> Environment:
@@ -86,36 +91,40 @@ def _sha256(script: str) -> str:
 
 def _cards(judged: Sequence[Judged]) -> Iterator[tuple[Claim, str, list[tuple[str, str, str]]]]:
     """Per claim how it stands and its measurements: verdict, value, of what."""
-    for claim in dict.fromkeys(one.claim for one in judged):
-        own = [one for one in judged if one.claim is claim]
+    for statement in dict.fromkeys(one.claim.statement for one in judged):
+        own = [one for one in judged if one.claim.statement == statement]
         kinds = {None if one.measured and one.measured.limits else one.kind for one in own}
         alike = kinds.pop() if len(kinds) == 1 else None
         kind = alike if alike in (HOLDS, FAILS, NOT_RUN) else "open"
-        yield claim, kind, [(one.verdict, *_measured(one)) for one in own]
+        yield own[0].claim, kind, [(one.verdict, *_measured(one)) for one in own]
 
 
 def _measured(one: Judged) -> tuple[str, str]:
     if one.measured is None:
         return "", ""
-    m = one.measured
-    value = "no number" if m.value is None else f"{m.value:.3g}"
-    if m.interval:
-        value += f" [{m.interval[0]:.3g}, {m.interval[1]:.3g}]"
+    m, number = one.measured, one.measured.number
+    value = "no number" if number.value is None else f"{number.value:.3g}"
+    if number.ends:
+        value += f" [{number.low:.3g}, {number.high:.3g}]"
     processes = "process" if m.processes == 1 else "processes"
-    count = f"n = {m.n}" + (f" in {m.processes} {processes}" if m.processes is not None else "")
+    count = f"n = {number.n}"
+    count += f" in {m.processes} {processes}" if m.processes is not None else ""
     return value, f"{count}; {m.of}; {m.model} on {m.machine}"
 
 
-def _answers(runs: Sequence[Run]) -> Iterator[tuple[str, list[Any]]]:
-    """The first samples of each setting as all its runs answered them."""
-    settings: dict[str, list[Run]] = {}
-    for run in ordered(runs):
-        if run.ran and run.ran[0]["generated_tokens"]:
-            settings.setdefault(run.setting, []).append(run)
-    for group in settings.values():
+def _answers(rows: pd.DataFrame) -> Iterator[tuple[str, list[Any]]]:
+    """The first samples of each setting as all its methods answered them."""
+    named = labels(rows)
+    for setting, whole in ran(rows[rows.generated_tokens > 0]).groupby("setting", sort=False):
+        parts = groups(whole)
         samples = []
-        for first in group[0].ran[:ANSWERS]:
-            found = [(run, r) for run in group for r in run.ran if r["id"] == first["id"]]
-            given = [(label(run, group), record["prediction"]) for run, record in found]
-            samples.append((first["id"], " / ".join(first["references"]), given))
-        yield f"{group[0].task}, {group[0].model}: {len(samples)} samples", samples
+        for name in list(dict.fromkeys(whole.id))[:ANSWERS]:
+            given = [
+                (f"{row}{mark(part)}", str(part.prediction[part.id == name].iloc[0]))
+                for (_, row), part in parts.items()
+                if (part.id == name).any()
+            ]
+            first = whole[whole.id == name].iloc[0]
+            references = first.references if isinstance(first.references, list) else []
+            samples.append((name, " / ".join(map(str, references)), given))
+        yield f"{named[str(setting)]}, {whole.model.iloc[0]}: {len(samples)} samples", samples

@@ -1,104 +1,93 @@
-"""Numbers on file that are no runs: what `make bench` measured, what results/embedded holds."""
+"""Numbers on file that are no runs: published ones, `make bench`'s, the embedded model's."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from evals.report.forms import Table, frame_of
+from evals.report.table import NOT_RUN, Table
+from evals.report.views import SPEC, groups
+from evals.results.frame import REFERENCE, estimate
+from evals.tasks.longbench import averages
 
-# Columns of the benchmark's files: name here, unit. Files of other days have not all of them.
-MEASURED = {
-    "prefill_s": ("prefill s", 1),
-    "prefill_s_spread": ("prefill spread", 1),
-    "peak_bytes": ("peak MB", 1e-6),
-    "kv_bytes": ("KV MB", 1e-6),
-    "kv_allocated_bytes": ("KV allocated MB", 1e-6),
-    "decode_ms": ("decode ms/step", 1),
-    "decode_ms_spread": ("decode spread", 1),
-    "tokens_per_s": ("tokens/s", 1),
-    "eviction_share": ("eviction % of decode", 100),
-}
+AVERAGES = {"average_en": "English", "average_zh": "Chinese"}
+
 RATIOS = (("prefill_s", "stock"), ("peak_bytes", "stock"), ("decode_ms", "stock"))
 RATIOS += (("decode_ms", "full"),)
-FIDELITY = {  # columns of results/embedded/fidelity.csv
-    "task": "data set",
-    "budget": "budget",
-    "method": "method",
-    "kl": "KL",
-    "kl_low": "KL low",
-    "kl_high": "KL high",
-    "kl_median": "median",
-    "top1": "same token",
-    "kl_less_h2o": "KL - h2o",
-    "kl_less_h2o_low": "KL - h2o low",
-    "kl_less_h2o_high": "KL - h2o high",
-    "held_over_budget": "held / budget",
-    "evictions": "evictions",
-    "n": "n",
-}
+TOLD = ("device", "threads", "torch", "transformers", "model", "dtype", "new_tokens", "repeats")
 
 
-def benchmarks(folder: Path) -> list[Table]:
-    """Every CSV of scripts/bench.py, with ratios between rows of one prompt and batch."""
-    return [_benchmark(path) for path in sorted(folder.glob("*.csv"))]
+def benchmarks(folder: Path) -> Iterator[Table]:
+    """Every CSV of the benchmark, with ratios between methods of one prompt and batch."""
+    for path in sorted(folder.glob("*.csv")):
+        lines = pd.read_csv(path)
+        same = [name for name in ("prompt", "batch") if name in lines]
+        for name, beside in RATIOS:
+            if name in lines:
+                other = lines[lines.method == beside].drop_duplicates(same)
+                of = lines[same].merge(other[[*same, name]], on=same, how="left")[name]
+                place = lines.columns.get_loc(name) + 1
+                lines.insert(place, f"{name.split('_')[0]} / {beside}", lines[name] / of.to_numpy())
+        about = path.with_suffix(".json")
+        told = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+        known = [f"{key} {told[key]}" for key in TOLD if told.get(key) is not None]
+        note = "Medians over repeats; stock: transformers' own cache; full: this project's. "
+        title = f"Benchmark: {path.stem}"
+        yield Table(f"bench_{path.stem}", title, lines.astype(object), note + ", ".join(known))
 
 
-def _benchmark(path: Path) -> Table:
-    measured = pd.read_csv(path).astype(object)
-    lines = [row.dropna().to_dict() for _, row in measured.iterrows()]
-    about = path.with_suffix(".json")
-    setting = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-    device = setting.get("device", path.stem)
-    what = path.stem.removeprefix(re.sub("[^a-z0-9]", "-", device.lower())).strip("-")
-    return Table(
-        f"bench_{path.stem}",
-        f"Benchmark: {device}{f', {what}' if what else ''}",
-        frame_of(_benchmark_row(line, lines) for line in lines),
-        "Medians over repeats; spread: largest over smallest. stock: transformers' own cache; full:"
-        f" this project's. {_told(setting)}".strip(),
-    )
+def published(folder: Path, rows: pd.DataFrame) -> Iterator[Table]:
+    """Numbers of others, each with its source, beside what was measured of the same model."""
+    for stem, told in SPEC["published"].items():
+        if not (path := folder / f"{stem}.csv").exists():
+            continue
+        lines = pd.read_csv(path)
+        for column in {"source", "setting"}.intersection(lines):
+            lines[column] = lines[column].where(lines[column] != "same").ffill()
+        own = rows[rows.task == told.get("task")]
+        for name, method in told.get("beside", {}).items():
+            found = [_measured(own, told, method, line) for line in lines.to_dict("records")]
+            place = lines.columns.get_loc(name) + 1
+            shown = [NOT_RUN if value is None else value for value in found]
+            lines.insert(place, f"{name} measured", pd.Series(shown, dtype=object))
+            known = pd.Series(found, dtype=float) - told.get("scale", 1) * lines[name]
+            lines.insert(place + 1, f"{name} difference", known)
+        yield Table(f"published_{stem}", told["title"], lines.astype(object), told.get("note", ""))
 
 
-def _benchmark_row(line: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    batch = int(line["batch"]) if "batch" in line else line.get("asked_batch")
-    row = {"prompt tokens": line["prompt"], "batch": batch, "method": line["method"]}
-    for key, (name, scale) in MEASURED.items():
-        row[name] = line[key] * scale if key in line else None
-        for _, beside in (pair for pair in RATIOS if pair[0] == key):
-            other = _other(line, lines, beside)
-            known = key in line and key in other
-            row[f"{name.split()[0]} / {beside}"] = line[key] / other[key] if known else None
-    return row | {"failed": line.get("failed", "")}
+def _measured(
+    rows: pd.DataFrame, told: dict[str, Any], method: str, line: dict[str, Any]
+) -> float | None:
+    """What the method's row with the most samples comes to; None if it was not run."""
+    entries, group = (line.get(told.get(key)) for key in ("entries", "group"))
+    method = REFERENCE if entries == REFERENCE else method
+    own = rows[(rows.status == "ok") & (rows.label == method)]
+    if method != REFERENCE:
+        own = own[own.budget == (int(entries) if entries else told["budget"])]
+    ending = SPEC["checkpoints"].get(line.get("model", told.get("model")))
+    paths = own.model_settings.map(lambda one: str((one or {}).get("name_or_path", "")).lower())
+    own = own[paths.astype(str).str.rstrip("/").str.endswith(f"/{ending}")]
+    if own.empty:  # nor need the metric be a column then
+        return None
+    part = max(groups(own).values(), key=len)
+    if group in AVERAGES:
+        means = {name: estimate(one).value or 0.0 for name, one in part.groupby("group")}
+        return averages(means)["average"].get(AVERAGES[group]) if means else None
+    return estimate(part[part.group == group] if group else part, told["metric"]).value
 
 
-def _other(line: dict[str, Any], lines: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """A method's row of the same prompt and batch; empty if there is none."""
-    same = [one for one in lines if all(one.get(k) == line.get(k) for k in ("prompt", "batch"))]
-    return next((one for one in same if one["method"] == method), {})
-
-
-def _told(setting: dict[str, Any]) -> str:
-    told = ("threads", "torch", "transformers", "model", "dtype", "new_tokens", "repeats")
-    known = [f"{key} {setting[key]}" for key in told if setting.get(key) is not None]
-    return f"{', '.join(known)}." if known else ""
-
-
-def evidence(folder: Path) -> list[Table]:
-    """What eviction costs on the embedded model, as committed; nothing where there is no file."""
-    path = folder / "fidelity.csv"
-    if not path.exists():
-        return []
-    measured = pd.read_csv(path)
-    chosen = measured[list(FIDELITY)].rename(columns=FIDELITY)
-    note = (
-        "Divergence of the next-token distribution from the full cache's, nats a token, while both"
-        " read the full cache's answers, with 95% bootstrap intervals over prompts; KL - h2o: over"
-        " the same prompts. docs/results.md says how it is made."
-    )
-    title = "SmolLM2-135M: distance to the full cache"
-    return [Table("embedded_fidelity", title, chosen, note)]
+def evidence(folder: Path) -> Iterator[Table]:
+    """What eviction costs on the embedded model, as committed."""
+    if (path := folder / "fidelity.csv").exists():
+        lines = pd.read_csv(path).rename(
+            columns=lambda name: name.replace("_low", " low").replace("_high", " high")
+        )
+        note = (
+            "Divergence of the next-token distribution from the full cache's, nats a token, while"
+            " both read the full cache's answers, with 95% bootstrap intervals over prompts."
+        )
+        yield Table("embedded_fidelity", "SmolLM2-135M: distance to the full cache", lines, note)

@@ -1,0 +1,227 @@
+"""What eviction costs on one model: divergence from the full cache, by data set and budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from buzz import Budget, BuzzPolicy
+from evals.report.methods import CONTRASTED, RIVAL
+from evals.report.table import Table
+from evals.results.frame import (
+    DIFFERENCE,
+    MARK,
+    RATIO,
+    REFERENCE,
+    TOLERANCE,
+    Estimate,
+    estimate,
+    partner,
+)
+
+BUDGET = 0.25  # at which an answer's source is looked at
+ENOUGH = 20  # answers, for the interval of a ratio
+OVER = (
+    f"{MARK}: held more than {TOLERANCE:.0%} above the budget on average, while the full cache's"
+    " answer was read, as methods do that evict after the prompt alone."
+)
+
+
+def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over prompts with 95 % bootstrap intervals, and the paired difference to H2O.
+
+    Answers of one token, which nothing could change, have no divergence; n counts the others.
+    Intervals are of what was seen: they have no width where samples never differ.
+    """
+    own, full, rival = rows[rows.method != REFERENCE], partner(rows), partner(rows, RIVAL)
+    lines = []
+    keys = ["setting", "label", "budget", "budget_by"]
+    for (task, method, budget, by), every in own.groupby(keys, sort=False):
+        group = every.dropna(subset="kl_to_full")
+        full_score, theirs = full.score[every.index].astype(float), rival.loc[group.index]
+        kl = estimate(group, "kl_to_full", guard=False)
+        less, nearer = Estimate(None, None, None, 0), None
+        if method != RIVAL:
+            less = estimate(group, "kl_to_full", theirs, DIFFERENCE, guard=False)
+            nearer = (
+                np.mean((group.kl_to_full - theirs.kl_to_full).dropna() < 0) if less.n else None
+            )
+        of = estimate(every, "score", full.loc[every.index], RATIO, guard=False)
+        lines.append(
+            {
+                **{"task": task, "method": method, "budget": budget, "budget_by": by},
+                **{"n": len(group), "score": every.score.mean(), "full_score": full_score.mean()},
+                **{"answers": of.n, "of_full": of.value if of.ends else None},
+                **{"of_full_low": of.low, "of_full_high": of.high},
+                **{"kl": kl.value, "kl_low": kl.low, "kl_high": kl.high},
+                **{"kl_median": group.kl_to_full.median(), "top1": group.top1_to_full.mean()},
+                "entries_mean": group.kv_entries_mean.mean(),
+                "entries_peak": group.kv_entries_peak.mean(),
+                **{"held_over_budget": group.held.mean(), "evictions": group.evictions.mean()},
+                **{f"kl_less_{RIVAL}": less.value, f"kl_less_{RIVAL}_low": less.low},
+                **{f"kl_less_{RIVAL}_high": less.high, f"nearer_than_{RIVAL}": nearer},
+            }
+        )
+    found = pd.DataFrame(lines).sort_values(["task", "budget", "kl"])
+    return found if found.score.notna().any() else found.drop(columns="score")
+
+
+def shown(rows: pd.DataFrame) -> str:
+    """The tables of divergence of a frame, as Markdown."""
+    summary = summarize(rows)
+    return "\n".join(table.markdown() for table in divergence(summary) + answers(summary))
+
+
+# Tables
+
+
+def every(rows: pd.DataFrame, summary: pd.DataFrame) -> list[Table]:
+    several = swept(summary)
+    found = divergence(several) + contrasts(summary if several.empty else several)
+    return found + answers(summary) + quality(summary) + sources(rows)
+
+
+def swept(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of data sets that were measured at several budgets."""
+    return frame[frame.groupby("task").budget.transform("nunique") > 1]
+
+
+def _with_ends(group: pd.DataFrame, columns: dict[str, str]) -> dict[str, Any]:
+    ends = ("", "_low", "_high")
+    return {
+        f"{of}{end.replace('_', ' ')}": group[f"{name}{end}"]
+        for name, of in columns.items()
+        for end in ends
+    }
+
+
+def divergence(summary: pd.DataFrame) -> list[Table]:
+    """One per data set: methods by rising divergence, at each budget."""
+    note = (
+        "KL(full || method) in nats a token on the full cache's own answer, mean over prompts"
+        " with its 95% interval; nearer: the part of prompts on which it is less than H2O's."
+        f" {OVER}"
+    )
+    found = []
+    for task, group in summary.groupby("task", sort=True):
+        told = {"budget": group.budget, "method": _marked(group.method, group.held_over_budget)}
+        if "score" in group and group.score.notna().any():
+            told |= {"score": group.score, "full's score": group.full_score}
+        told |= _with_ends(group, {"kl": "KL"})
+        told |= {"median": group.kl_median, "same token": group.top1}
+        told |= _with_ends(group, {f"kl_less_{RIVAL}": "KL - H2O"})
+        told |= {"nearer": group[f"nearer_than_{RIVAL}"], "entries": group.entries_mean}
+        frame = pd.DataFrame(told | {"evictions": group.evictions, "n": group.n})
+        found.append(Table(f"fidelity_{task}", str(task), frame, note))
+    return found
+
+
+def _marked(methods: pd.Series, held: pd.Series) -> list[str]:
+    return [
+        f"{name}{MARK if share > 1 + TOLERANCE else ''}"
+        for name, share in zip(methods, held, strict=True)
+    ]
+
+
+def contrasts(summary: pd.DataFrame) -> list[Table]:
+    """KL less H2O's of every method, a column for each data set and budget, the lowest first."""
+    name = f"kl_less_{RIVAL}"
+    rows = summary[summary.method != RIVAL].dropna(subset=name)
+    if rows.empty:
+        return []
+    columns: dict[str, Any] = {}
+    for (task, budget), group in rows.groupby(["task", "budget"], sort=True):
+        columns |= _with_ends(group.set_index("method"), {name: f"{task}, {budget:g}"})
+    by_method = rows.groupby("method")
+    wide = pd.DataFrame(columns)
+    wide["evictions"], wide["held"] = by_method.evictions.mean(), by_method.held_over_budget.mean()
+    counts = by_method.n.agg(["min", "max"])
+    wide["n"] = [f"{a}" if a == b else f"{a} to {b}" for a, b in counts.to_numpy()]
+    means = wide[[column for column in columns if not column.endswith((" low", " high"))]]
+    by = pd.DataFrame({"lacking": means.isna().sum(axis=1), "mean": means.mean(axis=1)})
+    wide = wide.loc[by.sort_values(["lacking", "mean"]).index]
+    wide.insert(0, "method", _marked(wide.index.to_series(), wide["held"]))
+    note = (
+        "KL less H2O's on the same prompts, mean with its 95% interval; below 0 is nearer to the"
+        " full cache. Evictions of an answer and memory held, as a part of the budget, are means"
+        f" over all columns; n: prompts of a column. {OVER}"
+    )
+    return [Table("contrasts", "Beside H2O", wide.reset_index(drop=True), note)]
+
+
+def answers(summary: pd.DataFrame) -> list[Table]:
+    """Scores of the methods' own answers: a table for each kind of compression, a column a task."""
+    if "score" not in summary:
+        return []
+    scored = summary[summary.score.notna()]
+    split = scored.task.str.extract(r"^(.+?)(?:-(context|stream.*))?$")
+    found = []
+    for (how, budget), group in scored.groupby([split[1].fillna("prompt"), scored.budget]):
+        own = group.assign(column=split[0][group.index])
+        wide = own.pivot_table("score", "method", "column")
+        wide.index = pd.Index(
+            _marked(wide.index.to_series(), own.groupby("method").held_over_budget.mean())
+        )
+        wide = pd.concat([own.groupby("column").full_score.first().to_frame("full").T, wide])
+        wide.insert(0, "mean", wide.mean(axis=1))
+        frame = wide.sort_values("mean", ascending=False).rename_axis("method").reset_index()
+        counts = ", ".join(f"{n}" for n in sorted(group.answers.unique()))
+        title = f"Own answers, budget {budget:g}" + ("" if how == "prompt" else f", compress={how}")
+        note = f"Scores of own answers; budget of what is compressed; n = {counts} a column. {OVER}"
+        found.append(Table(f"answers_{how}_{budget:g}", title, frame, note))
+    return found
+
+
+def quality(summary: pd.DataFrame) -> list[Table]:
+    """Scores of own answers as a part of the full cache's, where there are enough of them."""
+    scored = summary[summary.of_full.notna() & (summary.answers >= ENOUGH)]
+    scored = scored.sort_values(["task", "budget", "of_full"], ascending=[True, True, False])
+    if scored.empty:
+        return []
+    told = {"task": scored.task, "budget": scored.budget}
+    told |= {"method": _marked(scored.method, scored.held_over_budget)}
+    told |= _with_ends(scored, {"of_full": "of full"})
+    part = scored.held_over_budget * scored.budget.where(scored.budget < 1)
+    frame = pd.DataFrame(told | {"held": part, "n": scored.answers})
+    note = (
+        "Score of own answers over the full cache's on the same prompts, with its 95% interval;"
+        f" held: entries on average, as a part of what is compressed. {OVER}"
+    )
+    return [Table("quality", "Quality kept", frame, note)]
+
+
+def sourced(rows: pd.DataFrame) -> pd.DataFrame:
+    """Prompts whose answer has a source, and how far before the end, in BUZZ's windows."""
+    chosen = swept(rows[rows.method != REFERENCE].assign(task=rows.setting))
+    chosen = chosen[(chosen.budget == BUDGET) & chosen.kl_to_full.notna()]
+    if "copied_distance" not in chosen:
+        return chosen.iloc[:0].assign(windows=[])
+    chosen = chosen[chosen.copied_distance.notna() & chosen.label.isin(CONTRASTED)]
+    windows = [_window(int(tokens)) for tokens in chosen.prompt_tokens]
+    return chosen.assign(
+        windows=chosen.copied_distance / np.array(windows or [1.0])[: len(chosen) or None]
+    )
+
+
+def sources(rows: pd.DataFrame) -> list[Table]:
+    """KL where an answer's longest match begins inside BUZZ's window, and where it does not."""
+    chosen = sourced(rows)
+    if chosen.empty:
+        return []
+    where = chosen.windows.le(1).map({True: "inside", False: "outside"}).rename("begins")
+    groups = chosen.groupby(["task", where, "label"]).kl_to_full
+    frame = groups.agg(["mean", "median", "count"]).reset_index()
+    frame = frame.rename(columns={"mean": "KL", "count": "n", "label": "method"})
+    note = (
+        f"Budget {BUDGET:g}. Where in the prompt the longest run of the answer's tokens begins that"
+        " stands there: inside BUZZ's window or not."
+    )
+    return [Table("sources", "Where an answer comes from", frame, note)]
+
+
+def _window(prompt: int) -> int:
+    policy, _ = Budget(BUDGET).policy(BuzzPolicy(), prompt)
+    assert isinstance(policy, BuzzPolicy)
+    return policy.window

@@ -1,0 +1,134 @@
+"""Figures of what eviction costs: against memory, by an answer's source, by cells, by spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evals.report.embedded import sourced, swept
+from evals.report.figures import RC, legend, panels, plt
+from evals.report.methods import MORE, RIVAL, Style, order, style_of
+from evals.report.views import SPEC
+from evals.tasks.types import SPREADS
+
+# Honeycombs that differ in the number of cells alone, and how many they have: one, as H2O, first.
+CELLS = {"lazy": "1", "cells_4": "4", "cells_16": "16", "cells_all": "as many\nas stay"}
+MEASURES = {
+    "kept": "{} kept, of 5",
+    "whole": "heads that keep all five",
+    "kl_to_full": "KL to the full cache (nats)",
+    "score": "accuracy",
+}
+
+
+def draw(rows: pd.DataFrame, summary: pd.DataFrame, spread: pd.DataFrame, out: Path) -> list[Path]:
+    """What there is to see: by cells where those were varied, otherwise by memory and by source."""
+    with plt.rc_context(RC):
+        if set(CELLS) <= set(summary.method):
+            return [_draw_cells(swept(summary), out)]
+        paths = [
+            _draw_memory(str(task), group, rows[rows.setting == task].prompt_tokens.mean(), out)
+            for task, group in swept(summary).groupby("task", sort=True)
+        ]
+        paths += [_draw_sources(chosen, out)] if len(chosen := sourced(rows)) else []
+        if len(spread):
+            draw_spread(spread, out / "spread.png")
+            paths.append(out / "spread.png")
+        return paths
+
+
+def _draw_memory(task: str, group: pd.DataFrame, prompt: float, out: Path) -> Path:
+    figure, axes = panels(2, 4.4, 3.6)
+    styles = _styles(group.method.unique())
+    for method, line in group.sort_values("budget").groupby("method", sort=False):
+        label, color, marker = styles[str(method)]
+        style = {"color": color, "marker": marker, "ms": 4, "lw": 1, "label": label}
+        at = line.entries_mean / prompt
+        axes[0].plot(at, line.kl, **style)
+        axes[0].vlines(at, line.kl_low, line.kl_high, color=color, lw=1, alpha=0.5)
+        axes[1].plot(at, line.kl_median, **style)
+    for axis, what in zip(axes, ("mean, 95% interval", "median"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="entries held, of the prompt")
+        axis.set_ylabel(f"KL to full, {what} (nats)")
+        if ticks := sorted(one for one in group.budget.unique() if one < 1):  # not of entries
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+            axis.xaxis.set_minor_formatter(lambda value, _: "")
+    legend(figure, axes)
+    least, most = group.n.min(), group.n.max()
+    prompts = f"{most}" if least == most else f"{most}, of points without a line {least}"
+    figure.suptitle(f"{task}, n = {prompts}", y=0.0, va="top")
+    return _save(figure, out / f"fidelity_{task}.png")
+
+
+def _styles(methods: Sequence[str]) -> dict[str, Style]:
+    """A style for each; settings of a method, which are not registered, get one in turn."""
+    settings = [name for name in sorted(methods) if name not in order()]
+    return {name: style_of(name) for name in methods} | {
+        name: Style(name, *look) for name, look in zip(settings, MORE, strict=False)
+    }
+
+
+def _draw_cells(summary: pd.DataFrame, out: Path) -> Path:
+    """KL less H2O's by the number of cells, of H2O's scores, evicted as seldom."""
+    tasks = sorted(summary.task.unique())
+    figure, axes = panels(len(tasks), 3.6, 3.2)
+    places, less = np.arange(len(CELLS)), f"kl_less_{RIVAL}"
+    for axis, task in zip(axes, tasks, strict=True):
+        for budget, group in summary[summary.task == task].groupby("budget"):
+            line = group.set_index("method").loc[list(CELLS)]
+            (drawn,) = axis.plot(places, line[less], marker="H", label=f"{budget:g}")
+            ends = line[f"{less}_low"], line[f"{less}_high"]
+            axis.vlines(places, *ends, drawn.get_color(), lw=1, alpha=0.6)
+        axis.axhline(0, color="black", lw=0.8, ls=":")
+        axis.set(title=f"{task}, n = {group.n.max()}", xlabel="cells")
+        axis.set_ylabel("KL less H2O's (nats)")
+        axis.set_xticks(places, list(CELLS.values()))
+    axes[0].legend(title="budget", loc="upper left")
+    return _save(figure, out / "cells.png")
+
+
+def _draw_sources(chosen: pd.DataFrame, out: Path) -> Path:
+    """KL of each prompt by where the answer's longest match begins, in BUZZ's windows."""
+    tasks = sorted(chosen.task.unique())
+    figure, axes = panels(len(tasks), 3.6, 3.2)
+    for axis, task in zip(axes, tasks, strict=True):
+        for method, group in chosen[chosen.task == task].groupby("label", sort=False):
+            label, color, marker = style_of(str(method))
+            style = {"color": color, "marker": marker, "s": 12, "alpha": 0.7, "label": label}
+            axis.scatter(group.windows, group.kl_to_full, **style)
+        axis.axvline(1, color="black", lw=0.7, ls=":")
+        axis.set(xscale="log", yscale="log", title=task, ylabel="KL to full (nats)")
+    figure.supxlabel("distance of the answer's source from the prompt's end, in BUZZ's windows")
+    legend(figure, axes)
+    return _save(figure, out / "sources.png")
+
+
+def draw_spread(rows: pd.DataFrame, path: Path) -> Any:
+    """A column a task, a row a measure: methods over the three ways to spread five facts."""
+    tasks = list(rows.task.unique())
+    with plt.rc_context(RC):
+        figure, axes = panels(len(MEASURES) * len(tasks), height=2.3, most=len(tasks))
+        grid: list[tuple[str, Any]] = [(name, task) for name in MEASURES for task in tasks]
+        for axis, (name, task) in zip(axes, grid, strict=True):
+            for method, own in rows[rows.task == task].groupby("label", sort=False):
+                if method == "full" and name == "kl_to_full":
+                    continue
+                means = own[name].astype(float).groupby(own.spread).mean()
+                style = style_of(str(method))
+                look = {"color": style.color, "marker": style.marker, "markersize": 4}
+                axis.plot(SPREADS, [means.get(one) for one in SPREADS], label=style.label, **look)
+            axis.set_title(f"{task}: {MEASURES[name].format(SPEC['facts'].get(task, 'facts'))}")
+            axis.set_ylim(bottom=0)
+        legend(figure, axes)
+        _save(figure, path)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return path

@@ -1,0 +1,133 @@
+"""What a table looks like as Markdown, LaTeX, CSV and on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from evals.results.frame import MARK
+
+NOT_RUN, NOT_PUBLISHED = "not run", "not published here"
+FORMS = ((10, ".3f"), (100, ".2f"), (1000, ".1f"), (1e6, ",.0f"))  # of numbers below each
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", MARK: r"\textdagger{}"}
+    | {"≥": r"$\geq$", "≤": r"$\leq$"}
+)
+WIDEST = 120  # characters of a table on a terminal; a narrower one wraps
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of raw values; `X low` and `X high` are the ends of the 95 % interval of column X.
+
+    Attributes:
+        name: the files' stem.
+        note: what a reader must know.
+        marks: what stands behind a column's values, line by line.
+        sections: of a terminal: what each line belongs to.
+    """
+
+    name: str
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+    marks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sections: Sequence[str] = ()
+
+    def shown(self) -> pd.DataFrame:
+        """The frame as text, with marks and intervals behind the values; without empty columns."""
+        if self.frame.empty:
+            return pd.DataFrame({"": [NOT_RUN]})
+        columns: dict[str, list[str]] = {}
+        for name in self.frame.columns:
+            if name.endswith((" low", " high")):
+                continue
+            cells = [text(value) for value in self.frame[name]]
+            if f"{name} low" in self.frame:
+                ends = zip(self.frame[f"{name} low"], self.frame[f"{name} high"], strict=True)
+                cells = [
+                    cell if pd.isna(low) else f"{cell} [{text(low)}, {text(high)}]"
+                    for cell, (low, high) in zip(cells, ends, strict=True)
+                ]
+            if any(cell not in ("", "-") for cell in cells):
+                marks = self.marks.get(name, [""] * len(cells))
+                columns[name] = [
+                    a if a == "-" else a + b for a, b in zip(cells, marks, strict=True)
+                ]
+        return pd.DataFrame(columns)
+
+    def markdown(self) -> str:
+        shown = self.shown()
+
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(c.replace("|", r"\|").replace("\n", " ") for c in cells) + " |"
+
+        rows = [line(shown.columns), "|" + " --- |" * len(shown.columns)]
+        rows += [line(row) for row in shown.itertuples(index=False)]
+        note = f"\n\n{self.note}\n" if self.note else "\n"
+        return f"## {self.title}\n\n" + "\n".join(rows) + note
+
+    def latex(self) -> str:
+        """A booktabs table."""
+        shown = self.shown().map(lambda cell: cell.translate(LATEX))
+        names = [name.translate(LATEX) for name in shown]
+        caption = f"{self.title}. {self.note}".translate(LATEX)
+        return shown.to_latex(index=False, header=names, caption=caption)
+
+    def rich(self) -> list[RichTable]:
+        """For a terminal: one table, or several below each other where it is too wide for one."""
+        shown = self.shown()
+        first, *others = shown.columns
+        whole = WIDEST - max(map(len, [first, *shown[first], *self.sections])) - 1
+        room, parts = whole, [[]]
+        for name in others:
+            width = 1 + max(len(cell) for cell in [*name.split(), *shown[name]])
+            if parts[-1] and width > room:
+                parts.append([])
+                room = whole
+            parts[-1].append(name)
+            room -= width
+        return [self._rich(shown[[first, *part]]) for part in parts]
+
+    def _rich(self, shown: pd.DataFrame) -> RichTable:
+        table = RichTable(box=SIMPLE_HEAD, show_edge=False, padding=0)
+        for i, name in enumerate(shown.columns):
+            heading = escape(name).replace(" ", "\n") if i else ""
+            table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+        last = None
+        for section, cells in zip(
+            self.sections or [""] * len(shown), shown.itertuples(index=False), strict=True
+        ):
+            if section != last and section:
+                table.add_section()
+                table.add_row(f"[bold]{escape(section)}[/]")
+            last = section
+            table.add_row(*map(escape, cells))
+        return table
+
+    def write(self, folder: Path) -> None:
+        """NAME.md, NAME.tex and NAME.csv (raw values, a heading even if there are none)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
+        self.frame.to_csv(folder / f"{self.name}.csv", index=False)
+
+
+def text(value: Any) -> str:
+    """A cell: numbers to about three digits, nothing as a dash."""
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return "-"
+    if isinstance(value, float):
+        return format(value, next((form for end, form in FORMS if abs(value) < end), ".3g"))
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return f"{value:,}" if whole else str(value)
