@@ -40,11 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu = pytest.mark.skip(reason="gpu: no CUDA device")
     browser = pytest.mark.skip(reason="browser: no Chromium; install it, or name it in CHROMIUM")
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(slow)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(gpu)
-        if "browser" in item.keywords and not CHROMIUM:
+        if item.get_closest_marker("browser") and not CHROMIUM:
             item.add_marker(browser)
 
 

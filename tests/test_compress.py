@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import NEEDLE, read
+from runs import MODEL, NEEDLE, full_of, read
 from tiny import prompt, tiny
 from torch.nn.functional import kl_div, log_softmax
 from transformers import DynamicCache
 
 from baselines import FullPolicy, H2OPolicy, SnapKVPolicy, StreamingLLMPolicy
-from buzz import BuzzPolicy, ConfigError, EvictionCache
-from evals.results.reading import read_summary
-from evals.results.runs import comparable, identity
-from evals.run import forked
+from buzz import POLICIES, BuzzPolicy, ConfigError, EvictionCache
+from evals.results.folder import sha256
 from evals.run.compress import steps_before
-from evals.run.forced import compare_with_full
+from evals.run.forked import answer_together
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
 from evals.run.prompt import Prompt
@@ -153,41 +151,42 @@ def test_kl_is_of_what_follows_the_compressed_context(model, later: tuple[int, .
         distributions.append(log_softmax(torch.stack(logits), dim=-1))
     full, own = distributions
     kl = kl_div(own, full, reduction="batchmean", log_target=True).item()
-    (found,) = compare_with_full(model, ids.tolist(), [answer], policy, 0, {}, later)
-    assert found.kl_to_full == pytest.approx(kl, rel=1e-3) and kl > 0.01
+    found = compared(model, ids[0].tolist(), answer, policy, later)
+    assert found["kl_to_full"] == pytest.approx(kl, rel=1e-3) and kl > 0.01
+    assert len(found["kl_tokens"]) == len(answer)
 
-    # and beside each other, on the full cache's own answer
-    answer, (beside,), _ = forked.compare(model, ids[0].tolist(), [policy], 6, set(), {}, later)
-    (found,) = compare_with_full(model, ids.tolist(), [answer], policy, 0, {}, later)
-    assert beside["kl"] == pytest.approx(found.kl_to_full, rel=1e-3)
-    assert beside["top1"] == found.top1_to_full and len(beside["kl_tokens"]) == len(answer)
-    (alone,) = generate(model, TOKENIZER, ids.tolist(), FullPolicy(), 6, (), {}, later)
-    assert answer == alone.tokens
+
+def compared(model, ids: list[int], answer: list[int], policy, later: tuple[int, ...]) -> dict:
+    """A method on an answer, as a row beside the full cache."""
+    before = (len(ids) - sum(later), *later[:-1])
+    asked = Prompt(Sample("0", "", ()), ids, 0, False, len(answer), before=before)
+    policies, references = [FullPolicy(), policy], [answer]
+    made = answer_together(
+        model, TOKENIZER, [asked], policies, {}, [None], references, own=False, kl=True
+    )
+    return made[0][1]
 
 
 def test_one_token_is_compared_where_the_context_was_compressed(model) -> None:
-    ids = prompt(40).tolist()
-    (found,) = compare_with_full(model, ids, [[5]], METHODS["h2o"], 0, {}, (9,))
-    assert found.kl_to_full is not None
+    found = compared(model, prompt(40)[0].tolist(), [5], METHODS["h2o"], (9,))
+    assert found["kl_to_full"] is not None
 
 
 def test_runs_are_of_their_own_setting(go) -> None:
     method = "method=streaming_llm"
-    go("method=full", "compress=context")
     whole = go(method, "budget=0.25")
     context = go(method, "budget=0.25", "compress=context", "kl=true")
     stream = go(method, "budget=0.25", "compress=stream", "compress_chunk=100")
     assert len({whole, context, stream}) == 3
-    summaries = [read_summary(folder) for folder in (whole, context, stream)]
-    assert len({summary["setting"] for summary in summaries}) == 3
-    assert summaries[1]["against_full"]["n"] == 3 and "against_full" not in summaries[0]
+    assert len({file.parent for file in (whole, context, stream)}) == 3
+    answers = {record["id"]: record["tokens"] for record in read(full_of(context))}
+    for record in read(context):
+        assert record["reference_sha256"] == sha256(answers[record["id"]])
     for record in read(context) + read(stream):
         assert record["budget_entries"] == round(0.25 * record["context_tokens"])
         assert 0 < record["question_s"] < record["ttft_s"]
         assert record["prompt_tokens"] - record["context_tokens"] < 100
     assert "context_tokens" not in read(whole)[0] and "question_s" not in read(whole)[0]
-    with pytest.raises(ConfigError, match=r"kl=True.*full run"):
-        go(method, "compress=stream", "kl=true")
 
 
 def test_rows_of_a_batch_are_recorded_as_they_are_alone(go) -> None:
@@ -198,16 +197,11 @@ def test_rows_of_a_batch_are_recorded_as_they_are_alone(go) -> None:
     assert read(together)[0]["batch_size"] == 3
 
 
-def test_whole_prompts_are_the_setting_that_they_were() -> None:
-    """Runs from before there was a choice are found and go on."""
-    old = {"task": {"name": "needle"}, "model": {}, "method": {"name": "h2o"}, "cache": {}}
-    new = old | {"compress": "prompt", "compress_chunk": 512}
-    assert comparable(old) == comparable(new) and identity(old) == identity(new)
-    context = new | {"compress": "context"}
-    assert comparable(context) != comparable(new) and identity(context) != identity(new)
-    assert comparable(context) == comparable(context | {"compress_chunk": 7})
-    stream = new | {"compress": "stream"}
-    assert comparable(stream) != comparable(stream | {"compress_chunk": 7})
+def test_what_asks_for_nothing_new_changes_no_folder(go) -> None:
+    """A folder's name is of what differs from the defaults."""
+    method = "method=local"
+    assert go(method) == go(method, "compress=prompt") == go(method, "compress_chunk=512")
+    assert go(method) != go(method, "compress=context")
 
 
 def test_refusals(go, main, capsys) -> None:
@@ -221,3 +215,17 @@ def test_refusals(go, main, capsys) -> None:
         task = [] if "task=" in arguments else NEEDLE
         assert main("model=llama_random", "method=h2o", *task, *arguments.split()) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_stream_takes_no_method_that_evicts_once(go, main, capsys) -> None:
+    """All chunks but its first would stay, whatever the budget; a sweep goes on with the others."""
+    stream = "budget=0.25", "compress=stream", "compress_chunk=100"
+    for name, policy in POLICIES.items():
+        if policy.evicts == "prompt":
+            with pytest.raises(ConfigError, match=f"method.name='{name}'.*compress=context"):
+                go(f"method={name}", *stream)
+    (record, *_) = read(go("method=h2o", *stream))
+    assert record["kv_entries_peak"] <= record["budget_entries"]
+    assert main("-m", *MODEL, *NEEDLE, "method=h2o,snapkv", *stream) == 0
+    said = capsys.readouterr().out
+    assert "SKIPPED method=snapkv" in said and "1 complete, 1 skipped" in said

@@ -18,17 +18,18 @@ SAMPLES, WRITTEN = 24, 3
 # The command `python run.py`, which is sent a signal when it has written so many records.
 STOPPED = f"""
 import os, runpy
-from evals.results.records import RunFolder
+from evals.results.folder import SettingFolder
 
-append, written = RunFolder.append, []
+append, written = SettingFolder.append, []
 
-def append_and_stop(self, record, *rest):
-    append(self, record, *rest)
-    written.append(record)
-    if len(written) == {WRITTEN}:
+def append_and_stop(self, file, record):
+    append(self, file, record)
+    if record["method"] == "h2o":
+        written.append(record)
+    if record["method"] == "h2o" and len(written) == {WRITTEN}:
         os.kill(os.getpid(), int(os.environ["NUMBER"]))
 
-RunFolder.append = append_and_stop
+SettingFolder.append = append_and_stop
 runpy.run_path({str(ROOT / "run.py")!r}, run_name="__main__")
 """
 
@@ -54,9 +55,9 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no other folder is left behind
-    (folder,) = go.runs.glob("needle-*")
-    so_far = timeless(folder)
+    (file,) = go.runs.glob("needle-*/h2o*.jsonl")
+    so_far = timeless(file)
     assert WRITTEN <= len(so_far) <= WRITTEN + 1  # that in flight is answered, but for SIGKILL
     assert so_far == whole[: len(so_far)]
-    assert go(*SETTING) == folder
-    assert timeless(folder) == whole
+    assert go(*SETTING) == file
+    assert timeless(file) == whole

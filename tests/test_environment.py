@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+import run
 from evals.results import environment
 from evals.results.environment import Neighbours, busy, machine, process
 
@@ -45,6 +46,15 @@ def test_load_is_what_others_use_since_the_sample_before(monkeypatch) -> None:
     assert neighbours.load() == pytest.approx(1.5)
     system.go_on(2, own=4, others=0)
     assert neighbours.load() == pytest.approx(0)
+
+
+def test_on_a_card_attention_is_that_of_the_benchmark(monkeypatch) -> None:
+    """Set by run.py for all that it starts, and recorded where it counts."""
+    assert run and os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
+    monkeypatch.setattr(environment.torch.cuda, "get_device_name", lambda device: "A card")
+    told = environment.environment("cuda:0", 0, 1)
+    assert told["cudnn_attention_deprioritized"] == "1" and machine(told) == "A card"
+    assert "cudnn_attention_deprioritized" not in environment.environment("cpu", 0, 1)
 
 
 def test_short_samples_are_watched_for_a_second(monkeypatch) -> None:

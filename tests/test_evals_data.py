@@ -7,16 +7,13 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from buzz import ConfigError
-from evals.results.compare import compare, strata
-from evals.results.records import RunFolder, arithmetic_runs, digest
-from evals.results.schema import FORMAT
-from evals.results.statistics import bootstrap, lead, score_of
+from evals.results.folder import SettingFolder, arithmetic_runs, digest, row_name
+from evals.results.record import FORMAT
 from evals.tasks.data import read_jsonl, read_text
 from evals.tasks.text import package_rouge, rouge, word_f1
 
@@ -59,18 +56,31 @@ def test_arithmetic_runs_are_short_for_a_growing_cache() -> None:
 def missed(name: str, **fields: object) -> dict:
     """A record without measurements."""
     own = {"format": FORMAT, "id": name, "status": "failed", "prompt_sha256": "x"}
+    own |= {"sample_sha256": "y", "row": "h2o", "method": "h2o", "label": "h2o", "parameters": {}}
+    own |= {"budget": None, "budget_by": None, "cache": {"positions": "cache", "logn_base": None}}
     return own | fields
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SettingFolder:
+    return SettingFolder(tmp_path)
+
+
+@pytest.fixture
+def file(folder: SettingFolder) -> Path:
+    """A row's file that is not there yet."""
+    return folder.file("h2o")
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
         ("{torn", "not JSON"),
-        ('{"id": "0"}', r"written by another version \(format 1, not 2\)"),
+        ('{"format": 2, "id": "0"}', r"written by another version \(format 2, not 3\)"),
         ("null", "Input should be a valid dictionary"),
         ("[]", "Input should be a valid dictionary"),
-        ('{"format": 2}', "Unable to extract tag|status"),
-        ('{"format": 2, "id": "0", "status": "ok", "prompt_sha256": "x"}', "group: Field required"),
+        ('{"format": 3}', "Unable to extract tag|status"),
+        (json.dumps(missed("0", status="ok")), "group: Field required"),
         (json.dumps(missed("0") | {"id": 0}), "id: Input should be a valid string"),
         (json.dumps(missed("0", load=math.nan)), "not JSON .NaN is no number"),
         (json.dumps(missed("0", extra=[{"deep": -math.inf}])), "-Infinity is no number"),
@@ -79,57 +89,86 @@ def missed(name: str, **fields: object) -> dict:
     ],
     ids=lambda value: value[:20],
 )
-def test_a_line_that_is_no_record_is_named_with_its_remedy(tmp_path, line: str, problem: str):
-    folder = RunFolder(tmp_path)
-    folder.append(missed("a"))
-    with open(folder.samples, "a") as file:
-        file.write(f"{line}\n")
-    folder.append(missed("b"))
-    with pytest.raises(ConfigError, match=f"samples.jsonl:2.*({problem})") as caught:
-        folder.read()
+def test_a_line_that_is_no_record_is_named_with_its_remedy(folder, file, line, problem) -> None:
+    folder.append(file, missed("a"))
+    with open(file, "a") as lines:
+        lines.write(f"{line}\n")
+    folder.append(file, missed("b"))
+    with pytest.raises(ConfigError, match=f"h2o.jsonl:2.*({problem})") as caught:
+        folder.read(file)
     assert caught.value.remedy.endswith("remove that line, and the same command makes it anew")
     assert "\n" not in str(caught.value)
 
 
-def test_only_a_locked_run_cuts_a_torn_line_off(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.append(missed("a"))
-    whole = folder.samples.read_bytes()
-    with open(folder.samples, "ab") as file:
-        file.write(b'{"id": "b", "sc')  # another process may be about to write the rest
-    assert folder.read() == {"a": missed("a")}
-    assert folder.samples.read_bytes().endswith(b'"sc')
-    with folder.lock():
-        assert folder.samples.read_bytes() == whole
+def test_only_a_locked_file_loses_a_torn_line(folder, file) -> None:
+    folder.append(file, missed("a"))
+    whole = file.read_bytes()
+    with open(file, "ab") as lines:
+        lines.write(b'{"id": "b", "sc')  # another process may be about to write the rest
+    assert folder.read(file) == {"a": missed("a")}
+    assert file.read_bytes().endswith(b'"sc')
+    with folder.lock(file):
+        assert file.read_bytes() == whole
 
 
-def test_a_last_line_that_lacks_its_end_alone_is_kept(tmp_path: Path) -> None:
+def test_a_last_line_that_lacks_its_end_alone_is_kept(folder, file) -> None:
     """As some editors leave it, and a kill between two bytes."""
-    folder = RunFolder(tmp_path)
-    folder.append(missed("a"))
-    folder.append(missed("b"))
-    whole = folder.samples.read_bytes()
-    folder.samples.write_bytes(whole[:-1])
-    assert list(folder.read()) == ["a", "b"]
-    with folder.lock():
-        assert folder.samples.read_bytes() == whole
+    folder.append(file, missed("a"))
+    folder.append(file, missed("b"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert list(folder.read(file)) == ["a", "b"]
+    with folder.lock(file):
+        assert file.read_bytes() == whole
 
 
-def test_last_record_of_an_id_counts(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+def test_last_record_of_an_id_counts(folder, file) -> None:
     for status in ("failed", "oom"):
-        folder.append(missed("a", status=status))
-    assert folder.read() == {"a": missed("a", status="oom")}
+        folder.append(file, missed("a", status=status))
+    assert folder.read(file) == {"a": missed("a", status="oom")}
+
+
+def test_shards_are_put_together_unless_they_contradict_each_other(folder) -> None:
+    shards = [folder.file("h2o", f"{n}/2") for n in (0, 1)]
+    assert [path.name for path in shards] == ["h2o.0of2.jsonl", "h2o.1of2.jsonl"]
+    folder.append(shards[0], missed("a"))
+    folder.append(shards[1], missed("b"))
+    folder.append(shards[1], missed("a", status="oom"))
+    folder.append(folder.file("full"), missed("a"))
+    assert list(folder.rows) == ["full", "h2o"] and folder.rows["h2o"] == shards
+    assert folder.put_together(shards)[0] == {"a": missed("a"), "b": missed("b")}
+    folder.append(shards[1], missed("a", prompt_sha256="z"))
+    records, left_out = folder.put_together(shards)
+    assert list(records) == ["b"] and "sample a has another prompt in h2o.1of2.jsonl" in left_out[0]
+
+
+@pytest.mark.parametrize(
+    ("label", "budget", "own", "name"),
+    [
+        ("h2o", None, {}, "h2o"),
+        ("h2o", 0.25, {}, "h2o@0.25"),
+        ("buzz", 512, {"stride": 3, "layers": (1, 2)}, "buzz@512,stride=3,layers=1-2"),
+    ],
+)
+def test_a_row_is_called_by_what_tells_it_apart(label, budget, own, name) -> None:
+    assert row_name(label, budget, "peak", own) == name
+    assert row_name("h2o", 0.25, "mean", {}) == "h2o@0.25 mean"
+
+
+def test_names_that_no_file_can_have_are_told_apart_all_the_same() -> None:
+    long, other = (row_name("h2o", None, None, {"a": "x" * 300 + end}) for end in "yz")
+    odd, stroke = (row_name("h2o", None, None, {"a": text}) for text in ("../b", "..:b"))
+    assert len({long, other, odd, stroke}) == 4
+    assert all(len(name) < 120 and "/" not in name for name in (long, other, odd, stroke))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_no_invalid_json_is_ever_written(tmp_path: Path, value: float) -> None:
-    folder = RunFolder(tmp_path)
+def test_no_invalid_json_is_ever_written(folder, file, value: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        folder.append(missed("a", load=value))
+        folder.append(file, missed("a", load=value))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        folder.write("summary.json", {"score": value})
-    assert list(tmp_path.glob("*.json")) == [] and folder.read() == {}
+        folder.write("prompts.json", {"of": value})
+    assert list(folder.path.glob("*.json")) == [] and folder.read(file) == {}
 
 
 @pytest.mark.parametrize(
@@ -154,112 +193,23 @@ def test_files_with_a_byte_order_mark_are_read(tmp_path: Path, encoded, problem)
     assert read_text(tmp_path / "text", "f") == "蜜蜂\n"
 
 
-def test_a_record_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.append(missed("a"))
-    folder.samples.write_bytes(codecs.BOM_UTF8 + folder.samples.read_bytes())
-    (tmp_path / "summary.json").write_bytes(codecs.BOM_UTF8 + b'{"status": "failed", "error": ""}')
-    assert list(folder.read()) == ["a"] and folder.load("summary.json")["status"] == "failed"
+def test_a_record_file_with_a_byte_order_mark_is_read(folder, file) -> None:
+    folder.append(file, missed("a"))
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    (folder.path / "prompts.json").write_bytes(
+        codecs.BOM_UTF8 + b'{"samples": {"a": "y"}, "of": 1, "data": ""}'
+    )
+    assert list(folder.read(file)) == ["a"] and folder.asked["of"] == 1
+
+
+def test_a_folder_of_before_is_refused_with_its_version(folder) -> None:
+    (folder.path / "samples.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="version 0.2"):
+        folder.setting  # noqa: B018
 
 
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": [1]}) == digest({"b": [1], "a": 1}) != digest({"a": 1, "b": [2]})
-
-
-def test_bootstrap_interval_is_that_of_a_mean_of_means() -> None:
-    assert bootstrap([[1.0] * 5, [0.0] * 9]) == (0.5, 0.5)
-    low, high = bootstrap([[0.0, 1.0] * 50])
-    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
-    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
-
-
-def test_bootstrap_interval_by_the_normal_approximation() -> None:
-    """Of groups of different sizes: each adds its own variance of the mean."""
-    rng = np.random.default_rng(1)
-    groups = [rng.normal(0, 1, 400), rng.normal(5, 3, 100), rng.normal(-2, 0.5, 25)]
-    error = math.sqrt(sum(group.var() / len(group) for group in groups)) / 3
-    middle = np.mean([group.mean() for group in groups])
-    expected = (middle - 1.96 * error, middle + 1.96 * error)
-    assert bootstrap(groups) == pytest.approx(expected, abs=0.1 * error)
-    assert score_of(groups) == pytest.approx(middle)
-
-
-def test_bootstrap_of_a_paired_difference_is_that_of_the_differences() -> None:
-    rng = np.random.default_rng(2)
-    groups = [rng.normal(0, 1, (size, 2)) for size in (8, 30)]
-    of_differences = bootstrap([group[:, 0] - group[:, 1] for group in groups])
-    assert bootstrap(groups, of=lead) == pytest.approx(of_differences)
-
-
-def test_samples_of_one_unit_are_drawn_together() -> None:
-    """The same question asked three times tells no more than asked once."""
-    scores = [float(i % 3 == 0) for i in range(30)]
-    once = [({"group": ""}, [score]) for score in scores]
-    thrice = [
-        ({"group": place, "unit": str(i)}, [score])
-        for i, score in enumerate(scores)
-        for place in "abc"
-    ]
-    parts = [list(strata(records).values()) for records in (once, thrice)]
-    assert bootstrap(parts[0]) == pytest.approx(bootstrap(parts[1]))
-    assert score_of(parts[0]) == pytest.approx(score_of(parts[1])) == pytest.approx(1 / 3)
-    apart = strata((record | {"unit": ""}, values) for record, values in thrice)
-    low, high = bootstrap(list(apart.values()))
-    assert high - low < 0.7 * np.subtract(*bootstrap(parts[0])[::-1])
-
-
-def test_bootstrap_needs_two_values_of_every_group() -> None:
-    assert bootstrap([[1.0, 2.0], [3.0]]) is None and bootstrap([]) is None
-
-
-def test_bootstrap_interval_of_a_perplexity() -> None:
-    losses = [[1.0, 2.0] * 40]
-    low, high = bootstrap(losses)
-    assert bootstrap(losses, "exp") == pytest.approx((math.exp(low), math.exp(high)), rel=1e-4)
-
-
-def test_paired_differences_are_narrower_than_unpaired() -> None:
-    values = [float(i % 7) for i in range(60)]
-    pairs = [[(value + 0.5 + 0.1 * (i % 2), value) for i, value in enumerate(values)]]
-    low, high = bootstrap(pairs, of=lead)
-    assert 0.5 < low < 0.55 < high < 0.6
-
-
-def record(name: str, score: float, tokens: list[int], **fields: object) -> dict:
-    own = {"id": name, "status": "ok", "scores": {"s": score}, "tokens": tokens, "group": ""}
-    return own | {"prompt_sha256": name} | fields
-
-
-@pytest.mark.parametrize(("better", "wins"), [(True, 1), (False, 2)])
-def test_comparison_pairs_samples(better: bool, wins: int) -> None:
-    own = [
-        record("a", 1.0, [1, 2, 3, 4]),
-        record("b", 3.0, [9, 2]),
-        record("c", 1.0, [5]),
-        record("d", 9.0, [5], prompt_sha256="another"),
-        record("e", 9.0, [5]) | {"status": "oom"},
-        record("f", 2.0, [5]),
-    ]
-    full = [
-        record("a", 2.0, [1, 2, 9, 4, 5]),
-        record("b", 2.0, [1, 2]),
-        record("c", 3.0, [5]),
-        record("d", 1.0, [5]),
-        record("e", 1.0, [5]),
-        record("f", 2.0, [5]),
-    ]
-    summary = {"headline": "s", "statistic": "mean", "higher_is_better": better}
-    fidelity = {
-        name: {"kl_to_full": kl, "top1_to_full": 1.0} for name, kl in [("a", 0.2), ("b", 0.4)]
-    }
-    runs = [{r["id"]: r for r in run} for run in (own, full)]
-    found = compare(*runs, summary, fidelity)
-    assert (found["n"], found["wins"], found["ties"], found["losses"]) == (4, wins, 1, 3 - wins)
-    assert found["difference"] == pytest.approx(-0.5)
-    assert found["relative"] == pytest.approx(7 / 9)
-    assert found["agreement"] == pytest.approx((3 / 5 + 1 / 2 + 1 + 1) / 4)
-    assert found["prefix"] == pytest.approx((2 / 5 + 0 + 1 + 1) / 4)
-    assert found["kl_to_full"] == pytest.approx(0.3) and found["top1_to_full"] == 1
 
 
 def test_package_rouge_by_hand() -> None:
@@ -280,11 +230,6 @@ def test_empty_answers_score_zero(prediction: str) -> None:
 def test_long_answers_do_not_exhaust_the_stack() -> None:
     found = package_rouge("word " * 700, " ".join(f"w{i}" for i in range(1200)) + " word")
     assert found["pkg_rouge1"] > 0
-
-
-def test_chinese_is_a_word_to_one_package_and_nothing_to_the_other() -> None:
-    assert package_rouge("蜜蜂 跳舞", "蜜蜂 跳舞")["pkg_rougeL"] == pytest.approx(100)
-    assert rouge("蜜蜂 跳舞", "蜜蜂 跳舞")["rougeL"] == 0  # it knows letters and digits only
 
 
 def test_word_f1_ignores_case_articles_and_punctuation() -> None:

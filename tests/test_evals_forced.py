@@ -1,4 +1,4 @@
-"""Teacher-forced passes: text losses, and the comparison with the full cache."""
+"""Texts that are read, and answers that are compared with the full cache's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from baselines import FullPolicy, H2OPolicy, LocalPolicy, StreamingLLMPolicy
 from buzz import EvictionCache
-from evals.run.forced import compare_with_full, read, reading_steps
+from evals.run.forked import answer_together
+from evals.run.models import byte_tokenizer
+from evals.run.prompt import Prompt
+from evals.run.read import read, reading_steps
+from evals.tasks.base import Sample
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +49,21 @@ def test_reading_sees_only_what_the_cache_kept(model) -> None:
     assert losses[7 + 6 * layers :] == pytest.approx(changed[7 + 6 * layers :], abs=1e-5)
 
 
+def compared(model, ids: list[int], answer: list[int], policy) -> dict:
+    """A method on an answer, as a row beside the full cache."""
+    prompts = [Prompt(Sample("0", "", ()), ids, 0, False, len(answer))]
+    policies = [FullPolicy(), policy]
+    made = answer_together(
+        model, byte_tokenizer(), prompts, policies, {}, [None], [answer], own=False, kl=True
+    )
+    return made[0][1]
+
+
 def test_comparison_with_full_equals_two_plain_loops(model) -> None:
     policy = StreamingLLMPolicy(sink=2, window=10)
-    prompts = [prompt(30, seed=1)[0].tolist(), prompt(22, seed=2)[0].tolist()]
-    answers = [prompt(45, seed=3)[0].tolist(), prompt(9, seed=4)[0].tolist()]
-    found = compare_with_full(model, prompts, answers, policy, 0, {})
-    for ids, answer, fidelity in zip(prompts, answers, found, strict=True):
+    for tokens, new in ((30, 45), (22, 9)):
+        ids, answer = (prompt(n, seed=n)[0].tolist() for n in (tokens, new))
+        found = compared(model, ids, answer, policy)
         distributions = []
         for method in (FullPolicy(), policy):
             cache = EvictionCache(model, method)
@@ -63,17 +76,16 @@ def test_comparison_with_full_equals_two_plain_loops(model) -> None:
         full, own = distributions
         kl = kl_div(own, full, reduction="batchmean", log_target=True).item()
         same = (full.argmax(-1) == own.argmax(-1)).float().mean().item()
-        assert fidelity.kl_to_full == pytest.approx(kl, rel=1e-3) and kl > 0.01
-        assert fidelity.top1_to_full == pytest.approx(same)
+        assert found["kl_to_full"] == pytest.approx(kl, rel=1e-3) and kl > 0.01
+        assert found["top1_to_full"] == pytest.approx(same)
 
 
 def test_a_method_that_evicts_nothing_is_the_full_cache(model) -> None:
     ids, answer = prompt(20)[0].tolist(), prompt(40, seed=1)[0].tolist()
-    (found,) = compare_with_full(model, [ids], [answer], H2OPolicy(heavy=50, recent=50), 0, {})
-    assert found.kl_to_full == pytest.approx(0, abs=1e-5) and found.top1_to_full == 1
+    found = compared(model, ids, answer, H2OPolicy(heavy=50, recent=50))
+    assert found["kl_to_full"] == pytest.approx(0, abs=1e-5) and found["top1_to_full"] == 1
 
 
 def test_an_answer_of_one_token_has_nothing_to_compare(model) -> None:
-    ids = prompt(20)[0].tolist()
-    (found,) = compare_with_full(model, [ids], [[5]], LocalPolicy(window=4), 0, {})
-    assert found.kl_to_full is None and found.top1_to_full is None
+    found = compared(model, prompt(20)[0].tolist(), [5], LocalPolicy(window=4))
+    assert found["kl_to_full"] is None and found["top1_to_full"] is None

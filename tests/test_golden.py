@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from scripts import replay_traces, verify_logits
+from tools import replay_traces, verify_logits
 
 GOLDEN = Path(__file__).parent / "golden"
 

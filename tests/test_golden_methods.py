@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tools import make_golden_methods as golden
 
 from baselines import (
     A2SFPolicy,
@@ -39,7 +40,6 @@ from buzz import EvictionCache
 from buzz.entries import Entries
 from buzz.policy import Policy
 from buzz.rope import Rope
-from scripts import make_golden_methods as golden
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDS = json.loads((GOLDEN / "methods.json").read_text())

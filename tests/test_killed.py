@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -18,13 +19,13 @@ pytestmark = pytest.mark.slow
 
 RUN = ["run.py", *MODEL, *NEEDLE, "task.repeats=8", "budget=0.25", "output=out"]
 SWEEP = [RUN[0], "-m", *RUN[1:]]
-FORKED = ["+experiment=fidelity", "task=needle", "fidelity.budgets=[0.25,0.5]"]
+ALL = ["+experiment=fidelity", "task=needle", "hydra.sweeper.params.budget='0.25,0.5'"]
 COMMANDS = {
     "samples": [*RUN, "method=h2o"],
     "comparison": [*SWEEP, "method=full,buzz", "kl=true", "task.repeats=4"],
     "sweep": [*SWEEP, "method=full,h2o,buzz", "task.repeats=3"],
-    "fidelity": [*RUN[:-2], *FORKED, "output=out"],
-    "report": ["scripts/make_tables.py", "runs=../runs", "out=out"],
+    "one pass": [*SWEEP[:-2], *ALL, "output=out"],
+    "report": ["-m", "evals.report", "runs=../runs", "out=out"],
 }
 MEASURED = TIMES | MADE | {"environment", "seconds", "question_s", "context_peak_nbytes"}
 
@@ -33,7 +34,9 @@ def start(command: str, folder: Path) -> subprocess.Popen[str]:
     script, *rest = COMMANDS[command]
     folder.mkdir(exist_ok=True)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, str(ROOT / script), *rest], cwd=folder, **pipes)
+    program = [script] if script == "-m" else [str(ROOT / script)]
+    pipes["env"] = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *program, *rest], cwd=folder, **pipes)
 
 
 def numbers(folder: Path) -> dict[str, Any]:
@@ -41,14 +44,10 @@ def numbers(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted((folder / "out").rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name in ("samples.jsonl", "fidelity.jsonl", "forks.jsonl"):
+        if path.suffix == ".jsonl" and path.name != "jobs.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             last = {row["id"]: {k: row[k] for k in row.keys() - MEASURED} for row in rows}
             found[name] = list(last.values())
-        elif path.name == "summary.json":
-            summary = json.loads(path.read_text())
-            known = ("status", "n", "failed", "oom", "scores", "intervals", "kv_nbytes_mean")
-            found[name] = {key: summary[key] for key in known if key in summary}
         elif path.suffix in (".csv", ".md", ".tex"):
             found[name] = path.read_text()
     return found

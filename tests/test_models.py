@@ -13,8 +13,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig
 
+from baselines import FullPolicy
 from buzz.errors import ConfigError
-from evals.run import checkpoints, models
+from evals.run import checkpoints, models, read
 from evals.run.models import byte_tokenizer, check_model, complete_model, load_model
 from evals.run.weights import file_digest, folder_digest
 
@@ -90,6 +91,7 @@ def test_rope_model_passes_on_its_config_alone(tmp_path: Path):
     [
         (None, 2048),
         ({"rope_type": "linear", "factor": 4.0}, 8192),
+        ({"rope_type": "dynamic", "factor": 4.0}, 8192),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
         # as Llama 3.1, whose positions have the factor in them already
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
@@ -109,11 +111,27 @@ def test_context_is_what_config_json_says(tmp_path: Path, rope: dict | None, tok
     assert given["max_length"] == 100
 
 
+@pytest.mark.parametrize(
+    "positions, factor, tokens",
+    [
+        (4096, 4.0, 16_384),  # as before it was stretched: no model was trained on 1,024
+        (16_384, 4.0, 16_384),
+        (32_768, 8.0, 32_768),
+        (131_072, 32.0, 131_072),
+        (2048, 2.0, 4096),
+    ],
+)
+def test_a_linear_factor_counts_once(positions: int, factor: float, tokens: int):
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": 1e4}
+    config = LlamaConfig(max_position_embeddings=positions, rope_parameters=rope)
+    assert models.context_length(config) == tokens
+
+
 def test_a_folder_runs_without_its_context(main, checkpoint: Path):
     """And what ran is on file, with a number."""
     prompts = ["task=throughput", "task.lengths=[60]", "task.samples=1", "task.max_new_tokens=4"]
     assert main("model=hf", f"model.name_or_path={checkpoint}", *prompts, "method=full") == 0
-    (file,) = main.runs.glob("*/config.yaml")
+    (file,) = main.runs.glob("*/setting.yaml")
     assert yaml.safe_load(file.read_text())["model"]["max_length"] == 128
 
 
@@ -305,3 +323,71 @@ def test_broken_gguf_is_a_config_error_and_leaves_nothing(tmp_path: Path):
     with pytest.raises(ConfigError, match="model.name_or_path"):
         load_model(config("hf", name_or_path=str(tmp_path), gguf_file="m.gguf", max_length=128))
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+# --- RoPE that goes by length
+
+
+def stretched(tmp_path: Path, **rope: object) -> list[str]:
+    """The arguments of a model whose RoPE has other frequencies beyond 512 tokens."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        rope_parameters={"rope_theta": 1e4, **rope},
+    )
+    folder = tmp_path / str(rope["rope_type"])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    task = ["task.depths=50", "task.repeats=1", "task.max_new_tokens=8", "method=full"]
+    return ["model=hf", f"model.name_or_path={folder}", "model.name=stretched", *task]
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 8.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 8.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 512,
+}
+
+
+def test_a_text_is_read_as_if_none_had_been_before_it(tmp_path: Path) -> None:
+    _, folder, *_ = stretched(tmp_path, **DYNAMIC)
+    path = folder.partition("=")[2]
+    model, _ = load_model(config("hf", name_or_path=path, max_length=4096), "cpu")
+    ids = torch.randint(3, 259, (1201,), generator=torch.Generator().manual_seed(0)).tolist()
+    first, longer, again = (
+        read.read(model, ids[:tokens], FullPolicy(), tokens - 1, {})[1]
+        for tokens in (601, 1201, 601)
+    )
+    assert first == again and len(longer) == 1200
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE], ids=lambda rope: rope["rope_type"])
+def test_what_would_mix_texts_of_several_lengths_is_refused(
+    main, capsys, tmp_path: Path, rope: dict
+) -> None:
+    model = stretched(tmp_path, **rope)
+    asked = {"task.batch_size=2": "task.batch_size=2"}
+    if rope is DYNAMIC:
+        several = "compress=context task.variant=multikey task.questions=2"
+        asked |= {"method=h2o kl=true": "kl=True", several: "task.questions=2"}
+    capsys.readouterr()
+    for given, named in asked.items():
+        assert main(*model, "task.lengths=600", *given.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {named}") and str(rope["rope_type"]) in line
+    # Where no text is so long, all have the same frequencies.
+    short = "task.lengths=[300,350]", "model.max_length=512", "task.batch_size=2"
+    assert main(*model, *short) == 0

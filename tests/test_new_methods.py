@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import read, shown
 from tiny import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
-import evals.report.terminal
 from baselines import (
     A2SFPolicy,
     ChunkKVPolicy,
@@ -28,7 +28,6 @@ from baselines import (
     VATPPolicy,
 )
 from buzz import Budget, ConfigError, EvictionCache
-from evals.results.records import RunFolder
 from evals.run.faults import LengthMismatch
 from evals.run.lengths import Lengths
 from evals.run.models import byte_tokenizer
@@ -316,10 +315,8 @@ class TestKVzip:
         assert hash(told) == hash(dataclasses.replace(told, first=list(told.first)))
 
 
-def test_a_run_whose_layers_differ_ends_with_a_table(go, capsys) -> None:
+def test_a_run_whose_layers_differ_ends_with_a_table(go) -> None:
     """What is held is a mean over the layers then, and no whole number."""
-    folder = go("method=pyramid_kv", "budget=0.5", "model.num_hidden_layers=4")
-    peaks = [record["kv_entries_peak"] for record in RunFolder(folder).read().values()]
-    assert any(peak % 1 for peak in peaks)
-    evals.report.terminal.main([str(folder)])
-    assert f"/{max(peaks):.0f}" in capsys.readouterr().out
+    file = go("method=pyramid_kv", "budget=0.5", "model.num_hidden_layers=4")
+    peaks = [record["kv_entries_peak"] for record in read(file)]
+    assert any(peak % 1 for peak in peaks) and "pyramid_kv@0.5" in shown(file)

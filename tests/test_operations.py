@@ -6,10 +6,10 @@ import pytest
 import torch
 from methods import METHODS
 from tiny import SHAPE, from_config, prompt
+from tools.operations import Operations, operations
 from transformers import DynamicCache, LlamaConfig
 
 from buzz import EvictionCache
-from scripts.measure import Operations, operations
 
 # More than stock's operations, per layer and step.
 BARS = {

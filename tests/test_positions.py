@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import yaml
-from runs import MODEL
+from runs import MODEL, read
 
-import evals.run.forced
 import evals.run.generate
+import evals.run.read
 import scripts.show_kept
 from buzz import ConfigError, EvictionCache
-from evals.report.beside import Setting
-from evals.report.chosen import is_papers
-from evals.results.reading import read_runs
 from evals.run.config import check_config
 
 H2O = ["method=h2o", "method.heavy=20", "method.recent=20"]
@@ -29,32 +23,21 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[EvictionCache]:
         caches.append(EvictionCache(*args, **kwargs))
         return caches[-1]
 
-    for module in (evals.run.generate, evals.run.forced, scripts.show_kept):
+    for module in (evals.run.generate, evals.run.read, scripts.show_kept):
         monkeypatch.setattr(module, "EvictionCache", make)
     return caches
 
 
 def test_they_reach_the_cache_and_are_recorded(go, made) -> None:
-    plain, moved = go(*H2O, "kl=false"), made[:]
+    plain, moved = go(*H2O), made[:]
     made.clear()
     true = go(*H2O, "cache.positions=true")
     assert {cache.positions for cache in moved} == {"cache"}
-    assert {cache.positions for cache in made} == {"true"}
-    assert plain != true
-    for folder, name in ((plain, "cache"), (true, "true")):
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
-        assert config["cache"]["positions"] == summary["cache"]["positions"] == name
-    (setting,) = Setting.of([plain, true])
-    assert setting.names == ["h2o positions=cache", "h2o positions=true"]
-
-
-def test_a_comparison_with_the_full_cache_is_at_the_same_positions(go, made) -> None:
-    go("method=full")
-    made.clear()
-    go(*H2O, "kl=true", "cache.positions=true")
-    by_method = {(cache.policy.name, cache.positions) for cache in made}
-    assert by_method == {("h2o", "true"), ("full", "cache")}  # the latter moves nothing
+    assert {cache.positions for cache in made if cache.policy.name == "h2o"} == {"true"}
+    names = [file.name.removeprefix("h2o,heavy=20,recent=20") for file in (plain, true)]
+    assert names == [".jsonl", ",positions=true.jsonl"] and plain.parent == true.parent
+    for file, name in ((plain, "cache"), (true, "true")):
+        assert {record["cache"]["positions"] for record in read(file)} == {name}
 
 
 def test_quotes_make_no_difference(go) -> None:
@@ -77,28 +60,6 @@ def test_a_configuration_that_lacks_them_is_refused(go) -> None:
 def test_they_are_checked_with_the_other_settings() -> None:
     with pytest.raises(ConfigError, match="is missing"):
         check_config({"cache": {"positions": True}})
-
-
-def test_runs_of_before_were_at_cache_positions(go) -> None:
-    """They had no such setting: they stand beside new ones, and nothing tells them apart."""
-    old, new = go(*H2O), go(*H2O, "seed=1")
-    for name in ("config.yaml", "summary.json"):
-        content = yaml.safe_load((old / name).read_text())
-        del content["cache"]["positions"]
-        (old / name).write_text(json.dumps(content))
-    (before,) = (run for run in read_runs(old.parent) if run.config["seed"] == 0)
-    (after,) = (run for run in read_runs(new.parent) if run.config["seed"] == 1)
-    assert before.parameters == after.parameters
-    other = go(*H2O, "cache.positions=true")
-    (setting,) = Setting.of([old, other])
-    assert setting.names == ["h2o positions=cache", "h2o positions=true"]
-
-
-@pytest.mark.parametrize(("value", "papers"), [("cache", True), ("true", False)])
-def test_the_papers_buzz_is_at_cache_positions(go, value, papers) -> None:
-    folder = go("method=buzz", f"cache.positions={value}")
-    (run,) = read_runs(folder.parent)
-    assert is_papers(run) == papers
 
 
 @pytest.mark.parametrize("method", ["streaming_llm", "full"])

@@ -9,22 +9,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from report_runs import Reader, write_run
+from report_runs import Reader, write_row
 from runs import MODEL, NEEDLE, ROOT
 
 import evals.run.runner
 from buzz import ConfigError
+from evals.report.__main__ import main
 from evals.run.models import load_model
-from scripts import make_tables
 
-PACKAGES = ("buzz", "baselines", "evals", "scripts")
+PACKAGES = ("buzz", "baselines", "evals", "scripts", "tests/tools")
 SOURCES = [ROOT / "run.py", *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
 # Runs other methods' own code, from clones at named commits: that is what it is for.
-SOURCES.remove(ROOT / "scripts/make_golden_methods.py")
+SOURCES.remove(ROOT / "tests/tools/make_golden_methods.py")
 
 
 def dangers(source: str) -> Iterator[str]:
@@ -53,11 +54,11 @@ def dangers(source: str) -> Iterator[str]:
 
 
 def safe(loader: str | None) -> bool:
-    from evals.results import reading
+    from evals.results import folder
     from evals.tasks import definitions
 
     known = {"yaml.SafeLoader": yaml.SafeLoader, "_Loader": definitions._Loader}
-    found = (known | {"LOADER": reading.LOADER}).get(loader or "", yaml.UnsafeLoader)
+    found = (known | {"LOADER": folder.LOADER}).get(loader or "", yaml.UnsafeLoader)
     plain, full = yaml.constructor.SafeConstructor, yaml.constructor.FullConstructor
     return issubclass(found, plain) and not issubclass(found, full)
 
@@ -176,19 +177,14 @@ def test_no_key_is_written_anywhere(tmp_path: Path, monkeypatch) -> None:
 
 def test_the_report_escapes_all_that_runs_say(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
-    write_run(
-        tmp_path / "runs",
-        "full",
-        "full",
-        [1.0, 0.0],
-        task="needle",
-        group=evil,
-        prediction=evil,
-        model={"name": evil, "name_or_path": evil},
-    )
-    samples = tmp_path / "runs/full/samples.jsonl"
-    samples.write_text(samples.read_text().replace('"expected"', json.dumps(evil)))
-    assert make_tables.main([f"runs={tmp_path}/runs", f"out={tmp_path}"]) == 0
+    model = {"name": evil, "name_or_path": evil}
+    where = {"task": "needle", "groups": evil, "prediction": evil, "model": model, "setting": "s"}
+
+    def expected(record: dict[str, Any]) -> None:
+        record["references"] = [evil]
+
+    write_row(tmp_path / "runs", "full", [1.0, 0.0], edit=expected, lengths=[1], **where)
+    assert main([f"runs={tmp_path}/runs", f"out={tmp_path}"]) == 0
     page = (tmp_path / "report.html").read_text()
     report = Reader(page)
     assert evil in report.text

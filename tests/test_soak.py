@@ -1,12 +1,12 @@
-"""A short soak; the long one is `python scripts/soak.py`."""
+"""A short soak; the long one is `python tests/tools/soak.py`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tools import soak
 
 from buzz import EvictionCache
-from scripts import soak
 
 
 @pytest.mark.parametrize(

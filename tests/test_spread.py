@@ -1,30 +1,24 @@
-"""The same digits in one cell, in neighbouring cells, over the prompt; and what is kept of them."""
+"""The same facts told in one cell, in neighbouring cells and over the prompt."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from runs import ROOT
-from tiny import prompt, tiny
 
-from baselines import StreamingLLMPolicy
-from buzz import BuzzStridedPolicy, ConfigError, EvictionCache
+from buzz import ConfigError
+from evals.report.embedded_figures import draw_spread
+from evals.results.frame import load
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
 from evals.tasks.needle import Needle
 from evals.tasks.ruler import Ruler
 from evals.tasks.types import SPREADS
-from scripts import spread as script
 
 TOKENIZER = byte_tokenizer()
-
-
-def facts(first: int) -> list[list[int]]:
-    """Five of a token each, side by side."""
-    return [[first + i] for i in range(5)]
 
 
 def needle(spread: str | None) -> Needle:
@@ -35,7 +29,8 @@ def needle(spread: str | None) -> Needle:
 def test_digits_stand_where_they_are_said_to(spread: str) -> None:
     (sample,) = needle(spread).load(TOKENIZER)
     (key,) = sample.references
-    places = [place for (place,) in script.fact_tokens(sample.prompt, TOKENIZER, "needle")]
+    told = re.compile(r"pass key is (\d)(?:\.|(\d)(\d)(\d)(\d))").finditer(sample.prompt)
+    places = [one.start(i) for one in told for i in range(1, 6) if one[i]]
     assert "".join(sample.prompt[place] for place in places) == key
     gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
     sentence = len("The second digit of the pass key is 7. ")
@@ -61,19 +56,12 @@ def test_spread_is_of_a_single_passkey() -> None:
         task.check()
 
 
-def test_of_five_digits_in_one_cell_one_is_kept() -> None:
-    model, ids = tiny(), prompt(80)
-    cache = EvictionCache(model, BuzzStridedPolicy(sink=2, window=10, stride=5, threshold=24))
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-    assert script.kept(cache, facts(20)) == (1.0, 0.0)
-    cache = EvictionCache(model, StreamingLLMPolicy(sink=2, window=10))
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-    assert script.kept(cache, facts(70)) == (5.0, 1.0)
-    assert script.kept(cache, facts(68)) == (3.0, 0.0)
-    # Of facts of several tokens, parts: three whole ones and a half, then five in part.
-    assert script.kept(cache, [[66, 67], [69, 70], [71], [72], [73]]) == (3.5, 0.0)
+def test_a_passkey_may_be_answered_digit_by_digit() -> None:
+    task = needle("prompt")
+    (sample,) = task.load(TOKENIZER)
+    said = {"prediction": f"It is {', '.join(sample.references[0])}."}
+    assert task.score(sample, said) == {"accuracy": 1}
+    assert needle(None).score(sample, said) == {"accuracy": 0}
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +87,7 @@ def test_assignments_stand_where_they_are_said_to(tokenizer, spread: str) -> Non
         names = after.references
         assert names == before.references and after.question == before.question
         assert sorted(after.prompt) == sorted(before.prompt)  # nothing lost, nothing new
-        ids = tokenizer(after.prompt, add_special_tokens=False)["input_ids"]
-        found = script.fact_tokens(after.prompt, tokenizer, "vt")
-        assert [tokenizer.decode([ids[i] for i in one]).strip() for one in found] == [*names]
+        assert re.findall(r"VAR ([A-Z]{5}) =", after.prompt) == [*names]
         places = [after.prompt.index(name) for name in names]
         assert places[0] == before.prompt.index(names[0])  # the first stays
         between = [after.prompt[place:end].count(".") for place, end in itertools.pairwise(places)]
@@ -125,11 +111,12 @@ def test_both_tasks_in_one_figure(tmp_path: Path) -> None:
     rows = [
         {"task": task, "sample": f"{task}{spread}", "spread": spread, "method": method}
         | {"budget": 0.25, "kept": 1, "whole": 0, "kl": 0.5, "accuracy": 0.2 * (method == "full")}
-        for task in script.TASKS
+        for task in ("needle", "vt")
         for spread in SPREADS
         for method in ("full", "buzz")
     ]
-    figure = script.draw(pd.DataFrame(rows), tmp_path / "spread.png")
+    pd.DataFrame(rows).to_csv(tmp_path / "spread.csv", index=False)
+    figure = draw_spread(load(tmp_path), tmp_path / "spread.png")
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 8 and titles[1] == "vt: names of a chain kept, of 5"
     assert [len(axis.lines) for axis in figure.axes] == [2, 2, 2, 2, 1, 1, 2, 2]  # full has no KL
