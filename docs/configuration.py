@@ -1,11 +1,15 @@
-"""Writes the tables of docs/configuration.md from configs/: python docs/configuration.py
+"""Writes the tables of docs/configuration.md: python docs/configuration.py
 
 What follows a line `<!-- configs FOLDER -->` becomes a table of each YAML file there, its comments
-the descriptions; a file that sets others' settings is shown as it is.
+the descriptions; a file that sets others' settings is shown as it is. `<!-- configs methods -->` is
+a table of each method's parameters, described by its docstring.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +17,15 @@ from typing import Any
 
 import yaml
 
+import baselines  # noqa: F401  (registers its methods)
+from buzz import POLICIES, Policy
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 GLOBAL = "@package _global_"  # what such a file begins with
 PLACE = re.compile(r"^(<!-- configs (\S+) -->)\n.*?(<!-- /configs -->)$", re.MULTILINE | re.DOTALL)
+HEADS = ["| setting | default | |", "| --- | --- | --- |"]
+ARGUMENT = re.compile(r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)  # of a docstring
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?: (?P<value>[^#]*?))?(?:\s+# (?P<note>.*))?$")
 
 
@@ -38,7 +47,7 @@ def section(file: Path) -> str:
     if GLOBAL in lines:
         parts.append(f"```yaml\n{body}```")
     elif rows := list(settings(text)):
-        parts.append("\n".join(["| setting | default | |", "| --- | --- | --- |", *rows]))
+        parts.append("\n".join([*HEADS, *rows]))
     return "\n\n".join([f"### {file.stem}", *filter(None, parts)]) if any(parts) else ""
 
 
@@ -56,6 +65,37 @@ def settings(text: str) -> Iterator[str]:
             yield f"| `{name}` | `{match['value']}` | {note} |"
 
 
+def methods() -> str:
+    """A section for each method."""
+    return "\n\n".join(parameters(name, POLICIES[name]) for name in sorted(POLICIES))
+
+
+def parameters(name: str, method: type[Policy]) -> str:
+    summary = inspect.cleandoc(method.__doc__ or "").partition("\n\n")[0]
+    parts, notes = [f"### {name}", in_markdown(summary)], meanings(method)
+    rows = [
+        f"| `{field}` | `{value if isinstance(value, str) else json.dumps(value)}` |"
+        f" {notes.get(field, '')} |"
+        for field, value in dataclasses.asdict(method()).items()
+    ]
+    return "\n\n".join([*parts, *(["\n".join([*HEADS, *rows])] if rows else [])])
+
+
+def meanings(method: type[Policy]) -> dict[str, str]:
+    """What docstrings say of the parameters: the method's own, else those of what it builds on."""
+    found: dict[str, str] = {}
+    for cls in reversed(method.__mro__):
+        _, _, arguments = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")
+        for names, text in ARGUMENT.findall(arguments):
+            found |= dict.fromkeys(names.split(", "), in_markdown(text).removesuffix("."))
+    return found
+
+
+def in_markdown(text: str) -> str:
+    """A paragraph of a docstring on one line."""
+    return " ".join(text.split()).replace("``", "`").replace("|", "\\|")
+
+
 def dotted(node: dict[str, Any], above: str = "") -> Iterator[str]:
     for key, value in node.items():
         if isinstance(value, dict):
@@ -66,7 +106,12 @@ def dotted(node: dict[str, Any], above: str = "") -> Iterator[str]:
 
 def written(page: str) -> str:
     """The page with the settings of now."""
-    return PLACE.sub(lambda match: f"{match[1]}\n\n{configs(ROOT / match[2])}\n\n{match[3]}", page)
+
+    def tables(place: re.Match[str]) -> str:
+        made = methods() if place[2] == "methods" else configs(ROOT / place[2])
+        return f"{place[1]}\n\n{made}\n\n{place[3]}"
+
+    return PLACE.sub(tables, page)
 
 
 if __name__ == "__main__":
