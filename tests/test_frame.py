@@ -286,3 +286,12 @@ def test_committed_samples_are_beside_records(tmp_path: Path) -> None:
     assert {"xsum"} == set(rows.task) and rows.setting.nunique() == 2
     assert all(isinstance(seed, int | np.integer) for seed in load(EMBEDDED / "quality").seed)
     assert json.dumps(yaml.safe_load(json.dumps(list(rows.budget.dropna().unique())))) == "[0.4]"
+
+
+def test_folders_of_an_earlier_version_are_left_out_by_name(tmp_path: Path) -> None:
+    write_row(tmp_path, "h2o", [1.0])
+    old = tmp_path / "needle-h2o-1234"
+    old.mkdir()
+    (old / "samples.jsonl").write_text("{}\n")
+    (told,) = load(tmp_path).attrs["left_out"]
+    assert told.startswith(f"{old}: a run folder of version 0.2")

@@ -1,1 +1,1 @@
-"""From run folders to tables, figures, verdicts and one HTML page. Reads records, never models."""
+"""From records to tables, figures, verdicts and one HTML page. Reads records, never models."""

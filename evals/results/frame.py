@@ -75,7 +75,11 @@ def load(*roots: str | Path) -> pd.DataFrame:
     stored: list[pd.DataFrame] = []
     left_out: list[str] = []
     for root in dict.fromkeys(map(Path, roots)):
-        for path in sorted(file.parent for file in root.rglob("setting.yaml")):
+        folders = [
+            *root.rglob("setting.yaml"),
+            *root.rglob("samples.jsonl"),
+        ]  # version 0.2 had these
+        for path in sorted({file.parent for file in folders}):
             try:
                 rows += _rows(SettingFolder(path), left_out)
             except (ConfigError, OSError) as error:

@@ -63,7 +63,7 @@ class Task(ABC):
     """Data, prompts and scores. Subclasses are dataclasses whose fields are the YAML's keys.
 
     Attributes:
-        name: the task's name in run folders and tables.
+        name: the task's name in folders and tables.
         samples: at most so many samples are run; None for all.
         shard: "0/8" runs every eighth of them from the first on; the report puts shards together.
         max_new_tokens: longest answer; None, where a task allows it: samples bring their own.
