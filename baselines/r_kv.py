@@ -11,7 +11,7 @@ from baselines.snapkv_every import SnapKVEveryPolicy
 from buzz.entries import Entries
 from buzz.policy import register
 
-BLOCK = 256  # rows of the similarity matrix that exist at one time
+BLOCK = 512  # keys that are compared with as many others at one time
 
 
 @register()
@@ -43,17 +43,25 @@ def redundancy(keys: Tensor, similar: float) -> Tensor:
     """How much each key is like all others, as a share that sums to 1: [rows, kv_heads, held].
 
     For each key, the newest one that is alike does not count, or the first if none is, as in the
-    original. Blocks of rows: memory is O(BLOCK * held).
+    original. That one is looked for from the newest key back, in blocks: memory is O(held), and
+    time too where keys are alike, as those of most heads are.
     """
     keys = keys.float()
     directions = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
     held = keys.shape[2]
     places = torch.arange(held, device=keys.device)
-    total = torch.zeros(keys.shape[:3], device=keys.device)
+    newest = places.new_zeros(keys.shape[:3])
     for low in range(0, held, BLOCK):
-        cosines = directions[:, :, low : low + BLOCK] @ directions.mT
-        own = places[low : low + BLOCK, None] == places
-        cosines.masked_fill_(own, 0)
-        newest = torch.where(cosines > similar, places, 0).amax(-1, keepdim=True)
-        total += cosines.scatter_(-1, newest, 0).sum(2)
-    return (total / held).softmax(-1)
+        own, found = places[low : low + BLOCK, None], newest[:, :, low : low + BLOCK]
+        for end in range(held, 0, -BLOCK):
+            others = slice(max(0, end - BLOCK), end)
+            cosines = directions[:, :, low : low + BLOCK] @ directions[:, :, others].mT
+            alike = (cosines > similar) & (own != places[others])
+            found.copy_(found.maximum(torch.where(alike, places[others], 0).amax(-1)))
+            if end > BLOCK and keys.device.type == "cpu" and found.all():
+                break  # on a GPU to ask would be to wait
+    uncounted = (directions * directions.gather(2, newest[..., None].expand_as(keys))).sum(-1)
+    uncounted = uncounted.where(newest != places, 0)
+    itself = directions.square().sum(-1)
+    total = (directions * directions.sum(2, keepdim=True)).sum(-1) - itself
+    return (total.scatter_add_(-1, newest, -uncounted) / held).softmax(-1)
