@@ -16,6 +16,10 @@ from buzz.store import Store
 Rows = slice | Tensor  # an index into the batch
 
 
+class SeveralLayers(Exception):
+    """A method asks which layer this is, and it is several: it must look at each by itself."""
+
+
 class Entries:
     """The entries of rows that hold equally many in one layer, just before an eviction.
 
@@ -25,7 +29,6 @@ class Entries:
     Attributes:
         held: entries of a row.
         seen: tokens of a row so far; int64 [rows, 1, 1] where rows differ in it.
-        layer: index of the layer among those that evict.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Entries:
         uncut: int = 0,
         rotation: Rope | None = None,
         position: int = 0,
-        layer: int = 0,
+        layer: int | None = 0,
         module: nn.Module | None = None,
     ) -> None:
         """Of `rows` of the layer's `store`.
@@ -50,11 +53,12 @@ class Entries:
             uncut: tokens that came since the last eviction.
             rotation: what the model rotates queries by.
             position: of the next token.
+            layer, module: the layer's; None if the rows are of several layers.
         """
         self._received = received
         self.held = held
         self.seen = seen
-        self.layer = layer
+        self._layer = layer
         self._store = store
         self._rows = rows
         self._log = log
@@ -62,6 +66,13 @@ class Entries:
         self._rotation = rotation
         self._position = position
         self._module = module
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer among those that evict."""
+        if self._layer is None:
+            raise SeveralLayers
+        return self._layer
 
     @property
     def received(self) -> Tensor:
@@ -124,6 +135,8 @@ class Entries:
     @property
     def output_projection(self) -> Tensor:
         """What the layer's W_o does to each head's output: [heads, head_dim, hidden]."""
+        if self._layer is None:
+            raise SeveralLayers
         weight = adapter.output_projection(self._module)
         return weight.mT.unflatten(0, (-1, self.values.shape[-1]))
 

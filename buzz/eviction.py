@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from buzz import kernels
-from buzz.entries import Entries, Rows
+from buzz.entries import Rows
 from buzz.inputs import on
 from buzz.policy import Policy
 from buzz.rope import Rope
@@ -94,7 +94,7 @@ def evict(
     after: Sequence[Lengths],
     policy: Policy,
     rope: Rope,
-    look: Callable[[Group, Rows], Entries],
+    score: Callable[[Group, Rows], Tensor | None],
     later: list[kernels.Move] | None = None,
 ) -> tuple[Store, Store | None]:
     """Thin every group to what `after` says.
@@ -103,7 +103,7 @@ def evict(
         idle: buffers that may be used again.
         after: what :func:`plan` returned.
         rope: how the layer rotates its keys.
-        look: what the policy may look at, of a group and its rows.
+        score: what the policy ranks the entries of a group by, in these rows of the store.
         later: takes moves that may wait, so that those of several caches are one call.
 
     Returns:
@@ -126,7 +126,7 @@ def evict(
             rows: Rows = slice(None) if group.rows == every else on(store.device, group.rows)
             tail = min(policy.protected, kept)
             if kept < group.held:
-                scores = policy.score(look(group, rows))
+                scores = score(group, rows)
                 with _default(store.device):
                     chosen = policy.select(group.held, group.state, scores)
                 chosen = chosen.to(store.device, non_blocking=True)

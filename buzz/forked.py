@@ -11,8 +11,9 @@ of them, of a row for each prompt and later for each method.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ from buzz import kernels, repetition
 from buzz.adapter import SelfAttending
 from buzz.attention import Shared
 from buzz.cache import EvictionCache
+from buzz.entries import SeveralLayers
 from buzz.errors import ConfigError
+from buzz.eviction import Group
 from buzz.inputs import check_mask, hides_more, padding_of
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
+from buzz.queries import QueryLog
+from buzz.store import Store
 
 
 @dataclass
@@ -37,15 +42,153 @@ class Rows:
         prompts: of each fork, the index of its prompt.
         padding: of each prompt.
         forked: whether a step has a row for each fork, and not for each prompt.
+        stacks: what holds the forks' entries while they decode token by token.
+        seats: of each layer that evicts, by its index: for each fork its stack, and where in that.
     """
 
     prompts: list[int]
     padding: list[int]
     forked: bool = False
+    stacks: list[Stack] = field(default_factory=list)
+    seats: dict[int, list[tuple[Stack, int]]] = field(default_factory=dict)
 
     def of_step(self) -> list[int]:
         """The prompt of each row of a step."""
         return self.prompts if self.forked else list(range(len(self.padding)))
+
+    def stack(self, forks: Sequence[EvictionCache]) -> None:
+        """Join each fork's layers that hold alike, unless they are."""
+        if self.stacks:
+            return
+        for fork in forks:
+            alike: dict[Any, list[int]] = {}
+            for index, layer in enumerate(fork.layers):
+                if isinstance(layer, EvictionLayer):
+                    assert layer.store is not None
+                    shapes = layer.store.keys.shape[1::2], layer.store.values.shape[3]
+                    kind = layer.policy, id(layer.rope), id(layer.rotation), shapes
+                    alike.setdefault(kind, []).append(index)
+            for indices in alike.values():
+                stack = Stack([fork.layers[index] for index in indices])
+                self.stacks.append(stack)
+                for number, index in enumerate(indices):
+                    self.seats.setdefault(index, []).append((stack, number))
+
+    def part(self) -> None:
+        """Have every layer go on by itself."""
+        for stack in self.stacks:
+            stack.part()
+        self.stacks, self.seats = [], {}
+
+
+class Stack(EvictionLayer):
+    """Layers of one fork as rows of one, so that a token's evictions in all of them are one.
+
+    A policy's lengths come from lengths alone, so they hold equally many entries at any time. The
+    layers go on telling what they hold, in views of these buffers.
+
+    Args:
+        layers: of one fork, under one policy, which rotate alike.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        lead = layers[0]
+        super().__init__(lead.policy, lead.rope, lead.index, rotation=lead.rotation)
+        self.layers = layers
+        self.hold_until = lead.hold_until
+        self.awaits_repetition = False
+        self.cumulative_length = lead.cumulative_length
+        self.lazy_initialization(lead.store.keys, lead.store.values)
+        each = [layer.groups[0] for layer in layers]
+        group = replace(each[0], rows=list(range(len(layers))))
+        if group.source is not None:
+            group.source = torch.cat([one.source for one in each])
+            group.source_positions = torch.cat([one.source_positions for one in each])
+        self.groups = [group]
+        self.log = QueryLog.stacked([layer.log for layer in layers])
+        held = [[layer.view(one) for one in layer.store.tensors()] for layer in layers]
+        self.store = Store.stacked(held)
+        self.told = each[0]  # the group of every layer
+        self.lent: list[Tensor] = []  # the buffers that the layers have views of
+        self.sees_layers = False  # whether the policy asks which layer it looks at
+        self.places: list[tuple[int, ...]] = []  # of a token, by layer: see `kernels.step_rows`
+        self.queries: list[Tensor] = []  # of a token, from the layers that it has passed
+        for layer in layers:
+            layer.groups, layer.idle = [self.told], None
+        self.tell()
+
+    def begin(self) -> None:
+        """Make room for a token, and say where it goes in each layer."""
+        self.make_room()
+        store, group = self.store, self.groups[0]
+        assert store is not None
+        self.received, self.queries = self.scores_of_step(), []
+        bounds = store.end - group.held, store.end + 1, group.seen
+        rest = store.capacity, *bounds, self.received is store.scores
+        buffers = store.keys, store.values, store.positions, self.received
+        at = [0 if one is None else one.data_ptr() for one in buffers]
+        step = [0 if one is None else one.stride(0) * one.element_size() for one in buffers]
+        self.places = [
+            (*(first + number * size for first, size in zip(at, step, strict=True)), *rest)
+            for number in range(len(self.layers))
+        ]
+
+    def hear(self, query: Tensor, scale: float) -> None:
+        """Take a layer's query [1, heads, 1, head_dim] of the token, if the policy asks for any."""
+        if self.policy.queries or self.policy.moments_from is not None:
+            self.queries.append(query.float() * scale)
+
+    def end(self, moves: list[kernels.Move]) -> None:
+        """Count the token, and evict; moves of entries are left to the caller."""
+        self.take_in(self.received, torch.cat(self.queries) if self.queries else None, 1.0, moves)
+        self.tell()
+
+    def tell(self) -> None:
+        """Let the layers tell what they hold."""
+        store, group, told = self.store, self.groups[0], self.told
+        assert store is not None
+        told.seen, told.held, told.state = group.seen, group.held, group.state
+        told.evictions, told.cut = group.evictions, group.cut
+        buffers, lead = store.tensors(), self.layers[0]
+        if len(buffers) != len(self.lent) or any(map(operator.is_not, buffers, self.lent)):
+            self.lent = buffers
+            for number, layer in enumerate(self.layers):
+                layer.store = store.row(number)
+        for layer in self.layers:
+            layer.store.end = store.end
+        first = slice(0, 1)  # what the lead has is what each has
+        lead.log = self.log.select_rows(first)
+        lead.scratch = None if self.scratch is None else self.scratch[first]
+        if group.source is not None and group.source_positions is not None:
+            told.source, told.source_positions = group.source[first], group.source_positions[first]
+
+    def part(self) -> None:
+        """Have the layers go on by themselves."""
+        (group,) = self.groups
+        for number, layer in enumerate(self.layers):
+            own = slice(number, number + 1)
+            alone = replace(self.told)
+            if group.source is not None and group.source_positions is not None:
+                alone.source, alone.source_positions = (
+                    group.source[own],
+                    group.source_positions[own],
+                )
+            layer.groups, layer.log, layer.scratch = [alone], self.log.select_rows(own), None
+
+    def _score(
+        self, scores: Tensor | None, start: int, group: Group, rows: slice | Tensor
+    ) -> Tensor | None:
+        if not self.sees_layers:
+            try:
+                return self.policy.score(self._look(scores, start, group, rows, None))
+            except SeveralLayers:
+                self.sees_layers = True
+        found = [
+            self.policy.score(self._look(scores, start, group, slice(row, row + 1), layer))
+            for row, layer in enumerate(self.layers)
+        ]
+        ranked = [one for one in found if one is not None]
+        return torch.cat(ranked) if ranked else None
 
 
 class ForkedLayer(SelfAttending):
@@ -63,6 +206,10 @@ class ForkedLayer(SelfAttending):
     ) -> None:
         super().__init__()
         self.forks = forks
+        self.index = index
+        evicting = forks[0].evicting
+        self.is_first = forks[0].layers[index] is evicting[0]
+        self.is_last = forks[0].layers[index] is evicting[-1]
         self.layers: list[Any] = [fork.layers[index] for fork in forks]
         self.rows = rows
         self.cumulative_length = seen
@@ -98,6 +245,7 @@ class ForkedLayer(SelfAttending):
         if query.shape[2] == 1 and backend == "sdpa" and self._in_one_call(query, kwargs):
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             return self._token(query, key, value, scale)
+        self.rows.part()
         outputs = []
         for row, (fork, layer) in enumerate(zip(self.forks, self.layers, strict=True)):
             own = slice(row, row + 1)
@@ -151,21 +299,23 @@ class ForkedLayer(SelfAttending):
         )
 
     def _token(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """One token of each row."""
-        rows, scores = [], []
-        for layer in self.layers:
-            layer.make_room()
-            store, group, received = layer.store, layer.groups[0], layer.scores_of_step()
-            scores.append(received)
-            address = 0 if received is None else received.data_ptr()
-            bounds = store.end - group.held, store.end + 1, group.seen
-            adds = received is store.scores
-            rows.append((*store.addresses(), address, store.capacity, *bounds, adds))
-        output = kernels.step_rows(query, key, value, rows, scale)
-        moves: list[kernels.Move] = []
-        for row, (layer, received) in enumerate(zip(self.layers, scores, strict=True)):
-            layer.take_in(received, query[row : row + 1], scale, moves)
-        kernels.move_all(moves)
+        """One token of each row, which is evicted from when the last layer has seen it."""
+        if self.is_first:
+            self.rows.stack(self.forks)
+            for stack in self.rows.stacks:
+                stack.begin()
+        seats = self.rows.seats[self.index]
+        places = [stack.places[number] for stack, number in seats]
+        output = kernels.step_rows(query, key, value, places, scale)
+        for row, (stack, _) in enumerate(seats):
+            stack.hear(query[row : row + 1], scale)
+        if self.is_last:
+            moves: list[kernels.Move] = []
+            for stack in self.rows.stacks:
+                stack.end(moves)
+            kernels.move_all(moves)
+        for layer in self.layers:  # only now, so that a step that broke off is found out
+            layer.cumulative_length += 1
         return output.transpose(1, 2)
 
 
@@ -239,6 +389,7 @@ class ForkedCache(EvictionCache):
     @hold_until.setter
     def hold_until(self, tokens: int) -> None:
         self.forks[0].hold_until = tokens  # raises
+        self._rows.part()
         self._hold_until = tokens
         for fork, prompt in zip(self.forks, self._rows.prompts, strict=True):
             fork.hold_until = max(0, tokens - self._rows.padding[prompt])
@@ -340,6 +491,7 @@ class ForkedCache(EvictionCache):
         if not self._is_read:
             raise RuntimeError("rows can be dropped once their prompts have been read")
         self._fork()
+        self._rows.part()
         self.forks = [self.forks[row] for row in rows]
         self._rows.prompts = [self._rows.prompts[row] for row in rows]
         for layer in self._with_window():
@@ -347,13 +499,15 @@ class ForkedCache(EvictionCache):
         self._join(self.get_seq_length())
 
     def copy(self) -> ForkedCache:
+        self._rows.part()
         other = copy.copy(self)
         other.forks = [fork.copy() for fork in self.forks]
-        other._rows = replace(self._rows)  # whose lists are never changed in place
+        other._rows = replace(self._rows, stacks=[], seats={})  # other lists do not change
         other._join(self.get_seq_length())
         return other
 
     def reset(self) -> None:
+        self._rows.part()
         for fork in self.forks:
             fork.reset()
         self._rows.forked = False

@@ -386,9 +386,9 @@ class EvictionLayer(CacheLayerMixin):
         after = self._plan()
         if after is not None:
             assert self.store is not None
-            look = partial(self._look, scores, self.start)
+            score = partial(self._score, scores, self.start)
             self.store, self.idle = evict(
-                self.store, self.idle, self.groups, after, self.policy, self.rope, look, later
+                self.store, self.idle, self.groups, after, self.policy, self.rope, score, later
             )
 
     # --- a step of one call, see buzz.compiled and buzz.forked --------------------------------
@@ -446,11 +446,27 @@ class EvictionLayer(CacheLayerMixin):
     def _plan(self) -> list[Lengths] | None:
         return None if self.holds_back else plan(self.policy, self.groups)
 
-    def _look(self, scores: Tensor | None, start: int, group: Group, rows: Rows) -> Entries:
-        """What the policy may look at of a group.
+    def _score(self, scores: Tensor | None, start: int, group: Group, rows: Rows) -> Tensor | None:
+        """What the policy ranks the entries of a group by: float32 [rows, kv_heads, held].
 
         Args:
             scores: float32 [batch, kv_heads, longest row], from slot `start` on.
+        """
+        return self.policy.score(self._look(scores, start, group, rows, self))
+
+    def _look(
+        self,
+        scores: Tensor | None,
+        start: int,
+        group: Group,
+        rows: Rows,
+        of: EvictionLayer | None,
+    ) -> Entries:
+        """What the policy may look at of a group.
+
+        Args:
+            scores, start: as of :meth:`_score`.
+            of: the rows' layer; None where they are of several.
         """
         store = self.store
         seen: int | Tensor = group.seen
@@ -473,8 +489,8 @@ class EvictionLayer(CacheLayerMixin):
             uncut=group.seen - group.cut,
             rotation=self.rotation,
             position=group.first_position + group.seen,
-            layer=self.index,
-            module=None if self.module is None else self.module(),
+            layer=None if of is None else of.index,
+            module=None if of is None or of.module is None else of.module(),
         )
 
     def _positions(self, new: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,16 @@ class QueryLog:
     latest: Tensor | None = None
     moments: Moments | None = None
 
+    @classmethod
+    def stacked(cls, logs: Sequence[QueryLog]) -> QueryLog:
+        """The rows of all."""
+        latest = [log.latest for log in logs if log.latest is not None]
+        moments = [log.moments.tensors() for log in logs if log.moments is not None]
+        return cls(
+            torch.cat(latest) if latest else None,
+            Moments(*map(torch.cat, zip(*moments, strict=True))) if moments else None,
+        )
+
     def keep_latest(self, queries: Tensor, kept: int) -> None:
         """Note a step's queries [batch, heads, new, head_dim], of which the last `kept` stay."""
         latest = queries[:, :, -kept:]
@@ -80,8 +91,8 @@ class QueryLog:
         latest = [] if self.latest is None else [self.latest]
         return latest + ([] if self.moments is None else self.moments.tensors())
 
-    def select_rows(self, rows: Tensor) -> QueryLog:
+    def select_rows(self, rows: Tensor | slice) -> QueryLog:
         return QueryLog(
-            None if self.latest is None else self.latest.index_select(0, rows),
+            None if self.latest is None else self.latest[rows],
             None if self.moments is None else self.moments.select_rows(rows),
         )

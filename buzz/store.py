@@ -13,6 +13,7 @@ out, the entries slide back to slot 0, once in as many tokens as there were spar
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -74,6 +75,28 @@ class Store:
             scores = None if other.scores is None else empty(other.scores)
             return cls(empty(other.keys), empty(other.values), empty(other.positions), scores)
 
+    @classmethod
+    def stacked(cls, held: Sequence[Sequence[Tensor]]) -> Store:
+        """One store for what several hold, equally much each, with spare capacity.
+
+        Args:
+            held: of each its keys, values, positions and scores, if any, [rows, kv_heads, held,
+                ...].
+        """
+
+        def joined(parts: tuple[Tensor, ...]) -> Tensor:
+            rows, heads, entries, *rest = parts[0].shape
+            size = rows * len(parts), heads, with_spare(entries), *rest
+            buffer = parts[0].new_zeros(size)
+            for own, part in zip(buffer.split(rows), parts, strict=True):
+                own[:, :, :entries] = part
+            return buffer
+
+        with writable():
+            tensors = [joined(parts) for parts in zip(*held, strict=True)]
+        scores = tensors[3] if len(tensors) > 3 else None
+        return cls(tensors[0], tensors[1], tensors[2], scores, held[0][0].shape[2])
+
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
@@ -86,9 +109,10 @@ class Store:
         every = (self.keys, self.values, self.positions, self.scores)
         return [tensor for tensor in every if tensor is not None]
 
-    def addresses(self) -> tuple[int, int, int]:
-        """Where keys, values and positions lie."""
-        return self.keys.data_ptr(), self.values.data_ptr(), self.positions.data_ptr()
+    def row(self, number: int) -> Store:
+        """One row, in the same buffers."""
+        keys, values, positions, *scores = (t[number : number + 1] for t in self.tensors())
+        return Store(keys, values, positions, scores[0] if scores else None, self.end)
 
     def nbytes(self) -> int:
         """Bytes of all buffers, spare capacity included."""
