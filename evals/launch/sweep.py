@@ -7,6 +7,7 @@ became of all.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import traceback
@@ -19,6 +20,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -36,6 +38,7 @@ from evals.run.runner import Outcome, run_job
 JOBS = "jobs.jsonl"
 # A setting of these that cannot be served is a combination to leave out of the grid.
 SHARED = ["task", "model", "logger", "seed", "device", "output", "compress", "compress_chunk"]
+VALUES = ("budget", "budget_by", "label")  # settings that choose no others
 COMBINED = ("method.", "budget", "cache.")
 
 # Why a model cannot be had, by its section: other jobs need not wait for it again.
@@ -146,11 +149,12 @@ def _rows(
     shared = [one for one in overrides if not one.startswith("rows=")]
     rows = [list(row) for row in cfg.rows or [[]]]
     variants = [list(variant) for variant in cfg.variants or [[]]]
+    known: dict[tuple[str, ...], DictConfig] = {}
     for row in rows:
         fixed = [name for one in [*shared, *row] if (name := _parameter(one))]
         for variant in variants:
             own = [*variant, *row]
-            yield (_composed([*shared, *own]) if own else cfg), own, fixed
+            yield (_composed([*shared, *own], known) if own else cfg), own, fixed
 
 
 def _parameter(override: str) -> str | None:
@@ -159,7 +163,23 @@ def _parameter(override: str) -> str | None:
     return name.removeprefix("method.") if name.startswith("method.") else None
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def _composed(overrides: Sequence[str], known: dict[tuple[str, ...], DictConfig]) -> DictConfig:
+    """The configuration of one row.
+
+    Args:
+        known: those of other rows without what :data:`VALUES` sets, which is quick to set.
+    """
+    values = [one for one in overrides if one.partition("=")[0] in VALUES]
+    rest = tuple(one for one in overrides if one not in values)
+    if rest not in known:
+        known[rest] = _compose(rest)
+    config = copy.deepcopy(known[rest])
+    for override in OverridesParser.create().parse_overrides(values):
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return config
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
     if GlobalHydra.instance().is_initialized():
         return compose("config", list(overrides))
     folder = str(messages.CONFIGS)
