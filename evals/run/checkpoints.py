@@ -26,6 +26,10 @@ from buzz.errors import ConfigError
 from evals.run.weights import file_digest, folder_digest
 
 ROOT = Path(__file__).resolve().parents[2]
+MAKE = {  # what sets up the GGUF files of configs/model
+    "SmolLM2-135M-Instruct.Q4_1.gguf": "make model",
+    "gemma-3-270m-q4_k_m.gguf": "make model-gemma",
+}
 SOURCE = "converted_from"  # of a converted GGUF file: what it was made from and what it was then
 
 
@@ -37,7 +41,8 @@ def source_of(cfg: Mapping[str, Any]) -> str:
     if cfg.get("gguf_file"):
         file = gguf_file(cfg)
         if not file.is_file():
-            remedy = "there is no such file; `make model` fetches the embedded model"
+            how = MAKE.get(file.name)
+            remedy = "there is no such file" + (f"; `{how}` sets it up" if how else "")
             raise ConfigError("model.gguf_file", str(file), remedy)
         ready = _converted(file)
         return str(ready if _fresh(ready, file) else file)

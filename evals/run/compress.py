@@ -75,18 +75,26 @@ def read_context(
     mask: Tensor,
     later: Sequence[int],
     note: Callable[[], None] = lambda: None,
+    chunk: int | None = None,
 ) -> None:
-    """Feeds all steps of a prompt but the last, which asks.
+    """Feeds a prompt up to its last step, which asks; in chunks, up to the last chunk of that.
 
     Args:
         ids, mask: int64 [rows, longest], with padding on the left.
-        later: tokens of the steps behind the first; if there are none, nothing is fed.
+        later: tokens of the steps behind the first; if there are none, that is the last.
         note: called after each step.
+        chunk: tokens of the chunks in which the first step is read, as if they were one; None: it
+            is read as one.
     """
+    first = ids.shape[1] - sum(later)
+    chunks = range(chunk, first, chunk) if chunk else ()
+    if chunks:
+        cache.hold_until = first
     start = 0
-    for end in accumulate(later[:-1], initial=ids.shape[1] - sum(later)) if later else ():
+    for end in [*chunks, *(accumulate(later[:-1], initial=first) if later else ())]:
         forward(model, cache, ids[:, start:end], mask[:, :end], 1)
-        note()
+        if end >= first:
+            note()
         start = end
 
 

@@ -51,6 +51,7 @@ class Config(BaseModel):
     budget_by: Literal["peak", "mean"]
     compress: Compress
     compress_chunk: PositiveInt
+    prefill_chunk: PositiveInt | None
     kl: bool
     label: Name | None
     variants: list[list[str]] | None

@@ -93,17 +93,25 @@ class Rows:
         other.steps, other.logits = list(self.steps), self.logits
         return other
 
-    def feed(self, ids: Sequence[int]) -> None:
-        """Feeds the same tokens to every row."""
-        self._step(torch.tensor([list(ids)], device=self.model.device))
+    def feed(self, ids: Sequence[int], chunk: int | None = None) -> None:
+        """Feeds the same tokens to every row.
 
-    def _step(self, ids: Tensor) -> None:
+        Args:
+            chunk: tokens of the chunks in which the first step is read, as if they were one.
+        """
+        first = not self.steps and chunk and len(ids) > chunk
+        if first:
+            self.cache.hold_until = len(ids)
+        self._step(torch.tensor([list(ids)], device=self.model.device), chunk if first else None)
+
+    def _step(self, ids: Tensor, chunk: int | None = None) -> None:
         """Feeds ids [rows, new], or [1, new] to every row."""
         if self.steps:
             ids = ids.expand(len(self.lengths), -1)
         given: dict[str, Any] = {CACHE_ARGUMENT: self.cache}
         with torch.inference_mode():
-            self.logits = self.model(ids, **given, logits_to_keep=1).logits[:, -1]
+            for part in ids.split(chunk or ids.shape[1], dim=1):
+                self.logits = self.model(part, **given, logits_to_keep=1).logits[:, -1]
         self.steps.append(ids.shape[1])
         for held in self.lengths:
             held.note()
@@ -183,6 +191,7 @@ def answer_together(
     references: Sequence[list[int] | None],
     own: bool,
     kl: bool,
+    chunk: int | None = None,
 ) -> list[list[Found]]:
     """Every method's answers to a prompt, or to several questions on one context.
 
@@ -194,6 +203,7 @@ def answer_together(
         references: the full cache's answer to each prompt; None: the one that row 0 gives now.
         own: whether every row answers; otherwise all `references` must be there.
         kl: whether the rows are compared on the full cache's answer.
+        chunk: as of :meth:`Rows.feed`.
 
     Returns:
         For each prompt and policy the fields of a record, or what was wrong with that row.
@@ -201,12 +211,12 @@ def answer_together(
     rows = Rows(model, policies, options)
     read = 0
     for step in prompts[0].before:
-        rows.feed(prompts[0].ids[read : read + step])
+        rows.feed(prompts[0].ids[read : read + step], chunk)
         read += step
     found = []
     for prompt, sampled, reference in zip(prompts, sampling, references, strict=True):
         now = rows.copy() if len(prompts) > 1 else rows
-        now.feed(prompt.ids[read:])
+        now.feed(prompt.ids[read:], chunk)
         forced = now.copy() if own and kl else now
         made: list[Found] = [{} for _ in policies]
         if own:

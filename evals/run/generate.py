@@ -209,14 +209,14 @@ class Reading:
     Attributes:
         lengths: what it held after each step.
         steps: by row, tokens fed by each step.
-        seconds, peak: time, and bytes of memory at the peak; None of nothing.
+        seconds, peak: time, and bytes of memory at the peak.
     """
 
     cache: EvictionCache
     lengths: Lengths
     steps: list[list[int]]
     seconds: float
-    peak: int | None
+    peak: int
 
     def copy(self) -> Reading:
         cache = self.cache.copy()
@@ -236,12 +236,13 @@ def read(
     policy: Policy,
     later: Sequence[int],
     cache_options: dict[str, Any] | None = None,
+    chunk: int | None = None,
 ) -> Reading:
-    """Reads all steps of prompts but the last, with a new cache.
+    """Reads prompts up to their last step, or its last chunk, with a new cache.
 
     Args:
         inputs: of :func:`left_padded`.
-        later: tokens of the steps behind the first; if there are none, nothing is read.
+        later, chunk: as of :func:`evals.run.compress.read_context`.
     """
     device = model.device
     cache = EvictionCache(model, policy, **(cache_options or {}))
@@ -249,12 +250,12 @@ def read(
     reset_memory_peak(device)
     synchronize(device)
     start = time.perf_counter()
-    read_context(model, cache, *inputs, later, lengths.note)
+    read_context(model, cache, *inputs, later, lengths.note, chunk)
     synchronize(device)
     seconds = time.perf_counter() - start
     tokens = inputs[1].sum(-1).tolist()
     steps = [[row - sum(later), *later[:-1]] if later else [] for row in tokens]
-    return Reading(cache, lengths, steps, seconds, memory_peak(device) if later else None)
+    return Reading(cache, lengths, steps, seconds, memory_peak(device))
 
 
 def generate(
@@ -268,6 +269,7 @@ def generate(
     later: Sequence[int] = (),
     reading: Reading | None = None,
     sampling: Sampling | None = None,
+    chunk: int | None = None,
 ) -> list[Generation]:
     """Answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
 
@@ -276,6 +278,7 @@ def generate(
             :mod:`evals.run.compress`; none: it is read as one.
         reading: a cache that has read the prompts' beginning, instead of a new one.
         sampling: None: the likeliest tokens.
+        chunk: tokens of the chunks in which a prompt is read; None: it is read as one.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
@@ -293,8 +296,8 @@ def generate(
     )
     inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
     if reading is None:
-        reading = read(model, inputs, policy, later, cache_options)
-    cache, split = reading.cache, reading.peak is not None
+        reading = read(model, inputs, policy, later, cache_options, chunk)
+    cache, split = reading.cache, bool(reading.steps[0])
     trace = Trace(reading.lengths)
     processors = [finite] if sampling is None else [finite, *sampling.processors(device)]
     reset_memory_peak(device)
@@ -338,13 +341,13 @@ def generate(
                 entry_nbytes=cache.entry_nbytes,
                 window_nbytes=[cache.window_nbytes(tokens) for tokens in seen],
                 allocated_nbytes=trace.lengths.allocated // len(prompts),
-                ttft_s=(reading.seconds if split else 0) + trace.times[0] - asked,
+                ttft_s=reading.seconds + trace.times[0] - asked,
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
                 itl_p95_ms=p95,
-                memory_peak_nbytes=max(peak, reading.peak or 0),
+                memory_peak_nbytes=max(peak, reading.peak),
                 question_s=trace.times[0] - asked if split else None,
-                context_peak_nbytes=reading.peak,
+                context_peak_nbytes=reading.peak if split else None,
                 question_peak_nbytes=peak if split else None,
             )
         )

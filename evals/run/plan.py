@@ -200,6 +200,10 @@ class Plan:
             check_compiled(self.policy)
         context, task = self.config["model"]["max_length"], self.task
         answer = task.max_new_tokens or 0
+        if self.config["prefill_chunk"] and (task.timed or task.mode == "read"):
+            own = "task.prefill_chunk" if task.timed else "task.chunk"
+            chunk = self.config["prefill_chunk"]
+            raise ConfigError("prefill_chunk", chunk, f"{task.name} has its own; write {own}")
         if task.conversation and self.config["kl"]:
             remedy = "later answers depend on earlier ones; compare with task.asked=copies"
             raise ConfigError("task.asked", "conversation", remedy)

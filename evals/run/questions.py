@@ -90,18 +90,22 @@ def answer(
     policy: Policy,
     cache_options: dict[str, Any],
     conversation: bool,
+    chunk: int | None = None,
 ) -> list[Generation]:
     """Answers to the questions on one context, in their order.
 
     `ttft_s` counts the reading of the context, once for every copy; in a conversation only with
     its first question.
 
+    Args:
+        chunk: tokens of the chunks in which the context is read; None: it is read as one.
+
     Raises:
         LengthMismatch, NotFinite: as :func:`evals.run.generate.generate`.
     """
     ids, eos = prompts[0].ids, eos_ids(model, tokenizer)
     inputs = left_padded([ids], tokenizer.pad_token_id).to(model.device)
-    reading = read(model, inputs, policy, prompts[0].later, cache_options)
+    reading = read(model, inputs, policy, prompts[0].later, cache_options, chunk)
     found: list[Generation] = []
     for prompt in prompts:
         if not conversation:

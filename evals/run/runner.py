@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buzz import Policy
+from baselines import FullPolicy
+from buzz import EvictionCache, Policy
 from buzz.errors import ConfigError
 from evals.results.environment import Neighbours, busy, environment, process
 from evals.results.folder import REFERENCE, InUse, RunFailed, SettingFolder, digest
@@ -44,6 +45,7 @@ from evals.tasks.throughput import Throughput
 
 FIDELITY = {field.name for field in dataclasses.fields(Fidelity)} | {"reference_sha256"}
 NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason": "end"}
+WINDOW_CHUNK = 1024  # tokens; a prompt read as one has a mask of all pairs in layers with a window
 ROOM = 0.7  # of the free memory, for the rows of a pass
 
 
@@ -232,8 +234,15 @@ class Job:
         parameters = sum(weights.numel() for weights in self.model.parameters())
         now = environment(str(self.model.device), self.plan.config["seed"], parameters)
         now |= own_settings(self.model, self.tokenizer)
+        self.chunk = self._chunk()
         self.made = {"environment": self.folder.note(now), "process": process()}
         self.neighbours = Neighbours()
+
+    def _chunk(self) -> int | None:
+        """Tokens of the chunks in which prompts are read; None: they are read as one."""
+        cache = EvictionCache(self.model, FullPolicy())
+        windows = cache.windowed and all(layer.is_sliding for layer in cache.windowed)
+        return self.plan.config["prefill_chunk"] or (WINDOW_CHUNK if windows else None)
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[int], None]]:
@@ -350,6 +359,7 @@ class Job:
             [self.full.answer(prompt) if self.full else None for prompt in prompts],
             own=own,
             kl=self.kl and self.full is not None,
+            chunk=self.chunk,
         )
         return [list(of_row) for of_row in zip(*found, strict=True)][len(beside) :]
 
@@ -422,7 +432,9 @@ class Job:
         task, options = row.plan.task, row.plan.cache_options
         if batch[0].sample.shared:
             asked = together if task.conversation else batch
-            found = answer(self.model, self.tokenizer, asked, policy, options, task.conversation)
+            found = answer(
+                self.model, self.tokenizer, asked, policy, options, task.conversation, self.chunk
+            )
             return [found[asked.index(prompt)].record() for prompt in batch]
         sampled = task.sampling([prompt.sample for prompt in batch])
         made = generate(
@@ -435,6 +447,7 @@ class Job:
             options,
             batch[0].later,
             sampling=None if sampled is None else Sampling(*sampled),
+            chunk=self.chunk,
         )
         return [one.record() for one in made]
 
