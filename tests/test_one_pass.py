@@ -147,6 +147,39 @@ def test_rows_end_where_each_of_them_ends(model, place) -> None:
             model.generation_config.eos_token_id = None
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+@pytest.mark.parametrize("before", [False, True], ids=["prompt", "context"])
+def test_several_prompts_in_a_pass_are_answered_as_one_by_one(family, before) -> None:
+    """Of unlike lengths, padded; with sampling; the full cache's answers of unlike lengths."""
+    model = tiny(family)
+    policies = [FullPolicy(), *(p for p in fitted(40) if not p.needs_repetition)]
+    texts = [prompt(n, seed=n)[0].tolist() for n in (TOKENS, 44, 53)]
+    prompts = [asked(ids, (len(ids) - 9,) if before else ()) for ids in texts]
+    (free,) = together(model, prompts[:1], policies)
+    model.generation_config.eos_token_id = free[0]["tokens"][4]
+    try:
+        several = together(model, prompts, policies, kl=True)
+        for chunk in (20, 10):  # the second is all padding of a prompt: they are read as one
+            again = together(model, prompts, policies, chunk=chunk)
+            for found, expected in zip(again, several, strict=True):
+                assert [r["tokens"] for r in found] == [r["tokens"] for r in expected]
+        drawn = [(0.9, 0.8, [seed]) for seed in (3, 4, 5)]
+        sampled = together(model, prompts, policies, sampling=drawn)
+        for number, one in enumerate(prompts):
+            (alone,) = together(model, [one], policies, kl=True)
+            (by_chance,) = together(model, [one], policies, sampling=drawn[number : number + 1])
+            for policy, record, expected in zip(policies, several[number], alone, strict=True):
+                for name in ("tokens", "trace", "evictions", "prompt_tokens", "stop_reason"):
+                    assert record[name] == expected[name], (policy.name, name)
+                if policy != FullPolicy():
+                    near = pytest.approx(expected["kl_tokens"], abs=1e-3)
+                    assert record["kl_tokens"] == near, policy.name
+            assert [r["tokens"] for r in sampled[number]] == [r["tokens"] for r in by_chance]
+        assert len({len(found[0]["tokens"]) for found in several}) > 1
+    finally:
+        model.generation_config.eos_token_id = None
+
+
 def test_sampled_rows_draw_as_they_do_alone(model) -> None:
     one, policies = asked(prompt(TOKENS)[0].tolist()), fitted()
     (found,) = together(model, [one], policies, sampling=[(0.9, 0.8, [7])])

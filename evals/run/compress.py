@@ -84,10 +84,11 @@ def read_context(
         later: tokens of the steps behind the first; if there are none, that is the last.
         note: called after each step.
         chunk: tokens of the chunks in which the first step is read, as if they were one; None: it
-            is read as one.
+            is read as one, as it is if a whole chunk would be padding.
     """
     first = ids.shape[1] - sum(later)
-    chunks = range(chunk, first, chunk) if chunk else ()
+    chunked = chunk and chunk < first and mask[:, chunk - 1].all()
+    chunks = range(chunk, first, chunk) if chunked else ()
     if chunks:
         cache.hold_until = first
     start = 0

@@ -6,6 +6,7 @@ token by token, so that their next-token distributions can be compared with the 
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from buzz import CACHE_ARGUMENT, ForkedCache, Policy
 from evals.results.folder import sha256
 from evals.results.record import Record
 from evals.run.faults import LengthMismatch, NotFinite
-from evals.run.generate import Ends, Generation
+from evals.run.generate import Ends, Generation, left_padded
 from evals.run.lengths import Lengths
 from evals.run.prompt import Prompt
 from evals.run.sampling import Sampling
@@ -65,54 +66,75 @@ class Fidelity:
 
 
 class Rows:
-    """Methods that share a prefill and are decoded as rows of one batch.
+    """Methods that share a prefill and are decoded as rows of one batch, on one prompt or several.
 
     Attributes:
-        cache: of all rows; `cache.forks[i]` is row i's.
-        steps: tokens fed by each step.
-        logits: of the last token read, [rows, vocab], or [1, vocab] while it is the same for all.
+        cache: of all rows; `cache.forks[i]` is row i's: the methods on the first prompt, then those
+            on the second.
+        padding: of each prompt, before its first token.
+        logits: of the last token read, [rows, vocab], or [prompts, vocab] while methods agree.
     """
 
     def __init__(
-        self, model: PreTrainedModel, policies: Sequence[Policy], options: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        policies: Sequence[Policy],
+        options: dict[str, Any],
+        prompts: int = 1,
     ) -> None:
         self.model = model
-        self.cache = ForkedCache(model, policies, **options)
-        self.lengths = [
-            Lengths(fork, policy) for fork, policy in zip(self.cache.forks, policies, strict=True)
-        ]
-        self.steps: list[int] = []
+        self.cache = ForkedCache(model, [policies] * prompts, **options)
+        pairs = zip(self.cache.forks, [*policies] * prompts, strict=True)
+        self.lengths = [Lengths(fork, policy) for fork, policy in pairs]
+        self.padding = [0] * prompts
         self.logits = torch.empty(0)
+        self._steps: list[int] = []  # tokens fed by each, padding included
+        self._mask: Tensor | None = None  # of what was fed, [prompts, seen], if there is padding
 
     def copy(self) -> Rows:
         """Rows that go on from here by themselves."""
-        other = Rows.__new__(Rows)
-        other.model, other.cache = self.model, self.cache.copy()
+        other = copy.copy(self)
+        other.cache = self.cache.copy()
         pairs = zip(self.lengths, other.cache.forks, strict=True)
         other.lengths = [known.of_copy(fork) for known, fork in pairs]
-        other.steps, other.logits = list(self.steps), self.logits
+        other._steps = list(self._steps)
         return other
 
-    def feed(self, ids: Sequence[int], chunk: int | None = None) -> None:
-        """Feeds the same tokens to every row.
+    def steps(self, row: int) -> list[int]:
+        """Tokens fed by each step to one row, without padding."""
+        first, *later = self._steps
+        return [first - self.padding[self.cache.prompts[row]], *later]
+
+    def feed(self, ids: Sequence[Sequence[int]], chunk: int | None = None) -> None:
+        """Feeds every method the tokens of each prompt.
 
         Args:
+            ids: of each prompt as many, but for the first step, in which shorter ones are padded.
             chunk: tokens of the chunks in which the first step is read, as if they were one.
         """
-        first = not self.steps and chunk and len(ids) > chunk
-        if first:
-            self.cache.hold_until = len(ids)
-        self._step(torch.tensor([list(ids)], device=self.model.device), chunk if first else None)
+        tokens, mask = left_padded(ids, 0).to(self.model.device)
+        if not self._steps and not mask.all():
+            self.padding, self._mask = (1 - mask).sum(-1).tolist(), mask[:, :0]
+        chunked = not self._steps and chunk and tokens.shape[1] > chunk
+        chunked = chunked and mask[:, chunk - 1].all()  # else a row has nothing to begin with
+        if chunked:
+            self.cache.hold_until = tokens.shape[1]
+        self._step(tokens, mask, chunk if chunked else None)
 
-    def _step(self, ids: Tensor, chunk: int | None = None) -> None:
-        """Feeds ids [rows, new], or [1, new] to every row."""
-        if self.steps:
-            ids = ids.expand(len(self.lengths), -1)
+    def _step(self, ids: Tensor, mask: Tensor | None = None, chunk: int | None = None) -> None:
+        """Feeds ids [prompts or rows, new]; mask [prompts, new], None: no padding."""
+        prompts = self.cache.prompts
+        if self._steps and len(ids) < len(prompts):
+            ids = ids[prompts]
         given: dict[str, Any] = {CACHE_ARGUMENT: self.cache}
+        if self._mask is not None:
+            fresh = self._mask.new_ones(len(self._mask), ids.shape[1]) if mask is None else mask
+            self._mask = torch.cat([self._mask, fresh], dim=1)
+            given["attention_mask"] = self._mask[prompts] if self._steps else self._mask
         with torch.inference_mode():
             for part in ids.split(chunk or ids.shape[1], dim=1):
                 self.logits = self.model(part, **given, logits_to_keep=1).logits[:, -1]
-        self.steps.append(ids.shape[1])
+        self._steps.append(ids.shape[1])
         for held in self.lengths:
             held.note()
 
@@ -138,7 +160,7 @@ class Rows:
         chosen, sound = [], []
         nothing = torch.empty(rows, 0, dtype=torch.long, device=device)
         while True:
-            logits = self.logits.expand(rows, -1)
+            logits = self.logits if len(self.logits) == rows else self.logits[self.cache.prompts]
             sound.append(logits.amax(-1).isfinite())
             if not chosen and ends.stop:  # as LongBench does: an answer does not begin with its end
                 logits = logits.index_fill(1, last, -math.inf)
@@ -156,28 +178,38 @@ class Rows:
         ]
         return answers, wrong
 
-    def forced(self, answer: Sequence[int]) -> tuple[list[list[float]], list[list[float]]]:
-        """Feeds every row an answer of row 0, the full cache, token by token.
+    def forced(
+        self, answers: Sequence[Sequence[int]]
+    ) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
+        """Feeds every method the full cache's answers, which is the first, token by token.
 
-        Where all rows have the same logits still, as behind a prompt that was read as one, there is
-        nothing to compare.
+        Where all methods have the same logits still, as behind prompts that were read as one, there
+        is nothing to compare.
+
+        Args:
+            answers: to each prompt one.
 
         Returns:
-            Of each row, by token: KL(full || row) in nats, and whether both find the same token the
-            likeliest (0 or 1).
+            Of each prompt and method, by token: KL(full || method) in nats, and whether both find
+            the same token the likeliest (0 or 1).
         """
-        found: list[Tensor] = []  # [2, rows]
-        for number in range(len(answer)):
-            if number:
-                self._step(torch.tensor([[answer[number - 1]]], device=self.logits.device))
-            if len(self.logits) > 1:
+        prompts, found = len(answers), []
+        for number in range(max(map(len, answers))):
+            if number:  # behind an answer's end whatever is there: nobody looks at that
+                fed = [[answer[min(number, len(answer)) - 1]] for answer in answers]
+                self._step(torch.tensor(fed, device=self.logits.device))
+            if len(self.logits) > prompts:
                 own = log_softmax(self.logits, dim=-1, dtype=torch.float32)
-                full = own[:1]
+                own = own.unflatten(0, (prompts, -1))
+                full = own[:, :1]
                 kl = (full.exp() * (full - own)).sum(-1)
-                found.append(torch.stack([kl, full.argmax(-1) == own.argmax(-1)]))
-        if not found:
-            return [[] for _ in self.lengths], [[] for _ in self.lengths]
-        kls, same = torch.stack(found, dim=-1).tolist()  # the only wait for the device
+                found.append(torch.stack([kl, full.argmax(-1) == own.argmax(-1)]))  # [2, p, m]
+        shape = 2, prompts, len(self.lengths) // prompts, 0
+        kls, same = (torch.stack(found, dim=-1) if found else torch.empty(shape)).tolist()
+        agreed = max(map(len, answers)) - len(found)  # tokens of which nothing was compared
+        for values in (kls, same):
+            for answer, of_prompt in zip(answers, values, strict=True):
+                of_prompt[:] = [tokens[: max(0, len(answer) - agreed)] for tokens in of_prompt]
         return kls, same
 
 
@@ -193,10 +225,11 @@ def answer_together(
     kl: bool,
     chunk: int | None = None,
 ) -> list[list[Found]]:
-    """Every method's answers to a prompt, or to several questions on one context.
+    """Every method's answers to prompts, or to several questions on one context.
 
     Args:
-        prompts: one, or several of one context, which is read once and each continues a copy of.
+        prompts: of one batch, see :func:`evals.run.prompts.batches`. A context that they share is
+            read once, and each continues a copy.
         policies: with `kl` the full cache is the first.
         options: of the cache, see :class:`buzz.ForkedCache`.
         sampling: of each prompt, as :meth:`evals.tasks.base.Task.sampling` has it for one sample.
@@ -208,33 +241,61 @@ def answer_together(
     Returns:
         For each prompt and policy the fields of a record, or what was wrong with that row.
     """
-    rows = Rows(model, policies, options)
-    read = 0
-    for step in prompts[0].before:
-        rows.feed(prompts[0].ids[read : read + step], chunk)
-        read += step
+    shared = bool(prompts[0].sample.shared)
+    read = prompts[:1] if shared else prompts
+    rows = Rows(model, policies, options, len(read))
+    for step in zip(*(prompt.steps[:-1] for prompt in read), strict=True):
+        rows.feed(step, chunk)
     found = []
-    for prompt, sampled, reference in zip(prompts, sampling, references, strict=True):
-        now = rows.copy() if len(prompts) > 1 else rows
-        now.feed(prompt.ids[read:], chunk)
-        forced = now.copy() if own and kl else now
-        made: list[Found] = [{} for _ in policies]
-        if own:
-            ends = Ends.of(model, tokenizer, prompt.sample.stop)
-            drawn = None if sampled is None else Sampling(*sampled[:2], sampled[2] * len(policies))
-            answers, wrong = now.answer(prompt.max_new_tokens, ends, drawn)
-            reference = reference or answers[0]
-            made = [
-                _record(now, row, answers[row], wrong[row], prompt, ends, tokenizer)
-                for row in range(len(policies))
-            ]
-        if kl:
-            assert reference is not None
-            kls, same = forced.forced(reference)
-            for row, one in enumerate(made[1:], start=1):
-                made[row] = _compared(one, forced, row, kls[row], same[row], reference)
-        found.append(made)
+    asked = list(zip(prompts, sampling, references, strict=True))
+    for part in ([one] for one in asked) if shared else [asked]:
+        now = rows.copy() if len(asked) > len(part) else rows
+        now.feed([prompt.steps[-1] for prompt, _, _ in part], chunk)
+        found += _answers(now, tokenizer, part, len(policies), own, kl)
     return found
+
+
+def _answers(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[tuple[Prompt, tuple[float, float, list[int]] | None, list[int] | None]],
+    methods: int,
+    own: bool,
+    kl: bool,
+) -> list[list[Found]]:
+    """What :func:`answer_together` returns, of prompts that have been read.
+
+    Args:
+        asked: each with its sampling, and the full cache's answer, if it is there.
+        methods: how many there are.
+    """
+    forced = rows.copy() if own and kl else rows
+    made: list[list[Found]] = [[{} for _ in range(methods)] for _ in asked]
+    references = [reference for _, _, reference in asked]
+    if own:
+        first, sampled, _ = asked[0]
+        ends = Ends.of(rows.model, tokenizer, first.sample.stop)
+        seeds = [draw[2][0] for _, draw, _ in asked if draw for _ in range(methods)]
+        drawn = None if sampled is None else Sampling(*sampled[:2], seeds)
+        answers, wrong = rows.answer(first.max_new_tokens, ends, drawn)
+        for number, (prompt, _, _) in enumerate(asked):
+            references[number] = references[number] or answers[number * methods]
+            made[number] = [
+                _record(rows, row, answers[row], wrong[row], prompt, ends, tokenizer)
+                for row in range(number * methods, (number + 1) * methods)
+            ]
+    if kl:
+        given = [reference for reference in references if reference is not None]
+        assert len(given) == len(asked)
+        kls, same = forced.forced(given)
+        for number, answer in enumerate(given):
+            for method in range(1, methods):
+                distance = kls[number][method], same[number][method]
+                row = number * methods + method
+                made[number][method] = _compared(
+                    made[number][method], forced, row, *distance, answer
+                )
+    return made
 
 
 def _record(
@@ -251,7 +312,7 @@ def _record(
         if wrong is not None:
             raise NotFinite("the logits were", wrong, rows.model.dtype)
         fork, before = rows.cache.forks[row], len(prompt.before)
-        steps = rows.steps[: max(1, before + 1) + len(answer) - 1]
+        steps = rows.steps(row)[: before + len(answer)]
         earlier = max(0, before - 1)  # steps before the one that ends the context
         held = rows.lengths[row]
         lengths = held.verified(0, steps)[earlier:]
@@ -283,7 +344,7 @@ def _compared(
     if isinstance(found, Exception):
         return found
     try:
-        rows.lengths[row].verified(0, rows.steps)
+        rows.lengths[row].verified(0, rows.steps(row))
         near = Fidelity.of(kl, same, rows.model.dtype)
     except (NotFinite, LengthMismatch) as error:
         return error

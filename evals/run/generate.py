@@ -354,10 +354,10 @@ def generate(
     return generations
 
 
-def left_padded(prompts: list[list[int]], pad: int | None) -> torch.Tensor:
+def left_padded(prompts: Sequence[Sequence[int]], pad: int | None) -> torch.Tensor:
     """Token ids and attention mask, stacked: int64 [2, rows, longest]."""
     longest = max(map(len, prompts))
-    ids = [[pad or 0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    ids = [[*[pad or 0] * (longest - len(prompt)), *prompt] for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor([ids, mask])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from evals.results.folder import sha256
 from evals.results.record import Record
@@ -39,6 +40,12 @@ class Prompt:
     def later(self) -> tuple[int, ...]:
         """Tokens of the steps in which it is read, without the first."""
         return (*self.before, len(self.ids) - sum(self.before))[1:]
+
+    @property
+    def steps(self) -> list[list[int]]:
+        """Its tokens by the step that reads them."""
+        ends = list(accumulate(self.before, initial=0))
+        return [self.ids[i:j] for i, j in zip(ends, [*ends[1:], len(self.ids)], strict=True)]
 
     @property
     def question(self) -> Record:

@@ -299,14 +299,15 @@ class Job:
         Args:
             own: whether the rows answer by themselves; otherwise they are only compared.
         """
-        contexts = [batch] if batch[0].sample.shared else [[prompt] for prompt in batch]
         for positions in dict.fromkeys(row.plan.cache_options["positions"] for row in rows):
             alike = [row for row in rows if row.plan.cache_options["positions"] == positions]
-            for prompts in contexts:
-                size = self._fitting(alike, prompts)
+            size = self._fitting(alike, batch)
+            prompts = len(batch) if batch[0].sample.shared else max(1, size // len(alike))
+            prompts = 1 if self.plan.task.timed else prompts
+            for first in range(0, len(batch), prompts):
                 for start in range(0, len(alike), size):
                     part = [row for row in alike[start : start + size] if row.error is None]
-                    self._record_pass(part, prompts, batch, own)
+                    self._record_pass(part, batch[first : first + prompts], batch, own)
 
     def _fitting(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> int:
         """How many rows fit into the memory that is free, with their keys, values and logits."""
@@ -320,12 +321,16 @@ class Job:
     def _record_pass(
         self, rows: list[Row], prompts: list[Prompt], batch: list[Prompt], own: bool
     ) -> None:
-        """Runs a pass; a row that fails in it takes no other along."""
+        """Runs a pass; a row that fails in it takes no other along, nor does a prompt."""
         if not rows:
             return
         found = attempt(rows, lambda some: self._pass(some, prompts, batch, own), self.model.device)
         conditions = self._conditions()
         for row, made in zip(rows, found, strict=True):
+            if not isinstance(made, list) and len(prompts) > 1 and not prompts[0].sample.shared:
+                for prompt in prompts:
+                    self._record_pass([row], [prompt], batch, own)
+                continue
             ones = made if isinstance(made, list) else [made] * len(prompts)
             for prompt, one in zip(prompts, ones, strict=True):
                 known = row.records.get(prompt.sample.id)
