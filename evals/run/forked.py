@@ -127,12 +127,16 @@ class Rows:
         if self._steps and len(ids) < len(prompts):
             ids = ids[prompts]
         given: dict[str, Any] = {CACHE_ARGUMENT: self.cache}
+        whole, seen = None, sum(self._steps)
         if self._mask is not None:
             fresh = self._mask.new_ones(len(self._mask), ids.shape[1]) if mask is None else mask
             self._mask = torch.cat([self._mask, fresh], dim=1)
-            given["attention_mask"] = self._mask[prompts] if self._steps else self._mask
+            whole = self._mask[prompts] if self._steps else self._mask
         with torch.inference_mode():
             for part in ids.split(chunk or ids.shape[1], dim=1):
+                seen += part.shape[1]
+                if whole is not None:
+                    given["attention_mask"] = whole[:, :seen]
                 self.logits = self.model(part, **given, logits_to_keep=1).logits[:, -1]
         self._steps.append(ids.shape[1])
         for held in self.lengths:
