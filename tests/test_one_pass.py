@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from runs import MODEL, NEEDLE, ROOT
 from tiny import prompt, tiny
 from torch.nn.functional import kl_div, log_softmax
 
+import evals.run.runner
 from baselines import FullPolicy
 from buzz import POLICIES, Budget, EvictionCache, Policy
+from evals.launch.sweep import run_all
 from evals.run.forked import answer_together
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer
@@ -217,3 +221,37 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(model, monkeypatch) -> No
         number == 1 for number in range(len(policies))
     ]
     assert "logits were not finite at step 1" in str(found[1])
+
+
+def test_the_runner_puts_a_batch_of_prompts_into_one_pass(tmp_path, monkeypatch) -> None:
+    passes: list[tuple[int, int]] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append((len(args[2]), len(args[3])))
+        if fails and len(args[2]) > 1:
+            raise RuntimeError("too many prompts")
+        return answer_together(*args, **kwargs)
+
+    monkeypatch.setattr(evals.run.runner, "answer_together", counted)
+    asked = [
+        *MODEL,
+        *NEEDLE,
+        "time_samples=0",
+        "kl=true",
+        "budget=0.5",
+        "variants=[['method=h2o'],['method=tova']]",
+    ]
+    found = []
+    for size, fails, expected in ((1, False, [(1, 3)] * 3), (3, False, [(3, 3)]), (3, True, None)):
+        passes.clear()
+        run = [*asked, f"task.batch_size={size}", f"output={tmp_path / f'{size}{fails}'}"]
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            rows = run_all(compose("config", run), run)
+        assert expected is None or passes == expected
+        answers = [
+            {r["id"]: (r["status"], r["tokens"], r["trace"]) for r in row.outcome.records}
+            for row in rows
+        ]
+        found.append(answers)
+        assert all(r["kl_to_full"] > 0 for row in rows for r in row.outcome.records)
+    assert found[0] == found[1] == found[2] and len(found[0][0]) == 3
