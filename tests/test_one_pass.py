@@ -238,7 +238,7 @@ def test_the_runner_puts_a_batch_of_prompts_into_one_pass(tmp_path, monkeypatch)
         *NEEDLE,
         "time_samples=0",
         "kl=true",
-        "budget=0.5",
+        "budget=200",
         "variants=[['method=h2o'],['method=tova']]",
     ]
     found = []
