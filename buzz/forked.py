@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 
 from buzz import kernels, repetition
 from buzz.adapter import SelfAttending
-from buzz.attention import Shared
+from buzz.attention import Shared, sinks_of
 from buzz.cache import EvictionCache
 from buzz.entries import SeveralLayers
 from buzz.errors import ConfigError
@@ -242,9 +242,11 @@ class ForkedLayer(SelfAttending):
         self.cumulative_length += query.shape[2]
         if not self.rows.forked:
             return self._prompts(attention, query, key, value, **kwargs)
-        if query.shape[2] == 1 and backend == "sdpa" and self._in_one_call(query, kwargs):
+        sinks = sinks_of(kwargs)
+        ours = backend == ("sdpa" if sinks is None else "eager")
+        if query.shape[2] == 1 and ours and self._in_one_call(query, kwargs):
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            return self._token(query, key, value, scale)
+            return self._token(query, key, value, scale, sinks)
         self.rows.part()
         outputs = []
         for row, (fork, layer) in enumerate(zip(self.forks, self.layers, strict=True)):
@@ -294,11 +296,13 @@ class ForkedLayer(SelfAttending):
         return (
             kernels.steps_rows(query)
             and all(layer.rope.static and layer.logn_base is None for layer in self.layers)
-            and all(kwargs.get(option) is None for option in ("softcap", "s_aux"))
+            and kwargs.get("softcap") is None
             and not kwargs.get("dropout")
         )
 
-    def _token(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _token(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
         """One token of each row, which is evicted from when the last layer has seen it."""
         if self.is_first:
             self.rows.stack(self.forks)
@@ -306,7 +310,7 @@ class ForkedLayer(SelfAttending):
                 stack.begin()
         seats = self.rows.seats[self.index]
         places = [stack.places[number] for stack, number in seats]
-        output = kernels.step_rows(query, key, value, places, scale)
+        output = kernels.step_rows(query, key, value, places, scale, sinks)
         for row, (stack, _) in enumerate(seats):
             stack.hear(query[row : row + 1], scale)
         if self.is_last:

@@ -72,7 +72,7 @@ def check_fork(fork, cache, name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [("llama", torch.float32), ("qwen3", torch.float32), ("gemma3-mixed", torch.float32)]
-    + [("llama", torch.float64)],
+    + [("llama", torch.float64), ("gpt-oss", torch.float32)],
 )
 def test_rows_are_what_methods_give_alone(family, dtype, positions) -> None:
     """Every method on two prompts, padded and in chunks, then tokens and a chunk of several."""
@@ -97,7 +97,7 @@ def test_rows_are_what_methods_give_alone(family, dtype, positions) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", ["llama", "gemma3-mixed", "llama-dynamic"])
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed", "llama-dynamic", "gpt-oss-mixed"])
 def test_a_question_is_read_by_each_row(family) -> None:
     """A context that is thinned before the question comes, and after each of its chunks."""
     model, names = tiny(family), ("h2o", "buzz", "snapkv", "tova", "full")
