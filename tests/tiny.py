@@ -133,7 +133,7 @@ def from_config(
 ) -> PreTrainedModel:
     torch.manual_seed(seed)
     own = copy.deepcopy(config)  # a model writes its attention into its config, and keeps that
-    if attention == "sdpa" and config.model_type == "gpt_oss":  # sdpa knows no sinks
+    if attention == "sdpa" and config.model_type in ("gpt_oss", "mimo_v2_flash"):  # it has no sinks
         attention = "eager"
     model = AutoModelForCausalLM.from_config(own, attn_implementation=attention, dtype=dtype)
     for name, weight in model.named_parameters():
