@@ -8,7 +8,9 @@ Where outputs and scores come from:
 - methods (and steps) that read no scores: the stock backend; where :mod:`buzz.kernels` outruns
   PyTorch's sdpa (on the CPU), the same kernels that others run;
 - with scores, under sdpa and flash attention: :mod:`buzz.kernels`, which choose by device;
-- with scores, under eager: the plain torch version of the same kernels.
+- with scores, under eager: the plain torch version of the same kernels;
+- models with attention sinks, which sdpa does not know and which are loaded with eager for that:
+  :mod:`buzz.kernels`, with scores and without.
 
 No gradient flows through kept entries, so none flows at all: a backward pass is refused.
 """
@@ -95,21 +97,22 @@ def attend(
     kwargs.pop("sliding_window", None)  # wider than the model's context, or the layer is not ours
 
     observed = layer.observed
-    scorer = kernels.reference if backend == "eager" else kernels
+    sinks = sinks_of(kwargs)
+    scorer = kernels.reference if backend == "eager" and sinks is None else kernels
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None = None
     ) -> Scored:
-        if not observed and (backend != "sdpa" or not kernels.outruns_stock(query)):
+        if not observed and not _outruns_stock(backend, sinks, query):
             mask = _mask(backend, query, key, starts)
             return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
         if query.shape[2] == 1:
-            output, received = scorer.scored_decode(query, key, value, scale, starts)
+            output, received = scorer.scored_decode(query, key, value, scale, starts, sinks)
         else:
             last, decay = min(observed, query.shape[2]), layer.policy.decay
             output, received = scorer.scored_prefill(
-                query, key, value, scale, observe=last, decay=decay
+                query, key, value, scale, observe=last, decay=decay, sinks=sinks
             )
         return output, received if observed else None
 
@@ -123,7 +126,9 @@ def attend(
         output = shared.output
         if observed and rule not in shared.received:  # of the queries that count, and no others
             last = query[:, :, -observed:]
-            shared.received[rule] = scorer.scored_prefill(last, key, value, scale, decay=rule[1])[1]
+            shared.received[rule] = scorer.scored_prefill(
+                last, key, value, scale, decay=rule[1], sinks=sinks
+            )[1]
         received = shared.received.get(rule)
     elif query.shape[2] == 1:
         output, received = attention(query, key, value, layer.starts)
@@ -137,6 +142,19 @@ def attend(
     if differentiable:
         output = _NoBackward.apply(output, torch.empty(0, requires_grad=True))
     return output.transpose(1, 2), None
+
+
+def sinks_of(options: dict[str, Any]) -> Tensor | None:
+    """A layer's attention sinks [heads], of what transformers tells an attention function."""
+    sinks: Tensor | None = options.get("s_aux")
+    return None if sinks is None else sinks.detach()
+
+
+def _outruns_stock(backend: str, sinks: Tensor | None, query: Tensor) -> bool:
+    """Whether kernels of this project attend also where nobody asks for scores."""
+    if backend == "eager":
+        return sinks is not None
+    return backend == "sdpa" and kernels.outruns_stock(query)
 
 
 def _by_group(

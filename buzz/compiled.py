@@ -114,6 +114,7 @@ class ReplayLayer(adapter.SelfAttending):
         query: Tensor,
         *,
         scaling: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """A token's output, its entry appended on the way.
@@ -121,6 +122,7 @@ class ReplayLayer(adapter.SelfAttending):
         Args:
             attention: what would attend otherwise.
             query: [batch, heads, 1, head_dim].
+            s_aux: sinks of each head, see :func:`buzz.kernels.scored_prefill`.
 
         Returns:
             [batch, 1, heads, head_dim].
@@ -145,6 +147,7 @@ class ReplayLayer(adapter.SelfAttending):
             self.bounds,
             scale,
             self.adds,
+            s_aux,
         ).transpose(1, 2)
 
     def follow(self, layer: EvictionLayer, bounds: Tensor) -> None:

@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 
 from buzz import kernels, repetition
 from buzz.adapter import SelfAttending
-from buzz.attention import Shared
+from buzz.attention import Shared, sinks_of
 from buzz.cache import EvictionCache
 from buzz.entries import SeveralLayers
 from buzz.errors import ConfigError
@@ -42,6 +42,7 @@ class Rows:
         prompts: of each fork, the index of its prompt.
         padding: of each prompt.
         forked: whether a step has a row for each fork, and not for each prompt.
+        in_one_call: whether one kernel serves the step's token of all of them, in each layer.
         stacks: what holds the forks' entries while they decode token by token.
         seats: of each layer that evicts, by its index: for each fork its stack, and where in that.
     """
@@ -49,6 +50,7 @@ class Rows:
     prompts: list[int]
     padding: list[int]
     forked: bool = False
+    in_one_call: bool = False
     stacks: list[Stack] = field(default_factory=list)
     seats: dict[int, list[tuple[Stack, int]]] = field(default_factory=dict)
 
@@ -242,9 +244,11 @@ class ForkedLayer(SelfAttending):
         self.cumulative_length += query.shape[2]
         if not self.rows.forked:
             return self._prompts(attention, query, key, value, **kwargs)
-        if query.shape[2] == 1 and backend == "sdpa" and self._in_one_call(query, kwargs):
+        if self.is_first:  # whose way the others go: a fork's layers take a token in together
+            self.rows.in_one_call = self._in_one_call(query, backend, kwargs)
+        if self.rows.in_one_call:
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            return self._token(query, key, value, scale)
+            return self._token(query, key, value, scale, sinks_of(kwargs))
         self.rows.part()
         outputs = []
         for row, (fork, layer) in enumerate(zip(self.forks, self.layers, strict=True)):
@@ -289,16 +293,21 @@ class ForkedLayer(SelfAttending):
                 )[0]
         return output
 
-    def _in_one_call(self, query: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether one kernel serves a token of all rows."""
+    def _in_one_call(self, query: Tensor, backend: str, kwargs: dict[str, Any]) -> bool:
+        """Whether one kernel serves a token of all rows, in each layer."""
+        layers: list[Any] = [layer for fork in self.forks for layer in fork.evicting]
         return (
-            kernels.steps_rows(query)
-            and all(layer.rope.static and layer.logn_base is None for layer in self.layers)
-            and all(kwargs.get(option) is None for option in ("softcap", "s_aux"))
+            query.shape[2] == 1
+            and backend == ("sdpa" if sinks_of(kwargs) is None else "eager")
+            and kernels.steps_rows(query)
+            and all(layer.rope.static and layer.logn_base is None for layer in layers)
+            and kwargs.get("softcap") is None
             and not kwargs.get("dropout")
         )
 
-    def _token(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _token(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
         """One token of each row, which is evicted from when the last layer has seen it."""
         if self.is_first:
             self.rows.stack(self.forks)
@@ -306,7 +315,7 @@ class ForkedLayer(SelfAttending):
                 stack.begin()
         seats = self.rows.seats[self.index]
         places = [stack.places[number] for stack, number in seats]
-        output = kernels.step_rows(query, key, value, places, scale)
+        output = kernels.step_rows(query, key, value, places, scale, sinks)
         for row, (stack, _) in enumerate(seats):
             stack.hear(query[row : row + 1], scale)
         if self.is_last:

@@ -25,13 +25,14 @@ from transformers import Cache, PreTrainedModel
 
 from buzz import adapter
 from buzz.errors import ConfigError
+from buzz.kernels import reference
 from buzz.rope import Rope
 
 NEAR = (2, 7)
 FAR = 2**17  # no position is tried beyond
 # What an attention function may be told and is served (positions are in the keys already).
 SERVED = (
-    *("scaling", "dropout", "sliding_window", "is_causal"),
+    *("scaling", "dropout", "sliding_window", "is_causal", "s_aux"),
     *("position_ids", "cache_position", "use_cache", "eviction_layers"),
 )
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}  # as a share of the largest number
@@ -288,6 +289,8 @@ class _Probe:
         for option, setting in call.options.items():
             if option not in SERVED and setting is not None and setting is not False:
                 raise _Refused(f"attends with {option}, which no evicting cache serves")
+        if self.backend == "sdpa" and call.options.get("s_aux") is not None:
+            raise _Refused("attends with s_aux, which sdpa leaves out; load it with eager")
         window = call.options.get("sliding_window")
         if window is not None and window < (self._context() or window):
             raise _Refused(f"attends {window} tokens, and not all as its configuration says")
@@ -461,18 +464,21 @@ def _is_causal(mask: Tensor) -> bool:
 
 
 def _is_softmax(call: Call, draw: torch.Generator) -> bool:
-    """Whether the model's own attention is softmax(q k) v, also where logits are large."""
+    """Whether the model's own attention is softmax(q k) v, also where logits are large.
+
+    With sinks in the sum of the softmax, if it is told of any: they show where logits are 0.
+    """
     query = call.query * 8
+    query[:, :, 0] = 0
     # The values of the call are equal, of which every weighting makes the same.
     value = torch.randn(call.value.shape, generator=draw).to(call.value)
     new = query.shape[2]
     least = torch.finfo(query.dtype).min
     mask = torch.full((1, 1, new, new), least, dtype=query.dtype, device=query.device).triu(1)
     own = adapter.model_eager(call.module, query, call.key, value, mask, **call.options)[0]
-    groups = query.shape[1] // call.key.shape[1]
-    key, values = (x.repeat_interleave(groups, 1) for x in (call.key, value))
     scale = call.options.get("scaling") or query.shape[-1] ** -0.5
-    plain = nn.functional.scaled_dot_product_attention(query, key, values, mask, scale=scale)
+    sinks = call.options.get("s_aux")
+    plain = reference.scored_prefill(query, call.key, value, scale, sinks=sinks)[0]
     off = (own.transpose(1, 2).float() - plain.float()).abs().max()
     return bool(off <= max(TOLERANCE.get(query.dtype, 0), 1e-3) * value.abs().max())
 

@@ -17,8 +17,10 @@ from transformers import Cache
 
 from buzz import kernels
 from buzz.adapter import CACHE_ARGUMENT, SelfAttending, unread_mask
+from buzz.attention import sinks_of
 from buzz.errors import ConfigError
 from buzz.eviction import Group
+from buzz.kernels.reference import softmax
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 
@@ -48,20 +50,22 @@ class _Repeated(SelfAttending):
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         # One layer's entries are copied, a chunk: next to nothing beside its attention.
         both = torch.cat([own[0], keys], 2), torch.cat([own[1], values], 2)
-        output, _ = kernels.scored_prefill(query, *both, scale, observe=1)
+        sinks = sinks_of(kwargs)
+        output, _ = kernels.scored_prefill(query, *both, scale, observe=1, sinks=sinks)
         sink = min(SINK, self.chunk.start)
         attended = torch.cat([own[0][:, :, :sink], own[0][:, :, self.chunk], keys], 2)
-        highest = highest_attention(query[0] * scale, attended[0])
+        highest = highest_attention(query[0] * scale, attended[0], sinks)
         self.scores[:, self.chunk] = highest[:, sink : attended.shape[2] - keys.shape[2]]
         return output.transpose(1, 2)
 
 
-def highest_attention(query: Tensor, key: Tensor) -> Tensor:
+def highest_attention(query: Tensor, key: Tensor, sinks: Tensor | None = None) -> Tensor:
     """The highest attention that each key gets from any query and head of its group.
 
     Args:
         query: [heads, m, head_dim], times the scale; the last sees all keys, others end before.
         key: [kv_heads, n, head_dim], n >= m.
+        sinks: [heads], see :func:`buzz.kernels.scored_prefill`.
 
     Returns:
         float32 [kv_heads, n].
@@ -71,11 +75,13 @@ def highest_attention(query: Tensor, key: Tensor) -> Tensor:
     highest = torch.zeros(key.shape[:2], device=key.device)
     slots = torch.arange(held, device=key.device)
     for head, own in enumerate(key.float()):
+        terms = None if sinks is None else sinks.unflatten(0, (len(key), -1))[head]
         for low in range(0, count, BLOCK):
             block = grouped[head, :, low : low + BLOCK]
             last = torch.arange(low, low + block.shape[1], device=key.device) + held - count
             logits = (block @ own.mT).masked_fill(slots > last[:, None], -torch.inf)
-            highest[head] = highest[head].maximum(logits.softmax(-1).amax((0, 1)))
+            weights = softmax(logits[None, None], terms)[0, 0]
+            highest[head] = highest[head].maximum(weights.amax((0, 1)))
     return highest
 
 

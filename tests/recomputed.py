@@ -102,7 +102,7 @@ class _Layer:
 _now: _Pass
 
 
-def _attend(module, query, key, value, mask, scaling, **kwargs) -> tuple[Tensor, None]:
+def _attend(module, query, key, value, mask, scaling, s_aux=None, **kwargs) -> tuple[Tensor, None]:
     """Query and key come rotated to position 0: as they are before any rotation."""
     kv_heads, count = key.shape[1:3]
     visible = _now.text.visible(module.layer_idx)
@@ -122,7 +122,11 @@ def _attend(module, query, key, value, mask, scaling, **kwargs) -> tuple[Tensor,
         logits = torch.einsum("bgqd,qkd->gqk", q, k.view(count, count, -1)) * scaling
         if _now.logn_base is not None:
             logits *= (visible[head].sum(-1).log() / math.log(_now.logn_base))[:, None]
-        own = logits.masked_fill(~visible[head], -torch.inf).softmax(-1)
+        logits = logits.masked_fill(~visible[head], -torch.inf)
+        if s_aux is not None:
+            sinks = s_aux.view(kv_heads, -1)[head, :, None, None].expand(*logits.shape[:2], 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        own = logits.softmax(-1)[..., :count]
         outputs.append(own @ value[0, head])
         weights.append(own)
     scale = torch.full((count,), scaling)

@@ -80,6 +80,13 @@ def compiled(target: int, dtype: torch.dtype, dim: int, group: int) -> list[dict
         lambda: own.scored_decode(one, *held, 0.1, bounds[0]),
         lambda: own.step(one, entry, entry, *store, bounds, 0.1, True),
     ]
+    if (dtype, dim, group) == (BFLOAT, 64, 4):  # the group and size of heads that have sinks
+        sinks = torch.empty(8 * group, dtype=dtype)
+        calls += [
+            lambda: own.scored_prefill(query, key, key, 0.1, sinks=sinks),
+            lambda: own.scored_decode(one, *held, 0.1, bounds[0], sinks),
+            lambda: own.step(one, entry, entry, *store, bounds, 0.1, True, sinks),
+        ]
     if group == 1:
         calls += [lambda: own.append(store, entry, entry, 5, 5)]
         if dtype == SINGLE:  # of which no key is kept as it came

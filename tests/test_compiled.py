@@ -111,7 +111,7 @@ def test_with_the_caches_options(name: str, options) -> None:
     same(tiny("llama"), METHODS[name], 2, 30, **options)
 
 
-@pytest.mark.parametrize("family", ["llama-mqa", "qwen3", "smollm3", "phi3-partial"])
+@pytest.mark.parametrize("family", ["llama-mqa", "qwen3", "smollm3", "phi3-partial", "gpt-oss"])
 def test_of_other_models(family: str) -> None:
     same(tiny(family), METHODS["buzz"], 2, 30)
 

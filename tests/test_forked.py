@@ -8,12 +8,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods import METHODS
-from tiny import prompt, tiny
+from tiny import SHAPE, from_config, prompt, tiny
+from transformers import MiMoV2FlashConfig, SmolLM3Config
 
 from baselines import FullPolicy
 from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache, repetition
 
 TOKENS = 60
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+SINKS, NONE = "sliding_attention", "full_attention"  # of a window as long as the context
+UNEVEN = [
+    *(
+        SmolLM3Config(
+            **{**SHAPE, "max_position_embeddings": 64},
+            no_rope_layers=layers,
+            rope_parameters=DYNAMIC,
+        )
+        for layers in ([0, 1, 1], [1, 0, 1])
+    ),
+    *(
+        MiMoV2FlashConfig(
+            **SHAPE,
+            **{"head_dim": 16, "v_head_dim": 16, "sliding_window": 512},
+            layer_types=layers,
+            mlp_layer_types=["dense"] * 3,
+        )
+        for layers in ([SINKS, NONE, NONE], [NONE, SINKS, NONE])
+    ),
+]
 
 
 def fitted(budget: float = 0.5) -> list:
@@ -72,7 +94,7 @@ def check_fork(fork, cache, name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [("llama", torch.float32), ("qwen3", torch.float32), ("gemma3-mixed", torch.float32)]
-    + [("llama", torch.float64)],
+    + [("llama", torch.float64), ("gpt-oss", torch.float32)],
 )
 def test_rows_are_what_methods_give_alone(family, dtype, positions) -> None:
     """Every method on two prompts, padded and in chunks, then tokens and a chunk of several."""
@@ -97,7 +119,7 @@ def test_rows_are_what_methods_give_alone(family, dtype, positions) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", ["llama", "gemma3-mixed", "llama-dynamic"])
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed", "llama-dynamic", "gpt-oss-mixed"])
 def test_a_question_is_read_by_each_row(family) -> None:
     """A context that is thinned before the question comes, and after each of its chunks."""
     model, names = tiny(family), ("h2o", "buzz", "snapkv", "tova", "full")
@@ -111,6 +133,20 @@ def test_a_question_is_read_by_each_row(family) -> None:
         one, expected = alone(model, policy, prompt(TOKENS), later[row : row + 1], steps)
         own = expected[0, TOKENS:]
         torch.testing.assert_close(found[row], own, atol=1e-4, rtol=1e-4, msg=policy.name)
+        check_fork(cache.forks[row], one, policy.name)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("config", UNEVEN)
+def test_layers_that_differ_go_one_way(config) -> None:
+    """Some alone have sinks, or frequencies that no single call serves."""
+    model, policies, steps = from_config(config), [METHODS["h2o"], METHODS["full"]], [1] * 8
+    cache, inputs, later = ForkedCache(model, policies), padded([prompt(60)]), prompt(8, batch=2)
+    feed(model, cache, inputs, [60])
+    found = feed(model, cache, continued(inputs, [0, 0], later), steps)
+    for row, policy in enumerate(policies):
+        one, expected = alone(model, policy, prompt(60), later[row : row + 1], steps)
+        torch.testing.assert_close(found[row], expected[0, 60:], atol=1e-4, rtol=1e-4)
         check_fork(cache.forks[row], one, policy.name)
 
 

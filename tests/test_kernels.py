@@ -59,6 +59,7 @@ def full(
     observe: int | None = None,
     starts: Tensor | None = None,
     decay: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, in float64, with the whole matrix and with repeated heads."""
     query, key, value = query.double(), key.double(), value.double()
@@ -71,9 +72,19 @@ def full(
         visible = visible & (torch.arange(keys) >= starts[:, None, None, None])
     logits = (query @ key.mT * scale).masked_fill(~visible, -torch.inf)
     weights = logits.softmax(-1)
+    if sinks is not None:  # what is left of the sum of exponentials for those with values
+        weights = weights * (logits.logsumexp(-1, True) - sinks.double()[:, None, None]).sigmoid()
     age = torch.arange(queries - 1, -1, -1)[:, None]
     received = (weights * decay**age)[:, :, queries - (observe or queries) :].sum(2)
     return weights @ value, received.view(batch, kv_heads, -1, keys).sum(2)
+
+
+with_sinks = pytest.mark.parametrize("sunk", [False, True], ids=["plain", "sinks"])
+
+
+def drawn_sinks(sunk: bool, heads: int = 4) -> Tensor | None:
+    """Of each head one: from what takes next to nothing to what takes nearly all."""
+    return torch.linspace(-4, 8, heads) if sunk else None
 
 
 def draw(
@@ -114,10 +125,13 @@ def close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance: fl
     ],
     ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()),
 )
-def test_prefill_equals_the_full_matrix(impl: ModuleType, sizes: dict[str, int]) -> None:
+@with_sinks
+def test_prefill_equals_the_full_matrix(
+    impl: ModuleType, sizes: dict[str, int], sunk: bool
+) -> None:
     inputs = draw(**sizes)
-    scale = inputs[0].shape[-1] ** -0.5
-    close(impl.scored_prefill(*inputs, scale), full(*inputs, scale))
+    scale, sinks = inputs[0].shape[-1] ** -0.5, drawn_sinks(sunk, inputs[0].shape[1])
+    close(impl.scored_prefill(*inputs, scale, sinks=sinks), full(*inputs, scale, sinks=sinks))
 
 
 def test_nobody_needs_to_be_observed(impl: ModuleType) -> None:
@@ -132,13 +146,16 @@ def test_only_the_observed_queries_count(impl: ModuleType, observe: int) -> None
     close(impl.scored_prefill(*inputs, 0.125, observe=observe), full(*inputs, 0.125, observe))
 
 
-@pytest.mark.parametrize(("decay", "observe"), [(0.9, None), (0.98, 100), (0.5, None), (0.9, 1)])
+@pytest.mark.parametrize(
+    ("decay", "observe", "sunk"),
+    [(0.9, None, False), (0.98, 100, True), (0.5, None, True), (0.9, 1, False)],
+)
 def test_queries_count_less_the_older_they_are(
-    impl: ModuleType, decay: float, observe: int | None
+    impl: ModuleType, decay: float, observe: int | None, sunk: bool
 ) -> None:
-    inputs = draw(q=150, n=170, batch=2)
-    got = impl.scored_prefill(*inputs, 0.125, observe=observe, decay=decay)
-    close(got, full(*inputs, 0.125, observe, decay=decay))
+    inputs, options = draw(q=150, n=170, batch=2), {"decay": decay, "sinks": drawn_sinks(sunk)}
+    got = impl.scored_prefill(*inputs, 0.125, observe=observe, **options)
+    close(got, full(*inputs, 0.125, observe, **options))
 
 
 def test_without_memory_the_last_query_alone_counts() -> None:
@@ -156,24 +173,30 @@ def test_without_memory_the_last_query_alone_counts() -> None:
     ],
     ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()),
 )
-def test_decode_equals_the_full_matrix(impl: ModuleType, sizes: dict[str, int]) -> None:
+@with_sinks
+def test_decode_equals_the_full_matrix(impl: ModuleType, sizes: dict[str, int], sunk: bool) -> None:
     inputs = draw(q=1, **sizes)
-    close(impl.scored_decode(*inputs, 0.3), full(*inputs, 0.3))
+    sinks = drawn_sinks(sunk, inputs[0].shape[1])
+    close(impl.scored_decode(*inputs, 0.3, sinks=sinks), full(*inputs, 0.3, sinks=sinks))
 
 
-def test_decode_skips_what_precedes_a_shorter_row(impl: ModuleType) -> None:
-    inputs = draw(batch=3, q=1, n=90)
+@with_sinks
+def test_decode_skips_what_precedes_a_shorter_row(impl: ModuleType, sunk: bool) -> None:
+    inputs, sinks = draw(batch=3, q=1, n=90), drawn_sinks(sunk)
     starts = torch.tensor([0, 89, 37])
-    close(impl.scored_decode(*inputs, 0.125, starts), full(*inputs, 0.125, starts=starts))
+    want = full(*inputs, 0.125, starts=starts, sinks=sinks)
+    close(impl.scored_decode(*inputs, 0.125, starts, sinks), want)
 
 
-def test_huge_logits_stay_finite(impl: ModuleType) -> None:
+@pytest.mark.parametrize("sink", [None, 400.0, -400.0])
+def test_huge_logits_stay_finite(impl: ModuleType, sink: float | None) -> None:
     query, key, value = draw(q=100, n=100)
-    key[:, :, 0] *= 100  # an attention sink, logits in the hundreds and of both signs
-    # A logit of 500 is known to 3e-5 in float32.
-    close(impl.scored_prefill(query, key, value, 1.0), full(query, key, value, 1.0), 3e-4)
-    last = query[:, :, -1:]
-    close(impl.scored_decode(last, key, value, 1.0), full(last, key, value, 1.0), 3e-4)
+    key[:, :, 0] *= 100  # logits in the hundreds and of both signs
+    sinks = None if sink is None else torch.full((4,), sink)
+    for kernel, last in ((impl.scored_prefill, query), (impl.scored_decode, query[:, :, -1:])):
+        want = full(last, key, value, 1.0, sinks=sinks)
+        # A logit of 500 is known to 3e-5 in float32.
+        close(kernel(last, key, value, 1.0, sinks=sinks), want, 3e-4)
 
 
 def test_maxima_that_rise_along_the_prompt(impl: ModuleType) -> None:
@@ -197,14 +220,16 @@ def test_maxima_that_rise_along_the_prompt(impl: ModuleType) -> None:
     ],
     ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()),
 )
+@with_sinks
 def test_half_precision_is_summed_in_float32(
-    impl: ModuleType, dtype: torch.dtype, sizes: dict[str, int]
+    impl: ModuleType, dtype: torch.dtype, sizes: dict[str, int], sunk: bool
 ) -> None:
     inputs = tuple(x.to(dtype) for x in draw(**sizes))
-    want = full(*inputs, 0.125)
+    sinks = torch.linspace(-4, 8, inputs[0].shape[1]).to(dtype) if sunk else None
+    want = full(*inputs, 0.125, sinks=sinks)
     kernels = [impl.scored_prefill, impl.scored_decode][: 2 if sizes["q"] == 1 else 1]
     for kernel in kernels:
-        output, received = kernel(*inputs, 0.125)
+        output, received = kernel(*inputs, 0.125, sinks=sinks)
         assert output.dtype == dtype and received.dtype == torch.float32
         torch.testing.assert_close(output.double(), want[0], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(received.double(), want[1], atol=1e-5, rtol=1e-5)
@@ -268,10 +293,11 @@ def test_append_writes_one_slot(impl: ModuleType, scored: bool, padding: list[in
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@with_sinks
 def test_a_step_appends_attends_and_scores(
-    impl: ModuleType, scored: bool, adds: bool, dtype: torch.dtype
+    impl: ModuleType, scored: bool, adds: bool, dtype: torch.dtype, sunk: bool
 ) -> None:
-    random = seeded(0)
+    random, sinks = seeded(0), drawn_sinks(sunk)
     query, key, value = (x.to(dtype) for x in draw(batch=2, q=1, n=1, vdim=36))
     buffers = [
         torch.randn(2, 2, 320, 64, generator=random).to(dtype),
@@ -284,12 +310,14 @@ def test_a_step_appends_attends_and_scores(
     want[0][:, :, 299], want[1][:, :, 299] = key[:, :, 0], value[:, :, 0]
     want[2][0, :, 299], want[2][1, :, 299], want[3][:, :, 299] = 500, 131, 0
     starts = torch.tensor([0, 167])
-    output, received = full(query, want[0][:, :, 3:300], want[1][:, :, 3:300], 0.125, starts=starts)
+    output, received = full(
+        query, want[0][:, :, 3:300], want[1][:, :, 3:300], 0.125, starts=starts, sinks=sinks
+    )
     for row, start in enumerate((3, 170)):
         held = want[3][row, :, start:300]
         held.copy_(held * adds + received[row, :, start - 3 :])
     scores = buffers[3] if scored else None
-    got = impl.step(query, key, value, *buffers[:3], scores, bounds, 0.125, adds)
+    got = impl.step(query, key, value, *buffers[:3], scores, bounds, 0.125, adds, sinks)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got.double(), output, atol=tolerance, rtol=tolerance)
     assert got.dtype == dtype
@@ -379,9 +407,11 @@ def test_moves_of_several_stores_are_one_call(strided: bool) -> None:
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_of_rows_that_lie_apart(dtype: torch.dtype) -> None:
+@with_sinks
+def test_a_token_of_rows_that_lie_apart(dtype: torch.dtype, sunk: bool) -> None:
     """Each row as a step of its own buffers, of its own length, with and without scores."""
     random, bounds = seeded(2), [(0, 1), (3, 20), (0, 40), (11, 33)]
+    sinks = drawn_sinks(sunk, heads=6)
     query = torch.randn(4, 6, 1, 16, generator=random).to(dtype)
     key, value = (torch.randn(4, 2, 1, dim, generator=random).to(dtype) for dim in (16, 8))
     rows, want, stores = [], [], []
@@ -394,14 +424,14 @@ def test_a_token_of_rows_that_lie_apart(dtype: torch.dtype) -> None:
         scores = None if row == 1 else expected[3]
         at = torch.tensor([[start], [end], [70 + row]])
         step = reference.step(
-            query[own], key[own], value[own], *expected[:3], scores, at, 0.25, adds
+            query[own], key[own], value[own], *expected[:3], scores, at, 0.25, adds, sinks
         )
         want.append(step)
         address = 0 if row == 1 else store[3].data_ptr()
         places = [tensor.data_ptr() for tensor in store[:3]]
         rows.append((*places, address, capacity, start, end, 70 + row, adds))
         stores.append((store, expected, start, end))
-    found = kernels.step_rows(query, key, value, rows, 0.25)
+    found = kernels.step_rows(query, key, value, rows, 0.25, sinks)
     close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(found, torch.cat(want), **close)
     for store, expected, start, end in stores:
@@ -556,6 +586,8 @@ def test_an_implementation_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_shapes_that_do_not_fit_are_refused(q: int, n: int, heads: int, kv_heads: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         kernels.scored_prefill(*draw(q=q, n=n, heads=heads, kv_heads=kv_heads), 1.0)
+    with pytest.raises(ValueError, match="2 query heads"):
+        kernels.scored_decode(*draw(q=1, n=n, heads=2), 1.0, sinks=torch.zeros(3))
 
 
 def test_without_a_compiler_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MptConfig,
+)
 
 from baselines import FullPolicy
 from buzz.errors import ConfigError
@@ -76,6 +83,14 @@ def test_model_without_rope_is_refused_by_name(tmp_path: Path, cls: type):
     cls().save_pretrained(tmp_path)  # a config alone: no weights are looked for
     with pytest.raises(ConfigError, match=cls.model_type):
         check_model(config("hf", name_or_path=str(tmp_path), max_length=128))
+
+
+def test_a_model_with_attention_sinks_is_told_which_attention_it_has(tmp_path: Path):
+    GptOssConfig().save_pretrained(tmp_path)
+    cfg = config("hf", name_or_path=str(tmp_path), max_length=128)
+    with pytest.raises(ConfigError, match="model.attn_implementation='sdpa'.*gpt_oss; write eager"):
+        check_model(cfg)
+    check_model(cfg | {"attn_implementation": "eager"})
 
 
 def test_rope_model_passes_on_its_config_alone(tmp_path: Path):

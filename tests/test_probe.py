@@ -43,11 +43,6 @@ def refusal(model: PreTrainedModel, **options: Any) -> str:
     [
         ("doge", "sdpa", {}, "layer 0 adds to the attention mask"),
         ("diffllama", "eager", {}, "layer 0 attends 2 times in a step"),
-        (
-            *("gpt_oss", "eager"),
-            {"layer_types": ["full_attention"] * 3, "num_local_experts": 2},
-            "layer 0 attends with s_aux",
-        ),
         ("gemma", "sdpa", {"use_bidirectional_attention": True}, "attends tokens that come later"),
         (
             *("gemma3_text", "sdpa"),

@@ -16,7 +16,7 @@ from buzz.layer import EvictionLayer
 
 # Frequencies that change are below; Gemma's other layers have a window of their own.
 FAMILIES = ["llama-mqa", "llama3", "llama-yarn", "qwen3", "smollm3", "phi3-partial"]
-FAMILIES += ["cohere-interleaved"]
+FAMILIES += ["cohere-interleaved", "gpt-oss"]
 
 
 SECOND_TURN = [60, *[1] * 20, 13, *[1] * 5]
@@ -37,9 +37,11 @@ def test_queries_that_attended_other_entries_do_not_judge(positions) -> None:
 
 
 @in_turn("cache")
-def test_by_eager_attention(policy, positions) -> None:
-    recorder = record(tiny("llama", "eager"), policy, [0, 7], SECOND_TURN, positions=positions)
-    recorder.check("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_by_eager_attention(family, policy, positions) -> None:
+    """Also of models with attention sinks, which have no other."""
+    recorder = record(tiny(family, "eager"), policy, [0, 7], SECOND_TURN, positions=positions)
+    recorder.check(family)
 
 
 @both_positions

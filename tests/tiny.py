@@ -10,6 +10,7 @@ from transformers import (
     CohereConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -35,6 +36,7 @@ SHAPE = {
     "eos_token_id": None,
     "attention_dropout": 0.0,
 }
+EXPERTS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
 SHORT, LONG = [1.0, 1.1, 1.3, 1.7], [1.5, 2.0, 3.0, 4.0]
 
 FAMILIES: dict[str, PreTrainedConfig] = {
@@ -98,6 +100,18 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         sliding_window=16,
         layer_types=["sliding_attention", "full_attention", "full_attention"],
     ),
+    "gpt-oss": GptOssConfig(
+        **SHAPE,
+        **EXPERTS,
+        layer_types=["full_attention"] * 3,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "gpt-oss-mixed": GptOssConfig(
+        **SHAPE,
+        **EXPERTS,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
 }
 
 
@@ -119,7 +133,12 @@ def from_config(
 ) -> PreTrainedModel:
     torch.manual_seed(seed)
     own = copy.deepcopy(config)  # a model writes its attention into its config, and keeps that
+    if attention == "sdpa" and config.model_type in ("gpt_oss", "mimo_v2_flash"):  # it has no sinks
+        attention = "eager"
     model = AutoModelForCausalLM.from_config(own, attn_implementation=attention, dtype=dtype)
+    for name, weight in model.named_parameters():
+        if name.endswith("sinks"):  # which trained models do not have near 0
+            torch.nn.init.normal_(weight, mean=4, std=2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

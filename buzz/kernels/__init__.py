@@ -115,6 +115,7 @@ def scored_prefill(
     *,
     observe: int | None = None,
     decay: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last ``q`` of ``n`` tokens, and what every key received.
 
@@ -129,6 +130,8 @@ def scored_prefill(
         scale: factor of the logits, usually ``D ** -0.5``.
         observe: only the last ``observe`` queries count in what is received, 0: none; None: all.
         decay: a query counts ``decay`` to the power of how many come after it, from 0 to 1.
+        sinks: [Hq], a learned logit of each query head: one more term of the softmax's denominator
+            that has no value and of which nothing is received (gpt-oss, ``s_aux``). None: none.
 
     Returns:
         The output [B, Hq, q, Dv] in the query's dtype, dense as [B, q, Hq, Dv], and the received
@@ -138,17 +141,22 @@ def scored_prefill(
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check(query, key, value)
+    _check(query, key, value, sinks)
     if decay == 0:
         observe, decay = 1, 1.0
     if torch.compiler.is_compiling():
-        return _compiled(query, key, value, scale, observe, decay, None)
+        return _compiled(query, key, value, scale, observe, decay, None, sinks)
     own = implementation(query)
-    return own.scored_prefill(query, key, value, scale, observe=observe, decay=decay)
+    return own.scored_prefill(query, key, value, scale, observe=observe, decay=decay, sinks=sinks)
 
 
 def scored_decode(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`scored_prefill` of a single token (q = 1), in one pass over the cache.
 
@@ -159,6 +167,7 @@ def scored_decode(
         scale: factor of the logits.
         starts: [B] int64, below n: the first key of each row. What precedes it, where rows hold
             less than the longest, is neither attended nor receives. None: all 0.
+        sinks: as of :func:`scored_prefill`.
 
     Returns:
         The output [B, Hq, 1, Dv] and the received attention [B, Hkv, n] in float32.
@@ -166,12 +175,12 @@ def scored_decode(
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check(query, key, value)
+    _check(query, key, value, sinks)
     if query.shape[2] != 1:
         raise ValueError(f"scored_decode takes one query, got {query.shape[2]}")
     if torch.compiler.is_compiling():
-        return _compiled(query, key, value, scale, None, 1.0, starts)
-    return implementation(query).scored_decode(query, key, value, scale, starts)
+        return _compiled(query, key, value, scale, None, 1.0, starts, sinks)
+    return implementation(query).scored_decode(query, key, value, scale, starts, sinks)
 
 
 def append(
@@ -209,6 +218,7 @@ def step(
     bounds: Tensor,
     scale: float,
     adds: bool = True,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """A whole decoding step of one layer: append the token's entry, attend, and note what each got.
 
@@ -224,6 +234,7 @@ def step(
             entry and is the same in all rows, and the index of the new token.
         scale: factor of the logits.
         adds: whether `scores` grow by what was received, or become it.
+        sinks: as of :func:`scored_prefill`.
 
     Returns:
         Output [B, Hq, 1, Dv].
@@ -231,8 +242,8 @@ def step(
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check(query, keys, values)
-    arguments = (query, key, value, keys, values, positions, scores, bounds, scale, adds)
+    _check(query, keys, values, sinks)
+    arguments = (query, key, value, keys, values, positions, scores, bounds, scale, adds, sinks)
     output: Tensor = torch.ops.buzz.step(*arguments)
     return output
 
@@ -243,7 +254,12 @@ def steps_rows(query: Tensor) -> bool:
 
 
 def step_rows(
-    query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Sequence[int]], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Sequence[Sequence[int]],
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """:func:`step` of rows whose entries lie in buffers of their own, each of its own length.
 
@@ -257,11 +273,12 @@ def step_rows(
             which takes the new entry; the index of the new token; and whether scores grow by what
             was received, or become it.
         scale: factor of the logits.
+        sinks: as of :func:`scored_prefill`.
 
     Returns:
         Output [B, Hq, 1, Dv].
     """
-    return cpu.step_rows(query, key, value, rows, scale)
+    return cpu.step_rows(query, key, value, rows, scale, sinks)
 
 
 def move_all(moves: Sequence[Move]) -> None:
@@ -350,7 +367,7 @@ def originals(
     return chosen.originals(keys, index, first, position, known, rows=rows)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> None:
     batch, heads, queries, dim = query.shape
     if (
         key.shape[0] != batch
@@ -361,6 +378,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     ):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ValueError(f"shapes of query, key, value do not fit: {shapes}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks do not fit {heads} query heads: {tuple(sinks.shape)}")
 
 
 @torch.library.custom_op("buzz::scored_attention", mutates_args=())
@@ -372,11 +391,12 @@ def _compiled(
     observe: int | None,
     decay: float,
     starts: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Both functions as one opaque operator, so that torch.compile sees through to the next."""
     if query.shape[2] == 1:
-        return scored_decode(query, key, value, scale, starts)
-    return scored_prefill(query, key, value, scale, observe=observe, decay=decay)
+        return scored_decode(query, key, value, scale, starts, sinks)
+    return scored_prefill(query, key, value, scale, observe=observe, decay=decay, sinks=sinks)
 
 
 @_compiled.register_fake
@@ -388,6 +408,7 @@ def _(
     observe: int | None,
     decay: float,
     starts: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
@@ -405,9 +426,12 @@ def _step(
     bounds: Tensor,
     scale: float,
     adds: bool,
+    sinks: Tensor | None,
 ) -> Tensor:
     served = implementation(query)
-    return served.step(query, key, value, keys, values, positions, scores, bounds, scale, adds)
+    return served.step(
+        query, key, value, keys, values, positions, scores, bounds, scale, adds, sinks
+    )
 
 
 def _fake_step(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:

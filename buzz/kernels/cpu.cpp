@@ -226,7 +226,8 @@ struct Block {
     std::vector<E> query, rounded;
 
     // `count` queries from `q` on, the first of which sees `visible` keys and each further one more.
-    void begin(const T* q, int64_t step, int64_t count_, int64_t visible_, bool keeps_,
+    // `sink`: a logit that takes part in the softmax and has no value; -inf: none.
+    void begin(const T* q, int64_t step, int64_t count_, int64_t visible_, bool keeps_, float sink,
                const Tile<T>& tile) {
         count = count_, visible = visible_, keys = visible + count - 1, keeps = keeps_;
         query.assign(tile.depth * BLOCK, 0);
@@ -235,7 +236,7 @@ struct Block {
                 const int64_t d = t * SUMMED<E>;
                 pack(query[t * BLOCK + i], q + d, d + 1 < tile.dim ? q + d + 1 : nullptr);
             }
-        for (int c = 0; c < COLS; c++) top[c] = vec{} - INF, total[c] = vec{};
+        for (int c = 0; c < COLS; c++) top[c] = vec{} + sink, total[c] = vec{} + float(sink > -INF);
         out.assign(tile.value_dim * BLOCK, 0);
         tops.clear();
     }
@@ -327,8 +328,8 @@ static void reduce_received(const std::vector<float>& partial, int64_t lists, in
 
 template <class T>
 static void scored_prefill(const T* query, const T* key, const T* value, T* out, float* received,
-                           const Shape& shape, const Strides* strides, float scale, int threads,
-                           float decay) {
+                           const float* sinks, const Shape& shape, const Strides* strides,
+                           float scale, int threads, float decay) {
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
     const int64_t group = shape.heads / shape.kv_heads, rows = shape.batch * shape.kv_heads;
     // The blocks of all heads of a group, in the order of their queries. Few key heads: each is
@@ -359,7 +360,7 @@ static void scored_prefill(const T* query, const T* key, const T* value, T* out,
                     const int64_t count = std::min<int64_t>(BLOCK, shape.queries - first(s));
                     side[s].begin(query + b * sq.batch + head(s) * sq.head + first(s) * sq.token,
                                   sq.token, count, shape.keys - shape.queries + first(s) + 1,
-                                  first(s) + count > observed, tile);
+                                  first(s) + count > observed, sinks ? sinks[head(s)] : -INF, tile);
                 }
                 const int64_t keys = side[together - 1].keys;
                 for (int64_t from = 0; from < keys; from += TILE) {
@@ -379,15 +380,15 @@ static void scored_prefill(const T* query, const T* key, const T* value, T* out,
 }
 
 extern "C" void buzz_scored_prefill(const void* query, const void* key, const void* value,
-                                    void* out, float* received, const Shape* shape,
-                                    const Strides* strides, float scale, int threads, int half,
-                                    float decay) {
+                                    void* out, float* received, const float* sinks,
+                                    const Shape* shape, const Strides* strides, float scale,
+                                    int threads, int half, float decay) {
     if (half)
         scored_prefill((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
-                       (bfloat16*)out, received, *shape, strides, scale, threads, decay);
+                       (bfloat16*)out, received, sinks, *shape, strides, scale, threads, decay);
     else
         scored_prefill((const float*)query, (const float*)key, (const float*)value, (float*)out,
-                       received, *shape, strides, scale, threads, decay);
+                       received, sinks, *shape, strides, scale, threads, decay);
 }
 
 // --- decoding ------------------------------------------------------------------------------------
@@ -405,17 +406,18 @@ static inline float dot(const float* a, const T* b, int64_t size) {
 }
 
 // In place and over whole vectors (the tail must hold -inf); leaves p unnormalised, returns 1 / sum.
-static float softmax(float* p, int64_t padded) {
+// `sink`: a logit more, -inf: none.
+static float softmax(float* p, int64_t padded, float sink) {
     vec top = load(p), total{};
     for (int64_t j = LANES; j < padded; j += LANES) top = max(top, load(p + j));
-    float highest = top[0];
+    float highest = std::max(sink, top[0]);
     for (int i = 1; i < LANES; i++) highest = std::max(highest, top[i]);
     for (int64_t j = 0; j < padded; j += LANES) {
         vec e = exp(load(p + j) - highest);
         total += e;
         store(p + j, e);
     }
-    return 1.f / sum(total);
+    return 1.f / (sum(total) + (sink > -INF ? std::exp(sink - highest) : 0.f));
 }
 
 // out[0:C*LANES] += sum_j p[j] v[j][0:C*LANES], the accumulators in registers.
@@ -429,11 +431,11 @@ static void add_weighted(const float* p, const T* v, int64_t step, int64_t keys,
 }
 
 // One query of each head of a group, all of which share the `keys` entries from k and v on; what those
-// receive is added to `share` (nullptr: nobody asks).
+// receive is added to `share` (nullptr: nobody asks). `sinks`: of the group's heads, or nullptr.
 template <class T>
-static void decode_group(const T* q, const T* k, const T* v, T* o, float* share, int64_t group,
-                         int64_t keys, float scale, Strides sq, Strides sk, Strides sv, Strides so,
-                         const Shape& shape) {
+static void decode_group(const T* q, const T* k, const T* v, T* o, float* share,
+                         const float* sinks, int64_t group, int64_t keys, float scale, Strides sq,
+                         Strides sk, Strides sv, Strides so, const Shape& shape) {
     const int64_t padded = (keys + LANES - 1) / LANES * LANES, width = shape.value_dim;
     std::vector<float> p(group * padded, -INF), wide(group * (shape.dim + width), 0.f);
     float* out = &wide[group * shape.dim];
@@ -444,7 +446,7 @@ static void decode_group(const T* q, const T* k, const T* v, T* o, float* share,
             p[h * padded + j] = scale * dot(&wide[h * shape.dim], k + j * sk.token, shape.dim);
     for (int64_t h = 0; h < group; h++) {
         float* row = &p[h * padded];
-        const float norm = softmax(row, padded);
+        const float norm = softmax(row, padded, sinks ? sinks[h] : -INF);
         for (int64_t j = 0; j < keys; j++) row[j] *= norm;
         for (int64_t j = 0; share && j < keys; j++) share[j] += row[j];
     }
@@ -453,14 +455,14 @@ static void decode_group(const T* q, const T* k, const T* v, T* o, float* share,
             const float* row = &p[h * padded + t];
             const T* values = v + t * sv.token;
             const int64_t size = std::min(STRETCH, keys - t);
-            float* sink = out + h * width;
+            float* mixed = out + h * width;
             int64_t d = 0;
             for (; d + 4 * LANES <= width; d += 4 * LANES)
-                add_weighted<4>(row, values + d, sv.token, size, sink + d);
+                add_weighted<4>(row, values + d, sv.token, size, mixed + d);
             for (; d + LANES <= width; d += LANES)
-                add_weighted<1>(row, values + d, sv.token, size, sink + d);
+                add_weighted<1>(row, values + d, sv.token, size, mixed + d);
             for (; d < width; d++)
-                for (int64_t j = 0; j < size; j++) sink[d] += row[j] * values[j * sv.token + d];
+                for (int64_t j = 0; j < size; j++) mixed[d] += row[j] * values[j * sv.token + d];
         }
     for (int64_t h = 0; h < group; h++)
         for (int64_t d = 0; d < width; d++) o[h * so.head + d] = out[h * width + d];
@@ -470,8 +472,8 @@ static void decode_group(const T* q, const T* k, const T* v, T* o, float* share,
 // A row that holds less than the longest begins at its entry of `starts`.
 template <class T>
 static void scored_decode(const T* query, const T* key, const T* value, T* out, float* received,
-                          const int64_t* starts, const Shape& shape, const Strides* strides,
-                          float scale, int threads) {
+                          const float* sinks, const int64_t* starts, const Shape& shape,
+                          const Strides* strides, float scale, int threads) {
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
     const int64_t group = shape.heads / shape.kv_heads;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -483,38 +485,38 @@ static void scored_decode(const T* query, const T* key, const T* value, T* out, 
                      key + b * sk.batch + g * sk.head + start * sk.token,
                      value + b * sv.batch + g * sv.head + start * sv.token,
                      out + b * so.batch + g * group * so.head,
-                     received + task * shape.keys + start, group, keys, scale, sq, sk, sv, so,
-                     shape);
+                     received + task * shape.keys + start, sinks ? sinks + g * group : nullptr,
+                     group, keys, scale, sq, sk, sv, so, shape);
     }
 }
 
 extern "C" void buzz_scored_decode(const void* query, const void* key, const void* value,
-                                   void* out, float* received, const int64_t* starts,
-                                   const Shape* shape, const Strides* strides, float scale,
-                                   int threads, int half) {
+                                   void* out, float* received, const float* sinks,
+                                   const int64_t* starts, const Shape* shape,
+                                   const Strides* strides, float scale, int threads, int half) {
     if (half)
         scored_decode((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
-                      (bfloat16*)out, received, starts, *shape, strides, scale, threads);
+                      (bfloat16*)out, received, sinks, starts, *shape, strides, scale, threads);
     else
         scored_decode((const float*)query, (const float*)key, (const float*)value, (float*)out,
-                      received, starts, *shape, strides, scale, threads);
+                      received, sinks, starts, *shape, strides, scale, threads);
 }
 
 // A token of one row and key head: the new entry is written into slot `end - 1`, then attended with all
 // others from `start` on; scores (nullptr: nobody asks) grow by what was received, or become it.
 template <class T>
 static void step_head(const T* query, const T* key, const T* value, T* keys, T* values,
-                      int32_t* positions, float* scores, T* out, int64_t start, int64_t end,
-                      int64_t token, bool adds, int64_t group, float scale, Strides sq, Strides sk,
-                      Strides sv, Strides so, const Shape& shape) {
+                      int32_t* positions, float* scores, T* out, const float* sinks, int64_t start,
+                      int64_t end, int64_t token, bool adds, int64_t group, float scale, Strides sq,
+                      Strides sk, Strides sv, Strides so, const Shape& shape) {
     const int64_t slot = end - 1;
     std::copy_n(key, shape.dim, keys + slot * sk.token);
     std::copy_n(value, shape.value_dim, values + slot * sv.token);
     positions[slot] = token;
     if (scores) std::fill(scores + (adds ? slot : start), scores + end, 0.f);
     decode_group<T>(query, keys + start * sk.token, values + start * sv.token, out,
-                    scores ? scores + start : nullptr, group, end - start, scale, sq, sk, sv, so,
-                    shape);
+                    scores ? scores + start : nullptr, sinks, group, end - start, scale, sq, sk, sv,
+                    so, shape);
 }
 
 // A decoding step in one call.
@@ -523,8 +525,8 @@ static void step_head(const T* query, const T* key, const T* value, T* keys, T* 
 template <class T>
 static void decode_step(const T* query, const T* key, const T* value, T* keys, T* values,
                         int32_t* positions, float* scores, T* out, const int64_t* bounds,
-                        const Shape& shape, const Strides* strides, float scale, int adds,
-                        int threads, int64_t least) {
+                        const float* sinks, const Shape& shape, const Strides* strides, float scale,
+                        int adds, int threads, int64_t least) {
     const Strides sq = strides[0], nk = strides[1], nv = strides[2], sk = strides[3],
                   sv = strides[4], sp = strides[5], ss = strides[6], so = strides[7];
     const int64_t group = shape.heads / shape.kv_heads, tasks = shape.batch * shape.kv_heads;
@@ -537,23 +539,25 @@ static void decode_step(const T* query, const T* key, const T* value, T* keys, T
                   value + b * nv.batch + g * nv.head, keys + b * sk.batch + g * sk.head,
                   values + b * sv.batch + g * sv.head, positions + b * sp.batch + g * sp.head,
                   scores ? scores + b * ss.batch + g * ss.head : nullptr,
-                  out + b * so.batch + g * group * so.head, bounds[b], bounds[shape.batch + b],
-                  bounds[2 * shape.batch + b], adds, group, scale, sq, sk, sv, so, shape);
+                  out + b * so.batch + g * group * so.head, sinks ? sinks + g * group : nullptr,
+                  bounds[b], bounds[shape.batch + b], bounds[2 * shape.batch + b], adds, group,
+                  scale, sq, sk, sv, so, shape);
     }
 }
 
 extern "C" void buzz_step(const void* query, const void* key, const void* value, void* keys,
                           void* values, int32_t* positions, float* scores, void* out,
-                          const int64_t* bounds, const Shape* shape, const Strides* strides,
-                          float scale, int adds, int threads, int half, int64_t least) {
+                          const int64_t* bounds, const float* sinks, const Shape* shape,
+                          const Strides* strides, float scale, int adds, int threads, int half,
+                          int64_t least) {
     if (half)
         decode_step((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
                     (bfloat16*)keys, (bfloat16*)values, positions, scores, (bfloat16*)out, bounds,
-                    *shape, strides, scale, adds, threads, least);
+                    sinks, *shape, strides, scale, adds, threads, least);
     else
         decode_step((const float*)query, (const float*)key, (const float*)value, (float*)keys,
-                    (float*)values, positions, scores, (float*)out, bounds, *shape, strides, scale,
-                    adds, threads, least);
+                    (float*)values, positions, scores, (float*)out, bounds, sinks, *shape, strides,
+                    scale, adds, threads, least);
 }
 
 // A row whose entries lie in buffers of its own, dense [kv_heads][capacity][...].
@@ -566,8 +570,9 @@ struct Row {
 
 // A decoding step of rows that each have buffers and a length of their own.
 template <class T>
-static void step_rows(const T* query, const T* key, const T* value, T* out, const Row* rows,
-                      const Shape& shape, const Strides* strides, float scale, int threads) {
+static void step_rows(const T* query, const T* key, const T* value, T* out, const float* sinks,
+                      const Row* rows, const Shape& shape, const Strides* strides, float scale,
+                      int threads) {
     const Strides sq = strides[0], nk = strides[1], nv = strides[2], so = strides[3];
     const int64_t group = shape.heads / shape.kv_heads;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -580,20 +585,20 @@ static void step_rows(const T* query, const T* key, const T* value, T* out, cons
                   value + b * nv.batch + g * nv.head, (T*)row.keys + slots * shape.dim,
                   (T*)row.values + slots * shape.value_dim, row.positions + slots,
                   row.scores ? row.scores + slots : nullptr,
-                  out + b * so.batch + g * group * so.head, row.start, row.end, row.token,
-                  row.adds, group, scale, sq, sk, sv, so, shape);
+                  out + b * so.batch + g * group * so.head, sinks ? sinks + g * group : nullptr,
+                  row.start, row.end, row.token, row.adds, group, scale, sq, sk, sv, so, shape);
     }
 }
 
 extern "C" void buzz_step_rows(const void* query, const void* key, const void* value, void* out,
-                               const Row* rows, const Shape* shape, const Strides* strides,
-                               float scale, int threads, int half) {
+                               const float* sinks, const Row* rows, const Shape* shape,
+                               const Strides* strides, float scale, int threads, int half) {
     if (half)
         step_rows((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
-                  (bfloat16*)out, rows, *shape, strides, scale, threads);
+                  (bfloat16*)out, sinks, rows, *shape, strides, scale, threads);
     else
-        step_rows((const float*)query, (const float*)key, (const float*)value, (float*)out, rows,
-                  *shape, strides, scale, threads);
+        step_rows((const float*)query, (const float*)key, (const float*)value, (float*)out, sinks,
+                  rows, *shape, strides, scale, threads);
 }
 
 // --- moving --------------------------------------------------------------------------------------

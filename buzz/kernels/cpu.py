@@ -139,6 +139,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     scale: float,
+    sinks: Tensor | None,
     observe: int | None = None,
     *starts: Tensor | None,
     decay: float | None = None,
@@ -148,6 +149,7 @@ def _attend(
     half = dtype == torch.bfloat16
     read = dtype if half else torch.float32
     query, key, value = (_dense(tensor, read) for tensor in (query, key, value))
+    sinks = None if sinks is None else _dense(sinks)
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     value_dim = value.shape[-1]
@@ -157,7 +159,7 @@ def _attend(
     observe = queries if observe is None else observe
     shape = (batch, heads, kv_heads, queries, keys, dim, value_dim, observe)
     _function(function)(
-        *map(_pointer, (query, key, value, output, received, *starts)),
+        *map(_pointer, (query, key, value, output, received, sinks, *starts)),
         (ctypes.c_int64 * len(shape))(*shape),
         _strides(query, key, value, output),
         ctypes.c_float(scale),
@@ -176,17 +178,24 @@ def scored_prefill(
     *,
     observe: int | None = None,
     decay: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
-    return _attend("buzz_scored_prefill", query, key, value, scale, observe, decay=decay)
+    name = "buzz_scored_prefill"
+    return _attend(name, query, key, value, scale, sinks, observe, decay=decay)
 
 
 def scored_decode(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_decode`."""
     starts = None if starts is None else _dense(starts, torch.int64)
-    return _attend("buzz_scored_decode", query, key, value, scale, None, starts)
+    return _attend("buzz_scored_decode", query, key, value, scale, sinks, None, starts)
 
 
 def step(
@@ -200,6 +209,7 @@ def step(
     bounds: Tensor,
     scale: float,
     adds: bool,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`buzz.kernels.step`; float16 through the plain version of what is held."""
     half = keys.dtype == torch.bfloat16
@@ -208,14 +218,17 @@ def step(
         keys, values, positions = (t[:, :, first:last] for t in (keys, values, positions))
         scores = None if scores is None else scores[:, :, first:last]
         low = bounds - bounds.new_tensor([[first], [first], [0]])
-        return reference.step(query, key, value, keys, values, positions, scores, low, scale, adds)
+        return reference.step(
+            query, key, value, keys, values, positions, scores, low, scale, adds, sinks
+        )
     query, key, value = (_dense(tensor, keys.dtype) for tensor in (query, key, value))
+    sinks = None if sinks is None else _dense(sinks)
     batch, heads, _, dim = query.shape
     output = query.new_zeros(batch, 1, heads, value.shape[-1]).transpose(1, 2)
     shape = (batch, heads, keys.shape[1], 1, keys.shape[2], dim, value.shape[-1], 1)
     tensors = (query, key, value, keys, values, positions, scores, output)
     _function("buzz_step")(
-        *map(_pointer, (*tensors, bounds)),
+        *map(_pointer, (*tensors, bounds, sinks)),
         (ctypes.c_int64 * len(shape))(*shape),
         _strides(*(query if tensor is None else tensor for tensor in tensors)),
         ctypes.c_float(scale),
@@ -228,16 +241,22 @@ def step(
 
 
 def step_rows(
-    query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Sequence[int]], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Sequence[Sequence[int]],
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`buzz.kernels.step_rows`."""
     query, key, value = (_dense(tensor, query.dtype) for tensor in (query, key, value))
+    sinks = None if sinks is None else _dense(sinks)
     batch, heads, _, dim = query.shape
     output = query.new_empty(batch, 1, heads, value.shape[-1]).transpose(1, 2)
     shape = (batch, heads, key.shape[1], 1, 1, dim, value.shape[-1], 1)
     table = array.array("q", itertools.chain.from_iterable(rows))
     _function("buzz_step_rows")(
-        *map(_pointer, (query, key, value, output)),
+        *map(_pointer, (query, key, value, output, sinks)),
         ctypes.c_void_p(table.buffer_info()[0]),
         (ctypes.c_int64 * len(shape))(*shape),
         _strides(query, key, value, output),

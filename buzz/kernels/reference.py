@@ -52,6 +52,19 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over the last dimension; of those that have a sink it takes its share, and is left out.
+
+    Args:
+        logits: [B, Hkv, Hq // Hkv, ..., n].
+        sinks: [Hq].
+    """
+    if sinks is None:
+        return logits.softmax(-1)
+    each = sinks.to(logits.dtype).view(*logits.shape[1:3], *[1] * (logits.dim() - 3))
+    return torch.cat([logits, each.expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+
+
 def scored_prefill(
     query: Tensor,
     key: Tensor,
@@ -60,6 +73,7 @@ def scored_prefill(
     *,
     observe: int | None = None,
     decay: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
     batch, heads, queries, _ = query.shape
@@ -83,7 +97,7 @@ def scored_prefill(
             scores = (block.flatten(2, 3) @ k[..., :seen]).view(*block.shape[:4], seen)
             future = torch.ones(high - low, high - low, dtype=torch.bool, device=q.device).triu(1)
             scores[..., low - high :].masked_fill_(future, -torch.inf)
-            weights = scores.softmax(-1)
+            weights = softmax(scores, None if sinks is None else sinks[members])
             counted = weights[:, :, :, max(0, first_observed - low) :]
             if decay != 1:
                 age = torch.arange(queries - 1 - low, queries - 1 - high, -1, device=q.device)
@@ -95,7 +109,12 @@ def scored_prefill(
 
 
 def scored_decode(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_decode`."""
     batch, heads, _, _ = query.shape
@@ -104,7 +123,7 @@ def scored_decode(
     if starts is not None:
         absent = torch.arange(keys, device=query.device) < starts[:, None]
         scores = scores.masked_fill(absent[:, None, None], -torch.inf)
-    weights = scores.softmax(-1)
+    weights = softmax(scores, sinks)
     output = (weights @ _wide(value)).view(batch, heads, 1, -1)
     return output.to(query.dtype), weights.sum(2).float()
 
@@ -138,6 +157,7 @@ def step(
     bounds: Tensor,
     scale: float,
     adds: bool,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`buzz.kernels.step`; over the whole capacity: nothing waits for `bounds`."""
     start, end, token = bounds[:, :, None, None]
@@ -149,7 +169,7 @@ def step(
     absent = (slots < start) | (slots >= end)
     batch, heads, _, _ = query.shape
     logits = _wide(query).view(batch, keys.shape[1], -1, query.shape[-1]) * scale @ _wide(keys).mT
-    weights = logits.masked_fill(absent[:, :, None], -torch.inf).softmax(-1)
+    weights = softmax(logits.masked_fill(absent[:, :, None], -torch.inf), sinks)
     if scores is not None:
         received = weights.sum(2).float()
         scores.copy_(scores.masked_fill(new, 0) + received if adds else received)

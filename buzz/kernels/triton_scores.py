@@ -3,7 +3,8 @@
 Prefill takes two kernels. The first gives the output and the log-sum-exp of every query: PyTorch's
 flash attention where it can serve the inputs, else :func:`_attend_kernel`. The second recomputes
 the probabilities from the log-sum-exp, block by block, and sums them over the queries: each program
-owns a block of keys, so nothing is added up atomically and results repeat to the bit.
+owns a block of keys, so nothing is added up atomically and results repeat to the bit. Sinks are
+added to the log-sum-exp in between, and the output shrinks by as much.
 
 Decoding splits the keys over programs (as in flash-decoding); a small second kernel normalises.
 A step whose bounds lie on the device has a grid that follows from the buffers' capacity.
@@ -230,10 +231,10 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["keys", "splits", "blocks", "srb", "srh"])
 def _combine_kernel(
-    scores, tops, totals, partial, out, received, bounds,
+    scores, tops, totals, partial, out, received, bounds, sinks,
     srb, srh,
     keys, splits, blocks, batch, kv_heads, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BOUNDED: tl.constexpr, SCORED: tl.constexpr, ADDS: tl.constexpr,
+    BOUNDED: tl.constexpr, SCORED: tl.constexpr, ADDS: tl.constexpr, SINKS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key head: what it received; the first block also the output.
@@ -256,8 +257,13 @@ def _combine_kernel(
         own_top = tl.load(tops + at, mask=split < splits, other=float("-inf"))
         own_total = tl.load(totals + at, mask=split < splits, other=0.0)
         top = tl.max(own_top, 0)
+        if SINKS:
+            sink = tl.load(sinks + g * GROUP + member).to(tl.float32)
+            top = tl.maximum(top, sink)
         weight = tl.exp(own_top - top)
         total = tl.sum(weight * own_total, 0)
+        if SINKS:
+            total += tl.exp(sink - top)
         if SCORED:
             s = tl.load(scores + row * keys + j, mask=held, other=float("-inf"))
             share += tl.exp(s - top) / total
@@ -327,6 +333,7 @@ def scored_prefill(
     *,
     observe: int | None = None,
     decay: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_prefill`."""
     query, key, value = dense(query), dense(key), dense(value)
@@ -337,6 +344,9 @@ def scored_prefill(
         output, lse = _flash(query, key, value, scale)
     else:
         output, lse = _attend(query, key, value, scale)
+    if sinks is not None:  # a term more of every query's sum
+        entries, lse = lse, torch.logaddexp(lse, sinks.float()[:, None])
+        output.mul_((entries - lse)[:, :, :queries, None].exp())
     if decay != 1:  # exp(s - lse) of a query times decay to the power of its age
         age = torch.arange(lse.shape[-1] - 1, -1, -1, device=lse.device)
         lse = lse - (age - (lse.shape[-1] - queries)) * math.log(decay)
@@ -355,11 +365,16 @@ def scored_prefill(
 
 @on_device
 def scored_decode(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`buzz.kernels.scored_decode`."""
     received = query.new_empty(*key.shape[:3], dtype=torch.float32)
-    return _decode(query, key, value, scale, starts, received), received
+    return _decode(query, key, value, scale, starts, received, sinks), received
 
 
 @on_device
@@ -374,10 +389,11 @@ def step(
     bounds: Tensor,
     scale: float,
     adds: bool,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`buzz.kernels.step`."""
     write([keys, values, positions], key, value, bounds, 0, 0, bounded=True)
-    return _decode(query, keys, values, scale, bounds, scores, bounded=True, adds=adds)
+    return _decode(query, keys, values, scale, bounds, scores, sinks, bounded=True, adds=adds)
 
 
 def _decode(
@@ -387,6 +403,7 @@ def _decode(
     scale: float,
     starts: Tensor | None,
     received: Tensor | None,
+    sinks: Tensor | None,
     bounded: bool = False,
     adds: bool = False,
 ) -> Tensor:
@@ -417,9 +434,11 @@ def _decode(
     blocks = 1 if received is None else triton.cdiv(keys, block)
     _combine_kernel[(blocks * batch * kv_heads,)](
         scores, tops, totals, partial, output, received, starts,
+        None if sinks is None else dense(sinks),
         *(received.stride()[:2] if received is not None else (0, 0)),
         keys, splits, blocks, batch, kv_heads,
         GROUP=group, VALUE_DIM=value_dim, BOUNDED=bounded, SCORED=received is not None, ADDS=adds,
-        BLOCK_V=wide(value_dim), BLOCK_N=block, BLOCK_S=MOST_SPLITS, enable_fp_fusion=True,
+        SINKS=sinks is not None, BLOCK_V=wide(value_dim), BLOCK_N=block, BLOCK_S=MOST_SPLITS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return output

@@ -19,6 +19,7 @@ from transformers import (
     GgufConfig,
     PretrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from buzz.adapter import why_unsupported
@@ -150,3 +151,7 @@ def require_supported(cfg: Mapping[str, Any], config: PretrainedConfig) -> None:
             cfg["name_or_path"],
             f"{config.model_type} {reason}; take a model such as Llama, Mistral or Qwen",
         )
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if cfg["attn_implementation"] == "sdpa" and not getattr(model, "_supports_sdpa", True):
+        remedy = f"transformers has no sdpa for {config.model_type}; write eager"
+        raise ConfigError("model.attn_implementation", "sdpa", remedy)
