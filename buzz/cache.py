@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from buzz import adapter, compiled, probe, repetition
+from buzz import adapter, compiled, kernels, probe, repetition
 from buzz.attention import attend
 from buzz.errors import ConfigError
 from buzz.eviction import Group
@@ -74,7 +74,7 @@ class EvictionCache(Cache):
 
     Raises:
         ConfigError: the model has no RoPE, or no layer that could evict; an impossible value; a
-            method or a model that no graph can serve.
+            method or a model that no graph can serve; a card too old for the kernels.
     """
 
     _told: Told | None = None  # of a cache that `generate` may be given with a conversation in it
@@ -99,6 +99,8 @@ class EvictionCache(Cache):
         self.policy = policy
         self._positions = positions_of(positions)
         self._trace = Trace()
+        for device in {weights.device for weights in model.parameters() if weights.is_cuda}:
+            kernels.implementation(torch.empty(0, dtype=model.dtype, device=device))
         decoder = adapter.install(model, attend, _announce, _overhear)
         layers = _make_layers(decoder, model, policy, self.positions)
         super().__init__(layers=layers)
@@ -117,6 +119,9 @@ class EvictionCache(Cache):
         for layer in self.evicting:
             layer.logn_base, layer.logn_clamp = logn_base, logn_clamp
         self._replay = _replay(decoder, model, layers, policy) if compiled else None
+        if compiled:
+            for layer in self.evicting:
+                layer.least = _least(policy)
 
     def __bool__(self) -> bool:
         # Phi-3 drops a truthy cache when a text grows past its short context, to compute all of it
@@ -287,6 +292,13 @@ class EvictionCache(Cache):
         other._prompt = list(self._prompt)
         other._told = None if self._told is None else self._told.select_rows()
         return other
+
+    def take_buffers(self, spent: EvictionCache) -> None:
+        """Go on in the buffers of another cache of this model and policy, which is empty then."""
+        spent.reset()
+        for layer, other in zip(self.evicting, spent.evicting, strict=True):
+            layer.idle, layer.scratch = other.idle, other.scratch
+            other.idle = other.scratch = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused, also by layers with a window of their own."""
@@ -568,6 +580,14 @@ def _replay(
     compiled.check_model(model, layers)
     adapter.intercept(decoder, _run_compiled)
     return compiled.replay_of(decoder, len(layers))
+
+
+def _least(policy: Policy) -> int:
+    """Entries that a method comes to hold of every long prompt; 0 where they depend on it."""
+    if (peak := policy.footprint().peak) < math.inf:
+        return int(peak)
+    stays = {policy.survivors(tokens, 0)[0] for tokens in (2**20, 2**21)}
+    return stays.pop() if len(stays) == 1 else 0
 
 
 def _among(inputs: Iterable[Any]) -> EvictionCache | None:

@@ -10,8 +10,9 @@ A capture holds addresses and sizes. Evictions run between two replays, on the s
 entries within the buffers that were captured: what they change is numbers, bounds among them. It is
 recorded anew when a layer takes other buffers: with a cache that grows, with a new cache, and with
 the first eviction of a prompt, unless :meth:`EvictionCache.reset` left buffers that fit, whose
-capacities are few (:func:`buzz.store.with_spare`). So one cache that is reset between samples of
-one budget records with the first of them alone. Layers with a window of their own keep it outside
+capacities are few (:func:`buzz.store.with_spare`). A method that comes to hold as much of every
+long prompt takes buffers for that at once. So one cache that is reset between samples of one budget
+records with the first of them alone; runs do so. Layers with a window of their own keep it outside
 of any graph: models that have them are refused.
 """
 

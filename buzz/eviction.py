@@ -112,12 +112,13 @@ def evict(
     longest = max([kept for kept, _ in after])
     target = store
     leaving = any([kept < group.held for group, (kept, _) in zip(groups, after, strict=True)])
-    if leaving and not (store.owned and store.capacity <= 2 * with_spare(longest)):
-        if idle is not None and idle.fits(store, longest):
-            target, idle = idle.cleared(), None
+    room = max(longest, store.least)
+    if leaving and not (store.owned and store.capacity <= 2 * with_spare(room)):
+        if idle is not None and idle.fits(store, room):
+            target = idle.cleared()
         else:
-            target = Store.like(store, with_spare(longest))
-        target.end = longest
+            target = Store.like(store, with_spare(room))
+        target.end, idle = longest, None
     every = list(range(store.keys.shape[0]))
     for members, (kept, state) in _alike(groups, after, policy, rope):
         # Of what is whole, the policy may still have re-labelled its history.

@@ -34,6 +34,7 @@ class EvictionLayer(CacheLayerMixin):
 
     Attributes:
         hold_until, logn_base, logn_clamp: as of the cache.
+        least: entries that every buffer has room for, so that all prompts take the same ones.
         faults: the cache's, in its last layer, whose output they spoil.
     """
 
@@ -53,7 +54,7 @@ class EvictionLayer(CacheLayerMixin):
         self.rotation = rope if rotation is None else rotation
         self.index = index
         self.module = None if module is None else weakref.ref(module)
-        self.hold_until = 0
+        self.hold_until = self.least = 0
         self.logn_base: float | None = None
         self.logn_clamp = False
         self.faults: dict[str, Tensor] = {}  # by input, whether a step's was wrong: then NaN
@@ -115,7 +116,7 @@ class EvictionLayer(CacheLayerMixin):
         self.rope.observe(self.cumulative_length, new)
         if self.store is None:  # a prompt is attended where it lies and thinned before it is kept
             positions = self._positions(new).expand(batch, keys.shape[1], new)
-            self.store = Store(keys, values, positions, scores=None, end=new, owned=False)
+            self.store = Store(keys, values, positions, None, new, owned=False, least=self.least)
         elif new == 1:
             self._make_room(new)
             self.store.append_token(keys, values, self.cumulative_length, self._padding())
@@ -147,9 +148,9 @@ class EvictionLayer(CacheLayerMixin):
         assert self.store is not None
         # At once for all of a prompt that is held back.
         new = max(new, self.hold_until - self.cumulative_length)
-        self.store = self.store.with_room(self.start, new, self.idle)
-        if self.store is self.idle:
-            self.idle = None
+        before, self.store = self.store, self.store.with_room(self.start, new, self.idle)
+        if self.store is self.idle or (self.store is not before and not self.holds_back):
+            self.idle = None  # taken, or of a size that this prompt has no use for
 
     def _count(self, new: int) -> None:
         """Count a step's tokens, which lie in the store."""

@@ -52,6 +52,7 @@ class Store:
         scores: float32 [batch, kv_heads, capacity], attention received; None if nobody reads it.
         end: one past the newest entry's slot.
         owned: False while a prompt lies where the model wrote it, or a copy reads it, too.
+        least: entries that other buffers in its place have room for, however few there are.
     """
 
     keys: Tensor
@@ -60,6 +61,7 @@ class Store:
     scores: Tensor | None
     end: int = 0
     owned: bool = True
+    least: int = 0
 
     @classmethod
     def like(cls, other: Store, capacity: int) -> Store:
@@ -73,7 +75,8 @@ class Store:
 
         with writable():
             scores = None if other.scores is None else empty(other.scores)
-            return cls(empty(other.keys), empty(other.values), empty(other.positions), scores)
+            tensors = empty(other.keys), empty(other.values), empty(other.positions), scores
+            return cls(*tensors, least=other.least)
 
     @classmethod
     def stacked(cls, held: Sequence[Sequence[Tensor]]) -> Store:
@@ -126,11 +129,15 @@ class Store:
         return self
 
     def fits(self, other: Store, entries: int) -> bool:
-        """Whether it can take over `entries` of `other` and is not needlessly large for them."""
+        """Whether it can take over `entries` of `other` and is not needlessly large for them.
+
+        With `least`, where sizes differ by nothing else, it is no larger than a new one.
+        """
         rows_and_heads = self.keys.shape[:2] == other.keys.shape[:2]
         same = rows_and_heads and self.keys.dtype == other.keys.dtype
         scores = (self.scores is None) == (other.scores is None)
-        return same and scores and entries + entries // 8 < self.capacity <= 2 * with_spare(entries)
+        most = with_spare(entries) * (1 if self.least else 2)
+        return same and scores and entries + entries // 8 < self.capacity <= most
 
     def with_room(self, start: int, new: int, idle: Store | None) -> Store:
         """This store, or another one, with at least `new` spare slots behind the entries.
@@ -142,12 +149,13 @@ class Store:
         if self.owned and self.end + new <= self.capacity:
             return self
         held = self.end - start
+        needed = max(held + new, self.least)
         if self.owned and start > held // 8 and held + new <= self.capacity:
             target = self
-        elif idle is not None and idle.fits(self, held + new):
+        elif idle is not None and idle.fits(self, needed):
             target = idle.cleared()
         else:
-            target = Store.like(self, with_spare(held + new))
+            target = Store.like(self, with_spare(needed))
         for source, destination in zip(self.tensors(), target.tensors(), strict=True):
             entries = source[:, :, start : self.end]
             overlaps = target is self and start < held
@@ -180,4 +188,4 @@ class Store:
         with writable():
             picked = [tensor.index_select(0, rows) for tensor in self.tensors()]
         scores = picked[3] if self.scores is not None else None
-        return Store(picked[0], picked[1], picked[2], scores, self.end)
+        return Store(picked[0], picked[1], picked[2], scores, self.end, least=self.least)

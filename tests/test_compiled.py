@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 from methods import METHODS
-from runs import read
+from runs import LAYERS, MODEL, read, timeless
 from tiny import prompt, tiny
 
 from buzz import ConfigError, EvictionCache, Policy, compiled
 from evals.results.frame import load
+from evals.run import generate as generate_module
+from evals.run import runner
+from evals.run.row import Row
 
 pytestmark = pytest.mark.skipif(not compiled.tested(), reason=f"needs torch {compiled.TORCH}")
 EIGHT = ("full", "local", "streaming_llm", "h2o", "buzz", "buzz_strided", "buzz_fast", "tova")
@@ -250,6 +253,99 @@ def test_a_text_is_read_by_the_graph_too(go, tmp_path, monkeypatch) -> None:
     )
     assert graphs["unique_graphs"] > 0
     assert graph[0]["scores"] == pytest.approx(eager[0]["scores"], rel=1e-4)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, ...]]]:
+    """By sample, addresses and capacities of each layer's buffers that no sample decoded in before.
+
+    What is recorded on CUDA serves no others.
+    """
+    found: dict[str, list[tuple[int, ...]]] = {}
+    known: dict[tuple[int, ...], object] = {}  # with the buffers, so that no address comes again
+    follow, add = compiled.ReplayLayer.follow, Row.add
+
+    def followed(layer, own, bounds) -> None:
+        follow(layer, own, bounds)
+        buffers = [t for t in (layer.keys, layer.values, layer.scores) if t is not None]
+        place = layer.keys.shape[2], *(buffer.data_ptr() for buffer in buffers)
+        if place not in known:
+            known[place] = buffers
+            found.setdefault("now", []).append(place)
+
+    def added(row, record) -> None:
+        found[f"{row.plan.policy.name} {record['id']}"] = found.pop("now", [])
+        add(row, record)
+
+    monkeypatch.setattr(compiled.ReplayLayer, "follow", followed)
+    monkeypatch.setattr(Row, "add", added)
+    return found
+
+
+LENGTHS = "task.lengths=[350,620,430]", "task.depths=[0]", "task.max_new_tokens=24"
+
+
+def by_sample(recorded: dict[str, list[tuple[int, ...]]], method: str) -> list[int]:
+    """Buffers that each sample of a method took for the first time."""
+    return [len(places) for name, places in recorded.items() if name.startswith(method)]
+
+
+@pytest.mark.parametrize("method", ["buzz", "snapkv"])
+def test_samples_of_one_budget_take_the_buffers_of_the_first(go, recorded, method: str) -> None:
+    """Whatever their lengths; and the last gives what it gives alone."""
+    asked = f"method={method}", "budget=100", *LENGTHS, "model.compile=true"
+    *_, last = timeless(go(*asked))
+    first, *later = by_sample(recorded, method)
+    assert first >= LAYERS and later == [0, 0]
+    (alone,) = timeless(go(*asked, "task.lengths=[430]"))
+    for name in ("tokens", "evictions", "trace", "allocated_nbytes"):
+        assert alone[name] == last[name]
+
+
+COPIES = "task.variant=multikey", "task.questions=3", "task.lengths=[800]", "task.depths=[0,99]"
+TIMED = "task=throughput", "task.lengths=[300]", "task.max_new_tokens=9", "task.samples=2"
+
+
+@pytest.mark.parametrize("asked", [(*COPIES, "compress=context"), TIMED], ids=["copies", "timed"])
+def test_so_do_questions_on_copies_and_what_is_timed(go, recorded, asked) -> None:
+    go("method=tova", "budget=60", "model.compile=true", *asked, needle=asked is not TIMED)
+    first, *later = by_sample(recorded, "tova")
+    assert first >= LAYERS and later and not any(later)
+
+
+def test_buffers_that_wait_count_in_no_other_methods_memory(main, monkeypatch) -> None:
+    monkeypatch.setattr(generate_module, "memory_peak", lambda device: 10**9)
+    lengths, methods = "task.lengths=[350]", "method=h2o,tova"
+    asked = "task=needle", "budget=60", "model.compile=true", "task.repeats=2", "task.depths=[0]"
+    assert main("-m", methods, *MODEL, *asked, lengths, "task.max_new_tokens=4") == 0
+    h2o, tova = (
+        read(file) for name in ("h2o", "tova") for file in main.runs.glob(f"*/{name}@60.jsonl")
+    )
+    beside = [h2o[0]["allocated_nbytes"], tova[0]["allocated_nbytes"]]
+    found = [r["memory_peak_nbytes"] for r in (h2o[0], tova[0], h2o[1], tova[1])]
+    assert found == [10**9, 10**9 - beside[0], 10**9 - beside[1], 10**9 - beside[0]]
+
+
+def test_a_cache_that_failed_or_has_another_budget_serves_no_more(
+    go, recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = "method=h2o", *LENGTHS, "model.compile=true"
+    go(*asked, "budget=0.2")  # other entries for each prompt
+    assert all(by_sample(recorded, "h2o"))
+    used, real = [], runner.generate
+
+    def generate(*given, cache=None, **more):
+        found = real(*given, cache=cache, **more)
+        if cache is not None:  # not the full cache's, nor a warm-up
+            used.append(cache)
+            if len(used) == 2:
+                raise RuntimeError("too late")
+        return found
+
+    monkeypatch.setattr(runner, "generate", generate)
+    records = read(go(*asked, "budget=100"))
+    assert [record["status"] for record in records] == ["ok", "failed", "ok"]
+    assert used[0] is used[1] is not used[2]
 
 
 def test_a_run_is_compiled_where_the_model_says_so(go) -> None:

@@ -237,15 +237,18 @@ def read(
     later: Sequence[int],
     cache_options: dict[str, Any] | None = None,
     chunk: int | None = None,
+    cache: EvictionCache | None = None,
 ) -> Reading:
-    """Reads prompts up to their last step, or its last chunk, with a new cache.
+    """Reads prompts up to their last step, or its last chunk.
 
     Args:
         inputs: of :func:`left_padded`.
         later, chunk: as of :func:`evals.run.compress.read_context`.
+        cache: an empty one to read them with; None: a new one.
     """
     device = model.device
-    cache = EvictionCache(model, policy, **(cache_options or {}))
+    if cache is None:
+        cache = EvictionCache(model, policy, **(cache_options or {}))
     lengths = Lengths(cache, policy)
     reset_memory_peak(device)
     synchronize(device)
@@ -270,6 +273,7 @@ def generate(
     reading: Reading | None = None,
     sampling: Sampling | None = None,
     chunk: int | None = None,
+    cache: EvictionCache | None = None,
 ) -> list[Generation]:
     """Answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
 
@@ -279,6 +283,7 @@ def generate(
         reading: a cache that has read the prompts' beginning, instead of a new one.
         sampling: None: the likeliest tokens.
         chunk: tokens of the chunks in which a prompt is read; None: it is read as one.
+        cache: an empty one to answer with; None: a new one.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
@@ -296,7 +301,7 @@ def generate(
     )
     inputs = left_padded(prompts, tokenizer.pad_token_id).to(device)
     if reading is None:
-        reading = read(model, inputs, policy, later, cache_options, chunk)
+        reading = read(model, inputs, policy, later, cache_options, chunk, cache)
     cache, split = reading.cache, bool(reading.steps[0])
     trace = Trace(reading.lengths)
     processors = [finite] if sampling is None else [finite, *sampling.processors(device)]

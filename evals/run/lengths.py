@@ -19,7 +19,8 @@ class Lengths:
         policy: what the cache was told to follow; None: what its layers follow.
 
     Attributes:
-        allocated: the most bytes of buffers that a step left, of all layers.
+        allocated: the most bytes of buffers that a step left, of all layers; without those of an
+            earlier prompt that wait to be used again.
     """
 
     def __init__(self, cache: EvictionCache, policy: Policy | None = None) -> None:
@@ -42,8 +43,10 @@ class Lengths:
         self._steps.append([list(layer.lengths) for layer in self._layers])
         counts = zip(*(layer.evictions for layer in self._layers), strict=True)
         self._evictions.append([max(row) for row in counts])
-        alike = [layer.nbytes(allocated=True) * self._count[layer.policy] for layer in self._layers]
-        now = sum(alike) + self._cache.window_allocated_nbytes
+        now = self._cache.window_allocated_nbytes
+        for layer in self._layers:
+            waiting = 0 if layer.idle is None else layer.idle.nbytes()
+            now += (layer.nbytes(allocated=True) - waiting) * self._count[layer.policy]
         self.allocated = max(self.allocated, now)
 
     def evictions(self, row: int, steps: int) -> int:

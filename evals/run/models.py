@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from buzz import kernels
 from buzz.errors import ConfigError
 from evals.run.checkpoints import (
     ROOT,
@@ -190,11 +191,14 @@ def load_model(
         device: "auto" is CUDA where there is one, else the CPU.
 
     Raises:
-        ConfigError: as :func:`check_model`; also unreadable weights and a missing device.
+        ConfigError: as :func:`check_model`; also unreadable weights and a missing device, or a card
+            that the kernels do not serve.
     """
     device = device_of(device)
     check_model(cfg)
     dtype, attention = DTYPES[cfg["dtype"]], cfg["attn_implementation"]
+    if device.type == "cuda":
+        kernels.implementation(torch.empty(0, dtype=dtype, device=device))
     tokenizer = load_tokenizer(cfg)
     if "hidden_size" in cfg:
         # Only the model draws from this seed; the caller's random state is left as it was.

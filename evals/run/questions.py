@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buzz import Policy
+from buzz import EvictionCache, Policy
 from buzz.errors import ConfigError
 from evals.run.compress import Compress, in_steps
 from evals.run.generate import Generation, eos_ids, generate, left_padded, read
@@ -91,6 +91,7 @@ def answer(
     cache_options: dict[str, Any],
     conversation: bool,
     chunk: int | None = None,
+    cache: EvictionCache | None = None,
 ) -> list[Generation]:
     """Answers to the questions on one context, in their order.
 
@@ -99,17 +100,21 @@ def answer(
 
     Args:
         chunk: tokens of the chunks in which the context is read; None: it is read as one.
+        cache: an empty one for a conversation, or in whose buffers copies answer; None: new ones.
 
     Raises:
         LengthMismatch, NotFinite: as :func:`evals.run.generate.generate`.
     """
     ids, eos = prompts[0].ids, eos_ids(model, tokenizer)
     inputs = left_padded([ids], tokenizer.pad_token_id).to(model.device)
-    reading = read(model, inputs, policy, prompts[0].later, cache_options, chunk)
+    of_all = cache if conversation else None
+    reading = read(model, inputs, policy, prompts[0].later, cache_options, chunk, of_all)
     found: list[Generation] = []
     for prompt in prompts:
         if not conversation:
             ids, own = prompt.ids, reading.copy()
+            if cache is not None:
+                own.cache.take_buffers(cache)
         else:
             own = reading
             if found:
@@ -128,4 +133,6 @@ def answer(
         )
         if conversation:
             reading.go_on(len(ids), found[-1].generated_tokens)
+        elif cache is not None:
+            cache.take_buffers(own.cache)
     return found

@@ -29,6 +29,7 @@ def read(
     chunk: int,
     cache_options: dict[str, Any],
     starts: Sequence[int] = (0,),
+    cache: EvictionCache | None = None,
 ) -> tuple[Measurements, list[float]]:
     """Reads a text, or several one after another, in steps of `chunk` tokens with one cache.
 
@@ -37,6 +38,7 @@ def read(
 
     Args:
         starts: places in `ids` where a text begins, see :func:`fed_and_scored`.
+        cache: an empty one to read with; None: a new one.
 
     Returns:
         Measurements (`ttft_s` is the first step's time, a latency is a step's, tokens per second
@@ -47,7 +49,8 @@ def read(
         NotFinite: a token's loss is NaN or infinite.
     """
     device = model.device
-    cache = EvictionCache(model, policy, **cache_options)
+    if cache is None:
+        cache = EvictionCache(model, policy, **cache_options)
     fed, scored = (torch.tensor(tokens, device=device) for tokens in fed_and_scored(ids, starts))
     steps = reading_steps(len(fed) + 1, chunk)
     losses: list[Tensor] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from buzz import EvictionCache
 from buzz.errors import ConfigError
 from evals.results.folder import SettingFolder, sha256
 from evals.results.record import FORMAT, Record
@@ -26,6 +27,7 @@ class Row:
         warm: whether it ran alone in this process before.
         new: whether a record was added.
         uncompared: comparisons with the full cache that failed.
+        cache: an empty one that its next batch may use again.
     """
 
     plan: Plan
@@ -37,6 +39,7 @@ class Row:
     warm: bool = False
     new: bool = False
     uncompared: int = 0
+    cache: EvictionCache | None = None
 
     def begin(self, prompts: Iterable[Prompt]) -> int:
         """Finds out what is there; answers whose references or scoring changed are scored again.

@@ -46,6 +46,11 @@ from evals.tasks.throughput import Throughput
 FIDELITY = {field.name for field in dataclasses.fields(Fidelity)} | {"reference_sha256"}
 NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason": "end"}
 WINDOW_CHUNK = 1024  # tokens; a prompt read as one has a mask of all pairs in layers with a window
+# Bytes in use, of whatever is in the process.
+PEAKS = {
+    *("memory_peak_nbytes", "context_peak_nbytes", "question_peak_nbytes"),
+    "memory_before_nbytes",
+}
 ROOM = 0.7  # of the free memory, for the rows of a pass
 
 
@@ -349,9 +354,14 @@ class Job:
         """By row what was found for each prompt; for a comparison the full cache rides along."""
         context = min(prompt.context for prompt in batch)
         if own and self.plan.task.timed:
-            methods = [self._method(row, row.plan.fit(context)[0]) for row in rows]
             new = prompts[0].max_new_tokens
-            return measure(self.model, [prompt.ids for prompt in prompts], methods, new)
+            with ExitStack() as stack:
+                methods = [
+                    self._method(row, policy, stack.enter_context(self._cache(row, policy)))
+                    for row in rows
+                    for policy in [row.plan.fit(context)[0]]
+                ]
+                return measure(self.model, [prompt.ids for prompt in prompts], methods, new)
         beside = [self.full] if self.kl and self.full and self.full not in rows else []
         everyone = [*beside, *rows]
         found = answer_together(
@@ -417,29 +427,62 @@ class Job:
         make = self._measure if row.plan.task.timed else make
 
         def results(prompts: list[Prompt]) -> list[Record]:
-            found = make(row, prompts, policy, batch)
+            with self._cache(row, policy) as cache:
+                found = make(row, prompts, policy, batch, cache)
+            others = [other.cache for other in self.rows if other is not row]
+            beside = sum(cache.nbytes(allocated=True) for cache in others if cache is not None)
             for prompt, record in zip(prompts, found, strict=True):
                 record |= {"status": "ok", "batch_size": len(prompts)}
+                record |= {name: record[name] - beside for name in PEAKS & record.keys()}
                 record["scores"] = row.score(prompt, record)
                 record.pop("losses", None)  # as long as the text
             return found
 
         return attempt(batch, results, self.model.device)
 
+    @contextmanager
+    def _cache(self, row: Row, policy: Policy) -> Iterator[EvictionCache | None]:
+        """A row's cache, empty, with the buffers of its last batch; None: a new one is due.
+
+        Kept where decoding is compiled: a graph is recorded for the addresses of buffers. Otherwise
+        they would only take memory in between. So would those of a method that keeps all, beside
+        the next prompt's. What fails is thrown away.
+        """
+        options, cache, row.cache = row.plan.cache_options, row.cache, None
+        if not options["compiled"] or policy.evicts == "never":
+            yield None
+            return
+        if cache is None or cache.policy != policy:
+            cache = EvictionCache(self.model, policy, **options)
+        try:
+            yield cache
+        except Exception:
+            for other in self.rows:
+                other.cache = None  # whatever was missing may have been memory
+            raise
+        cache.reset()
+        cache.hold_until = 0
+        row.cache = cache
+
     def _generate(
-        self, row: Row, batch: list[Prompt], policy: Policy, together: list[Prompt]
+        self,
+        row: Row,
+        batch: list[Prompt],
+        policy: Policy,
+        together: list[Prompt],
+        cache: EvictionCache | None,
     ) -> list[Record]:
         """Records of a batch's answers. Of a conversation, all that is asked is answered again.
 
         Args:
             together: the whole batch, of which some prompts may run by themselves.
+            cache: an empty one; None: a new one.
         """
         task, options = row.plan.task, row.plan.cache_options
         if batch[0].sample.shared:
             asked = together if task.conversation else batch
-            found = answer(
-                self.model, self.tokenizer, asked, policy, options, task.conversation, self.chunk
-            )
+            rest = policy, options, task.conversation, self.chunk, cache
+            found = answer(self.model, self.tokenizer, asked, *rest)
             return [found[asked.index(prompt)].record() for prompt in batch]
         sampled = task.sampling([prompt.sample for prompt in batch])
         made = generate(
@@ -453,35 +496,48 @@ class Job:
             batch[0].later,
             sampling=None if sampled is None else Sampling(*sampled),
             chunk=self.chunk,
+            cache=cache,
         )
         return [one.record() for one in made]
 
     def _read_texts(
-        self, row: Row, batch: list[Prompt], policy: Policy, together: list[Prompt]
+        self,
+        row: Row,
+        batch: list[Prompt],
+        policy: Policy,
+        together: list[Prompt],
+        cache: EvictionCache | None,
     ) -> list[Record]:
         task, options = row.plan.task, row.plan.cache_options
         found = []
         for prompt in batch:
-            starts = prompt.sample.starts
-            measured, losses = read(self.model, prompt.ids, policy, task.chunk, options, starts)
+            if cache is not None:
+                cache.reset()
+            rest = task.chunk, options, prompt.sample.starts, cache
+            measured, losses = read(self.model, prompt.ids, policy, *rest)
             blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
             found.append(NO_ANSWER | measured.record() | {"losses": losses, "blocks": blocks})
         return found
 
     def _measure(
-        self, row: Row, batch: list[Prompt], policy: Policy, together: list[Prompt]
+        self,
+        row: Row,
+        batch: list[Prompt],
+        policy: Policy,
+        together: list[Prompt],
+        cache: EvictionCache | None,
     ) -> list[Record]:
         prompts, new = [prompt.ids for prompt in batch], batch[0].max_new_tokens
-        (found,) = measure(self.model, prompts, [self._method(row, policy)], new)
+        (found,) = measure(self.model, prompts, [self._method(row, policy, cache)], new)
         if isinstance(found, Exception):
             raise found
         return found
 
     @staticmethod
-    def _method(row: Row, policy: Policy) -> Method:
+    def _method(row: Row, policy: Policy, cache: EvictionCache | None) -> Method:
         task = row.plan.task
         assert isinstance(task, Throughput)
-        return Method(policy, row.plan.cache_options, task.prefill_chunk, task.hold)
+        return Method(policy, row.plan.cache_options, task.prefill_chunk, task.hold, cache)
 
     # --- timings ----------------------------------------------------------------------------------
 

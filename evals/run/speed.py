@@ -60,12 +60,14 @@ class Method(NamedTuple):
         options: of its cache, see :class:`buzz.EvictionCache`.
         chunk: tokens of a step of the prompt; None: it is read as one.
         hold: evict nothing before the prompt's end.
+        cache: an empty one to measure; None: a new one.
     """
 
     policy: Policy
     options: dict[str, Any]
     chunk: int | None = None
     hold: bool = False
+    cache: EvictionCache | None = None
 
 
 def measure(
@@ -91,7 +93,8 @@ def measure(
         for method in methods:
             # On a GPU the first prompt of a length also chooses, or compiles, its kernels.
             on_gpu = model.device.type == "cuda"
-            _Run(model, method, ids[:1] if on_gpu else ids[:1, :WARM], new, evictions).read()
+            first = ids[:1] if on_gpu else ids[:1, :WARM]
+            _Run(model, method._replace(cache=None), first, new, evictions).read()
             runs.append(run := _Run(model, method, ids, new, evictions))
             run.read()
         for _ in range(new - 1):
@@ -127,8 +130,10 @@ class _Run:
         self.lengths: Lengths | None = None
         compiled = method.options.get("compiled", False)
         if not isinstance(method.policy, StockPolicy):
-            hold = prompt if method.hold else 0
-            self.cache = EvictionCache(model, method.policy, **method.options, hold_until=hold)
+            self.cache = method.cache
+            if self.cache is None:
+                self.cache = EvictionCache(model, method.policy, **method.options)
+            self.cache.hold_until = prompt if method.hold else 0
             self.lengths = Lengths(self.cache, method.policy)
         elif compiled:
             self.cache = StaticCache(config=model.config, max_cache_len=self.most)
@@ -151,6 +156,8 @@ class _Run:
         _libc("malloc_trim", 0)
         reset_memory_peak(self.model.device)
         self.before = memory_in_use(self.model.device)
+        if self.lengths is not None:  # buffers that a cache kept are the method's own
+            self.before -= self.cache.nbytes(allocated=True)
         chunks = self.ids.split(self.method.chunk or self.ids.shape[1], dim=1)
         synchronize(self.model.device)
         start = time.perf_counter()
