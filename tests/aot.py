@@ -94,7 +94,7 @@ def figures(launch: Launch) -> dict[str, Any]:
 
     Registers and stack (bytes) of a thread, shared memory (bytes) and warps of a block; `code`:
     how many instructions by name, such as ``LDGSTS.E.BYPASS.128``; the places of the last product
-    and of the first shuffle, -1 for none.
+    and of the first shuffle of a sum, -1 for none.
     """
     file = Path(_scratch().name) / f"{launch.compiled.hash}.cubin"
     file.write_bytes(launch.compiled.asm["cubin"])
@@ -102,7 +102,7 @@ def figures(launch: Launch) -> dict[str, Any]:
     listing = _tool("nvdisasm", "-c", file)
     names = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", listing)
     products = [at for at, name in enumerate(names) if re.fullmatch(f"{PRODUCT}|FFMA.*", name)]
-    shuffles = [at for at, name in enumerate(names) if name.startswith("SHFL")]
+    sums = [at for at, name in enumerate(names) if name.startswith("SHFL.BFLY")]
     return {
         "kernel": launch.kernel,
         "grid": launch.grid,
@@ -112,7 +112,7 @@ def figures(launch: Launch) -> dict[str, Any]:
         "warps": launch.compiled.metadata.num_warps,
         "code": Counter(names),
         "last_product": max(products, default=-1),
-        "first_shuffle": min(shuffles, default=-1),
+        "first_shuffle": min(sums, default=-1),
     }
 
 

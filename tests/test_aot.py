@@ -7,6 +7,7 @@ kernels that are compiled anew give the right numbers, and take a multiple of th
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,22 +30,20 @@ SHARED = 99 * 1024  # bytes, what the smallest cards have for a block
 BFLOAT, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 ATTENDING = ("_attend_kernel", "_received_kernel", "_decode_kernel")
 MOVING = ("_move_kernel", "_originals_kernel")
-# With these each kernel meets each dtype, each head size and each group. The rest is slow.
-QUICK = [(BFLOAT, dim, group) for dim in (64, 128, 256) for group in (1, 4)]
-QUICK += [(HALF, 128, 1), (HALF, 128, 4)]
-QUICK += [(SINGLE, 64, 1), (SINGLE, 128, 1), (SINGLE, 128, 4), (SINGLE, 256, 1)]
+AXES = (80, 90, 100, 120), (BFLOAT, HALF, SINGLE), (64, 128, 256), (1, 4)
 
 
 def shapes() -> list[Any]:
+    """All cards, types, head sizes and groups; all but a third of the older cards' are slow.
+
+    Of each two of the four that third has every pair.
+    """
     found = []
-    for target in (80, 90, 100, 120):
-        for dtype in (BFLOAT, HALF, SINGLE):
-            for dim in (64, 128, 256):
-                for group in (1, 4):
-                    quick = target <= 90 and (dtype, dim, group) in QUICK
-                    name = f"sm_{target}-{str(dtype)[6:]}-{dim}-{group}"
-                    slow = [] if quick else [pytest.mark.slow]
-                    found.append(pytest.param(target, dtype, dim, group, id=name, marks=slow))
+    for places in itertools.product(*(range(len(axis)) for axis in AXES)):
+        target, dtype, dim, group = each = [axis[at] for axis, at in zip(AXES, places, strict=True)]
+        quick = target <= 90 and sum(places) % 3 == 0
+        name = f"sm_{target}-{str(dtype)[6:]}-{dim}-{group}"
+        found.append(pytest.param(*each, id=name, marks=[] if quick else pytest.mark.slow))
     return found
 
 
@@ -79,23 +78,22 @@ def compiled(target: int, dtype: torch.dtype, dim: int, group: int) -> list[dict
         lambda: own.scored_prefill(query, key, key, 0.1),
         lambda: own.scored_decode(one, *held, 0.1, bounds[0]),
         lambda: own.step(one, entry, entry, *store, bounds, 0.1, True),
+        lambda: own.append(store, entry, entry, 5, 5),
     ]
-    if (dtype, dim, group) == (BFLOAT, 64, 4):  # the group and size of heads that have sinks
+    if dtype != SINGLE and dim == 64:  # the size of heads that have sinks
         sinks = torch.empty(8 * group, dtype=dtype)
         calls += [
             lambda: own.scored_prefill(query, key, key, 0.1, sinks=sinks),
             lambda: own.scored_decode(one, *held, 0.1, bounds[0], sinks),
             lambda: own.step(one, entry, entry, *store, bounds, 0.1, True, sinks),
         ]
-    if group == 1:
-        calls += [lambda: own.append(store, entry, entry, 5, 5)]
-        if dtype == SINGLE:  # of which no key is kept as it came
-            calls += [lambda: own.move(store, store, index, 10, 9, table)]
-        else:
-            calls += [
-                lambda: own.move(store, store, index, 10, 9, table, leading=leading),
-                lambda: own.originals(store[0], index, 0, 0, known),
-            ]
+    if dtype == SINGLE:  # of which no key is kept as it came
+        calls += [lambda: own.move(store, store, index, 10, 9, table)]
+    else:
+        calls += [
+            lambda: own.move(store, store, index, 10, 9, table, leading=leading),
+            lambda: own.originals(store[0], index, 0, 0, known),
+        ]
     with aot.compiling(target) as launches:
         for call in calls:
             call()
@@ -135,11 +133,16 @@ def test_machine_code_stays_within_its_budget(
         if kernel == "_received_kernel":
             expect(each["last_product"] < each["first_shuffle"], "sums across threads in the loop")
     assert not wrong, "; ".join(wrong)
+    moving = MOVING[:1] if dtype == SINGLE else MOVING
     kernels = {each["kernel"] for each in found}
-    alone = {"_originals_kernel"} if dtype != SINGLE else set()
-    assert kernels == {*ATTENDING, "_combine_kernel", "_append_kernel"} | (
-        {"_move_kernel"} | alone if group == 1 else set()
-    )
+    assert kernels == {*ATTENDING, *moving, "_combine_kernel", "_append_kernel"}
+
+
+def test_quick_tests_pair_each_card_type_head_size_and_group() -> None:
+    quick = [param.values for param in shapes() if not param.marks]
+    for one, other in itertools.combinations(range(4), 2):
+        pairs = itertools.product(*(AXES[at][: 2 if at == 0 else None] for at in (one, other)))
+        assert {(values[one], values[other]) for values in quick} == {*pairs}
 
 
 def test_no_kernel_is_compiled_anew_because_a_length_changed() -> None:
