@@ -290,10 +290,11 @@ def by_sample(recorded: dict[str, list[tuple[int, ...]]], method: str) -> list[i
     return [len(places) for name, places in recorded.items() if name.startswith(method)]
 
 
-@pytest.mark.parametrize("method", ["buzz", "snapkv"])
-def test_samples_of_one_budget_take_the_buffers_of_the_first(go, recorded, method: str) -> None:
+@pytest.mark.parametrize(("method", "chunk"), [("buzz", "null"), ("snapkv", "128")])
+def test_samples_of_one_budget_take_the_buffers_of_the_first(go, recorded, method, chunk) -> None:
     """Whatever their lengths; and the last gives what it gives alone."""
     asked = f"method={method}", "budget=100", *LENGTHS, "model.compile=true"
+    asked += (f"prefill_chunk={chunk}",)
     *_, last = timeless(go(*asked))
     first, *later = by_sample(recorded, method)
     assert first >= LAYERS and later == [0, 0]
