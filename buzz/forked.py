@@ -532,7 +532,7 @@ def _refusal(name: str, remedy: str) -> property:
 
 for _name in (
     *("policy", "lengths", "distinct", "evictions", "entry_nbytes"),
-    *("nbytes", "kept_positions", "trace"),
+    *("nbytes", "kept_positions", "trace", "take_buffers"),
 ):
     setattr(ForkedCache, _name, _refusal(_name, f"each method has its own: ask forks[i].{_name}"))
 for _name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"):
