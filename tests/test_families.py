@@ -391,7 +391,7 @@ def test_a_padded_batch_and_two_turns_are_as_in_transformers(family: str) -> Non
     close(found[1, PADDING:], stock[1, PADDING:])
     alone = EvictionCache(model, FullPolicy(), **options_of(family))
     steps = [turns(family)[0] - PADDING, *turns(family)[1:]]
-    close(found[1:, PADDING:], feed(model, alone, rows[1:], steps), 2e-3)
+    close(found[1:, PADDING:], feed(model, alone, rows[1:], steps), 5e-4)
 
 
 @every_mixture
@@ -423,6 +423,26 @@ def test_bytes_are_of_what_evicts_and_of_all_else(family: str) -> None:
 
 
 @every_mixture
+@torch.no_grad()
+def test_what_is_left_is_attended_and_nothing_else_is_touched(family: str) -> None:
+    """As in transformers' own cache, with all but these entries taken out of the same layers."""
+    model, ids = mixture(family), prompt(25, seed=12)
+    cache = EvictionCache(model, METHODS[2], positions="true")
+    stock = DynamicCache(config=model.config)
+    for one in (cache, stock):
+        feed(model, one, [ids], [24])
+    assert cache.evictions == [1]
+    for index, kind in enumerate(layers_of(model)):
+        if kind.evicts:
+            own: Any = stock.layers[index]
+            kept = cache.kept_positions(index)[..., None]
+            own.keys = own.keys.gather(2, kept.expand(-1, -1, -1, own.keys.shape[-1]))
+            own.values = own.values.gather(2, kept.expand(-1, -1, -1, own.values.shape[-1]))
+    given = {"input_ids": ids[:, 24:], "position_ids": torch.tensor([[24]])}
+    close(*(model(**given, past_key_values=one).logits for one in (cache, stock)))
+
+
+@every_mixture
 def test_a_prompt_in_chunks_is_judged_as_one(family: str) -> None:
     """And a chunk is refused by name where a layer would read it as the beginning."""
     model, rows, prompts = mixture(family), [prompt(28, seed=3)], sum(CHUNKS)
@@ -434,7 +454,7 @@ def test_a_prompt_in_chunks_is_judged_as_one(family: str) -> None:
             with pytest.raises(ConfigError, match="8 tokens.*layer 0 of this model.*10 before"):
                 feed(model, cache, rows, CHUNKS)
             continue
-        close(feed(model, cache, rows, [*CHUNKS, 1, 1, 1, 1]), expected, 1e-3)
+        close(feed(model, cache, rows, [*CHUNKS, 1, 1, 1, 1]), expected, 5e-4)
         assert cache.lengths == whole.lengths
         for index, kind in enumerate(layers_of(model)):
             if kind.evicts:
@@ -504,7 +524,7 @@ def test_rows_of_one_pass_are_what_methods_give_alone(family: str) -> None:
         alone = EvictionCache(model, policy, **options)
         expected = feed(model, alone, [rows[own]], [starts[own].shape[1], *steps])
         padding = 24 - starts[own].shape[1]
-        close(torch.cat([first[own, padding:], found[row]]), expected[0], 2e-3)
+        close(torch.cat([first[own, padding:], found[row]]), expected[0], 5e-4)
         assert cache.forks[row].lengths == alone.lengths, policy.name
         assert cache.forks[row].nbytes() == alone.nbytes(), policy.name
     kept = feed(model, other, [later[1], later[6]], steps)
