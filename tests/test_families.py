@@ -535,22 +535,26 @@ def test_rows_of_one_pass_are_what_methods_give_alone(family: str) -> None:
 
 
 @every_mixture
-def test_an_error_amid_a_step_is_no_silent_loss(family: str) -> None:
-    model = mixture(family)
-    cache = EvictionCache(model, METHODS[2], **options_of(family))
-    feed(model, cache, [prompt(20)], [18])
+@pytest.mark.parametrize("forked", [False, True])
+def test_an_error_amid_a_step_is_no_silent_loss(family: str, forked: bool) -> None:
+    model, policy, options = mixture(family), METHODS[2], options_of(family)
+    make: Any = ForkedCache if forked else EvictionCache
+    cache = make(model, [policy] * 2 if forked else policy, **options)
+    rows = [prompt(20)] * (1 + forked)
+    feed(model, cache, rows[:1], [18])
 
     def fail(*_: Any) -> None:
         raise MemoryError
 
     handle = decoder_of(model).layers[0].register_forward_hook(fail)
     with pytest.raises(MemoryError):
-        feed(model, cache, [prompt(20)], [1])
+        feed(model, cache, rows, [1])
     handle.remove()
     with pytest.raises(RuntimeError, match=r"reset\(\)"):
-        feed(model, cache, [prompt(20)], [1])
+        model(prompt(1).expand(len(rows), 1), past_key_values=cache)
     cache.reset()
-    feed(model, cache, [prompt(20)], [18, 1])
+    feed(model, cache, rows[:1], [18])
+    feed(model, cache, rows, [1])
 
 
 @every_mixture
