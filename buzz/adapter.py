@@ -12,26 +12,32 @@ Neither model code nor configuration is touched.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import math
 import sys
 import types
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
     CacheLayerMixin,
-    DynamicSlidingWindowLayer,
+    DynamicLayer,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from buzz.errors import ConfigError
+from buzz.store import writable
 
 # The name under which this transformers takes a cache: `cache` from 5.24 on, which still knows the
 # older name and warns.
@@ -55,9 +61,19 @@ Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Inputs | None]
 # Models whose attention is more than softmax(q k) v over per-head keys.
 UNSUPPORTED = {
     "kv_lora_rank": "caches a latent and not keys (MLA)",
+    "cross_attention_layers": "attends images in layers of their own",
     "alibi": "marks positions by ALiBi and not by RoPE",
     "attn_logit_softcapping": "caps its attention logits, which the scored attention does not",
 }
+
+# Layers that evict nothing: they have states of a fixed size, entries within a window or a chunk,
+# or nothing at all.
+KEPT = (
+    *("linear_attention", "conv", "hybrid_sliding", "sliding_attention", "chunked_attention"),
+    *("dummy", "moe", "mlp"),
+)
+# Those with states, which depend on the order of tokens also where nothing is rotated.
+STATEFUL = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
 _installed: dict[str, Attention] = {}  # by backend, what stands in place of its own function
 
@@ -93,7 +109,7 @@ def install(
     if stock is not _installed.get(backend):
         _installed[backend] = functools.partial(attend, stock, backend)
         AttentionInterface.register(backend, _installed[backend])
-    decoder: nn.Module = model.get_decoder()
+    decoder = decoder_of(model)
     for module, hook in ((decoder, announce), (model.base_model, overhear)):
         present = module._forward_pre_hooks.values()
         if not any(known in (announce, overhear) for known in present):
@@ -256,7 +272,75 @@ class SelfAttending(CacheLayerMixin):
         """
 
 
+class StatefulCache(Cache):
+    """A cache whose layers' states of a fixed size lie in another one, :attr:`stock`.
+
+    So a layer may have both: entries of its tokens here, and beside them states there.
+
+    Attributes:
+        stock: of a layer of transformers' own for each layer; one that stays empty where it has no
+            part.
+    """
+
+    stock: Cache
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stock.get_conv_state(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stock.update_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stock.get_recurrent_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stock.update_recurrent_state(*args, **kwargs)
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        return self.stock.has_previous_state(*args, **kwargs)
+
+
+def copied(stock: Cache) -> Cache:
+    """One of layers that go on by themselves: states change in place, keys and values do not."""
+    layers: list[Any] = []
+    for layer in stock.layers:
+        layers.append(copy.copy(layer))
+        for name, value in vars(layer).items():
+            if isinstance(value, dict):  # by number of the state
+                with writable():
+                    own = {n: x.clone() if isinstance(x, Tensor) else x for n, x in value.items()}
+                setattr(layers[-1], name, own)
+    return Cache(layers=layers)
+
+
+def select_rows(stock: Cache, indices: Tensor) -> None:
+    """Make row i what row `indices[i]` was, in place; recurrent layers have no other way to."""
+    for layer in stock.layers:
+        own: Any = layer
+        own.reorder_cache(indices)
+
+
+def entries_of(layer: Any) -> list[Tensor]:
+    """Keys and values of a layer of transformers' own, [batch, kv_heads, held, ...], if any."""
+    pair = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return [tensor for tensor in pair if tensor is not None]
+
+
+def states_of(layer: Any) -> list[Tensor]:
+    """What it holds of a row however long its text is, each [batch, ...]."""
+    held = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    return [state for states in held for state in states.values() if state is not None]
+
+
 # --- what a model is made of ---------------------------------------------------------------------
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the layers."""
+    decoder: Any = model.get_decoder()
+    while not hasattr(decoder, "layers") and isinstance(getattr(decoder, "model", None), nn.Module):
+        decoder = decoder.model  # what Llama 4 calls its decoder is a model around one
+    return decoder
 
 
 def why_unsupported(config: PretrainedConfig) -> str | None:
@@ -268,32 +352,86 @@ def why_unsupported(config: PretrainedConfig) -> str | None:
     for field, reason in UNSUPPORTED.items():
         if any(getattr(layer, field, None) for layer in layers):
             return f"{reason} (config.{field})"
-    if not getattr(text, "rope_parameters", None):
+    orders = any(kind in STATEFUL for kind in getattr(text, "layer_types", None) or ())
+    if not getattr(text, "rope_parameters", None) and not orders:
         return "has no rotary position embedding (RoPE), so no kept key can be moved"
     return None
 
 
-def layers_of(model: PreTrainedModel) -> Iterator[tuple[str, DynamicSlidingWindowLayer | None]]:
-    """Each decoder layer's kind, and its own cache if it has a window within the model's context.
+class Kind(NamedTuple):
+    """What a decoder layer is.
+
+    Attributes:
+        name: its type, as transformers has it.
+        evicts: whether it holds an entry of every token.
+        stock: transformers' own layer for all else that it holds.
+        source: the layer whose entries it attends, in place of its own.
+    """
+
+    name: str
+    evicts: bool
+    stock: Any
+    source: int | None = None
+
+
+def layers_of(model: PreTrainedModel) -> list[Kind]:
+    """What each decoder layer is.
 
     Raises:
-        ConfigError: nothing in a layer could be evicted.
+        ConfigError: the model cannot be served; nothing in a layer could be evicted, and no layer
+            of transformers' own serves.
     """
+    name = type(model).__name__
+    if reason := why_unsupported(model.config):
+        raise ConfigError("model", name, reason)
     config = model.config.get_text_config(decoder=True)
     try:
         stated = list(zip(*get_layer_types_and_kwargs(config), strict=True))
     except AttributeError as error:
         reason = "its configuration does not tell what its layers are"
-        raise ConfigError("model", type(model).__name__, reason) from error
+        raise ConfigError("model", name, reason) from error
+    kinds = []
     for index, (kind, kwargs) in enumerate(stated):
-        window: Any = kwargs.get("sliding_window")
-        if kind == "sliding_attention" and window < config.max_position_embeddings:
-            yield kind, DynamicSlidingWindowLayer(sliding_window=window)
-        elif kind in ("full_attention", "sliding_attention"):
-            yield kind, None
+        window: Any = kwargs.get("sliding_window") or math.inf
+        wide = window >= (getattr(config, "max_position_embeddings", None) or math.inf)
+        if kind == "full_attention" or (
+            kind in ("sliding_attention", "chunked_attention") and wide
+        ):
+            kinds.append(Kind(kind, True, DynamicLayer()))  # which stays empty
+        elif kind == "hybrid":
+            kinds.append(Kind(kind, True, LinearAttentionLayer(**kwargs)))
+        elif kind in KEPT:
+            stock: Any = DYNAMIC_LAYER_TYPE_MAPPING[kind]
+            kinds.append(Kind(kind, False, stock(**kwargs), _source(model, config, index)))
         else:
-            name, remedy = type(model).__name__, f"layer {index} is {kind}"
-            raise ConfigError("model", name, f"{remedy}, which has no KV cache that can be thinned")
+            remedy = f"layer {index} is {kind}, which no evicting cache serves"
+            raise ConfigError("model", name, remedy)
+    if not any(kind.evicts for kind in kinds):
+        names = {kind.name for kind in kinds}
+        reason = (
+            f"no layer attends all tokens, so nothing can be evicted ({', '.join(sorted(names))})"
+        )
+        if names == {"sliding_attention"}:
+            reason += "; load it with sliding_window=None"
+        raise ConfigError("model", name, reason)
+    return kinds
+
+
+def _source(model: PreTrainedModel, config: PretrainedConfig, index: int) -> int | None:
+    """The layer whose entries one attends that has none of its own; None if it has, or needs none.
+
+    Raises:
+        ConfigError: it is a layer of another model.
+    """
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None or modes[index] != "reuse":
+        return None
+    kinds = config.layer_types
+    stored = [i for i in range(index) if modes[i] == "store" and kinds[i] == kinds[index]]
+    if not stored:
+        remedy = f"layer {index} attends what another model's layer holds"
+        raise ConfigError("model", type(model).__name__, remedy)
+    return stored[-1]
 
 
 def attention_of(decoder: nn.Module, index: int) -> nn.Module:
@@ -304,7 +442,7 @@ def attention_of(decoder: nn.Module, index: int) -> nn.Module:
     """
     layers: Any = getattr(decoder, "layers", None)
     layer = layers[index] if layers is not None else None
-    for name in ("self_attn", "attention", "attn"):
+    for name in ("self_attn", "attention", "attn", "mixer"):
         if hasattr(layer, name):
             return getattr(layer, name)
     raise ConfigError("model", type(decoder).__name__, "its attention layers could not be found")

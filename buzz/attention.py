@@ -31,7 +31,7 @@ from buzz import kernels
 from buzz.adapter import Attention, SelfAttending
 from buzz.errors import ConfigError
 from buzz.inputs import on
-from buzz.layer import EvictionLayer
+from buzz.layer import EvictionLayer, Reader
 from buzz.probe import Listener
 
 Scored = tuple[Tensor, Tensor | None]  # output, and what each entry received
@@ -70,8 +70,8 @@ def attend(
         backend: its name.
         query: [batch, heads, new, head_dim].
         key, value: [batch, kv_heads, held, head_dim], the new entries last.
-        eviction_layers: the layers of an evicting cache; None to run the stock function. That of
-            the module holds `key` and `value`.
+        eviction_layers: what each layer attends of an evicting cache; None to run the stock
+            function. That of the module holds `key` and `value`.
         shared: of caches that hold and are asked the same, those first that observe the most
             queries; no row may be padded.
 
@@ -85,6 +85,8 @@ def attend(
     if isinstance(layer, SelfAttending):
         own = functools.partial(attend, stock, backend, module)
         return layer.attend(own, query, backend=backend, **kwargs), None
+    reads = isinstance(layer, Reader)
+    layer = layer.source if isinstance(layer, Reader) else layer
     if not isinstance(layer, EvictionLayer):
         window = None if layer is None else kwargs.get("sliding_window")
         if window is None or query.shape[2] <= window or getattr(attention_mask, "ndim", 0) != 4:
@@ -96,7 +98,9 @@ def attend(
         raise ConfigError("model.dropout", kwargs["dropout"], "no evicting cache serves it")
     kwargs.pop("sliding_window", None)  # wider than the model's context, or the layer is not ours
 
-    observed = layer.observed
+    if reads and not layer.holds(key):
+        raise ConfigError("model", type(module).__name__, f"layer {index} attends other entries")
+    observed = 0 if reads else layer.observed
     sinks = sinks_of(kwargs)
     scorer = kernels.reference if backend == "eager" and sinks is None else kernels
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -120,7 +124,8 @@ def attend(
     if differentiable:
         query = query.detach()
     query = _scaled_by_log_n(layer, query)
-    layer.keep_queries(query, scale)
+    if not reads:
+        layer.keep_queries(query, scale)
     rule = observed, layer.policy.decay
     if shared is not None and shared.output is not None:
         output = shared.output
@@ -136,7 +141,10 @@ def attend(
         output, received = _by_group(attention, layer, query, key, value)
     if shared is not None and shared.output is None:
         shared.output, shared.received[rule] = output, received
-    layer.after_attention(received)
+    if reads:
+        layer.was_read()
+    else:
+        layer.after_attention(received)
     for wrong in layer.faults.values():  # a step was wrong and nobody could be told yet
         output = output.masked_fill(wrong.to(output.device), math.nan)
     if differentiable:

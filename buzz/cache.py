@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from buzz import adapter, compiled, kernels, probe, repetition
 from buzz.attention import attend
@@ -26,7 +27,7 @@ from buzz.inputs import (
     jumps,
     padding_of,
 )
-from buzz.layer import EvictionLayer
+from buzz.layer import EvictionLayer, Reader
 from buzz.policy import Policy
 from buzz.rope import Rope
 from buzz.trace import Trace
@@ -46,8 +47,13 @@ ANOTHER = (
     " new, or the new tokens alone with the attention_mask of all"
 )
 
+RESTARTS = (
+    "layer {} of this model reads several tokens as if the {} before them had not been: give a"
+    " prompt in one piece, and what comes later a token at a time"
+)
 
-class EvictionCache(Cache):
+
+class EvictionCache(adapter.StatefulCache):
     """A KV cache for `model.generate(**inputs, past_key_values=cache)` that evicts by `policy`.
 
     Making one is all that is needed: it also puts the attention backend in place. The model then
@@ -56,6 +62,9 @@ class EvictionCache(Cache):
     A step whose mask or positions cannot be served is refused by a ConfigError. Where a decoding
     step cannot wait for that verdict (on a GPU, in compiled code) its logits are NaN, and the error
     comes from whatever reads the cache next.
+
+    Layers that attend all tokens evict. What others hold (a window or a chunk of their own, states
+    of recurrent layers) stays in layers of transformers' own.
 
     Args:
         model: a causal language model with RoPE, loaded with sdpa, eager or flash attention.
@@ -77,6 +86,7 @@ class EvictionCache(Cache):
             method or a model that no graph can serve; a card too old for the kernels.
     """
 
+    _is_amid = False  # whether a step of a model with other layers has begun and not ended
     _told: Told | None = None  # of a cache that `generate` may be given with a conversation in it
     around: dict[str, Any] = {}  # what a model around the decoder was given in this step
 
@@ -102,10 +112,24 @@ class EvictionCache(Cache):
         for device in {weights.device for weights in model.parameters() if weights.is_cuda}:
             kernels.implementation(torch.empty(0, dtype=model.dtype, device=device))
         decoder = adapter.install(model, attend, _announce, _overhear)
-        layers = _make_layers(decoder, model, policy, self.positions)
+        kinds = adapter.layers_of(model)
+        found = probe.findings(model, decoder, kinds)
+        layers = _make_layers(decoder, model, kinds, found.turnings, policy, self.positions)
         super().__init__(layers=layers)
-        repetition.check(policy, layers, logn_base)
-        if policy.needs_repetition:
+        self._empty = Cache(layers=[kind.stock for kind in kinds])
+        self._put(adapter.copied(self._empty))
+        # Layers that attend what another one holds, by index, if that one evicts.
+        self._readers = {
+            index: kind.source
+            for index, kind in enumerate(kinds)
+            if kind.source is not None and kinds[kind.source].evicts
+        }
+        for source in self._readers.values():
+            layers[source].readers += 1
+        self.plain = all(kind.evicts and kind.name != "hybrid" for kind in kinds)
+        self._restarting = found.restarting
+        repetition.check(policy, layers, self.plain, logn_base)
+        if policy.needs_repetition or not self.plain:
             adapter.after_forward(decoder, _conclude)
         adapter.before_generate(model, _check_prompt)
         self._told = Told()
@@ -113,12 +137,12 @@ class EvictionCache(Cache):
         self._decoder = weakref.ref(decoder)
         self._is_dropped = adapter.drops(model)
         self._short_context = adapter.short_context(model, decoder)
-        # The layers that evict: all, unless the model mixes in layers with a window of its own.
+        # The layers that evict: all, unless the model mixes in others.
         self.evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
         self.hold_until = hold_until
         for layer in self.evicting:
             layer.logn_base, layer.logn_clamp = logn_base, logn_clamp
-        self._replay = _replay(decoder, model, layers, policy) if compiled else None
+        self._replay = _replay(decoder, model, layers, self.plain, policy) if compiled else None
         if compiled:
             for layer in self.evicting:
                 layer.least = _least(policy)
@@ -180,14 +204,29 @@ class EvictionCache(Cache):
         return [
             layer.longest
             if isinstance(layer, EvictionLayer)
-            else max((tensor.shape[2] for tensor in _pair(layer)), default=0)
+            else max((tensor.shape[2] for tensor in adapter.entries_of(layer)), default=0)
             for layer in self.layers
         ]
 
     @property
-    def windowed(self) -> list[Any]:
-        """The layers that do not evict, because they have a window of their own."""
-        return [layer for layer in self.layers if not isinstance(layer, EvictionLayer)]
+    def reads_chunks(self) -> bool:
+        """Whether a prompt can come in several steps; otherwise all but its tokens alone."""
+        return self._restarting is None
+
+    @property
+    def shares_entries(self) -> bool:
+        """Whether layers attend what others hold, so that an eviction waits for them."""
+        return bool(self._readers)
+
+    @property
+    def attended(self) -> list[Any]:
+        """What each layer of the model attends: its own entries, or those of another."""
+        if not self._readers:
+            return self.layers
+        layers: list[Any] = list(self.layers)
+        for index, source in self._readers.items():
+            layers[index] = Reader(layers[source])
+        return layers
 
     @property
     def distinct(self) -> list[EvictionLayer]:
@@ -206,26 +245,34 @@ class EvictionCache(Cache):
         return sum(layer.entry_nbytes for layer in self.evicting)
 
     def window_nbytes(self, seen: int) -> int:
-        """Bytes that the windowed layers hold of a row when it has seen so many of its tokens."""
-        return sum(
-            min(seen, tensor.shape[2]) * tensor[0, :, :1].nbytes
-            for layer in self.windowed
-            for tensor in _pair(layer)
-        )
+        """Bytes that do not leave by eviction, of a row that has seen so many of its tokens.
+
+        Entries within a layer's own window or chunk, and states of recurrent layers.
+        """
+        total = 0
+        for layer in self._others:
+            for tensor in adapter.entries_of(layer):
+                total += min(seen, tensor.shape[2]) * tensor[0, :, :1].nbytes
+            total += sum(state[0].nbytes for state in adapter.states_of(layer))
+        return total
 
     @property
     def window_allocated_nbytes(self) -> int:
-        """Bytes of the windowed layers' buffers as they lie in memory."""
-        tensors = [tensor for layer in self.windowed for tensor in _pair(layer)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        """Bytes of these as they lie in memory."""
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for layer in self._others
+            for tensor in (*adapter.entries_of(layer), *adapter.states_of(layer))
+        )
 
     def nbytes(self, allocated: bool = False, *, evicting: bool = False) -> int:
-        """Bytes of keys and values held, padding and spare capacity not counted.
+        """Bytes of keys, values and recurrent states held, without padding and spare capacity.
 
         Args:
             allocated: count instead every buffer as it lies in memory, with positions, scores,
                 kept original keys and spare capacity.
-            evicting: leave out layers with a window of their own: what a budget is of.
+            evicting: leave out all that no eviction thins (windows, chunks, recurrent states): what
+                a budget is of.
         """
         self._raise_faults()
         own = sum(layer.nbytes(allocated) for layer in self.evicting)
@@ -270,9 +317,11 @@ class EvictionCache(Cache):
             ConfigError: a step had a wrong mask or wrong positions, and nobody was told yet; the
                 cache is empty then too.
         """
-        super().reset()
+        for layer in self.evicting:
+            layer.reset()
+        self._put(adapter.copied(self._empty))
         self._trace, self._told = Trace(), Told()
-        self._prompt = []
+        self._prompt, self._is_amid = [], False
         self._raise_faults()
 
     def copy(self) -> EvictionCache:
@@ -281,12 +330,17 @@ class EvictionCache(Cache):
         Both read the same entries until they append their own: a copy costs memory and time with
         the first token that is fed to it, and so does the original with its next one.
         """
+        return self._copy(adapter.copied(self.stock))
+
+    def _copy(self, stock: Cache) -> EvictionCache:
+        """A copy whose other layers are those of `stock`."""
         other = copy.copy(self)
         ropes: dict[int, Any] = {}
         other.layers = [
-            layer.copy(ropes) if isinstance(layer, EvictionLayer) else copy.copy(layer)
+            layer.copy(ropes) if isinstance(layer, EvictionLayer) else layer
             for layer in self.layers
         ]
+        other._put(stock)
         other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
         other._trace = self._trace.copy()
         other._prompt = list(self._prompt)
@@ -300,8 +354,17 @@ class EvictionCache(Cache):
             layer.idle, layer.scratch = other.idle, other.scratch
             other.idle = other.scratch = None
 
+    def _put(self, stock: Cache) -> None:
+        """Have other layers of transformers' own."""
+        self.stock = stock
+        self._others = [own for own in stock.layers if type(own) is not DynamicLayer]  # not empty
+        self.layers = [
+            layer if isinstance(layer, EvictionLayer) else other
+            for layer, other in zip(self.layers, stock.layers, strict=True)
+        ]
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused, also by layers with a window of their own."""
+        """Refused, also by layers that do not evict."""
         self.evicting[0].crop(tokens_to_remove)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EvictionCache:
@@ -324,7 +387,9 @@ class EvictionCache(Cache):
         if not rows:
             return
         indices = torch.arange(rows)[indices.cpu() if isinstance(indices, Tensor) else indices]
-        super().batch_select_indices(indices)
+        for layer in self.evicting:
+            layer.batch_select_indices(indices)
+        adapter.select_rows(self.stock, indices)
         self._prompt = [tokens[indices.to(tokens.device)] for tokens in self._prompt]
         self._told = None if self._told is None else self._told.select_rows(indices)
 
@@ -372,7 +437,8 @@ class EvictionCache(Cache):
 
         Raises:
             ConfigError: another model than the cache was made for; a mask that hides anything but
-                padding before a row's first token; positions that do not count up by one.
+                padding before a row's first token; positions that do not count up by one; a chunk
+                that a recurrent layer of the model cannot read.
             RuntimeError: an error in the middle of a step left the layers apart; another batch
                 than the cache holds.
         """
@@ -380,7 +446,7 @@ class EvictionCache(Cache):
         seen = first.cumulative_length
         if decoder is not self._decoder():
             raise self._foreign(decoder)
-        if last.cumulative_length != seen:
+        if last.cumulative_length != seen or self._is_amid:
             raise RuntimeError(
                 "an error ended the last step between two layers, and they no longer hold the same"
                 " tokens: call cache.reset()"
@@ -392,6 +458,8 @@ class EvictionCache(Cache):
             if 0 < seen <= self._short_context < seen + new:
                 warnings.warn(LONGROPE.format(self._short_context), stacklevel=2)
         self._check_hold(seen, new)
+        if seen and new > 1 and self._restarting is not None:
+            raise ConfigError("input_ids", f"{new} tokens", RESTARTS.format(self._restarting, seen))
         if attention_mask is not None:
             check_mask(attention_mask, batch, seen + new)
         if seen == 0:
@@ -405,6 +473,7 @@ class EvictionCache(Cache):
             padding, starts = first.per_row("padding"), first.per_row("first_position")
             if attention_mask is not None:
                 self._refuse("attention_mask", hides_more(attention_mask, padding), new)
+        self._is_amid = not self.plain
         if self.positions == "true":
             return
         if position_ids is not None:
@@ -415,7 +484,7 @@ class EvictionCache(Cache):
     def end_step(
         self, decoder: nn.Module, tokens: Tensor, known: repetition.Known | None = None
     ) -> None:
-        """Read a prompt that is complete a second time, if the policy judges by that.
+        """End a step, and read a prompt that is complete a second time, if the policy asks for it.
 
         Args:
             tokens: ids of the step, [batch, new].
@@ -424,6 +493,7 @@ class EvictionCache(Cache):
         Raises:
             ConfigError: the step had embeddings and no ids.
         """
+        self._is_amid = False
         first = self.evicting[0]
         if first.awaits_repetition:
             self._prompt.append(tokens)
@@ -504,11 +574,6 @@ def positions_of(value: Any) -> Positions:
     raise ConfigError("cache.positions", value, "choose cache or true")
 
 
-def _pair(layer: Any) -> list[Tensor]:
-    """Keys and values of a layer of transformers' own, [batch, kv_heads, held, ...], if any."""
-    return [] if layer.keys is None else [layer.keys, layer.values]
-
-
 def check_clamp(logn_base: float | None, logn_clamp: bool) -> None:
     """Raises ConfigError if a bound is given for a scale that is not there."""
     if logn_clamp and logn_base is None:
@@ -532,18 +597,19 @@ def _name(decoder: nn.Module) -> str:
 
 
 def _make_layers(
-    decoder: nn.Module, model: PreTrainedModel, policy: Policy, positions: Positions
+    decoder: nn.Module,
+    model: PreTrainedModel,
+    kinds: list[adapter.Kind],
+    found: list[probe.Finding | None],
+    policy: Policy,
+    positions: Positions,
 ) -> list[Any]:
     name = type(model).__name__
-    if reason := adapter.why_unsupported(model.config):
-        raise ConfigError("model", name, reason)
-    stated = list(adapter.layers_of(model))
-    found = probe.findings(model, decoder, [kind if own is None else None for kind, own in stated])
     ropes: dict[probe.Finding, Rope] = {}
     layers: list[Any] = []
-    for index, (finding, (_, own)) in enumerate(zip(found, stated, strict=True)):
-        if own is not None:
-            layers.append(own)
+    for index, (finding, kind) in enumerate(zip(found, kinds, strict=True)):
+        if not kind.evicts:
+            layers.append(kind.stock)
             continue
         assert finding is not None
         if isinstance(finding, str) and (positions == "cache" or policy.moments_from is not None):
@@ -562,22 +628,14 @@ def _make_layers(
     evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
     for number, layer in enumerate(evicting):
         layer.index, layer.policy = number, policy.for_layer(number, len(evicting))
-    if not evicting:
-        window = model.config.get_text_config(decoder=True).sliding_window
-        raise ConfigError(
-            "model",
-            name,
-            f"all layers have a sliding window of {window} of their own and"
-            " nothing is left to evict; load it with sliding_window=None",
-        )
     return layers
 
 
 def _replay(
-    decoder: nn.Module, model: PreTrainedModel, layers: list[Any], policy: Policy
+    decoder: nn.Module, model: PreTrainedModel, layers: list[Any], plain: bool, policy: Policy
 ) -> compiled.Replay:
     compiled.check_policy(policy)
-    compiled.check_model(model, layers)
+    compiled.check_model(model, layers, plain)
     adapter.intercept(decoder, _run_compiled)
     return compiled.replay_of(decoder, len(layers))
 
@@ -627,9 +685,11 @@ def _announce(
     cache.begin_step(decoder, batch, new, mask, position_ids)
     if not torch.compiler.is_compiling():
         cache.note(tokens, seen)
-    inputs = {**inputs, "eviction_layers": cache.layers}
-    if len(cache.evicting) == len(cache.layers):
+    inputs = {**inputs, "eviction_layers": cache.attended}
+    if cache.plain:
         inputs["attention_mask"] = adapter.unread_mask(tokens.device)
+    elif position_ids is None:  # Bamba begins every step at 0 if it is not told
+        inputs["position_ids"] = torch.arange(seen, seen + new, device=tokens.device)[None]
     return (), inputs
 
 
@@ -648,7 +708,7 @@ def _overhear(around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _conclude(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    """Forward hook, for policies that read a prompt twice."""
+    """Forward hook, for policies that read a prompt twice, and models with other layers."""
     cache = _among(kwargs.values())
     if cache is not None:
         cache.end_step(decoder, adapter.step_tokens(kwargs))

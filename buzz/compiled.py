@@ -12,8 +12,8 @@ recorded anew when a layer takes other buffers: with a cache that grows, with a 
 the first eviction of a prompt, unless :meth:`EvictionCache.reset` left buffers that fit, whose
 capacities are few (:func:`buzz.store.with_spare`). A method that comes to hold as much of every
 long prompt takes buffers for that at once. So one cache that is reset between samples of one budget
-records with the first of them alone; runs do so. Layers with a window of their own keep it outside
-of any graph: models that have them are refused.
+records with the first of them alone; runs do so. Layers that do not evict keep what they hold
+outside of any graph: models that have them are refused.
 """
 
 from __future__ import annotations
@@ -70,15 +70,19 @@ def tested() -> bool:
     return Version(torch.__version__) >= Version(TORCH)
 
 
-def check_model(model: nn.Module, layers: Sequence[Any]) -> None:
+def check_model(model: nn.Module, layers: Sequence[Any], plain: bool) -> None:
     """Refuses a model that no graph can serve.
+
+    Args:
+        plain: whether its layers hold nothing but entries that may be evicted.
 
     Raises:
         ConfigError: layers that do not evict; frequencies that change; several devices.
     """
+    if not plain:
+        what = "layers with a window of their own, recurrent ones, or ones that share entries"
+        raise _refusal(f"{type(model).__name__} has {what}")
     for layer in layers:
-        if not hasattr(layer, "rope"):
-            raise _refusal(f"{type(model).__name__} has layers with a window of their own")
         if not layer.rope.static:
             raise _refusal(f"{type(model).__name__} rotates by frequencies that change")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

@@ -4,8 +4,8 @@ No method evicts before a prompt is attended in full, so what a model computes f
 same for all of them, and so are its keys and values: they are computed once and shared until an
 eviction moves what it keeps. From then on every method is a row of one batch: the linear layers run
 once for all rows, and attention reads what each row's method kept; a token's in one call for all
-rows, where :mod:`buzz.kernels` can. Layers with a window of their own stay transformers': one cache
-of them, of a row for each prompt and later for each method.
+rows, where :mod:`buzz.kernels` can. What does not evict (windows, chunks, recurrent states) stays
+in transformers' own layers: one cache of them, of a row for each prompt and later for each method.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from buzz import kernels, repetition
+from buzz import adapter, kernels, repetition
 from buzz.adapter import SelfAttending
 from buzz.attention import Shared, sinks_of
 from buzz.cache import EvictionCache
@@ -241,7 +241,8 @@ class ForkedLayer(SelfAttending):
             [rows, new, heads, head_dim].
         """
         key, value = self.taken()
-        self.cumulative_length += query.shape[2]
+        self.new = query.shape[2]
+        self.cumulative_length += self.new
         if not self.rows.forked:
             return self._prompts(attention, query, key, value, **kwargs)
         if self.is_first:  # whose way the others go: a fork's layers take a token in together
@@ -255,7 +256,7 @@ class ForkedLayer(SelfAttending):
             own = slice(row, row + 1)
             entries = layer.update(key[own], value[own])
             outputs.append(
-                attention(query[own], *entries, None, eviction_layers=fork.layers, **kwargs)[0]
+                attention(query[own], *entries, None, eviction_layers=fork.attended, **kwargs)[0]
             )
         return torch.cat(outputs)
 
@@ -287,11 +288,43 @@ class ForkedLayer(SelfAttending):
                     query[own, :, fresh],
                     *entries,
                     None,
-                    eviction_layers=self.forks[row].layers,
+                    eviction_layers=self.forks[row].attended,
                     shared=shared,
                     **kwargs,
                 )[0]
         return output
+
+    def read(
+        self, attention: Callable[..., tuple[Tensor, Any]], query: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Attention of another layer to the entries of this one, which has had its turn.
+
+        Args:
+            attention: of that layer's module.
+            query: [rows, heads, new, head_dim]; of prompts maybe their last tokens alone.
+        """
+        outputs: list[Tensor] = []
+        shared: Shared | None = None
+        for row, (fork, layer) in enumerate(zip(self.forks, self.layers, strict=True)):
+            prompt = self.rows.prompts[row]
+            own = row if self.rows.forked else prompt
+            cut = 0  # padding, of the first step
+            if self.cumulative_length == self.new:
+                cut = max(0, self.rows.padding[prompt] + query.shape[2] - self.new)
+            if own == len(outputs):
+                shared = None if self.rows.forked else Shared()
+            output, _ = attention(
+                query[own : own + 1, :, cut:],
+                layer.view(layer.store.keys),
+                layer.view(layer.store.values),
+                None,
+                eviction_layers=fork.attended,
+                shared=shared,
+                **kwargs,
+            )
+            if own == len(outputs):
+                outputs.append(nn.functional.pad(output, (0, 0, 0, 0, cut, 0)))
+        return torch.cat(outputs)
 
     def _in_one_call(self, query: Tensor, backend: str, kwargs: dict[str, Any]) -> bool:
         """Whether one kernel serves a token of all rows, in each layer."""
@@ -300,6 +333,7 @@ class ForkedLayer(SelfAttending):
             query.shape[2] == 1
             and backend == ("sdpa" if sinks_of(kwargs) is None else "eager")
             and kernels.steps_rows(query)
+            and not self.forks[0].shares_entries
             and all(layer.rope.static and layer.logn_base is None for layer in layers)
             and kwargs.get("softcap") is None
             and not kwargs.get("dropout")
@@ -326,6 +360,19 @@ class ForkedLayer(SelfAttending):
         for layer in self.layers:  # only now, so that a step that broke off is found out
             layer.cumulative_length += 1
         return output.transpose(1, 2)
+
+
+class ForkedReader(SelfAttending):
+    """A layer of every fork that attends what another one holds."""
+
+    def __init__(self, source: ForkedLayer) -> None:
+        super().__init__()
+        self.source = source
+
+    def attend(
+        self, attention: Callable[..., Any], query: Tensor, *, backend: str = "", **kwargs: Any
+    ) -> Tensor:
+        return self.source.read(attention, query, **kwargs)
 
 
 class ForkedCache(EvictionCache):
@@ -364,24 +411,33 @@ class ForkedCache(EvictionCache):
         self.forks = [EvictionCache(model, policy, **options) for own in several for policy in own]
         self._rows = Rows([i for i, own in enumerate(several) for _ in own], [0] * len(several))
         self._replay = None
-        self._positions = self.forks[0].positions
-        self._hold_until = self.forks[0].hold_until
+        first = self.forks[0]
+        self.plain, self._readers, self._restarting = first.plain, first._readers, first._restarting
+        self._positions, self._hold_until = first.positions, first.hold_until
         Cache.__init__(self, layers=[])
         self._join()
 
     def _join(self, seen: int = 0) -> None:
         """Make layers of those of all forks, which have seen so many tokens."""
         first = self.forks[0]
-        self.layers = []
-        for index, layer in enumerate(first.layers):
-            if isinstance(layer, EvictionLayer):
-                self.layers.append(ForkedLayer(self.forks, index, self._rows, seen))
-            else:
-                self.layers.append(layer)
-                for fork in self.forks:
-                    fork.layers[index] = layer
+        for fork in self.forks:
+            fork._put(first.stock)
+        self.stock, self._others = first.stock, first._others
+        self.layers = [
+            ForkedLayer(self.forks, index, self._rows, seen)
+            if isinstance(layer, EvictionLayer)
+            else layer
+            for index, layer in enumerate(first.layers)
+        ]
         evicting: list[Any] = [layer for layer in self.layers if isinstance(layer, ForkedLayer)]
         self.evicting = evicting
+
+    @property
+    def attended(self) -> list[Any]:
+        layers: list[Any] = list(self.layers)
+        for index, source in self._readers.items():
+            layers[index] = ForkedReader(layers[source])
+        return layers
 
     def __bool__(self) -> bool:
         return bool(self.forks[0])
@@ -418,7 +474,7 @@ class ForkedCache(EvictionCache):
         """As of every fork, without its padding.
 
         Raises:
-            ConfigError: padding that a layer with a window of its own is not told of.
+            ConfigError: padding that a layer that does not evict is not told of.
             RuntimeError: a step that has not a row for each prompt, or for each fork.
         """
         rows, seen = self._rows, self.get_seq_length()
@@ -436,8 +492,8 @@ class ForkedCache(EvictionCache):
             wrong = hides_more(attention_mask, padding)
             for fork in self.forks:
                 fork._refuse("attention_mask", wrong, new)
-        elif any(padding) and attention_mask is None and self._with_window():
-            remedy = "give it with every step: layers with a window of their own read it"
+        elif any(padding) and attention_mask is None and not self.plain:
+            remedy = "give it with every step: layers that do not evict read it"
             raise ConfigError("attention_mask", None, remedy)
         if position_ids is None and any(padding):  # the model counts padding, too
             position_ids = torch.arange(seen, seen + new, device=self._device(decoder))[None]
@@ -457,8 +513,7 @@ class ForkedCache(EvictionCache):
         rows = self._rows
         if not rows.forked:
             rows.forked = True
-            for layer in self._with_window():
-                layer.batch_select_indices(torch.tensor(rows.prompts, device=layer.keys.device))
+            adapter.select_rows(self.stock, torch.tensor(rows.prompts))
 
     def end_step(
         self, decoder: nn.Module, tokens: Tensor, known: repetition.Known | None = None
@@ -476,9 +531,6 @@ class ForkedCache(EvictionCache):
     def _cut(self, row: int, before: int) -> int:
         """How many of a step's tokens are padding of a fork; only of the first."""
         return 0 if before else self._rows.padding[self._rows.prompts[row]]
-
-    def _with_window(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, ForkedLayer)]
 
     @staticmethod
     def _device(decoder: nn.Module) -> torch.device:
@@ -503,14 +555,14 @@ class ForkedCache(EvictionCache):
         self._rows.part()
         self.forks = [self.forks[row] for row in rows]
         self._rows.prompts = [self._rows.prompts[row] for row in rows]
-        for layer in self._with_window():
-            layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
+        adapter.select_rows(self.stock, torch.tensor(rows))
         self._join(self.get_seq_length())
 
     def copy(self) -> ForkedCache:
         self._rows.part()
         other = copy.copy(self)
-        other.forks = [fork.copy() for fork in self.forks]
+        stock = adapter.copied(self.stock)
+        other.forks = [fork._copy(stock) for fork in self.forks]
         other._rows = replace(self._rows, stacks=[], seats={})  # other lists do not change
         other._join(self.get_seq_length())
         return other

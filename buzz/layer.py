@@ -6,7 +6,7 @@ import copy
 import weakref
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class EvictionLayer(CacheLayerMixin):
     Attributes:
         hold_until, logn_base, logn_clamp: as of the cache.
         least: entries that every buffer has room for, so that all prompts take the same ones.
+        readers: how many layers of the model attend these entries, too. They do so after this one
+            in each step, and only then entries leave, by what this layer's own attention gave them.
         faults: the cache's, in its last layer, whose output they spoil.
     """
 
@@ -68,6 +70,9 @@ class EvictionLayer(CacheLayerMixin):
         self.scratch: Tensor | None = None  # what entries receive in a compiled step alone
         self.awaits_attention = False
         self.awaits_repetition = policy.needs_repetition
+        self.readers = 0
+        self.unread = 0  # of those, how many are still to attend in this step
+        self.pending: Tensor | None = None  # what entries received in this step, until they have
 
     # --- what transformers asks ---------------------------------------------------------------
 
@@ -169,7 +174,7 @@ class EvictionLayer(CacheLayerMixin):
         self.log = QueryLog()
         self.groups = []
         self.cumulative_length = 0
-        self.awaits_attention = False
+        self.awaits_attention, self.pending = False, None
         self.awaits_repetition = self.policy.needs_repetition
         self.rope.forget()
 
@@ -270,6 +275,13 @@ class EvictionLayer(CacheLayerMixin):
         assert self.store is not None
         return tensor[:, :, self.start : self.store.end]
 
+    def holds(self, keys: Tensor) -> bool:
+        """Whether they are the keys [batch, kv_heads, held, head_dim] that :meth:`update` gave."""
+        assert self.store is not None
+        own = self.view(self.store.keys)
+        same = torch.compiler.is_compiling() or own.data_ptr() == keys.data_ptr()
+        return own.shape == keys.shape and same
+
     @property
     def entry_nbytes(self) -> int:
         """Bytes of one entry's key and value, over the KV heads."""
@@ -352,9 +364,20 @@ class EvictionLayer(CacheLayerMixin):
                 got in this step, summed over the :attr:`observed` queries and over the query heads
                 of its group; None when no scores are wanted.
         """
-        store = self.store
+        self.unread, self.pending = self.readers, received
+        if not self.readers:
+            self._settle()
+
+    def was_read(self) -> None:
+        """Count one of the :attr:`readers`, whose last ends the step."""
+        self.unread -= 1
+        if self.unread == 0:
+            self._settle()
+
+    def _settle(self) -> None:
+        store, received = self.store, self.pending
         assert store is not None
-        self.awaits_attention = False
+        self.awaits_attention, self.pending = False, None
         scores = received
         lasting = self.policy.score_rule != "step" or self.holds_back
         if received is not None and (lasting or store.scores is not None):
@@ -510,3 +533,13 @@ class EvictionLayer(CacheLayerMixin):
         if len(self.groups) == 1 and not self.groups[0].padding:
             return None
         return on(self.device, self.per_row("padding"))
+
+
+class Reader(NamedTuple):
+    """What a layer attends that has no entries of its own.
+
+    Attributes:
+        source: the layer that holds them.
+    """
+
+    source: EvictionLayer

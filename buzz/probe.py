@@ -16,7 +16,7 @@ import contextlib
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,14 @@ SERVED = (
     *("scaling", "dropout", "sliding_window", "is_causal", "s_aux"),
     *("position_ids", "cache_position", "use_cache", "eviction_layers"),
 )
+# What a decoder's layers may return, of the hidden states that they end with.
+RETURNED: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+)
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}  # as a share of the largest number
+SCALED = "makes queries depend on their position by more than a rotation"
 LOOSE = 3e-2  # for far positions, whose angles models compute in float32
 
 
@@ -72,9 +79,12 @@ class Listener(adapter.SelfAttending):
         super().__init__()
         self.entries: list[tuple[Tensor, Tensor]] = []
         self.calls: list[Call] = []
+        self.seen = 0  # tokens, if anyone asks
+        self.was_asked = False
 
     def get_seq_length(self) -> int:
-        return 0
+        self.was_asked = True
+        return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -96,6 +106,13 @@ class Listener(adapter.SelfAttending):
         return heard.query.new_zeros(batch, new, heads, heard.value.shape[-1])
 
 
+class _Listening(adapter.StatefulCache):
+    def __init__(self, listeners: list[Listener], kinds: Sequence[adapter.Kind]) -> None:
+        layers: list[Any] = listeners
+        super().__init__(layers=layers)
+        self.stock = adapter.copied(Cache(layers=[kind.stock for kind in kinds]))
+
+
 class _Over(Exception):
     """The attention has run, and the rest of the layer need not."""
 
@@ -105,26 +122,39 @@ class _Refused(Exception):
 
 
 Finding = Turning | str  # or why keys cannot be moved
-_known: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Finding | None]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
-def findings(model: PreTrainedModel, decoder: nn.Module, kinds: list[Any]) -> list[Finding | None]:
-    """How each layer turns its keys; a text where they cannot be moved; None where not asked.
+class Findings(NamedTuple):
+    """What is known of a model's layers.
 
-    Runs once for each model and attention backend.
+    Attributes:
+        turnings: how each turns its keys; a text where they cannot be moved; None where none leave.
+        restarting: the first that reads a chunk of tokens without the states that it has of those
+            before; None: all go on from them.
+    """
 
-    Args:
-        kinds: of each layer its type, or None not to look at it.
+    turnings: list[Finding | None]
+    restarting: int | None
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str, Findings]] = weakref.WeakKeyDictionary()
+
+
+def findings(model: PreTrainedModel, decoder: nn.Module, kinds: Sequence[adapter.Kind]) -> Findings:
+    """What the layers of a model do. Found out once for each model and attention backend.
 
     Raises:
         ConfigError: a layer does with its cache what none that evicts can serve; layers could not
             be found.
     """
     for index, kind in enumerate(kinds):
-        if kind is not None:
-            adapter.attention_of(decoder, index)
+        if kind.evicts:
+            attention = adapter.attention_of(decoder, index)
+        elif kind.source is not None:
+            own, attention = (adapter.attention_of(decoder, i) for i in (index, kind.source))
+            if type(own) is not type(attention):
+                reason = f"layer {index} attends as {kind.source} does not, whose entries it reads"
+                raise ConfigError("model", type(model).__name__, reason)
     known = _known.setdefault(decoder, {})
     backend = str(model.config._attn_implementation)
     if backend not in known:
@@ -137,7 +167,7 @@ def findings(model: PreTrainedModel, decoder: nn.Module, kinds: list[Any]) -> li
 
 
 class _Probe:
-    def __init__(self, decoder: nn.Module, kinds: list[Any], backend: str) -> None:
+    def __init__(self, decoder: nn.Module, kinds: Sequence[adapter.Kind], backend: str) -> None:
         self.decoder, self.kinds, self.backend = decoder, kinds, backend
         self.layers: Any = decoder.layers
         self.device = _device(decoder)
@@ -150,41 +180,48 @@ class _Probe:
             if list(_tables(module))
         }
 
-    def run(self) -> list[Finding | None]:
-        found: dict[Any, Finding] = {}
+    def run(self) -> Findings:
+        found: dict[Any, Any] = {}
         listed: list[Finding | None] = []
+        restarting: int | None = None
         given = self._given()
         for index, kind in enumerate(self.kinds):
-            if kind is None:
-                listed.append(None)
-                continue
-            key = kind, *_structure(self.layers[index]), _identity(given[index])
+            key = kind.name, *_structure(self.layers[index]), _identity(given[index])
             if key not in found:
                 try:
-                    found[key] = self._finding(index, *given[index])
+                    found[key] = (
+                        self._finding(index, *given[index]) if kind.evicts else None,
+                        kind.name not in adapter.STATEFUL or self._goes_on(index, *given[index]),
+                    )
                 except _Refused as refused:
                     raise _Refused(f"layer {index} {refused}") from refused.__cause__
                 except Exception as error:
                     what = f"layer {index} could not be tried out ({_line(error)})"
                     raise _Refused(what) from error
-            listed.append(found[key])
-        return listed
+            turning, goes_on = found[key]
+            listed.append(turning)
+            if not goes_on and restarting is None:
+                restarting = index
+        return Findings(listed, restarting)
 
     # --- what each layer is given -----------------------------------------------------------
 
     def _given(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Arguments of each layer, with the positions that are tried."""
         plain = self._decode(None, [0, 1, 2])
+        hidden = _hidden(*plain[0])
+        if not self.rotary and not torch.equal(hidden, hidden[:, :1].expand_as(hidden)):
+            raise _Refused("marks positions in its embeddings")
         for index, kind in enumerate(self.kinds):
             mask = plain[index][1].get("attention_mask")
-            if kind is not None and isinstance(mask, Tensor) and not _is_causal(mask):
+            if kind.evicts and isinstance(mask, Tensor) and not _is_causal(mask):
                 raise _Refused(f"layer {index} is given a mask that is not the causal one")
         mask = torch.zeros_like(adapter.unread_mask(self.device))
         return self._decode(mask, [*NEAR, self._far()])
 
     def _decode(self, mask: Tensor | None, positions: list[int]) -> list[Any]:
         problems: list[Exception] = []
-        for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)):  # what its layers return
+        for wrap in RETURNED:
             given: list[Any] = []
             try:
                 self._pass(mask, positions, wrap, given)
@@ -194,7 +231,7 @@ class _Probe:
             shapes = {_hidden(*inputs).shape for _, *inputs in given}
             if [index for index, *_ in given] == list(range(len(self.kinds))) and len(shapes) == 1:
                 return [tuple(inputs) for _, *inputs in given]
-        if len(problems) < 2:
+        if len(problems) < len(RETURNED):
             raise _Refused("does not run each of its layers once, one after the other")
         raise _Refused(f"could not be tried out ({_line(problems[0])})") from problems[0]
 
@@ -215,14 +252,13 @@ class _Probe:
         decoder._modules["layers"] = nn.ModuleList(doubles)
         self.doubles = {name: decoder.get_submodule(name) for name in self.rotary}
         self.listeners = [Listener() for _ in self.kinds]
-        listening: list[Any] = self.listeners
         decoder(
             input_ids=torch.ones(1, len(positions), dtype=torch.long, device=self.device),
             attention_mask=mask,
             position_ids=torch.tensor([positions], device=self.device),
             use_cache=True,
             eviction_layers=self.listeners,
-            **{adapter.CACHE_ARGUMENT: Cache(layers=listening)},
+            **{adapter.CACHE_ARGUMENT: _Listening(self.listeners, self.kinds)},
         )
 
     def _far(self) -> int:
@@ -253,9 +289,18 @@ class _Probe:
             raise _Over
 
         inner.__dict__["forward"] = run
+        listener = self.listeners[index]
+        listener.was_asked = False
         with contextlib.suppress(_Over):
             double(*args, **kwargs)
         call = self._checked(index)
+        if listener.was_asked:  # of positions, which are otherwise what the layer is given
+            listener.seen = self._far()
+            with contextlib.suppress(_Over):
+                double(*args, **kwargs)
+            listener.seen = 0
+            if not torch.equal(call.query, self._checked(index).query):
+                return SCALED
         return self._turning(index, attention, inner, call)
 
     def _with_equal_tokens(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -265,6 +310,37 @@ class _Probe:
         if args:
             return (equal, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": equal}
+
+    def _goes_on(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what a layer makes of two tokens depends on each of its states of one before."""
+        layer, listener = self.layers[index], self.listeners[index]
+        double, device = _double(layer), _device(layer)
+        args, kwargs = _moved(args, device), _moved(kwargs, device)
+        cache = _Listening(self.listeners, self.kinds)
+
+        def read(tokens: slice) -> list[Tensor]:
+            output = double(*_part(args, tokens, cache), **_part(kwargs, tokens, cache))
+            heard = [output if isinstance(output, Tensor) else output[0]]
+            heard += [tensor for pair in listener.entries for tensor in pair]
+            heard += [call.query for call in listener.calls]
+            listener.entries, listener.calls = [], []
+            return heard
+
+        read(slice(0, 1))
+        before = cache.stock
+        made = []
+        for name in ("", "conv_states", "recurrent_states"):
+            cache.stock = adapter.copied(before)
+            states = getattr(cache.stock.layers[index], name, {}).values()
+            if any(state is None for state in states):
+                continue  # it has no such states
+            for state in states:
+                state.add_(1)
+            made.append(read(slice(1, None)))
+        plain, *others = made
+        return all(
+            any(not torch.equal(*two) for two in zip(plain, other, strict=True)) for other in others
+        )
 
     def _checked(self, index: int) -> Call:
         """The one call of a layer's attention."""
@@ -305,7 +381,7 @@ class _Probe:
         if not call.key.any() or not call.key.isfinite().all():
             raise _Refused("has keys that are all 0, or no numbers: are its weights loaded?")
         places = torch.tensor([*NEAR, self._far()], device=call.key.device)
-        kind = self.kinds[index]
+        kind = self.kinds[index].name
         pairs = [(self.rotary[name], module) for name, module in self.doubles.items()]
         pairs += zip(attention.modules(), double.modules(), strict=True)
         tried = [(Turning(None), Rope(None))] + [
@@ -318,7 +394,7 @@ class _Probe:
             if _moves(rope, call.key, places):
                 if _moves(rope, call.query, places):
                     return turning
-                return "makes queries depend on their position by more than a rotation"
+                return SCALED
         return "rotates keys in a way that cannot be undone (or changes them once rotated)"
 
 
@@ -394,6 +470,19 @@ def _moved(value: Any, device: torch.device) -> Any:
         return type(value)(_moved(part, device) for part in value)
     if type(value) is dict:
         return {name: _moved(part, device) for name, part in value.items()}
+    return value
+
+
+def _part(value: Any, tokens: slice, cache: Cache) -> Any:
+    """What a layer is given of some of three tokens, with another cache."""
+    if isinstance(value, Tensor):
+        return value[:, tokens] if value.dim() > 1 and value.shape[1] == 3 else value
+    if isinstance(value, Cache):
+        return cache
+    if type(value) in (list, tuple):
+        return type(value)(_part(part, tokens, cache) for part in value)
+    if type(value) is dict:
+        return {name: _part(part, tokens, cache) for name, part in value.items()}
     return value
 
 

@@ -85,21 +85,24 @@ def highest_attention(query: Tensor, key: Tensor, sinks: Tensor | None = None) -
     return highest
 
 
-def check(policy: Policy, layers: Sequence[Any], logn_base: float | None) -> None:
-    """Raises ConfigError if a prompt cannot be read a second time through these layers."""
+def check(policy: Policy, layers: Sequence[Any], plain: bool, logn_base: float | None) -> None:
+    """Raises ConfigError if a prompt cannot be read a second time through these layers.
+
+    Args:
+        plain: whether they hold nothing but entries that may be evicted.
+    """
     if not policy.needs_repetition:
         return
     if logn_base is not None:
         raise ConfigError(
             "cache.logn_base", logn_base, f"{policy.name}'s second pass does not scale; write null"
         )
-    for layer in layers:
-        if not isinstance(layer, EvictionLayer):
-            reason = "a layer with a window of its own would keep what the second pass reads"
-        elif not layer.rotation.static:
-            reason = "its RoPE's frequencies would change with what the second pass reads"
-        else:
-            continue
+    reason = ""
+    if not plain:
+        reason = "layers that do not evict would keep what the second pass reads"
+    elif not all(layer.rotation.static for layer in layers):
+        reason = "RoPE's frequencies would change with what the second pass reads"
+    if reason:
         raise ConfigError("method.name", policy.name, f"{reason}; take another method or model")
 
 

@@ -119,7 +119,7 @@ class Watched:
         if self.policy.needs_projection:
             found.append("quantised output projections")
         if self.policy.needs_repetition:
-            found.append("layers with own windows, RoPE that changes, log n")
+            found.append("layers that do not evict, RoPE that changes, log n")
         return "; ".join(found)
 
 

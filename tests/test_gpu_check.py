@@ -85,9 +85,9 @@ def test_every_line_runs_on_a_card_that_is_not_there(monkeypatch, tmp_path: Path
             model(tokens, **cache)
         return ids
 
-    def findings(model: Any, decoder: Any, kinds: list[Any]) -> list[Any]:
+    def findings(model: Any, decoder: Any, kinds: list[Any]) -> probe.Findings:
         """What a probe finds of a Llama, whose numbers are none here."""
-        return [kind and probe.Turning(decoder.rotary_emb) for kind in kinds]
+        return probe.Findings([probe.Turning(decoder.rotary_emb) for _ in kinds], None)
 
     monkeypatch.setattr(probe, "findings", findings)
     monkeypatch.setattr(GenerationMixin, "generate", generate)

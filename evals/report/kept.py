@@ -45,7 +45,7 @@ class Kept:
             it.
         prompt_tokens: how many of them are the prompt's.
         entries: held per head at the end, on average over the layers.
-        nbytes: of keys and values, those of layers with a window of their own included.
+        nbytes: of keys, values and recurrent states, also of layers that do not evict.
         full_nbytes: of those that a full cache would hold.
         evictions: steps that evicted.
     """

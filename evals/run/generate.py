@@ -59,7 +59,8 @@ class Measurements:
             different numbers, their mean.
         evictions: steps that evicted, over the whole batch's decoding.
         entry_nbytes: bytes of K and V of one entry over the layers that evict.
-        window_nbytes: bytes of K and V after each step in layers with a window of their own.
+        window_nbytes: bytes after each step of what no eviction thins: windows, chunks, recurrent
+            states.
         allocated_nbytes: a row's share of the most that the batch's buffers took after any step:
             keys and values, with positions, scores, kept originals and spare slots.
         ttft_s: seconds to the first token, the batch's prefill included; None, as are all timings

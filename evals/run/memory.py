@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
 from baselines import FullPolicy
-from buzz import EvictionCache
+from buzz import CACHE_ARGUMENT, EvictionCache
+from buzz.adapter import entries_of
+
+_read: weakref.WeakKeyDictionary[PreTrainedModel, EvictionCache] = weakref.WeakKeyDictionary()
 
 
 def reset_memory_peak(device: torch.device) -> None:
@@ -48,18 +53,27 @@ def free_nbytes(device: torch.device) -> int:
 
 
 def row_nbytes(model: PreTrainedModel, held: int, seen: int) -> int:
-    """Bytes of a row's keys and values over all layers.
+    """Bytes of a row's keys, values and recurrent states over all layers.
+
+    The model reads one token, once: layers may differ, and nothing else tells what each takes.
 
     Args:
         held: entries of each layer that evicts.
         seen: tokens read, of which other layers hold what their windows leave.
     """
-    config = model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = EvictionCache(model, FullPolicy())
-    windows = [min(seen, layer.sliding_window - 1) for layer in cache.windowed]
-    entries = held * len(cache.evicting) + sum(windows)
-    return int(2 * entries * config.num_key_value_heads * dim * model.dtype.itemsize)
+    cache = _read.get(model)
+    if cache is None:
+        cache = _read[model] = EvictionCache(model, FullPolicy(), positions="true")
+        given: dict[str, Any] = {CACHE_ARGUMENT: cache}
+        with torch.inference_mode():
+            model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **given)
+    other: list[Any] = cache.stock.layers
+    windows = [
+        min(seen, layer.sliding_window - 1) * tensor.nbytes
+        for layer in other
+        for tensor in entries_of(layer)
+    ]
+    return held * cache.entry_nbytes + sum(windows) + cache.window_nbytes(seen=0)
 
 
 def _of_process(name: str) -> int:

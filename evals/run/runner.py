@@ -245,8 +245,8 @@ class Job:
 
     def _chunk(self) -> int | None:
         """Tokens of the chunks in which prompts are read; None: they are read as one."""
-        cache = EvictionCache(self.model, FullPolicy())
-        windows = cache.windowed and all(layer.is_sliding for layer in cache.windowed)
+        cache = EvictionCache(self.model, FullPolicy(), positions="true")
+        windows = any(cache.is_sliding) and cache.reads_chunks
         return self.plan.config["prefill_chunk"] or (WINDOW_CHUNK if windows else None)
 
     @contextmanager
