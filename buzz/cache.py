@@ -258,9 +258,10 @@ class EvictionCache(adapter.StatefulCache):
 
     @property
     def window_allocated_nbytes(self) -> int:
-        """Bytes of these as they lie in memory."""
+        """Bytes of these as they lie in memory; of a fork, its share of what all of them have."""
+        rows = self.evicting[0].batch_size
         return sum(
-            tensor.untyped_storage().nbytes()
+            tensor.untyped_storage().nbytes() * rows // tensor.shape[0]
             for layer in self._others
             for tensor in (*adapter.entries_of(layer), *adapter.states_of(layer))
         )
