@@ -25,8 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Task, after
+from evals.tasks.base import Sample, Task, after, means_by
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
 

@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by_meta
-from evals.tasks.base import Sample, Task
+from evals.tasks.base import Sample, Task, means_by_meta
 from evals.tasks.data import load_hub, read_jsonl
 from evals.tasks.definitions import definitions, load_module, read_definition
 

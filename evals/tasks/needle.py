@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample
+from evals.tasks.base import Sample, means_by
 from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.types import SPREADS, Grid, Percent
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by_meta
-from evals.tasks.base import Sample, after
+from evals.tasks.base import Sample, after, means_by_meta
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.text import as_buzz_writes, is_bare, normalized, word_f1

@@ -10,8 +10,7 @@ from pydantic import PositiveInt
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by_meta
-from evals.tasks.base import Task
+from evals.tasks.base import Task, means_by_meta
 
 NUMBER = "question"
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample
+from evals.tasks.base import Sample, means_by
 from evals.tasks.encoding import encode
 from evals.tasks.questions import NUMBER, QuestionsTask
 from evals.tasks.ruler_data import QA, SUBTASKS, family, modules, read_data
