@@ -364,8 +364,7 @@ def test_wrong_arguments_are_one_line(argument: str, capsys) -> None:
 
 def drawn(kind: Any, root: Path) -> tuple[Any, str]:
     rows = load(root)
-    parts = {key: views.ran(part) for key, part in views.groups(rows).items()}
-    ((_, _, note, figure, _),) = kind(parts, views.labels(rows))
+    ((_, _, note, figure, _),) = kind(views.settings(views.ran(rows)), views.labels(rows))
     return figure, note
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 
 import pandas as pd
@@ -80,26 +81,19 @@ def print_paired(folders: Sequence[Path], method: str) -> None:
     """
     rows = load(*folders)
     named, lines, sections = views.labels(rows), [], []
-    parts = {key: views.ran(part) for key, part in views.groups(rows).items()}
-    for (setting, row), part in parts.items():
-        for (other_setting, other), theirs in parts.items():
-            if setting != other_setting or part.empty or theirs.empty:
-                continue
+    for setting, parts in views.settings(views.ran(rows)).items():
+        for (row, part), (other, theirs) in permutations(parts.items(), 2):
             own, its = part.iloc[0], theirs.iloc[0]
-            same = its.method == REFERENCE or (its.budget, its.budget_by) == (
-                own.budget,
-                own.budget_by,
-            )
-            if own.label != method or its.label == method or not same:
+            same = (own.budget, own.budget_by) == (its.budget, its.budget_by)
+            if own.label != method or its.label == method or not (same or its.method == REFERENCE):
                 continue
-            beside = partner(pd.concat([part, theirs.assign(row=REFERENCE, label=REFERENCE)]))
-            beside = beside.iloc[: len(part)]
-            score = estimate(part, "score", beside, DIFFERENCE)
-            kl = estimate(part, "kl_to_full", beside, DIFFERENCE)
+            both = pd.concat([part, theirs.assign(row=REFERENCE)])
+            beside = partner(both).loc[part.index]
             line = {"": row, "less": other}
-            for name, one in (("score", score), ("KL nats", kl)):
+            for name, of, column in (("score", "n", "score"), ("KL nats", "n of KL", "kl_to_full")):
+                one = estimate(part, column, beside, DIFFERENCE)
                 line |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
-                line |= {f"n{' of KL' * (name != 'score')}": one.n}
+                line |= {of: one.n}
             lines.append(line)
             sections.append(f"{named[setting]}  {own.headline}")
     if not lines:

@@ -241,6 +241,7 @@ class Estimate(NamedTuple):
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
+NOTHING = Estimate(None, None, None, 0)
 Weights = tuple[Sequence[float], Sequence[float] | None]
 VALUE: Weights = ((1,), None)
 DIFFERENCE: Weights = ((1, -1), None)
