@@ -295,7 +295,14 @@ def maps(found: Settings, named: dict[str, str]) -> Drawn:
             if not {x, y} <= set(meta):
                 continue
             cells = part.score.astype(float).groupby([meta[y], meta[x]]).mean().unstack()
-            drawn = heat(axis, cells, (0, 1))
+            drawn = axis.imshow(cells, cmap="cividis", aspect="auto", vmin=0, vmax=1)
+            for (down, across), value in np.ndenumerate(cells):
+                style = {"ha": "center", "va": "center", "fontsize": 8}
+                color = "white" if value < 0.6 else "black"
+                axis.text(across, down, f"{value:.3g}", color=color, **style)
+            axis.set_xticks(range(cells.shape[1]), map(_number, cells.columns))
+            axis.set_yticks(range(cells.shape[0]), map(_number, cells.index))
+            axis.grid(False)
             axis.set_title(marked(part), fontsize=8)
         figure.supxlabel(x_label, fontsize=9)
         figure.supylabel(y_label, fontsize=9)
@@ -304,22 +311,6 @@ def maps(found: Settings, named: dict[str, str]) -> Drawn:
         figure.colorbar(drawn, ax=axes, label=label, shrink=0.8 / rows, aspect=12)
         title = f"{_title(shown[0], named)}: {label} by {x} and {y}"
         yield f"map_{number}", title, f"{len(shown[0])} samples a panel.", figure, shown
-
-
-def heat(axis: Any, cells: pd.DataFrame, ends: Sequence[float], marks: Any = None) -> Any:
-    """A heat map with its values, and what marks them, written in; `ends` are of the colours."""
-    low, high = ends
-    drawn = axis.imshow(cells.astype(float), cmap="cividis", aspect="auto", vmin=low, vmax=high)
-    for row, column in np.ndindex(*cells.shape):
-        value = cells.iloc[row, column]
-        color = "white" if value < low + 0.6 * (high - low) else "black"
-        style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
-        own = "" if marks is None else marks.iloc[row, column] or ""
-        axis.text(column, row, f"{value:.3g}{own}", **style)
-    axis.set_xticks(range(cells.shape[1]), [_number(value) for value in cells.columns])
-    axis.set_yticks(range(cells.shape[0]), [_number(value) for value in cells.index])
-    axis.grid(False)
-    return drawn
 
 
 def _number(value: Any) -> str:

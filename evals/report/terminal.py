@@ -15,8 +15,6 @@ from evals.report import views
 from evals.report.table import WIDEST, Table
 from evals.results.frame import DIFFERENCE, REFERENCE, estimate, load, partner
 
-HEAD = ("task", "model", "seed", "method", "settings", "compress")
-
 
 def print_tables(folders: Sequence[Path]) -> list[str]:
     """Prints all tables of some settings' folders, and what of them does not count; this.
@@ -33,14 +31,15 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     console.print(f"[bold]{escape(models)}, seed {escape(seeds)}[/]", highlight=False)
     timed = rows.task.isin(views.SPEC["timed"])
     own = rows[~timed]
-    tables = [_rows(views.make("terminal", own))] if len(own) else []
+    tables = [views.make("terminal", own)] if len(own) else []
     compared = own[own.setting.isin(own.setting[own.row == REFERENCE])]
     if (compared.row != REFERENCE).any():
         table = views.make("against", compared, title=f"against {REFERENCE}")
-        tables.append(_rows(table, without=REFERENCE))
+        others = [i for i, row in enumerate(table.frame[""]) if row != REFERENCE]
+        tables.append(table.take(others))
     if len((over := views.make("seeds", own)).frame):
         tables.append(over)
-    tables += [_by_length(_rows(views.make("speed", rows[timed])))] if timed.any() else []
+    tables += [views.make("speed", rows[timed])] if timed.any() else []
     for i, table in enumerate([*tables, *views.breakdowns(own)]):
         if i:
             console.print(f"\n[bold]{escape(table.title)}[/]", highlight=False)
@@ -49,28 +48,6 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     for note in [*views.notes(rows), *(f"left out: {one}" for one in left_out)]:
         console.print(escape(note), highlight=False)
     return left_out
-
-
-def _rows(table: Table, without: str = "") -> Table:
-    """Lines by the names of their files, as settings stand above them."""
-    frame = table.frame.copy()
-    frame.insert(0, "", frame.pop("row"))
-    frame["n"] = frame.pop("n")
-    frame = frame.drop(columns=[*HEAD, "budget"])
-    chosen = [i for i, name in enumerate(frame[""]) if name != without]
-    marks = {name: [one[i] for i in chosen] for name, one in table.marks.items()}
-    sections = [table.sections[i] for i in chosen]
-    return Table(table.name, table.title, frame.iloc[chosen], table.note, marks, sections)
-
-
-def _by_length(table: Table) -> Table:
-    """Methods on prompts of one length below each other."""
-    lengths = table.frame["prompt_tokens"].fillna(0)
-    lines = sorted(range(len(lengths)), key=lambda i: (table.sections[i], lengths.iloc[i]))
-    marks = {name: [one[i] for i in lines] for name, one in table.marks.items()}
-    sections = [f"{table.sections[i]}, {int(lengths.iloc[i]):,} tokens" for i in lines]
-    frame = table.frame.iloc[lines].drop(columns="prompt_tokens")
-    return Table(table.name, table.title, frame, table.note, marks, sections)
 
 
 def print_paired(folders: Sequence[Path], method: str) -> None:

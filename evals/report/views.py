@@ -212,37 +212,41 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
         told: title, note and name, where they are not the view's.
     """
     spec = SPEC["views"][view]
-    across, by = spec.get("across"), spec.get("by")
+    across, by, terminal = (spec.get(key) for key in ("across", "by", "terminal"))
     columns: dict[str, Any] = {}
     for column, how in spec["columns"].items():
         columns[column] = how
         if column == "score":
             columns |= {one: {"metric": f"scores.{one}", "interval": True} for one in metrics}
     others = {c["against"]: partner(rows, c["against"]) for c in columns.values() if "against" in c}
-    lines, sections, named = [], [], labels(rows)
-    marks: dict[str, list[str]] = {}
-    shown: list[pd.DataFrame] = []
+    named, pieces = labels(rows), []
     for setting, parts in (across_seeds(rows) if across else settings(rows)).items():
         for whole in parts.values():
-            done = finished(whole)
+            section = f"{named.get(setting, '')}  {whole.headline.iloc[0]}".strip()
             tokens = whole.prompt_tokens
             tokens = tokens if by == "prompt_tokens" else length_bin(tokens)
-            for length, part in whole.groupby(tokens) if by and done else [(None, whole)]:
-                line = head(whole, part) | ({by: length} if by else {})
-                if across:
-                    line["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
-                answered = ran(part) if done else part.iloc[:0]
-                for column, how in columns.items():
-                    cells, disturbed = _column(how, answered, others, rows, across)
-                    line |= _written(column, cells, how)
-                    marks.setdefault(column, []).append(DISTURBED if disturbed else "")
-                if spec.get("terminal"):
-                    line = {"n": count(whole), "row": marked(whole)} | line
-                elif not by and not across:
-                    line["status"] = status(whole)
-                sections.append(f"{named.get(setting, '')}  {whole.headline.iloc[0]}".strip())
-                lines.append(line)
-                shown.append(part)
+            bins = whole.groupby(tokens) if by and finished(whole) else [(None, whole)]
+            pieces += [(section, length or 0, whole, part) for length, part in bins]
+    if by and terminal:  # methods on prompts of one length below each other
+        pieces.sort(key=lambda piece: piece[:2])
+        pieces = [(f"{name}, {length:,} tokens", length, *of) for name, length, *of in pieces]
+    lines: list[dict[str, Any]] = []
+    marks: dict[str, list[str]] = {column: [] for column in columns}
+    for _, length, whole, part in pieces:
+        answered, cells = ran(part) if finished(whole) else part.iloc[:0], {}
+        for column, how in columns.items():
+            found, disturbed = _column(how, answered, others, rows, across)
+            cells |= _written(column, found, how)
+            marks[column].append(DISTURBED if disturbed else "")
+        if terminal:
+            lines.append({"": marked(whole), **cells, "n": count(whole)})
+            continue
+        lines.append(head(whole, part) | ({by: length or None} if by else {}) | cells)
+        if across:
+            lines[-1]["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
+        elif not by:
+            lines[-1]["status"] = status(whole)
+    sections, shown = [section for section, *_ in pieces], [part for *_, part in pieces]
     note = f"{told.get('note', '')} {spec.get('note', '')}".strip()
     title = told.get("title", spec.get("title", view))
     heads = ["task", "model", "method"]

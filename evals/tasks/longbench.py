@@ -260,21 +260,17 @@ def load_dataset(name: str) -> Dataset:
         template = template.replace("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")
     if not template.endswith(ending := ENDING.get(name, "")):
         template += ending
+    # The benchmark's own function behind lm-eval's wrapper, which strips predictions first:
+    # `metrics.get_qa_f1_with_score` (in older releases `get_qa_f1_score`) wraps `qa_f1_score`.
+    wrapper = definition["process_results"]
+    metric = re.sub(r".*\.get_|_with_score$|_score$", "", wrapper) + "_score"
+    own = _code_similarity if metric == "code_sim_score" else getattr(_metrics(), metric)
     return Dataset(
         template=template,
         max_new_tokens=definition["generation_kwargs"]["max_gen_toks"],
-        metric=_metric(definition["process_results"]),
+        metric=own,
         hub=(definition["dataset_path"], definition["dataset_name"], definition["test_split"]),
     )
-
-
-def _metric(wrapper: str) -> Callable[..., float]:
-    """The benchmark's own function behind lm-eval's wrapper, which strips predictions first.
-
-    `metrics.get_qa_f1_with_score` (in older releases `get_qa_f1_score`) wraps `qa_f1_score`.
-    """
-    name = re.sub(r".*\.get_|_with_score$|_score$", "", wrapper) + "_score"
-    return _code_similarity if name == "code_sim_score" else getattr(_metrics(), name)
 
 
 def _definitions() -> Path:

@@ -68,7 +68,13 @@ class LongBench2(Task):
 
     def _read(self) -> list[dict[str, Any]]:
         if self.data_file is not None:
-            return _read_file(Path(self.data_file))
+            path = Path(self.data_file)
+            if path.suffix != ".json" or not path.is_file():
+                return read_jsonl(path, "task.data_file")
+            found = read_json(path, "task.data_file")
+            if not (isinstance(found, list) and found and all(isinstance(r, dict) for r in found)):
+                raise ConfigError("task.data_file", str(path), "must be a list of objects")
+            return found
         rows: list[dict[str, Any]] = []
         path, split = (_common()[key] for key in ("dataset_path", "test_split"))
         for subset, domain in subsets().items():
@@ -130,15 +136,6 @@ def subsets() -> dict[str, str]:
 
 def _definitions() -> Path:
     return definitions("longbench2", "longbench2", REMEDY)
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    if path.suffix != ".json" or not path.is_file():
-        return read_jsonl(path, "task.data_file")
-    rows = read_json(path, "task.data_file")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError("task.data_file", str(path), "must be a list of objects")
-    return rows
 
 
 def _row(number: int, row: dict[str, Any]) -> dict[str, Any]:

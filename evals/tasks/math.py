@@ -111,24 +111,24 @@ class Math(Task):
     def sampling(self, samples: Sequence[Sample]) -> tuple[float, float, list[int]] | None:
         if self.temperature == 0:
             return None
-        return self.temperature, self.top_p, [seed_of(self.seed, one.id) for one in samples]
+        # A seed for each sample, the same in every process.
+        names = (f"{self.seed}/{one.id}".encode() for one in samples)
+        digests = (hashlib.sha256(name).digest() for name in names)
+        return self.temperature, self.top_p, [int.from_bytes(d[:7], "big") for d in digests]
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
         name = f"{self.benchmark}-{number}"
         _, _, compared = BENCHMARKS[self.benchmark]
+        shown = self._examples()[: self.fewshot]
+        examples = [f"{self._ask(one)} {one['solution']}\n\n" for one in shown]
         return Sample(
             id=name,
-            prompt=self._prompt(row),
+            # lm-eval's, of a base model, or as one message.
+            prompt="".join([*examples, self._ask(row)]),
             references=(str(row[compared]),),
             unit=name,
             meta={key: row.get(key) for key in ("unique_id", "subject", "level")},
         )
-
-    def _prompt(self, row: dict[str, Any]) -> str:
-        """lm-eval's, of a base model, or as one message."""
-        examples = self._examples()[: self.fewshot]
-        parts = [f"{self._ask(one)} {one['solution']}\n\n" for one in examples]
-        return "".join(parts) + self._ask(row)
 
     def _ask(self, row: dict[str, Any]) -> str:
         if self.benchmark == MINERVA:
@@ -161,11 +161,6 @@ def right_within(records: Sequence[Record], metric: str) -> dict[str, float]:
             break
         tokens *= 2
     return found
-
-
-def seed_of(seed: int, name: str) -> int:
-    """A seed for each name, the same in every process."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
 def score(benchmark: str, prediction: str, reference: str) -> float:
