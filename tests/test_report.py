@@ -572,7 +572,8 @@ def test_runs_become_committed_numbers_and_the_same_tables(tmp_path: Path) -> No
     once = digests(out)
     assert main(["embedded", f"out={out}", f"pictures={pictures}"]) == 0
     assert digests(out) == once
-    assert "## xsum" in embedded.shown(load(tmp_path / "runs"))
+    (table,) = embedded.divergence(embedded.summarize(load(tmp_path / "runs")))
+    assert "## xsum" in table.markdown()
 
 
 def test_answers_of_two_full_caches_are_not_put_together(tmp_path: Path, capsys) -> None:

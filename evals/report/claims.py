@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from buzz import BuzzPolicy
 from evals.report.table import NOT_RUN, Table
@@ -35,6 +37,7 @@ from evals.report.views import (
 from evals.results.frame import (
     INVERSES,
     MARK,
+    NOTHING,
     REFERENCE,
     SAME,
     STATISTICS,
@@ -484,7 +487,12 @@ def _over_processes(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Ite
             pools.setdefault(str([*where, by]), []).append(chosen)
     for pool in pools.values():
         chosen = pd.concat(pool)
-        units = by_process(list(zip(chosen.process, chosen.other_process, strict=True)))
+        # No two units share a process: they are the connected components of the pairs.
+        codes = pd.factorize(pd.concat([chosen.process, chosen.other_process]))[0]
+        own, theirs = codes[: len(chosen)], codes[len(chosen) :]
+        size = codes.max() + 1
+        pairs = coo_matrix((np.ones(len(own)), (own, theirs)), (size, size))
+        units = connected_components(pairs, directed=False)[1][own]
         means = chosen.groupby(units)[[claim.metric, "theirs"]].mean().astype(float)
         more = f", batches of {int(chosen.batch_size.iloc[0])}" if claim.by else ""
         yield _timed(chosen, means[claim.metric] / means.theirs, len(chosen), more)
@@ -494,16 +502,6 @@ def _timed(part: pd.DataFrame, ratios: Any, n: int, more: str) -> Measurement:
     """The geometric mean of independent processes' ratios."""
     found = interval(np.log(np.asarray(ratios, float)), statistic="exp", guard=True)
     return _measured(part, found._replace(n=n), more, processes=len(ratios))
-
-
-def by_process(pairs: list[tuple[Any, Any]]) -> Any:
-    """A unit for each sample, so that no two units share a process, by number."""
-    units: list[set[Any]] = []
-    for pair in pairs:
-        joined = [unit for unit in units if unit & set(pair)]
-        units = [unit for unit in units if not unit & set(pair)]
-        units.append(set(pair).union(*joined))
-    return np.array([next(i for i, unit in enumerate(units) if a in unit) for a, _ in pairs])
 
 
 def _growth(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Measurement]:
@@ -548,7 +546,7 @@ def table(judged: list[Judged]) -> Table:
     lines = []
     for one in judged:
         m = one.measured
-        number = m.number if m else Estimate(None, None, None, 0)
+        number = m.number if m else NOTHING
         lines.append(
             {
                 "claim": one.claim.statement,

@@ -147,38 +147,17 @@ def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]
             if record is None:
                 record = {"status": NOT_RUN, "id": name, "sample_sha256": digest}
             place = environments.get(str(record.get("environment")), {})
-            yield {
-                **shared,
-                "row": row,
-                **same,
-                **record,
-                **_of_scores(record, metric["headline"]),
-                **_of_distance(record, full.get(name)),
-                "held": _held(record),
-                "machine": machine(place) if place else "unknown",
-                **{name: place.get(name) for name in ("model_parameters", "git_revision")},
-            }
-
-
-def _of_scores(record: dict[str, Any], headline: str) -> dict[str, Any]:
-    scores = record.get("scores") or {}
-    return {f"scores.{name}": value for name, value in scores.items()} | {
-        "score": scores.get(headline)
-    }
-
-
-def _of_distance(record: dict[str, Any], full: dict[str, Any] | None) -> dict[str, Any]:
-    """Blanks for distances on an answer that the full cache no longer gives."""
-    told = record.get("reference_sha256")
-    if told is None or (full is not None and told == sha256(full.get("tokens"))):
-        return {}
-    return {"kl_to_full": None, "kl_median": None, "top1_to_full": None}
-
-
-def _held(record: dict[str, Any]) -> float | None:
-    """Entries held, by the budget's measure, over the budget: 1.0 for one that is met exactly."""
-    by, entries = record.get("budget_by"), record.get("budget_entries")
-    return record[f"kv_entries_{by}"] / entries if by and entries and "scores" in record else None
+            scores = record.get("scores") or {}
+            line = {**shared, "row": row, **same, **record, "score": scores.get(metric["headline"])}
+            line |= {f"scores.{one}": value for one, value in scores.items()}
+            answer = record.get("reference_sha256")
+            if answer and (name not in full or answer != sha256(full[name].get("tokens"))):
+                line |= {"kl_to_full": None, "kl_median": None, "top1_to_full": None}
+            by, entries = record.get("budget_by"), record.get("budget_entries")
+            budgeted = by and entries and "scores" in record
+            line["held"] = record[f"kv_entries_{by}"] / entries if budgeted else None
+            line["machine"] = machine(place) if place else "unknown"
+            yield line | {one: place.get(one) for one in ("model_parameters", "git_revision")}
 
 
 def _committed(file: Path, root: Path) -> pd.DataFrame:
