@@ -10,6 +10,7 @@ A row is a sample as one method answered it. Every table, figure and verdict is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -74,19 +75,21 @@ def load(*roots: str | Path) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     stored: list[pd.DataFrame] = []
     left_out: list[str] = []
-    for root in dict.fromkeys(map(Path, roots)):
-        folders = [
-            *root.rglob("setting.yaml"),
-            *root.rglob("samples.jsonl"),
-        ]  # version 0.2 had these
-        for path in sorted({file.parent for file in folders}):
-            try:
-                rows += _rows(SettingFolder(path), left_out)
-            except (ConfigError, OSError) as error:
-                reason = error.remedy if isinstance(error, ConfigError) else str(error)
-                left_out.append(f"{path}: {reason}")
+    folders: dict[Path, Path] = {}
+    for root in map(Path, roots):
+        # The second was version 0.2's.
+        for file in sorted([*root.rglob("setting.yaml"), *root.rglob("samples.jsonl")]):
+            folders.setdefault(file.parent.resolve(), file.parent)
         stored += [_committed(file, root) for file in sorted(root.rglob("samples.csv.gz"))]
         stored += [_spread(file) for file in sorted(root.rglob("spread.csv"))]
+    count = Counter(path.name for path in folders.values())
+    for path in folders.values():
+        name = path.name if count[path.name] == 1 else "-".join(path.parts).replace("/", "")
+        try:
+            rows += _rows(SettingFolder(path), name, left_out)
+        except (ConfigError, OSError) as error:
+            reason = error.remedy if isinstance(error, ConfigError) else str(error)
+            left_out.append(f"{path}: {reason}")
     read = pd.DataFrame(rows)
     read["budget"] = pd.Series([row["budget"] for row in rows], dtype=object)  # 512, not 512.0
     parts = [one for one in (read, *stored) if len(one)]  # nothing would make seeds of it 0.0
@@ -102,10 +105,11 @@ def load(*roots: str | Path) -> pd.DataFrame:
     return found
 
 
-def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(folder: SettingFolder, name: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
     """A setting's rows of the frame.
 
     Args:
+        name: the folder's, or its path's where several have that.
         left_out: takes what of it does not count, by name and reason.
 
     Raises:
@@ -120,7 +124,7 @@ def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]
         left_out.append(f"{folder.path}: {lacking} of {asked['of']} samples are of other shards")
     metric, environments = known["metric"], folder.environments
     shared: dict[str, Any] = {
-        "setting": folder.path.name,
+        "setting": name,
         "task": known["task"]["name"],
         "model": known["model"]["name"] + (", compiled" if known["model"].get("compile") else ""),
         "task_settings": known["task"],
@@ -138,20 +142,18 @@ def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]
         if row == REFERENCE:  # it is the first
             full = records
         told = next(iter(records.values()), {})
-        same: dict[str, Any] = {
-            key: told.get(key) for key in ("label", "method", "parameters", "fixed", "cache")
-        }
-        same |= {key: told.get(key) for key in ("budget", "budget_by")}
-        for name, digest in asked["samples"].items():
-            record: Any = records.get(name)
+        names = ("label", "method", "parameters", "fixed", "cache", "budget", "budget_by")
+        same: dict[str, Any] = {key: told.get(key) for key in names}
+        for sample, digest in asked["samples"].items():
+            record: Any = records.get(sample)
             if record is None:
-                record = {"status": NOT_RUN, "id": name, "sample_sha256": digest}
+                record = {"status": NOT_RUN, "id": sample, "sample_sha256": digest}
             place = environments.get(str(record.get("environment")), {})
             scores = record.get("scores") or {}
             line = {**shared, "row": row, **same, **record, "score": scores.get(metric["headline"])}
             line |= {f"scores.{one}": value for one, value in scores.items()}
             answer = record.get("reference_sha256")
-            if answer and (name not in full or answer != sha256(full[name].get("tokens"))):
+            if answer and (sample not in full or answer != sha256(full[sample].get("tokens"))):
                 line |= {"kl_to_full": None, "kl_median": None, "top1_to_full": None}
             by, entries = record.get("budget_by"), record.get("budget_entries")
             budgeted = by and entries and "scores" in record
