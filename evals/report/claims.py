@@ -25,8 +25,8 @@ from buzz import BuzzPolicy
 from evals.report.table import NOT_RUN, Table
 from evals.report.views import (
     budget_text,
-    every_part,
     families,
+    flat,
     held,
     length_bin,
     mark,
@@ -294,7 +294,7 @@ def _ratio(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Mea
 
 
 def _by_row(rows: pd.DataFrame, claim: Claim) -> list[pd.DataFrame]:
-    parts = every_part(rows)
+    parts = flat(settings(rows))
     return [
         one for part in parts for _, one in (part.groupby(claim.by) if claim.by else [(0, part)])
     ]
@@ -512,7 +512,7 @@ def _growth(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Me
     """
     usable = rows[rows.timed & ~rows.loaded & rows.itl_p50_ms.notna()]
     pools: dict[str, list[pd.DataFrame]] = {}
-    for part in filter(is_papers, every_part(usable)):
+    for part in filter(is_papers, flat(settings(usable))):
         one = part.iloc[0]
         if not isinstance(one.budget, float) or unknown(one.budget):
             told = [one.model_settings, one.machine, one.budget, one.budget_by]

@@ -26,6 +26,7 @@ from evals.report.views import (  # noqa: E402
     Parts,
     across_seeds,
     finished,
+    flat,
     labels,
     mark,
     marked,
@@ -164,10 +165,6 @@ def _chosen(found: Settings, keep: Callable[[pd.DataFrame], Any], least: int = 1
     return {setting: parts for setting, parts in chosen.items() if len(parts) >= least}
 
 
-def _flat(found: Settings) -> list[pd.DataFrame]:
-    return [part for parts in found.values() for part in parts.values()]
-
-
 def _title(part: pd.DataFrame, named: dict[str, str]) -> str:
     one = part.iloc[0]
     label = named[one.setting]
@@ -204,7 +201,7 @@ def _memory_panels(
     """A panel per setting, and one of means for settings that differ in the seed alone."""
     if not chosen:
         return
-    shown = _flat(chosen)
+    shown = flat(chosen)
     whole = pd.concat(shown)
     means = across_seeds(whole)
     figure, axes = panels(len(chosen) + len(means))
@@ -368,4 +365,4 @@ def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: 
             axis.minorticks_off()
         axis.set_ylim(bottom=0)
     legend(figure, axes)
-    yield f"by_{key}", title, note, figure, _flat(chosen)
+    yield f"by_{key}", title, note, figure, flat(chosen)

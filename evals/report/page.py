@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from evals.report.claims import FAILS, HOLDS, NOT_RUN, Claim, Judged
 from evals.report.figures import Figure
 from evals.report.table import Table
-from evals.report.views import every_part, finished, labels, marked, ran, settings
+from evals.report.views import finished, flat, labels, marked, ran, settings
 
 ANSWERS = 2  # samples shown per setting
 LONGEST = 700  # characters of an answer
@@ -47,7 +47,7 @@ def page(
     shown = {name: [t for t in group if len(t.frame)] for name, group in details.items()}
     figures, cards = list(figures), list(_cards(judged))
     kinds = [kind for _, kind, _ in cards]
-    parts = every_part(rows) if len(rows) else []
+    parts = flat(settings(rows)) if len(rows) else []
     return (
         templates()
         .get_template("report.html")

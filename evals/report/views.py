@@ -63,9 +63,9 @@ def settings(rows: pd.DataFrame, by: str = "setting") -> dict[str, Parts]:
     return found
 
 
-def every_part(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    """Those of all settings."""
-    return [part for parts in settings(rows).values() for part in parts.values()]
+def flat(found: Mapping[str, Parts]) -> list[pd.DataFrame]:
+    """The samples of each row of all settings."""
+    return [part for parts in found.values() for part in parts.values()]
 
 
 def across_seeds(rows: pd.DataFrame) -> dict[str, Parts]:
@@ -424,7 +424,7 @@ def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
     """Data sets, the benchmark's own averages and memory in rows; of many methods, in columns."""
     columns: dict[str, dict[str, Any]] = {}
     named, several = labels(rows), rows.setting.nunique() > 1
-    chosen = [part for part in every_part(rows) if finished(part)]
+    chosen = [part for part in flat(settings(rows)) if finished(part)]
     for part in chosen:
         answered = ran(part)
         means = {
@@ -490,7 +490,7 @@ def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]
     Sizes that a budget chose are no settings, whatever the configuration says.
     """
     found: dict[str, dict[Any, pd.DataFrame]] = {}
-    for part in every_part(rows):
+    for part in flat(settings(rows)):
         one, fixed = part.iloc[0], set(part.fixed.iloc[0] or ())
         known = parameters_of(one)
         chosen = not unknown(one.budget) and parameter in {"window", "threshold"} - fixed
@@ -545,9 +545,9 @@ def overview(rows: pd.DataFrame) -> Table:
         | {"n": len(ran(part)), "status": status(part), "machine": _listed(part.machine)}
         | {"revision": _listed(part.git_revision.dropna().astype(str).str[:12])}
         | {"folder": part.setting.iloc[0]}
-        for part in every_part(rows)
+        for part in flat(settings(rows))
     ]
-    return table("runs", "Runs", lines, ["task", "method"], "", every_part(rows))
+    return table("runs", "Runs", lines, ["task", "method"], "", flat(settings(rows)))
 
 
 def _listed(values: pd.Series) -> str:
