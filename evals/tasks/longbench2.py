@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jinja2 import Environment
 from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
@@ -21,9 +20,10 @@ from buzz.errors import ConfigError
 from evals.results.record import Record
 from evals.tasks.base import Sample, Task, means_by_meta
 from evals.tasks.data import are_texts, load_hub, read_json, read_jsonl
-from evals.tasks.definitions import definitions, read_definition
+from evals.tasks.definitions import LmEval, render
 
-REMEDY = "LongBench v2 needs lm-eval: pip install -e '.[longbench]'"
+LM_EVAL = LmEval("longbench2", task="longbench2", extra="longbench")
+COMMON = "_longbench_common_yaml"
 LETTERS = "ABCD"
 QUESTION = "What is the correct answer to this question:"
 CODE = "Code Repository Understanding"  # in no group of lm-eval's
@@ -76,7 +76,7 @@ class LongBench2(Task):
                 raise ConfigError("task.data_file", str(path), "must be a list of objects")
             return found
         rows: list[dict[str, Any]] = []
-        path, split = (_common()[key] for key in ("dataset_path", "test_split"))
+        path, split = (LM_EVAL.read(COMMON)[key] for key in ("dataset_path", "test_split"))
         for subset, domain in subsets().items():
             found = load_hub(path, subset, split, "task.data_file", self.hub_revision)
             rows += [{"domain": domain, "sub_domain": subset} | row for row in found]
@@ -88,7 +88,7 @@ class LongBench2(Task):
         return [self._sample(number, row) for number, row in enumerate(self._rows)]
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
-        prompt = prompt_of(row)
+        prompt = render(LM_EVAL.read(COMMON)["doc_to_text"], **row)
         if self.answer == "sentence":
             prompt = prompt.removesuffix(LETTER) + SENTENCE
         known = ("_id", "domain", "sub_domain", "difficulty", "length")
@@ -112,30 +112,16 @@ class LongBench2(Task):
         return means_by_meta(("domain", "difficulty", "length"), records, self.headline)
 
 
-def prompt_of(row: dict[str, Any]) -> str:
-    """lm-eval's prompt for one question."""
-    return Environment().from_string(_common()["doc_to_text"]).render(row)
-
-
-@cache
-def _common() -> dict[str, Any]:
-    return read_definition(_definitions() / "_longbench_common_yaml")
-
-
 @cache
 def subsets() -> dict[str, str]:
     """Configurations of lm-eval's mirror, with the domain of each."""
-    groups = [read_definition(path) for path in _definitions().glob("_longbench2_*.yaml")]
+    groups = [LM_EVAL.read(path.name) for path in LM_EVAL.path.glob("_longbench2_*.yaml")]
     domains = {f"{group['group']}_tasks": group["group_alias"] for group in groups}
-    tasks = [read_definition(path) for path in sorted(_definitions().glob("[!_]*.yaml"))]
+    tasks = [LM_EVAL.read(path.name) for path in sorted(LM_EVAL.path.glob("[!_]*.yaml"))]
     return {
         task["dataset_name"]: next((domains[tag] for tag in task["tag"] if tag in domains), CODE)
         for task in tasks
     }
-
-
-def _definitions() -> Path:
-    return definitions("longbench2", "longbench2", REMEDY)
 
 
 def _row(number: int, row: dict[str, Any]) -> dict[str, Any]:

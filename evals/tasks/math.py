@@ -8,12 +8,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 from unittest.mock import patch
 
-from jinja2 import Environment
 from pydantic import Field, NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
@@ -21,9 +19,8 @@ from buzz.errors import ConfigError
 from evals.results.record import Record
 from evals.tasks.base import Sample, Task, means_by_meta
 from evals.tasks.data import load_hub, read_jsonl
-from evals.tasks.definitions import definitions, load_module, read_definition
+from evals.tasks.definitions import LmEval, render
 
-REMEDY = "MATH and AIME need lm-eval and math-verify: pip install -e '.[math]'"
 MINERVA = "minerva_math500"
 
 # lm-eval's tasks: the folder, and what the data call the problem and what is compared with.
@@ -133,7 +130,7 @@ class Math(Task):
     def _ask(self, row: dict[str, Any]) -> str:
         if self.benchmark == MINERVA:
             return scorer(MINERVA).doc_to_text(row)
-        return Environment().from_string(definition(self.benchmark)["doc_to_text"]).render(row)
+        return render(definition(self.benchmark)["doc_to_text"], **row)
 
     def _examples(self) -> list[dict[str, Any]]:
         return scorer(MINERVA).list_fewshot_samples() if self.benchmark == MINERVA else []
@@ -179,10 +176,9 @@ def score(benchmark: str, prediction: str, reference: str) -> float:
     return float(module.process_results(doc, [prediction])["exact_match"])
 
 
-@cache
 def definition(benchmark: str) -> dict[str, Any]:
     """lm-eval's definition of a task."""
-    return read_definition(_folder(benchmark) / f"{benchmark}.yaml")
+    return _lm_eval(benchmark).read(f"{benchmark}.yaml")
 
 
 @cache
@@ -192,19 +188,18 @@ def scorer(benchmark: str) -> ModuleType:
     Raises:
         ConfigError: a package is missing.
     """
-    path = _folder(benchmark) / "utils.py"
+    lm_eval = _lm_eval(benchmark)
+    if benchmark != MINERVA:
+        return lm_eval.module("utils")
     try:
-        if benchmark != MINERVA:
-            return load_module(path)
         import math_verify  # noqa: F401  (which looks for its parser's version itself)
-
-        # Minerva's module refuses every antlr but 4.11, where Hydra needs 4.9; only its `is_equiv`,
-        # which is not called here, would be without a parser.
-        with patch("importlib.metadata.version", lambda package: "4.11"):
-            return load_module(path)
     except ImportError as error:
-        raise ConfigError("task", "math", REMEDY) from error
+        raise lm_eval.missing from error
+    # Minerva's module refuses every antlr but 4.11, where Hydra needs 4.9; only its `is_equiv`,
+    # which is not called here, would be without a parser.
+    with patch("importlib.metadata.version", lambda package: "4.11"):
+        return lm_eval.module("utils")
 
 
-def _folder(benchmark: str) -> Path:
-    return definitions(BENCHMARKS[benchmark][0], "math", REMEDY)
+def _lm_eval(benchmark: str) -> LmEval:
+    return LmEval(BENCHMARKS[benchmark][0], task="math", extra="math")
