@@ -84,7 +84,7 @@ def load(*roots: str | Path) -> pd.DataFrame:
         stored += [_spread(file) for file in sorted(root.rglob("spread.csv"))]
     count = Counter(path.name for path in folders.values())
     for path in folders.values():
-        name = path.name if count[path.name] == 1 else "-".join(path.parts).replace("/", "")
+        name = path.name if count[path.name] == 1 else "-".join(path.parts).lstrip("/-")
         try:
             rows += _rows(SettingFolder(path), name, left_out)
         except (ConfigError, OSError) as error:
