@@ -34,6 +34,7 @@ from evals.results.frame import (
     Weights,
     estimate,
     interval,
+    over,
     partner,
 )
 from evals.tasks.base import Task
@@ -316,10 +317,7 @@ def _column(
             for one in pieces
             if metric in part and len(part)
         ]
-        if across and cells:
-            values = [np.nan if one.value is None else one.value for one in cells]
-            cells = [interval(values, guard=True)]
-        found.append(cells[0] if cells else NOTHING)
+        found.append(NOTHING if not cells else over(cells) if across else cells[0])
     return found, disturbed
 
 

@@ -513,6 +513,9 @@ def over_parts(
         estimate(piece, metric, None if others is None else others.loc[piece.index], of)
         for piece in pieces
     ]
-    if parts is None:
-        return found[0]
+    return found[0] if parts is None else over(found)
+
+
+def over(found: Sequence[Estimate]) -> Estimate:
+    """The mean of what several seeds or processes come to, and its interval over them."""
     return interval([np.nan if one.value is None else one.value for one in found], guard=True)
