@@ -230,7 +230,7 @@ def is_papers(part: pd.DataFrame) -> bool:
     if not unknown(one.budget):
         if own.get("compact") == "widen":
             own["compact"] = paper["compact"]
-        if {"window", "threshold"}.intersection(one.fixed or ()):
+        if {"window", "threshold"}.intersection(one.fixed):
             return False
     return paper | own == paper
 

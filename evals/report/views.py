@@ -489,7 +489,7 @@ def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]
     """
     found: dict[str, dict[Any, pd.DataFrame]] = {}
     for part in flat(settings(rows)):
-        one, fixed = part.iloc[0], set(part.fixed.iloc[0] or ())
+        one, fixed = part.iloc[0], set(part.fixed.iloc[0])
         known = parameters_of(one)
         chosen = not unknown(one.budget) and parameter in {"window", "threshold"} - fixed
         if parameter in known and finished(part) and not chosen:

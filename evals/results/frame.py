@@ -101,6 +101,7 @@ def load(*roots: str | Path) -> pd.DataFrame:
         found[name] = found[name].astype(object).fillna("")
     for name in ("timed", "loaded"):
         found[name] = found[name].eq(True)
+    found["fixed"] = [one if isinstance(one, list) else [] for one in found["fixed"]]
     found.attrs["left_out"] = left_out
     return found
 
