@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from buzz.errors import ConfigError
 from evals.report import views
 from evals.report.table import WIDEST, Table
 from evals.results.frame import DIFFERENCE, REFERENCE, estimate, load, partner
+
+HEAD = ("task", "model", "seed", "method", "settings", "compress")
 
 
 def print_tables(folders: Sequence[Path]) -> list[str]:
@@ -31,15 +34,14 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     console.print(f"[bold]{escape(models)}, seed {escape(seeds)}[/]", highlight=False)
     timed = rows.task.isin(views.SPEC["timed"])
     own = rows[~timed]
-    tables = [views.make("terminal", own)] if len(own) else []
+    tables = [_rows(views.make("terminal", own))] if len(own) else []
     compared = own[own.setting.isin(own.setting[own.row == REFERENCE])]
     if (compared.row != REFERENCE).any():
         table = views.make("against", compared, title=f"against {REFERENCE}")
-        others = [i for i, row in enumerate(table.frame[""]) if row != REFERENCE]
-        tables.append(table.take(others))
+        tables.append(_rows(table, without=REFERENCE))
     if len((over := views.make("seeds", own)).frame):
         tables.append(over)
-    tables += [views.make("speed", rows[timed])] if timed.any() else []
+    tables += [_by_length(_rows(views.make("speed", rows[timed])))] if timed.any() else []
     for i, table in enumerate([*tables, *views.breakdowns(own)]):
         if i:
             console.print(f"\n[bold]{escape(table.title)}[/]", highlight=False)
@@ -48,6 +50,24 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     for note in [*views.notes(rows), *(f"left out: {one}" for one in left_out)]:
         console.print(escape(note), highlight=False)
     return left_out
+
+
+def _rows(table: Table, without: str = "") -> Table:
+    """Lines by the names of their files, as settings stand above them."""
+    table = table.take([i for i, name in enumerate(table.frame["row"]) if name != without])
+    frame = table.frame.drop(columns=[*HEAD, "budget", "row", "n"])
+    frame.insert(0, "", table.frame["row"])
+    return replace(table, frame=frame.assign(n=table.frame["n"]))
+
+
+def _by_length(table: Table) -> Table:
+    """Methods on prompts of one length below each other."""
+    lengths = [int(length) for length in table.frame["prompt_tokens"].fillna(0)]
+    places = range(len(lengths))
+    table = table.take(sorted(places, key=lambda i: (table.sections[i], lengths[i])))
+    lengths = [int(length) for length in table.frame["prompt_tokens"].fillna(0)]
+    sections = [f"{name}, {n:,} tokens" for name, n in zip(table.sections, lengths, strict=True)]
+    return replace(table, frame=table.frame.drop(columns="prompt_tokens"), sections=sections)
 
 
 def print_paired(folders: Sequence[Path], method: str) -> None:

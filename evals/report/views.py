@@ -213,7 +213,7 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
         told: title, note and name, where they are not the view's.
     """
     spec = SPEC["views"][view]
-    across, by, terminal = (spec.get(key) for key in ("across", "by", "terminal"))
+    across, by = spec.get("across"), spec.get("by")
     columns: dict[str, Any] = {}
     for column, how in spec["columns"].items():
         columns[column] = how
@@ -227,10 +227,7 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
             tokens = whole.prompt_tokens
             tokens = tokens if by == "prompt_tokens" else length_bin(tokens)
             bins = whole.groupby(tokens) if by and finished(whole) else [(None, whole)]
-            pieces += [(section, length or 0, whole, part) for length, part in bins]
-    if by and terminal:  # methods on prompts of one length below each other
-        pieces.sort(key=lambda piece: piece[:2])
-        pieces = [(f"{name}, {length:,} tokens", length, *of) for name, length, *of in pieces]
+            pieces += [(section, length, whole, part) for length, part in bins]
     lines: list[dict[str, Any]] = []
     marks: dict[str, list[str]] = {column: [] for column in columns}
     for _, length, whole, part in pieces:
@@ -239,14 +236,14 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
             found, disturbed = _column(how, answered, others, rows, across)
             cells |= _written(column, found, how)
             marks[column].append(DISTURBED if disturbed else "")
-        if terminal:
-            lines.append({"": marked(whole), **cells, "n": count(whole)})
-            continue
-        lines.append(head(whole, part) | ({by: length or None} if by else {}) | cells)
+        line = head(whole, part) | ({by: length} if by else {}) | cells
         if across:
-            lines[-1]["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
-        elif not by:
-            lines[-1]["status"] = status(whole)
+            line["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
+        if spec.get("terminal"):
+            line = {"n": count(whole), "row": marked(whole)} | line
+        elif not by and not across:
+            line["status"] = status(whole)
+        lines.append(line)
     sections, shown = [section for section, *_ in pieces], [part for *_, part in pieces]
     note = f"{told.get('note', '')} {spec.get('note', '')}".strip()
     title = told.get("title", spec.get("title", view))
