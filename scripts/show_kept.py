@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, get_args
@@ -44,6 +44,7 @@ from buzz import (
 from buzz.policy import BudgetBy
 from evals.report.kept import HISTORY, SINK, WINDOW, Kept, Pieces, draw, draw_for_paper, page
 from evals.run.models import NAMED, complete_model, load_model, named_config
+from evals.tasks.data import read_text
 from evals.tasks.encoding import encode
 
 
@@ -140,8 +141,9 @@ def _kept(
     )
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[str, slice]]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Pieces:
     """The text of each token, where necessary of a few that make one character only together."""
+    found = []
     before = start = 0  # the token that decoding begins with, for spaces to come out; the piece's
     for end in range(1, len(ids) + 1):
         known = tokenizer.decode(ids[before:start], clean_up_tokenization_spaces=False)
@@ -149,20 +151,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple
         # A character has at most 4 bytes; a longer wait would be for one that is no character.
         if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
             continue
-        yield text[len(known) :], slice(start, end)
+        found.append((text[len(known) :], end - start))
         before, start = start, end
-
-
-def texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Pieces:
-    """Of each piece its text, and how many tokens it is of."""
-    return [(text, where.stop - where.start) for text, where in pieces(tokenizer, ids)]
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("text", path, f"give a UTF-8 text file ({error})") from error
+    return found
 
 
 def method_of(name: str) -> Policy:
@@ -203,7 +194,7 @@ def show(args: argparse.Namespace) -> None:
     if args.new_tokens < 1:
         raise ConfigError("new-tokens", args.new_tokens, "give a whole number of at least 1")
     text = args.prompt if args.prompt is not None else topics["with"].strip()
-    text = read_text(args.text) if args.text else text
+    text = read_text(args.text, "text") if args.text else text
     if not text.strip():
         raise ConfigError("text", text, "there is nothing in it")
     settings = model_settings(args.model)
@@ -222,8 +213,8 @@ def show(args: argparse.Namespace) -> None:
     picture, document = Path(f"{args.out}.png"), Path(f"{args.out}.html")
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(kept, picture)
-    answers = [texts(tokenizer, one.ids[len(ids) :]) for one in kept]
-    whole = page(kept, texts(tokenizer, ids), answers, settings["name"])
+    answers = [pieces(tokenizer, one.ids[len(ids) :]) for one in kept]
+    whole = page(kept, pieces(tokenizer, ids), answers, settings["name"])
     document.write_text(whole, encoding="utf-8")
     print(f"picture: {picture}   page: {document}")
     if args.paper:

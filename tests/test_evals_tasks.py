@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -15,7 +14,6 @@ from tools import verify_scores
 
 from buzz import ConfigError
 from evals.run.models import byte_tokenizer
-from evals.tasks.definitions import read_definition
 from evals.tasks.needle import NEEDLE, Needle
 from evals.tasks.nq10 import NQ10
 from evals.tasks.summarization import Summarization
@@ -403,9 +401,8 @@ def test_longbench_prompts_are_lm_evals_but_for_the_known_differences(longbench)
         "samsum": ("{CONTEXT}\n", "{CONTEXT}\n\n"),
     }
     row = {"question": "{QUESTION}\n", "context": "{CONTEXT}"}  # braces and line ends must survive
-    folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/longbench"
     for name in longbench.dataset_names():
-        definition = read_definition(folder / f"{name}.yaml")
+        definition = longbench.LM_EVAL.read(f"{name}.yaml")
         theirs = apply_template(definition["doc_to_text"], row)
         old, new = differing.get(name, ("", ""))
         assert longbench.prompt_of(name, row) == (theirs.replace(old, new) if old else theirs)

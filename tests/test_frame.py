@@ -155,6 +155,19 @@ def test_empty_folders_have_all_columns(tmp_path: Path) -> None:
     assert view(rows, ["task", "row"]).empty
 
 
+def test_copies_of_a_setting_are_two_settings_and_a_folder_named_twice_is_one(
+    tmp_path: Path,
+) -> None:
+    for place in ("mine", "theirs"):
+        write_row(tmp_path / place, "full", [1.0, 0.0])
+        write_row(tmp_path / place, "h2o", [0.0, 0.0], budget=0.25)
+    rows = load(tmp_path, tmp_path / "mine")
+    assert len(rows) == 8 and rows.setting.nunique() == 2
+    assert not any("/" in name for name in rows.setting)  # they name files of tables
+    own = rows[rows.method == "h2o"]
+    assert partner(rows).score[own.index].tolist() == [1.0, 0.0] * 2
+
+
 # Pairing
 
 

@@ -14,8 +14,7 @@ pytest.importorskip("lm_eval")
 
 from evals.run.models import byte_tokenizer  # noqa: E402
 from evals.tasks import longbench2  # noqa: E402
-from evals.tasks.definitions import definitions, read_definition  # noqa: E402
-from evals.tasks.longbench2 import LongBench2, subsets  # noqa: E402
+from evals.tasks.longbench2 import LM_EVAL, LongBench2, subsets  # noqa: E402
 
 OWN = {
     "_id": "66",
@@ -52,7 +51,7 @@ def test_the_prompt_is_lm_evals(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
 
-    config = read_definition(definitions("longbench2", "longbench2", "") / "table.yaml")
+    config = dict(LM_EVAL.read("table.yaml"))
     config["custom_dataset"] = lambda **_: DatasetDict({"train": Dataset.from_list([MIRROR])})
     task = ConfigurableTask(config=config)
     (doc,) = task.test_docs()

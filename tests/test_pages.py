@@ -13,7 +13,7 @@ from test_show_kept import POLICIES, look
 from evals.report.__main__ import main
 from evals.report.kept import page
 from evals.run.models import byte_tokenizer
-from scripts.show_kept import texts
+from scripts.show_kept import pieces
 
 pytestmark = pytest.mark.browser
 OPEN = "[...document.querySelectorAll('details')].filter(one => one.open).length"
@@ -89,9 +89,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     ids = tokenizer("</script><b>bees</b> 🐝 and some more words, and more")["input_ids"]
     found = [dataclasses.replace(one, ids=ids[: len(one.ids)]) for one in found]
     size = found[0].prompt_tokens
-    answers = [texts(tokenizer, one.ids[size:]) for one in found]
+    answers = [pieces(tokenizer, one.ids[size:]) for one in found]
     path = tmp_path_factory.mktemp("kept") / "kept.html"
-    path.write_text(page(found, texts(tokenizer, found[0].ids[:size]), answers, "tiny"))
+    path.write_text(page(found, pieces(tokenizer, found[0].ids[:size]), answers, "tiny"))
     return path, found
 
 

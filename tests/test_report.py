@@ -364,8 +364,7 @@ def test_wrong_arguments_are_one_line(argument: str, capsys) -> None:
 
 def drawn(kind: Any, root: Path) -> tuple[Any, str]:
     rows = load(root)
-    parts = {key: views.ran(part) for key, part in views.groups(rows).items()}
-    ((_, _, note, figure, _),) = kind(parts, views.labels(rows))
+    ((_, _, note, figure, _),) = kind(views.settings(views.ran(rows)), views.labels(rows))
     return figure, note
 
 
@@ -573,7 +572,8 @@ def test_runs_become_committed_numbers_and_the_same_tables(tmp_path: Path) -> No
     once = digests(out)
     assert main(["embedded", f"out={out}", f"pictures={pictures}"]) == 0
     assert digests(out) == once
-    assert "## xsum" in embedded.shown(load(tmp_path / "runs"))
+    (table,) = embedded.divergence(embedded.summarize(load(tmp_path / "runs")))
+    assert "## xsum" in table.markdown()
 
 
 def test_answers_of_two_full_caches_are_not_put_together(tmp_path: Path, capsys) -> None:

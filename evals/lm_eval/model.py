@@ -139,7 +139,9 @@ class EvictionLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Scored]:
-        pairs = [self._truncated(context, target) for _, context, target in requests]
+        # Without the beginning of a context that is too long for the model, as HFLM cuts it.
+        rooms = (max(1, self.max_length + 1 - len(target)) for *_, target in requests)
+        pairs = [(c[-room:], t) for (_, c, t), room in zip(requests, rooms, strict=True)]
         lengths = [len(context) for context, _ in pairs]
         scores = self._score(pairs, lengths, "loglikelihood", disable_tqdm)
         for (texts, _, _), score in zip(requests, scores, strict=True):
@@ -165,10 +167,6 @@ class EvictionLM(HFLM):
         return totals
 
     # --- scoring ------------------------------------------------------------------------------
-
-    def _truncated(self, context: list[int], target: list[int]) -> Pair:
-        """Without the beginning of a context that is too long for the model, as HFLM cuts it."""
-        return context[-max(1, self.max_length + 1 - len(target)) :], target
 
     def _windows(self, tokens: list[int]) -> list[Pair]:
         """What is scored with one cache: the text, behind the prefix token.

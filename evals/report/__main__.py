@@ -3,7 +3,7 @@
     python -m evals.report results/runs/*                  # the terminal's tables
     python -m evals.report results/runs --paired h2o       # one method less the others, in pairs
     python -m evals.report runs=results/runs out=results   # tables, figures, report.html
-    python -m evals.report embedded                        # see evals/report/committed.py
+    python -m evals.report embedded                        # see evals/report/embedded.py
 
 No model is loaded. Beside the runs the page has published numbers (paper=results/paper), what
 `make bench` measured (bench=results/hardware) and the embedded model's (embedded=results/embedded).
@@ -81,9 +81,9 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 1 if something was left out, 2 if there is nothing to show."""
     try:
         if arguments and arguments[0] == "embedded":
-            from evals.report import committed
+            from evals.report import embedded
 
-            committed.main(
+            embedded.main(
                 **named(arguments[1:], dict.fromkeys(("runs", "out", "beside", "pictures"), ""))
             )
             return 0

@@ -18,22 +18,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from buzz import BuzzPolicy
 from evals.report.table import NOT_RUN, Table
 from evals.report.views import (
     budget_text,
     families,
-    groups,
+    flat,
     held,
     length_bin,
     mark,
-    settings_of,
+    parameters_of,
+    settings,
     unknown,
 )
 from evals.results.frame import (
     INVERSES,
     MARK,
+    NOTHING,
     REFERENCE,
     SAME,
     STATISTICS,
@@ -220,13 +224,13 @@ def is_papers(part: pd.DataFrame) -> bool:
     one = part.iloc[0]
     if one.method != "buzz":
         return False
-    own = settings_of(one)
+    own = parameters_of(one)
     paper = dataclasses.asdict(BuzzPolicy())
     paper |= {"logn_base": None, "logn_clamp": False, "positions": "cache"}
     if not unknown(one.budget):
         if own.get("compact") == "widen":
             own["compact"] = paper["compact"]
-        if {"window", "threshold"}.intersection(one.fixed or ()):
+        if {"window", "threshold"}.intersection(one.fixed):
             return False
     return paper | own == paper
 
@@ -290,7 +294,7 @@ def _ratio(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Mea
 
 
 def _by_row(rows: pd.DataFrame, claim: Claim) -> list[pd.DataFrame]:
-    parts = list(groups(rows).values())
+    parts = flat(settings(rows))
     return [
         one for part in parts for _, one in (part.groupby(claim.by) if claim.by else [(0, part)])
     ]
@@ -311,34 +315,29 @@ def _lead(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Meas
     Others of the same budget (or, like the row, of sizes of their own) that held more or less are
     shown with their ratios, undecided.
     """
-    parts = groups(rows)
-    for (setting, _), part in parts.items():
-        if not is_papers(part):
-            continue
-        one = part.iloc[0]
-        equal, unequal = [], []
-        for (where, _), other in parts.items():
-            its = other.iloc[0]
-            same = where == setting and str((its.budget, its.budget_by)) == str(
-                (one.budget, one.budget_by)
-            )
-            if same and its.method != REFERENCE and not its.method.startswith("buzz"):
-                ratio = at_equal_memory(part, other)
-                if ratio:
+    for parts in settings(rows).values():
+        for part in filter(is_papers, parts.values()):
+            one = part.iloc[0]
+            equal, unequal = [], []
+            for other in parts.values():
+                its = other.iloc[0]
+                same = str((its.budget, its.budget_by)) == str((one.budget, one.budget_by))
+                rival = same and its.method != REFERENCE and not its.method.startswith("buzz")
+                if rival and (ratio := at_equal_memory(part, other)):
                     (equal if is_equal(ratio) else unequal).append((other, ratio))
-        if equal:
-            best, _ = max(equal, key=lambda pair: estimate(pair[0]).value or 0)
-            yield _leading(
-                claim, part, [other for other, _ in equal], best.iloc[0].label + mark(best)
-            )
-        if unequal:
-            shown = ", ".join(
-                f"{other.iloc[0].label}{mark(other)}"
-                f"{f' (holds {held(other):.2f}x)' if mark(other) else ''} at {ratio:.2f}x"
-                for other, ratio in unequal
-            )
-            lead = _leading(claim, part, [other for other, _ in unequal], f"{shown} of its bytes")
-            yield dataclasses.replace(lead, memory=tuple(ratio for _, ratio in unequal))
+            if equal:
+                best, _ = max(equal, key=lambda pair: estimate(pair[0]).value or 0)
+                name = best.iloc[0].label + mark(best)
+                yield _leading(claim, part, [other for other, _ in equal], name)
+            if unequal:
+                shown = ", ".join(
+                    f"{other.iloc[0].label}{mark(other)}"
+                    f"{f' (holds {held(other):.2f}x)' if mark(other) else ''} at {ratio:.2f}x"
+                    for other, ratio in unequal
+                )
+                others = [other for other, _ in unequal]
+                lead = _leading(claim, part, others, f"{shown} of its bytes")
+                yield dataclasses.replace(lead, memory=tuple(ratio for _, ratio in unequal))
 
 
 def _leading(
@@ -438,7 +437,7 @@ def _spread(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Me
         number = Estimate(float(np.ptp(means[:-1]) / means[-1]), *both, len(values))
         pairs = [at_equal_memory(a, b) for a, b in permutations(parts, 2)]
         apart = max(filter(None, pairs), default=1.0)
-        own = settings_of(first.iloc[0])
+        own = parameters_of(first.iloc[0])
         told = ", ".join(f"{value}{mark(part)}" for value, part in family.items())
         others = (
             key for key in ("sink", "window", "stride", "threshold") if key != claim.parameter
@@ -488,7 +487,12 @@ def _over_processes(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Ite
             pools.setdefault(str([*where, by]), []).append(chosen)
     for pool in pools.values():
         chosen = pd.concat(pool)
-        units = by_process(list(zip(chosen.process, chosen.other_process, strict=True)))
+        # No two units share a process: they are the connected components of the pairs.
+        codes = pd.factorize(pd.concat([chosen.process, chosen.other_process]))[0]
+        own, theirs = codes[: len(chosen)], codes[len(chosen) :]
+        size = codes.max() + 1
+        pairs = coo_matrix((np.ones(len(own)), (own, theirs)), (size, size))
+        units = connected_components(pairs, directed=False)[1][own]
         means = chosen.groupby(units)[[claim.metric, "theirs"]].mean().astype(float)
         more = f", batches of {int(chosen.batch_size.iloc[0])}" if claim.by else ""
         yield _timed(chosen, means[claim.metric] / means.theirs, len(chosen), more)
@@ -500,16 +504,6 @@ def _timed(part: pd.DataFrame, ratios: Any, n: int, more: str) -> Measurement:
     return _measured(part, found._replace(n=n), more, processes=len(ratios))
 
 
-def by_process(pairs: list[tuple[Any, Any]]) -> Any:
-    """A unit for each sample, so that no two units share a process, by number."""
-    units: list[set[Any]] = []
-    for pair in pairs:
-        joined = [unit for unit in units if unit & set(pair)]
-        units = [unit for unit in units if not unit & set(pair)]
-        units.append(set(pair).union(*joined))
-    return np.array([next(i for i, unit in enumerate(units) if a in unit) for a, _ in pairs])
-
-
 def _growth(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Measurement]:
     """Time per token at the longest prompts over that at the shortest, relative to log n's growth.
 
@@ -518,7 +512,7 @@ def _growth(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Me
     """
     usable = rows[rows.timed & ~rows.loaded & rows.itl_p50_ms.notna()]
     pools: dict[str, list[pd.DataFrame]] = {}
-    for part in filter(is_papers, groups(usable).values()):
+    for part in filter(is_papers, flat(settings(usable))):
         one = part.iloc[0]
         if not isinstance(one.budget, float) or unknown(one.budget):
             told = [one.model_settings, one.machine, one.budget, one.budget_by]
@@ -552,7 +546,7 @@ def table(judged: list[Judged]) -> Table:
     lines = []
     for one in judged:
         m = one.measured
-        number = m.number if m else Estimate(None, None, None, 0)
+        number = m.number if m else NOTHING
         lines.append(
             {
                 "claim": one.claim.statement,

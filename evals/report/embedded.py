@@ -1,32 +1,133 @@
-"""What eviction costs on one model: divergence from the full cache, by data set and budget."""
+"""What eviction costs on one model, in numbers of every prompt that are committed, nobody's texts.
+
+    python -m evals.report embedded runs=results/runs out=results/embedded  # of runs with kl=true
+    python -m evals.report embedded                        # again, all that results/embedded has
+    python -m evals.report embedded runs=results/more beside=results/embedded  # more prompts
+
+Writes OUT/samples.csv.gz, OUT/environment.json, OUT/fidelity.csv, tables into OUT/tables and
+figures into PICTURES (docs/img).
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from buzz import Budget, BuzzPolicy
+from buzz.errors import ConfigError
 from evals.report.methods import CONTRASTED, RIVAL
 from evals.report.table import Table
+from evals.results.folder import SettingFolder
 from evals.results.frame import (
     DIFFERENCE,
     MARK,
+    NOTHING,
     RATIO,
     REFERENCE,
+    STORED,
     TOLERANCE,
-    Estimate,
     estimate,
+    load,
     partner,
 )
 
+OUT, PICTURES = Path("results/embedded"), Path("docs/img")
+SAMPLES = "samples.csv.gz"
+SAME = ["task", "sample", "budget", "budget_by"]  # of comparisons that are paired
 BUDGET = 0.25  # at which an answer's source is looked at
 ENOUGH = 20  # answers, for the interval of a ratio
 OVER = (
     f"{MARK}: held more than {TOLERANCE:.0%} above the budget on average, while the full cache's"
     " answer was read, as methods do that evict after the prompt alone."
 )
+
+
+def gather(out: Path, runs: Path, beside: Path | None = None) -> None:
+    """The numbers of `runs`, and of `beside` before them, and their environments, into `out`.
+
+    Raises:
+        ConfigError: there are none, or runs beside each other compared with different answers.
+    """
+    rows = load(runs)
+    full = partner(rows).score
+    chosen = rows[rows.kl_to_full.notna() & (rows.row != REFERENCE)] if len(rows) else rows
+    if chosen.empty:
+        raise ConfigError("runs", str(runs), "no distance is there; run with kl=true first")
+    named = chosen.group.where(chosen.group != "", chosen.task)
+    if chosen.seed.nunique() > 1:
+        named += "-seed-" + chosen.seed.astype(str)
+    how = chosen.compress.str.replace(" ", "-").where(chosen.compress != "prompt", "")
+    found = chosen.drop(columns="task").assign(
+        task=named + how.map(lambda told: f"-{told}" if told else ""), full_score=full[chosen.index]
+    )
+    names = {column: name for name, column in STORED.items()}
+    found = found.drop(columns="method").rename(columns={**names, "label": "method"})
+    lasting = [
+        *("task", "prompt_tokens", "context_tokens", "answer_tokens", "full_score", "method")
+    ]
+    lasting += ["budget", "budget_by", "kl_median", "evictions", "score", *STORED]
+    lasting += [name for name in found if name.startswith("copied_")]
+    found = found[[name for name in dict.fromkeys(lasting) if name in found]]
+    if beside is not None:
+        found = pd.concat([_stored(beside, "beside"), found])
+    apart = found.groupby(["task", "sample"])["answer"].nunique()
+    if (apart > 1).any():
+        task, sample = apart.index[apart > 1][0]
+        raise ConfigError("runs", str(runs), f"two answers to {task} {sample}: keep runs apart")
+    found = found.drop_duplicates([*SAME, "method"], keep="last")
+    found = found.sort_values([*SAME[:2], "budget", "method"], ignore_index=True)
+    known: dict[str, Any] = {}
+    for path in runs.rglob("setting.yaml"):
+        known |= SettingFolder(path.parent).environments
+    out.mkdir(parents=True, exist_ok=True)
+    same = {"method": "gzip", "mtime": 0}  # equal numbers are equal files
+    found.to_csv(out / SAMPLES, index=False, float_format="%.5g", compression=same)
+    (out / "environment.json").write_text(json.dumps(list(known.values()), indent=1) + "\n")
+
+
+def _stored(folder: Path, field: str = "out") -> pd.DataFrame:
+    if not (folder / SAMPLES).exists():
+        raise ConfigError(field, str(folder), f"has no {SAMPLES}; give runs=FOLDER")
+    return pd.read_csv(folder / SAMPLES, dtype={"sample": str})
+
+
+def build(out: Path, pictures: Path) -> list[Path]:
+    """Summary, tables and figures of the numbers that are in `out`; the figures.
+
+    Raises:
+        ConfigError: there are no numbers.
+    """
+    _stored(out)
+    rows = load(out)
+    spread = rows[rows.setting.str.contains("-spread=")]
+    rows = rows[~rows.setting.str.contains("/|-spread=")]
+    summary = summarize(rows)
+    summary.to_csv(out / "fidelity.csv", index=False, float_format="%.5g")
+    (out / "tables").mkdir(exist_ok=True)
+    for table in every(rows, summary):
+        (out / "tables" / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
+    pictures.mkdir(parents=True, exist_ok=True)
+    from evals.report.embedded_figures import draw  # with matplotlib, which is slow to import
+
+    return draw(rows, swept(summary), sourced(rows), spread, pictures)
+
+
+def main(runs: str = "", out: str = "", beside: str = "", pictures: str = "") -> None:
+    """Without any folder: all that is committed, each folder's pictures in one of their own."""
+    if not any((runs, out, beside, pictures)):
+        for file in sorted(OUT.rglob(SAMPLES)):
+            build(file.parent, PICTURES / file.parent.relative_to(OUT))
+            print(f"embedded: {file.parent}")
+        return
+    where = Path(out or OUT)
+    if runs:
+        gather(where, Path(runs), Path(beside) if beside else None)
+    build(where, Path(pictures or PICTURES))
+    print(f"embedded: {where}")
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +143,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
         group = every.dropna(subset="kl_to_full")
         full_score, theirs = full.score[every.index].astype(float), rival.loc[group.index]
         kl = estimate(group, "kl_to_full", guard=False)
-        less, nearer = Estimate(None, None, None, 0), None
+        less, nearer = NOTHING, None
         if method != RIVAL:
             less = estimate(group, "kl_to_full", theirs, DIFFERENCE, guard=False)
             nearer = (
@@ -66,12 +167,6 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
         )
     found = pd.DataFrame(lines).sort_values(["task", "budget", "kl"])
     return found if found.score.notna().any() else found.drop(columns="score")
-
-
-def shown(rows: pd.DataFrame) -> str:
-    """The tables of divergence of a frame, as Markdown."""
-    summary = summarize(rows)
-    return "\n".join(table.markdown() for table in divergence(summary) + answers(summary))
 
 
 # Tables
@@ -195,14 +290,13 @@ def quality(summary: pd.DataFrame) -> list[Table]:
 def sourced(rows: pd.DataFrame) -> pd.DataFrame:
     """Prompts whose answer has a source, and how far before the end, in BUZZ's windows."""
     chosen = swept(rows[rows.method != REFERENCE].assign(task=rows.setting))
-    chosen = chosen[(chosen.budget == BUDGET) & chosen.kl_to_full.notna()]
+    chosen = chosen[(chosen.budget == BUDGET) & chosen.label.isin(CONTRASTED)]
     if "copied_distance" not in chosen:
         return chosen.iloc[:0].assign(windows=[])
-    chosen = chosen[chosen.copied_distance.notna() & chosen.label.isin(CONTRASTED)]
-    windows = [_window(int(tokens)) for tokens in chosen.prompt_tokens]
-    return chosen.assign(
-        windows=chosen.copied_distance / np.array(windows or [1.0])[: len(chosen) or None]
-    )
+    chosen = chosen[chosen.copied_distance.notna() & chosen.kl_to_full.notna()]
+    policies = (Budget(BUDGET).policy(BuzzPolicy(), int(n))[0] for n in chosen.prompt_tokens)
+    windows = np.array([policy.window for policy in policies], dtype=float)
+    return chosen.assign(windows=chosen.copied_distance / windows)
 
 
 def sources(rows: pd.DataFrame) -> list[Table]:
@@ -219,9 +313,3 @@ def sources(rows: pd.DataFrame) -> list[Table]:
         " stands there: inside BUZZ's window or not."
     )
     return [Table("sources", "Where an answer comes from", frame, note)]
-
-
-def _window(prompt: int) -> int:
-    policy, _ = Budget(BUDGET).policy(BuzzPolicy(), prompt)
-    assert isinstance(policy, BuzzPolicy)
-    return policy.window

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evals.report.embedded import sourced, swept
 from evals.report.figures import RC, legend, panels, plt
 from evals.report.methods import MORE, RIVAL, Style, order, style_of
 from evals.report.views import SPEC
@@ -25,16 +24,23 @@ MEASURES = {
 }
 
 
-def draw(rows: pd.DataFrame, summary: pd.DataFrame, spread: pd.DataFrame, out: Path) -> list[Path]:
-    """What there is to see: by cells where those were varied, otherwise by memory and by source."""
+def draw(
+    rows: pd.DataFrame, swept: pd.DataFrame, sourced: pd.DataFrame, spread: pd.DataFrame, out: Path
+) -> list[Path]:
+    """What there is to see: by cells where those were varied, otherwise by memory and by source.
+
+    Args:
+        swept, sourced: see :mod:`evals.report.embedded`.
+        spread: rows of facts that are told in one place or apart.
+    """
     with plt.rc_context(RC):
-        if set(CELLS) <= set(summary.method):
-            return [_draw_cells(swept(summary), out)]
+        if set(CELLS) <= set(swept.method):
+            return [_draw_cells(swept, out)]
         paths = [
             _draw_memory(str(task), group, rows[rows.setting == task].prompt_tokens.mean(), out)
-            for task, group in swept(summary).groupby("task", sort=True)
+            for task, group in swept.groupby("task", sort=True)
         ]
-        paths += [_draw_sources(chosen, out)] if len(chosen := sourced(rows)) else []
+        paths += [_draw_sources(sourced, out)] if len(sourced) else []
         if len(spread):
             draw_spread(spread, out / "spread.png")
             paths.append(out / "spread.png")

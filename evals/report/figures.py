@@ -23,14 +23,17 @@ import pandas as pd  # noqa: E402
 from evals.report.methods import place, style_of  # noqa: E402
 from evals.report.views import (  # noqa: E402
     SPEC,
+    Parts,
     across_seeds,
     finished,
-    groups,
+    flat,
     labels,
     mark,
+    marked,
     over_note,
     ran,
     score,
+    settings,
 )
 from evals.results.frame import MARK, REFERENCE, Estimate, estimate, over_parts  # noqa: E402
 
@@ -63,9 +66,9 @@ class Figure:
         return base64.b64encode(self.path.read_bytes()).decode()
 
 
-Parts = dict[tuple[str, str], pd.DataFrame]
 # Of each figure: the file's stem, its title, what a reader must know, the figure, what is in it.
 Drawn = Iterator[tuple[str, str, str, Any, Sequence[pd.DataFrame]]]
+Settings = dict[str, Parts]
 
 
 def draw_all(rows: pd.DataFrame, folder: Path) -> list[Figure]:
@@ -82,17 +85,21 @@ def draw_pareto(rows: pd.DataFrame, path: Path) -> bool:
 
 
 def _saved(
-    draw: Callable[[Parts, dict[str, str]], Drawn], rows: pd.DataFrame, where: Callable[[str], Path]
+    draw: Callable[[Settings, dict[str, str]], Drawn],
+    rows: pd.DataFrame,
+    where: Callable[[str], Path],
 ) -> list[Figure]:
-    parts = {key: ran(part) for key, part in groups(rows).items() if finished(part)}
-    parts, figures = {key: part for key, part in parts.items() if len(part)}, []
+    drawn, figures = {}, []
+    for setting, parts in settings(rows).items():
+        done = {row: ran(part) for row, part in parts.items() if finished(part)}
+        drawn[setting] = {row: part for row, part in done.items() if len(part)}
     with plt.rc_context(RC):
-        for name, title, note, figure, shown in draw(parts, labels(rows)):
+        for name, title, note, figure, shown in draw(drawn, labels(rows)):
             path = where(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
             plt.close(figure)
-            note = " ".join(filter(None, [note, over_note(shown)]))
+            note = f"{note} {over_note(shown)}".strip()
             figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
 
@@ -149,12 +156,13 @@ def highlighted(methods: Sequence[str]) -> set[str]:
     return set(sorted(dict.fromkeys(methods), key=place)[:LABELLED])
 
 
-def _by_setting(parts: Parts, keep: Callable[[pd.DataFrame], bool] = len) -> dict[str, Parts]:
-    found: dict[str, Parts] = {}
-    for (setting, row), part in parts.items():
-        if keep(part):
-            found.setdefault(setting, {})[setting, row] = part
-    return found
+def _chosen(found: Settings, keep: Callable[[pd.DataFrame], Any], least: int = 1) -> Settings:
+    """The settings that have so many rows that are to be drawn."""
+    chosen = {
+        setting: {row: part for row, part in parts.items() if keep(part)}
+        for setting, parts in found.items()
+    }
+    return {setting: parts for setting, parts in chosen.items() if len(parts) >= least}
 
 
 def _title(part: pd.DataFrame, named: dict[str, str]) -> str:
@@ -166,70 +174,65 @@ def _title(part: pd.DataFrame, named: dict[str, str]) -> str:
     return ", ".join([label, *more])
 
 
-def pareto(parts: Parts, named: dict[str, str]) -> Drawn:
+def pareto(found: Settings, named: dict[str, str]) -> Drawn:
     """Score against KV memory, a panel per setting; the line joins what nothing smaller beats."""
-    settings = _by_setting(parts, lambda part: part.task.iloc[0] not in SPEC["timed"])
-    settings = {key: group for key, group in settings.items() if len(group) > 1}
+    chosen = _chosen(found, lambda part: part.task.iloc[0] not in SPEC["timed"], least=2)
     note = (
         "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey line: what"
         " nothing of less memory beats."
     )
-    title = "Score against KV memory"
-    yield from _memory_panels("pareto", title, note, settings, named, "score")
+    yield from _memory_panels("pareto", "Score against KV memory", note, chosen, named, "score")
 
 
-def distance(parts: Parts, named: dict[str, str]) -> Drawn:
+def distance(found: Settings, named: dict[str, str]) -> Drawn:
     """How far the next token's distribution is from the full cache's, against KV memory."""
-    settings = _by_setting(parts, lambda part: part.kl_to_full.notna().any())
+    chosen = _chosen(found, lambda part: part.kl_to_full.notna().any())
     note = (
         "Divergence of the next-token distribution from the full cache's, while both read the full"
         " cache's answers: 0 is no difference. Bars: 95% bootstrap intervals over samples."
     )
     title = "Distance to the full cache against KV memory"
-    yield from _memory_panels("distance", title, note, settings, named, "kl_to_full")
+    yield from _memory_panels("distance", title, note, chosen, named, "kl_to_full")
 
 
 def _memory_panels(
-    name: str, title: str, note: str, settings: dict[str, Parts], named: dict[str, str], metric: str
+    name: str, title: str, note: str, chosen: Settings, named: dict[str, str], metric: str
 ) -> Drawn:
     """A panel per setting, and one of means for settings that differ in the seed alone."""
-    if not settings:
+    if not chosen:
         return
-    shown = [part for group in settings.values() for part in group.values()]
+    shown = flat(chosen)
     whole = pd.concat(shown)
-    means: dict[str, Parts] = {}
-    for (same, row), part in across_seeds(whole).items():
-        means.setdefault(same, {})[same, row] = part
-    figure, axes = panels(len(settings) + len(means))
-    for axis, group in zip(axes, [*settings.values(), *means.values()], strict=True):
-        first, over = next(iter(group.values())), group in means.values()
-        if over:
-            found = {key: over_parts(part, "seed", metric) for key, part in group.items()}
+    means = across_seeds(whole)
+    figure, axes = panels(len(chosen) + len(means))
+    for axis, (setting, parts) in zip(axes, (chosen | means).items(), strict=True):
+        first = next(iter(parts.values()))
+        if setting in means:
+            values = [over_parts(part, "seed", metric) for part in parts.values()]
             seeds = ", ".join(map(str, sorted(first.seed.unique())))
             told = f"{first.task.iloc[0]}, {first.model.iloc[0]}, mean of seeds {seeds}"
-        elif metric == "score":
-            found = {key: score(part, whole) for key, part in group.items()}
-            told = f"{_title(first, named)}, n = {len(first)}"
         else:
-            found = {key: estimate(part, metric) for key, part in group.items()}
+            values = [
+                score(part, whole) if metric == "score" else estimate(part, metric)
+                for part in parts.values()
+            ]
             told = f"{_title(first, named)}, n = {len(first)}"
-        _against_memory(axis, group, found, told)
-        axis.set_ylabel(
-            first.headline.iloc[0] if metric == "score" else "KL to full (nats a token)"
-        )
-        if metric != "score" or not any(one.value for one in found.values()):
-            axis.set_ylim(bottom=0 if metric != "score" else -0.02)
+        _against_memory(axis, list(parts.values()), values, told)
         if metric == "score":
-            points = [(_memory(part), found[key].value or 0.0) for key, part in group.items()]
+            axis.set_ylabel(first.headline.iloc[0])
+            if not any(one.value for one in values):
+                axis.set_ylim(bottom=-0.02)
+            memory = map(_memory, parts.values())
+            points = zip(memory, [one.value or 0.0 for one in values], strict=True)
             best = front(*zip(*points, strict=True), first.higher_is_better.iloc[0])
             style = {"color": "#888888", "lw": 0.8, "drawstyle": "steps-post", "zorder": 0}
             axis.plot([x for x, _ in best], [y for _, y in best], **style)
+        else:
+            axis.set_ylabel("KL to full (nats a token)")
+            axis.set_ylim(bottom=0)
     note += " Means of several seeds: 95% intervals over the seeds." if means else ""
-    yield name, title, note + _hollow(shown), figure, shown
-
-
-def _hollow(parts: Sequence[pd.DataFrame]) -> str:
-    return " Hollow: more is held than the budget." if any(map(mark, parts)) else ""
+    note += " Hollow: more is held than the budget." if any(map(mark, shown)) else ""
+    yield name, title, note, figure, shown
 
 
 def _memory(part: pd.DataFrame) -> float:
@@ -237,22 +240,23 @@ def _memory(part: pd.DataFrame) -> float:
     return float(np.nan_to_num(part.kv_nbytes_mean.mean())) / 1e6
 
 
-def _against_memory(axis: Any, group: Parts, values: dict[Any, Estimate], title: str) -> None:
+def _against_memory(
+    axis: Any, parts: Sequence[pd.DataFrame], values: Sequence[Estimate], title: str
+) -> None:
     """Points and intervals over KV memory; points of one method at several budgets are joined."""
-    chosen = highlighted([part.method.iloc[0] for part in group.values()])
-    axis.set_xlim(0, 1.25 * max(map(_memory, group.values())) or 1)
+    chosen = highlighted([part.method.iloc[0] for part in parts])
+    axis.set_xlim(0, 1.25 * max(map(_memory, parts)) or 1)
     points, lines = [], {}
-    for key, part in group.items():
-        one, found, at = part.iloc[0], values[key], _memory(part)
+    for part, found in zip(parts, values, strict=True):
+        one, at, value = part.iloc[0], _memory(part), found.value or 0.0
         _, color, marker = style_of(one.method)
         color = color if one.method in chosen else GREY
         if found.ends:
             axis.vlines(at, *found.ends, color=color, lw=1, alpha=0.5)
-        fill = "none" if mark(part) else color
-        style = {"ms": 5, "ls": "", "label": f"{one.label}{mark(part)}", "markerfacecolor": fill}
-        axis.plot(at, found.value or 0.0, marker, color=color, **style)
-        told = f"{one.label}{mark(part)}"
-        lines.setdefault((one.label, one.method), []).append((at, found.value or 0.0, told, color))
+        told, fill = f"{one.label}{mark(part)}", "none" if mark(part) else color
+        style = {"ms": 5, "ls": "", "label": told, "markerfacecolor": fill}
+        axis.plot(at, value, marker, color=color, **style)
+        lines.setdefault((one.label, one.method), []).append((at, value, told, color))
     for spots in lines.values():
         spots.sort(key=lambda spot: spot[:2])
         axis.plot(*zip(*[spot[:2] for spot in spots], strict=True), color=spots[0][3], lw=0.6)
@@ -275,11 +279,11 @@ def front(
     return best
 
 
-def maps(parts: Parts, named: dict[str, str]) -> Drawn:
+def maps(found: Settings, named: dict[str, str]) -> Drawn:
     """Scores by two settings of a task, a panel per row."""
-    settings = _by_setting(parts, lambda part: part.task.iloc[0] in SPEC["maps"])
-    for number, group in enumerate(settings.values()):
-        shown = list(group.values())
+    chosen = _chosen(found, lambda part: part.task.iloc[0] in SPEC["maps"])
+    for number, parts in enumerate(chosen.values()):
+        shown = list(parts.values())
         (x, x_label), (y, y_label) = SPEC["maps"][shown[0].task.iloc[0]]
         most = 3 if len(shown) <= 6 else 5
         figure, axes = panels(len(shown), 2.4, 2.3, most)
@@ -288,8 +292,15 @@ def maps(parts: Parts, named: dict[str, str]) -> Drawn:
             if not {x, y} <= set(meta):
                 continue
             cells = part.score.astype(float).groupby([meta[y], meta[x]]).mean().unstack()
-            drawn = heat(axis, cells, (0, 1))
-            axis.set_title(f"{part.row.iloc[0]}{mark(part)}", fontsize=8)
+            drawn = axis.imshow(cells, cmap="cividis", aspect="auto", vmin=0, vmax=1)
+            for (down, across), value in np.ndenumerate(cells):
+                style = {"ha": "center", "va": "center", "fontsize": 8}
+                color = "white" if value < 0.6 else "black"
+                axis.text(across, down, f"{value:.3g}", color=color, **style)
+            axis.set_xticks(range(cells.shape[1]), map(_number, cells.columns))
+            axis.set_yticks(range(cells.shape[0]), map(_number, cells.index))
+            axis.grid(False)
+            axis.set_title(marked(part), fontsize=8)
         figure.supxlabel(x_label, fontsize=9)
         figure.supylabel(y_label, fontsize=9)
         rows = -(-len(shown) // most)
@@ -299,38 +310,22 @@ def maps(parts: Parts, named: dict[str, str]) -> Drawn:
         yield f"map_{number}", title, f"{len(shown[0])} samples a panel.", figure, shown
 
 
-def heat(axis: Any, cells: pd.DataFrame, ends: Sequence[float], marks: Any = None) -> Any:
-    """A heat map with its values, and what marks them, written in; `ends` are of the colours."""
-    low, high = ends
-    drawn = axis.imshow(cells.astype(float), cmap="cividis", aspect="auto", vmin=low, vmax=high)
-    for row, column in np.ndindex(*cells.shape):
-        value = cells.iloc[row, column]
-        color = "white" if value < low + 0.6 * (high - low) else "black"
-        style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
-        own = "" if marks is None else marks.iloc[row, column] or ""
-        axis.text(column, row, f"{value:.3g}{own}", **style)
-    axis.set_xticks(range(cells.shape[1]), [_number(value) for value in cells.columns])
-    axis.set_yticks(range(cells.shape[0]), [_number(value) for value in cells.index])
-    axis.grid(False)
-    return drawn
-
-
 def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value}"
 
 
-def by_question(parts: Parts, named: dict[str, str]) -> Drawn:
+def by_question(found: Settings, named: dict[str, str]) -> Drawn:
     """What a method forgets: the score of the first question on a context, the second, ..."""
     note = (
         "Every context is compressed once. In a conversation the questions follow each other on one"
         " cache; else each is put to a copy of it."
     )
-    yield from _curves(parts, named, "question", "Score by question number", note)
+    yield from _curves(found, named, "question", "Score by question number", note)
 
 
-def by_length(parts: Parts, named: dict[str, str]) -> Drawn:
+def by_length(found: Settings, named: dict[str, str]) -> Drawn:
     """Of tasks with prompts of several lengths, but for those that draw a map of them."""
-    own = {key: part for key, part in parts.items() if part.task.iloc[0] not in SPEC["maps"]}
+    own = _chosen(found, lambda part: part.task.iloc[0] not in SPEC["maps"])
     yield from _curves(own, named, "length", "Score by length of the prompt", "Lengths in tokens.")
 
 
@@ -341,28 +336,27 @@ def points(part: pd.DataFrame, key: str) -> pd.Series:
     return part.score[known].astype(float).groupby(told[known].astype(int)).mean()
 
 
-def _curves(parts: Parts, named: dict[str, str], key: str, title: str, note: str) -> Drawn:
-    settings = _by_setting(parts, lambda part: len(points(part, key)) > 1)
-    if not settings:
+def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: str) -> Drawn:
+    chosen = _chosen(found, lambda part: len(points(part, key)) > 1)
+    if not chosen:
         return
-    figure, axes = panels(len(settings))
-    for axis, group in zip(axes, settings.values(), strict=True):
-        chosen = highlighted([part.method.iloc[0] for part in group.values()])
-        for under, part in enumerate(group.values()):
-            one, values = part.iloc[0], points(part, key)
-            _, color, marker = style_of(one.method)
+    figure, axes = panels(len(chosen))
+    for axis, parts in zip(axes, chosen.values(), strict=True):
+        coloured = highlighted([part.method.iloc[0] for part in parts.values()])
+        for under, part in enumerate(parts.values()):
+            method, values = part.method.iloc[0], points(part, key)
+            _, color, marker = style_of(method)
             # Scores of few samples coincide: a curve under others is wider, so that it shows.
-            width = 1.2 + 4 * under / len(group)
-            look = {"color": color if one.method in chosen else GREY, "marker": marker}
-            look |= {"linewidth": width, "markersize": 3 + width, "zorder": 3 - under / len(group)}
-            look |= {"linestyle": "--"} if one.method == REFERENCE else {}
-            axis.plot(values.index, values, label=f"{one.row}{mark(part)}", clip_on=False, **look)
-        first = next(iter(group.values()))
-        counts = sorted({f"{n}" for n in (min(map(len, group.values())) // len(values),)})
+            width = 1.2 + 4 * under / len(parts)
+            look = {"color": color if method in coloured else GREY, "marker": marker}
+            look |= {"linewidth": width, "markersize": 3 + width, "zorder": 3 - under / len(parts)}
+            look |= {"linestyle": "--"} if method == REFERENCE else {}
+            axis.plot(values.index, values, label=marked(part), clip_on=False, **look)
+        first, fewest = next(iter(parts.values())), min(map(len, parts.values()))
         asked = (first.task_settings.iloc[0] or {}).get("asked") if key == "question" else None
-        more = [part for part in (asked,) if part]
-        axis.set_title("\n".join([*wrap(_title(first, named), 44), *more]), fontsize=8)
-        axis.set_xlabel(f"{CURVES[key]}; {', '.join(counts)} samples a point")
+        told = [*wrap(_title(first, named), 44), *([asked] if asked else [])]
+        axis.set_title("\n".join(told), fontsize=8)
+        axis.set_xlabel(f"{CURVES[key]}; {fewest // len(values)} samples a point")
         axis.set_ylabel(first.headline.iloc[0])
         axis.set_xticks(list(values.index))
         if key == "length":
@@ -371,5 +365,4 @@ def _curves(parts: Parts, named: dict[str, str], key: str, title: str, note: str
             axis.minorticks_off()
         axis.set_ylim(bottom=0)
     legend(figure, axes)
-    shown = [part for group in settings.values() for part in group.values()]
-    yield f"by_{key}", title, note, figure, shown
+    yield f"by_{key}", title, note, figure, flat(chosen)

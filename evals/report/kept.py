@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
 
 from buzz import POLICIES, Policy
 from evals.report.figures import plt
@@ -24,6 +27,7 @@ SHADES = {  # kind -> its color and its name; shades that colorblind readers tel
     WINDOW: ("#9ECAE1", "window: recent, not thinned yet"),
     EVICTED: ("#FFFFFF", "evicted"),
 }
+POSITION, DASHED = "token position (dashed: the prompt's end)", (0, (4, 3))
 # Of a paper's picture: its width, a column's; the tokens across that a printer still tells apart;
 # the shades of a layer's share, from none of its heads to all.
 COLUMN, ACROSS = 3.3, 330
@@ -88,9 +92,6 @@ class Kept:
 
 def draw(kept: Sequence[Kept], path: Path) -> None:
     """One panel per method: tokens across, layers and their heads down."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-
     palette = np.array([to_rgb(SHADES[kind][0]) for kind in range(4)])
     height = 2 if len(kept) <= 8 else 1.3  # of many methods each gets less
     with plt.rc_context({"font.size": 10, "axes.linewidth": 0.6}):
@@ -102,41 +103,32 @@ def draw(kept: Sequence[Kept], path: Path) -> None:
             rows, tokens = method.kinds.shape
             strip = figure.add_subplot(grid[2 * number])
             panel = figure.add_subplot(grid[2 * number + 1])
-            extent = (0, tokens, 0, 1)
-            shades: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": 1}
-            strip.imshow(method.share[None], **shades, extent=extent, aspect="auto")
+            shades: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": 1, "aspect": "auto"}
+            strip.imshow(method.share[None], **shades, extent=(0, tokens, 0, 1))
             strip.set_yticks([0.5], ["share"], fontsize=8)
             strip.set_xticks([])
             strip.set_title(f"{method.policy.name}: {method.described}", loc="left", fontsize=10)
             panel.imshow(palette[method.kinds], extent=(0, tokens, rows, 0), aspect="auto")
-            layers = len(method.layers)
-            shown = range(0, layers, max(1, layers // 5))
+            shown = range(0, len(method.layers), max(1, len(method.layers) // 5))
             names = [f"layer {method.layers[i]}" for i in shown]
             panel.set_yticks([i * method.kv_heads for i in shown], names)
-            panel.axvline(method.prompt_tokens, color="black", lw=0.8, ls=(0, (4, 3)))
+            panel.axvline(method.prompt_tokens, color="black", lw=0.8, ls=DASHED)
             for axis in (strip, panel):
                 axis.set_xlim(0, width)
                 axis.tick_params(length=2)
             if number < len(kept) - 1:
                 panel.set_xticklabels([])
         panel.set_xlabel(
-            "token position (dashed: the prompt's end); one line per KV head, "
-            f"{kept[0].kv_heads} per layer; share: of heads that kept the token"
+            f"{POSITION}; one line per KV head, {kept[0].kv_heads} per layer; share: of heads that"
+            " kept the token"
         )
-        handles = [
-            Patch(facecolor=color, edgecolor="#808080", lw=0.6, label=name)
-            for color, name in SHADES.values()
-        ]
-        place = {"loc": "outside upper center", "ncols": len(handles), "frameon": False}
-        figure.legend(handles=handles, **place)
+        _legend(figure, SHADES.values(), 0.6)
         figure.savefig(path, dpi=200)
         plt.close(figure)
 
 
 def draw_for_paper(kept: Sequence[Kept], paths: Sequence[Path]) -> None:
     """Vectors alone, a column wide: a panel per method, layers down, shaded by share of heads."""
-    from matplotlib.patches import Patch
-
     # Type 42: text stays text, as publishers ask.
     style = {"font.size": 7, "axes.linewidth": 0.5, "pdf.fonttype": 42, "svg.fonttype": "none"}
     with plt.rc_context(style):
@@ -147,35 +139,29 @@ def draw_for_paper(kept: Sequence[Kept], paths: Sequence[Path]) -> None:
         figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0)
         for axis, method in zip(axes[:, 0], kept, strict=True):
             _layers(axis, method)
-        axes[-1, 0].set_xlabel("token position (dashed: the prompt's end)", labelpad=1)
+        axes[-1, 0].set_xlabel(POSITION, labelpad=1)
         figure.supylabel("layer", fontsize=7)
-        names = ("0", "1–25", "26–50", "51–75", "76–100%")
-        handles = [
-            Patch(facecolor=color, edgecolor="#808080", lw=0.4, label=name)
-            for color, name in zip(BLUES, names, strict=True)
-        ]
-        figure.legend(
-            handles=handles,
-            loc="outside upper center",
-            ncols=len(handles),
-            frameon=False,
-            title="heads of the layer that hold the token",
-            title_fontsize=7,
-            fontsize=6.5,
-            handlelength=1,
-            columnspacing=1,
-            handletextpad=0.4,
-            borderpad=0,
+        look = {"title_fontsize": 7, "fontsize": 6.5, "handlelength": 1, "columnspacing": 1}
+        look |= {"handletextpad": 0.4, "borderpad": 0}
+        look |= {"title": "heads of the layer that hold the token"}
+        _legend(
+            figure, zip(BLUES, ("0", "1–25", "26–50", "51–75", "76–100%"), strict=True), 0.4, **look
         )
         for path in paths:
             figure.savefig(path)
         plt.close(figure)
 
 
+def _legend(figure: Any, shades: Iterable[tuple[str, str]], line: float, **look: Any) -> None:
+    handles = [
+        Patch(facecolor=color, edgecolor="#808080", lw=line, label=name) for color, name in shades
+    ]
+    where = {"loc": "outside upper center", "ncols": len(handles), "frameon": False}
+    figure.legend(handles=handles, **where, **look)
+
+
 def _layers(axis: Any, kept: Kept) -> None:
     """Runs of equal shades as rectangles: few of them, and sharp at any size."""
-    from matplotlib.collections import PolyCollection
-
     tokens, layers = kept.kinds.shape[1], len(kept.layers)
     held = (kept.kinds != EVICTED).reshape(layers, -1, tokens).mean(axis=1)
     edges = np.unique(np.linspace(0, tokens, min(ACROSS, tokens) + 1).astype(int))
@@ -191,7 +177,7 @@ def _layers(axis: Any, kept: Kept) -> None:
     for level, boxes in found.items():
         if level:  # what no head holds stays paper
             axis.add_collection(PolyCollection(boxes, facecolor=BLUES[level], edgecolor="none"))
-    axis.axvline(kept.prompt_tokens, color="#D55E00", lw=0.7, ls=(0, (4, 3)))
+    axis.axvline(kept.prompt_tokens, color="#D55E00", lw=0.7, ls=DASHED)
     axis.set(xlim=(0, tokens), ylim=(layers, 0))
     axis.set_yticks([0.5, layers - 0.5], [str(kept.layers[0]), str(kept.layers[-1])], fontsize=6)
     axis.tick_params(length=1.5, width=0.5, pad=1.5)
@@ -209,29 +195,26 @@ def page(kept: Sequence[Kept], prompt: Pieces, answers: Sequence[Pieces], model:
         prompt, answers: the text, as far as it is the same for all methods and each one's own.
     """
     steps = kept[0].kinds.shape[1] - kept[0].prompt_tokens
+    # Deflated bytes, a value each, or two where there are many steps.
     wide = steps + 1 > 255
+    methods = []
+    for one, answer in zip(kept, answers, strict=True):
+        packed = zlib.compress(one.dropped.astype("<u2" if wide else "u1").tobytes())
+        dropped = base64.b64encode(packed).decode()
+        methods.append({"name": one.policy.name, "answer": _apart(answer), "dropped": dropped})
     data = {
         "layers": kept[0].layers,
         "heads": kept[0].kv_heads,
-        "prompt": prompt,
+        "prompt": _apart(prompt),
         "promptTokens": kept[0].prompt_tokens,
         "steps": steps,
         "wide": wide,
-        "methods": [
-            {"name": one.policy.name, "answer": answer, "dropped": _packed(one.dropped, wide)}
-            for one, answer in zip(kept, answers, strict=True)
-        ],
+        "methods": methods,
     }
-    # Pairs take more room than texts and numbers beside each other, as nearly all are of one token.
-    for part in (data, *data["methods"]):
-        key = "prompt" if part is data else "answer"
-        texts, sizes = zip(*part[key], strict=True)
-        several = {str(i): size for i, size in enumerate(sizes) if size != 1}
-        part[key] = {"texts": texts, "several": several}
     return templates().get_template("kept.html").render(kept=kept, model=model, data=data)
 
 
-def _packed(dropped: np.ndarray, wide: bool) -> str:
-    """Deflated bytes, a value each (two where there are many steps), as base64."""
-    values = dropped.astype("<u2" if wide else "u1")
-    return base64.b64encode(zlib.compress(values.tobytes())).decode()
+def _apart(pieces: Pieces) -> dict[str, Any]:
+    """Texts, and sizes beside them where they aren't 1: pairs would take more room."""
+    texts, sizes = zip(*pieces, strict=True)
+    return {"texts": texts, "several": {str(i): size for i, size in enumerate(sizes) if size != 1}}

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from evals.report.claims import FAILS, HOLDS, NOT_RUN, Claim, Judged
 from evals.report.figures import Figure
 from evals.report.table import Table
-from evals.report.views import finished, groups, labels, mark, ran
+from evals.report.views import finished, flat, labels, marked, ran, settings
 
 ANSWERS = 2  # samples shown per setting
 LONGEST = 700  # characters of an answer
@@ -47,7 +47,7 @@ def page(
     shown = {name: [t for t in group if len(t.frame)] for name, group in details.items()}
     figures, cards = list(figures), list(_cards(judged))
     kinds = [kind for _, kind, _ in cards]
-    parts = groups(rows).values() if len(rows) else []
+    parts = flat(settings(rows)) if len(rows) else []
     return (
         templates()
         .get_template("report.html")
@@ -115,16 +115,17 @@ def _measured(one: Judged) -> tuple[str, str]:
 def _answers(rows: pd.DataFrame) -> Iterator[tuple[str, list[Any]]]:
     """The first samples of each setting as all its methods answered them."""
     named = labels(rows)
-    for setting, whole in ran(rows[rows.generated_tokens > 0]).groupby("setting", sort=False):
-        parts = groups(whole)
+    for setting, parts in settings(ran(rows[rows.generated_tokens > 0])).items():
+        whole = pd.concat(parts.values())
         samples = []
-        for name in list(dict.fromkeys(whole.id))[:ANSWERS]:
+        for name in whole.id.unique()[:ANSWERS]:
+            same = whole[whole.id == name]
             given = [
-                (f"{row}{mark(part)}", str(part.prediction[part.id == name].iloc[0]))
-                for (_, row), part in parts.items()
+                (marked(part), str(part.prediction[part.id == name].iloc[0]))
+                for part in parts.values()
                 if (part.id == name).any()
             ]
-            first = whole[whole.id == name].iloc[0]
-            references = first.references if isinstance(first.references, list) else []
-            samples.append((name, " / ".join(map(str, references)), given))
-        yield f"{named[str(setting)]}, {whole.model.iloc[0]}: {len(samples)} samples", samples
+            references = same.references.iloc[0]
+            told = references if isinstance(references, list) else []
+            samples.append((name, " / ".join(map(str, told)), given))
+        yield f"{named[setting]}, {whole.model.iloc[0]}: {len(samples)} samples", samples

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from evals.report.table import NOT_RUN, Table
-from evals.report.views import SPEC, groups
+from evals.report.views import SPEC, flat, settings
 from evals.results.frame import REFERENCE, estimate
 from evals.tasks.longbench import averages
 
@@ -73,7 +73,7 @@ def _measured(
     own = own[paths.astype(str).str.rstrip("/").str.endswith(f"/{ending}")]
     if own.empty:  # nor need the metric be a column then
         return None
-    part = max(groups(own).values(), key=len)
+    part = max(flat(settings(own)), key=len)
     if group in AVERAGES:
         means = {name: estimate(one).value or 0.0 for name, one in part.groupby("group")}
         return averages(means)["average"].get(AVERAGES[group]) if means else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pandas as pd
@@ -52,24 +54,20 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
 
 def _rows(table: Table, without: str = "") -> Table:
     """Lines by the names of their files, as settings stand above them."""
-    frame = table.frame.copy()
-    frame.insert(0, "", frame.pop("row"))
-    frame["n"] = frame.pop("n")
-    frame = frame.drop(columns=[*HEAD, "budget"])
-    chosen = [i for i, name in enumerate(frame[""]) if name != without]
-    marks = {name: [one[i] for i in chosen] for name, one in table.marks.items()}
-    sections = [table.sections[i] for i in chosen]
-    return Table(table.name, table.title, frame.iloc[chosen], table.note, marks, sections)
+    table = table.take([i for i, name in enumerate(table.frame["row"]) if name != without])
+    frame = table.frame.drop(columns=[*HEAD, "budget", "row", "n"])
+    frame.insert(0, "", table.frame["row"])
+    return replace(table, frame=frame.assign(n=table.frame["n"]))
 
 
 def _by_length(table: Table) -> Table:
     """Methods on prompts of one length below each other."""
-    lengths = table.frame["prompt_tokens"].fillna(0)
-    lines = sorted(range(len(lengths)), key=lambda i: (table.sections[i], lengths.iloc[i]))
-    marks = {name: [one[i] for i in lines] for name, one in table.marks.items()}
-    sections = [f"{table.sections[i]}, {int(lengths.iloc[i]):,} tokens" for i in lines]
-    frame = table.frame.iloc[lines].drop(columns="prompt_tokens")
-    return Table(table.name, table.title, frame, table.note, marks, sections)
+    lengths = [int(length) for length in table.frame["prompt_tokens"].fillna(0)]
+    places = range(len(lengths))
+    table = table.take(sorted(places, key=lambda i: (table.sections[i], lengths[i])))
+    lengths = [int(length) for length in table.frame["prompt_tokens"].fillna(0)]
+    sections = [f"{name}, {n:,} tokens" for name, n in zip(table.sections, lengths, strict=True)]
+    return replace(table, frame=table.frame.drop(columns="prompt_tokens"), sections=sections)
 
 
 def print_paired(folders: Sequence[Path], method: str) -> None:
@@ -80,26 +78,19 @@ def print_paired(folders: Sequence[Path], method: str) -> None:
     """
     rows = load(*folders)
     named, lines, sections = views.labels(rows), [], []
-    parts = {key: views.ran(part) for key, part in views.groups(rows).items()}
-    for (setting, row), part in parts.items():
-        for (other_setting, other), theirs in parts.items():
-            if setting != other_setting or part.empty or theirs.empty:
-                continue
+    for setting, parts in views.settings(views.ran(rows)).items():
+        for (row, part), (other, theirs) in permutations(parts.items(), 2):
             own, its = part.iloc[0], theirs.iloc[0]
-            same = its.method == REFERENCE or (its.budget, its.budget_by) == (
-                own.budget,
-                own.budget_by,
-            )
-            if own.label != method or its.label == method or not same:
+            same = (own.budget, own.budget_by) == (its.budget, its.budget_by)
+            if own.label != method or its.label == method or not (same or its.method == REFERENCE):
                 continue
-            beside = partner(pd.concat([part, theirs.assign(row=REFERENCE, label=REFERENCE)]))
-            beside = beside.iloc[: len(part)]
-            score = estimate(part, "score", beside, DIFFERENCE)
-            kl = estimate(part, "kl_to_full", beside, DIFFERENCE)
+            both = pd.concat([part, theirs.assign(row=REFERENCE)])
+            beside = partner(both).loc[part.index]
             line = {"": row, "less": other}
-            for name, one in (("score", score), ("KL nats", kl)):
+            for name, of, column in (("score", "n", "score"), ("KL nats", "n of KL", "kl_to_full")):
+                one = estimate(part, column, beside, DIFFERENCE)
                 line |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
-                line |= {f"n{' of KL' * (name != 'score')}": one.n}
+                line |= {of: one.n}
             lines.append(line)
             sections.append(f"{named[setting]}  {own.headline}")
     if not lines:

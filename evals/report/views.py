@@ -25,6 +25,7 @@ from evals.results.frame import (
     DIFFERENCE,
     MARK,
     NOT_RUN,
+    NOTHING,
     RATIO,
     REFERENCE,
     TOLERANCE,
@@ -33,6 +34,7 @@ from evals.results.frame import (
     Weights,
     estimate,
     interval,
+    over,
     partner,
 )
 from evals.tasks.base import Task
@@ -42,22 +44,41 @@ from evals.tasks.longbench import averages
 SPEC = yaml.safe_load(Path(__file__).with_name("views.yaml").read_text(encoding="utf-8"))
 DISTURBED = "~"  # behind times of samples during which other processes kept the machine busy
 MANY = 6  # rows up to which they are columns of a table of data sets
-Key = tuple[str, str]  # setting and row
+Parts = dict[str, pd.DataFrame]  # a setting's samples by row
 
 
 # What is of one method: the rows of a frame of one setting and row
 
 
-def groups(rows: pd.DataFrame) -> dict[Key, pd.DataFrame]:
-    """Samples by setting and row, in the order in which tables show them."""
-    found = {key: part for key, part in rows.groupby(["setting", "row"], sort=False)}
+def settings(rows: pd.DataFrame, by: str = "setting") -> dict[str, Parts]:
+    """Samples by setting (or another column) and row, in the order in which tables show them."""
 
-    def order(key: Any) -> tuple[Any, ...]:
-        one = found[key].iloc[0]
+    def order(part: pd.DataFrame) -> tuple[Any, ...]:
+        one = part.iloc[0]
         budget = 0.0 if unknown(one.budget) else float(one.budget)
         return one.task, one.model, str(one.seed), one.setting, budget, place(one.method), one.row
 
-    return {key: found[key] for key in sorted(found, key=order)}
+    found: dict[str, Parts] = {}
+    for part in sorted((part for _, part in rows.groupby([by, "row"], sort=False)), key=order):
+        found.setdefault(part[by].iloc[0], {})[part.row.iloc[0]] = part
+    return found
+
+
+def flat(found: Mapping[str, Parts]) -> list[pd.DataFrame]:
+    """The samples of each row of all settings."""
+    return [part for parts in found.values() for part in parts.values()]
+
+
+def across_seeds(rows: pd.DataFrame) -> dict[str, Parts]:
+    """As :func:`settings`, those that differ in the seed alone together, where there are some."""
+    pools = {}
+    for setting, one in rows.drop_duplicates("setting").set_index("setting").iterrows():
+        told = {k: v for k, v in _flat(one).items() if k not in ("seed", "model.seed")}
+        told |= {name: one[name] for name in ("task", "model", "compress")}
+        pools[setting] = json.dumps(told, default=str, sort_keys=True)
+    pooled = rows.assign(pool=rows.setting.map(pools)).sort_values("seed", kind="stable")
+    pooled = pooled[pooled.groupby(["pool", "row"]).seed.transform("nunique") > 1]
+    return settings(pooled, "pool")
 
 
 def unknown(value: Any) -> bool:
@@ -84,6 +105,11 @@ def mark(part: pd.DataFrame) -> str:
     return MARK if (held(part) or 0) > 1 + TOLERANCE else ""
 
 
+def marked(part: pd.DataFrame) -> str:
+    """The row's name with its mark."""
+    return f"{part.row.iloc[0]}{mark(part)}"
+
+
 def budget_text(part: pd.DataFrame) -> str:
     """A budget, its measure if that is the mean, and MARK if more is held.
 
@@ -106,6 +132,17 @@ def status(part: pd.DataFrame) -> str:
     return "complete"
 
 
+def count(part: pd.DataFrame) -> str:
+    """Samples that ran; those out of memory, with the most bytes asked for; those that failed."""
+    of = Counter(part.status)
+    if of[NOT_RUN]:
+        return f"{len(part) - of[NOT_RUN]} of {len(part)}"
+    asked = part.asked_nbytes[part.status == "oom"].max()
+    size = f" of {asked / 1e9:.1f} GB" if asked > 0 else ""
+    oom = f" (+{of['oom']} oom{size})" if of["oom"] else ""
+    return f"{of['ok']}{oom}" + (f" (+{of['failed']} FAILED)" if of["failed"] else "")
+
+
 def score(
     part: pd.DataFrame,
     rows: pd.DataFrame,
@@ -120,26 +157,6 @@ def score(
     return estimate(part, metric, other, of, span=(found.min(), found.max()))
 
 
-def count(part: pd.DataFrame) -> str:
-    """Samples that ran; those out of memory, with the most bytes asked for; those that failed."""
-    bad = {name: part[part.status == name] for name in ("oom", "failed", NOT_RUN)}
-    if len(bad[NOT_RUN]):
-        return f"{len(part) - len(bad[NOT_RUN])} of {len(part)}"
-    asked = bad["oom"].asked_nbytes.max()
-    size = f" of {asked / 1e9:.1f} GB" if asked > 0 else ""
-    oom = f" (+{len(bad['oom'])} oom{size})" if len(bad["oom"]) else ""
-    return f"{len(ran(part))}{oom}" + (
-        f" (+{len(bad['failed'])} FAILED)" if len(bad["failed"]) else ""
-    )
-
-
-def by_setting(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    found: dict[str, list[pd.DataFrame]] = {}
-    for (setting, _), part in groups(rows).items():
-        found.setdefault(setting, []).append(part)
-    return {setting: pd.concat(parts) for setting, parts in found.items()}
-
-
 def summary(part: pd.DataFrame) -> dict[str, Any]:
     """What one method comes to, for objectives of sweeps and services that take results.
 
@@ -148,17 +165,14 @@ def summary(part: pd.DataFrame) -> dict[str, Any]:
         most; counts.
     """
     answered, scored = ran(part), estimate(ran(part))
-    numbers = answered.select_dtypes("number").columns
-    means = {name: answered[name].mean() for name in numbers}
-    means |= {
-        name: answered[name].max() for name in numbers if "peak" in name or "allocated" in name
-    }
-    names = [name for name in answered if name.startswith("scores.")]
-    means |= {name: estimate(answered, name).value for name in names}
-    found = {name: float(value) for name, value in means.items() if not unknown(value)}
-    ends = {"score": scored.value, "score_low": scored.low, "score_high": scored.high}
+    numbers = answered.select_dtypes("number")
+    found = numbers.mean().to_dict() | numbers.filter(regex="peak|allocated").max().to_dict()
+    for name in answered.filter(regex=r"^scores\."):
+        found[name] = estimate(answered, name).value
+    found = {name: float(value) for name, value in found.items() if not unknown(value)}
+    found |= {"score": scored.value, "score_low": scored.low, "score_high": scored.high}
     counts = {name: int((part.status == name).sum()) for name in ("oom", "failed", NOT_RUN)}
-    return found | ends | {"n": scored.n} | {k.replace(" ", "_"): v for k, v in counts.items()}
+    return found | {"n": scored.n} | {k.replace(" ", "_"): v for k, v in counts.items()}
 
 
 def labels(rows: pd.DataFrame) -> dict[str, str]:
@@ -170,22 +184,20 @@ def labels(rows: pd.DataFrame) -> dict[str, str]:
         for key, one in first.iterrows()
     }
     for label, count in Counter(found.values()).items():
-        alike = [key for key, other in found.items() if other == label]
-        if count > 1:
-            flat = {key: _flat(first.loc[key]) for key in alike}
-            names = dict.fromkeys(name for one in flat.values() for name in one)
-            for name in names:
-                if len({str(one.get(name)) for one in flat.values()}) > 1:
-                    for key in alike:
-                        found[key] += f" {name}={flat[key].get(name)}"
+        alike = {key: _flat(first.loc[key]) for key, other in found.items() if other == label}
+        for name in dict.fromkeys(name for one in alike.values() for name in one):
+            if count > 1 and len({str(one.get(name)) for one in alike.values()}) > 1:
+                for key, one in alike.items():
+                    found[key] += f" {name}={one.get(name)}"
     several = {label for label, count in Counter(found.values()).items() if count > 1}
     return {key: f"{key}" if label in several else label for key, label in found.items()}
 
 
 def _flat(setting: pd.Series) -> dict[str, Any]:
+    """The settings of its task, and of its model as `model.NAME`."""
     task, model = (
-        {} if unknown(setting[name]) else setting[name]
-        for name in ("task_settings", "model_settings")
+        one if isinstance(one, dict) else {}
+        for one in (setting.task_settings, setting.model_settings)
     )
     return task | {f"model.{name}": value for name, value in model.items() if name != "name"}
 
@@ -201,55 +213,56 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
         told: title, note and name, where they are not the view's.
     """
     spec = SPEC["views"][view]
+    across, by = spec.get("across"), spec.get("by")
     columns: dict[str, Any] = {}
     for column, how in spec["columns"].items():
         columns[column] = how
         if column == "score":
             columns |= {one: {"metric": f"scores.{one}", "interval": True} for one in metrics}
     others = {c["against"]: partner(rows, c["against"]) for c in columns.values() if "against" in c}
-    by, lines, sections = spec.get("by", []), [], []
-    marks: dict[str, list[str]] = {}
-    over: list[pd.DataFrame] = []
-    named = labels(rows)
-    for key, whole in (across_seeds if spec.get("across") else groups)(rows).items():
-        done = finished(whole)
-        tokens = whole.prompt_tokens
-        tokens = tokens if by == ["prompt_tokens"] else length_bin(tokens)
-        bins = whole.groupby(tokens) if by and done else [(None, whole)]
-        for value, part in bins:
-            line = head(whole, part) | dict(zip(by, [value], strict=False))
-            if spec.get("across"):
-                line["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
-            answered = ran(part) if done else part.iloc[:0]
-            for column, how in columns.items():
-                cells, disturbed = _column(how, answered, others, rows, spec.get("across"))
-                line |= _named(column, cells, how)
-                marks.setdefault(column, []).append(DISTURBED if disturbed else "")
-            if spec.get("terminal"):
-                line = {"n": count(whole), "row": f"{key[1]}{mark(whole)}"} | line
-            elif not by and not spec.get("across"):
-                line |= {"status": status(whole)}
-            sections.append(f"{named.get(key[0], '')}  {whole.headline.iloc[0]}".strip())
-            lines.append(line)
-            over.append(part)
-    text = " ".join(filter(None, [told.get("note", ""), spec.get("note", ""), over_note(over)]))
+    named, pieces = labels(rows), []
+    for setting, parts in (across_seeds(rows) if across else settings(rows)).items():
+        for whole in parts.values():
+            section = f"{named.get(setting, '')}  {whole.headline.iloc[0]}".strip()
+            tokens = whole.prompt_tokens
+            tokens = tokens if by == "prompt_tokens" else length_bin(tokens)
+            bins = whole.groupby(tokens) if by and finished(whole) else [(None, whole)]
+            pieces += [(section, length, whole, part) for length, part in bins]
+    lines: list[dict[str, Any]] = []
+    marks: dict[str, list[str]] = {column: [] for column in columns}
+    for _, length, whole, part in pieces:
+        answered, cells = ran(part) if finished(whole) else part.iloc[:0], {}
+        for column, how in columns.items():
+            found, disturbed = _column(how, answered, others, rows, across)
+            cells |= _written(column, found, how)
+            marks[column].append(DISTURBED if disturbed else "")
+        line = head(whole, part) | ({by: length} if by else {}) | cells
+        if across:
+            line["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
+        if spec.get("terminal"):
+            line = {"n": count(whole), "row": marked(whole)} | line
+        elif not by and not across:
+            line["status"] = status(whole)
+        lines.append(line)
+    sections, shown = [section for section, *_ in pieces], [part for *_, part in pieces]
+    note = f"{told.get('note', '')} {spec.get('note', '')}".strip()
     title = told.get("title", spec.get("title", view))
-    frame = pd.DataFrame(
-        lines, columns=None if lines else ["task", "model", "method"], dtype=object
-    )
-    return Table(told.get("name", view), title, frame, text, marks, sections)
+    heads = ["task", "model", "method"]
+    return table(told.get("name", view), title, lines, heads, note, shown, marks, sections)
 
 
-def across_seeds(rows: pd.DataFrame) -> dict[Any, pd.DataFrame]:
-    """Samples by method, those of settings that differ in the seed alone together, if there are."""
-    found: dict[Any, list[pd.DataFrame]] = {}
-    for (_, row), part in groups(rows).items():
-        one = part.iloc[0]
-        told = {k: v for k, v in _flat(one).items() if k not in ("seed", "model.seed")}
-        same = json.dumps([one.task, one.model, one.compress, told], default=str, sort_keys=True)
-        found.setdefault((same, row), []).append(part)
-    joined = {key: pd.concat(same) for key, same in found.items() if len(same) > 1}
-    return {key: part for key, part in joined.items() if part.seed.nunique() > 1}
+def table(
+    name: str,
+    title: str,
+    lines: Sequence[Mapping[str, Any]],
+    heads: Sequence[str],
+    note: str = "",
+    parts: Iterable[pd.DataFrame] = (),
+    *marks_and_sections: Any,
+) -> Table:
+    """Of lines by column, or of `heads` alone; the note says which `parts` hold too much."""
+    frame = pd.DataFrame(lines, columns=None if lines else heads, dtype=object)
+    return Table(name, title, frame, f"{note} {over_note(parts)}".strip(), *marks_and_sections)
 
 
 def length_bin(tokens: pd.Series) -> pd.Series:
@@ -280,33 +293,29 @@ def _column(
 ) -> tuple[list[Estimate], bool]:
     """A column's numbers for some samples, and whether they are times that others disturbed."""
     other = others[how["against"]].loc[part.index] if "against" in how else None
+    disturbed = False
     if how.get("timed"):
         part = part[part.timed]
         if other is not None:
             other = other.loc[part.index]
             beside = other.timed.eq(True) & (other.machine == part.machine)
             part, other = part[beside], other[beside]
+        sides = [part] if other is None else [part, other]
+        loaded = any(side.loaded.eq(True).any() for side in sides)
+        disturbed = loaded and how.get("stat") != "count"
     told = (how.get(key) for key in ("metric", "stat", "as"))
-    metrics, stats, kinds = (one if isinstance(one, list) else [one] for one in told)
-    count = max(map(len, (metrics, stats, kinds)))
-    parts = [part] if across is None else [one for _, one in part.groupby(across)]
+    told = [one if isinstance(one, list) else [one] for one in told]
+    pieces = [part] if across is None else [one for _, one in part.groupby(across)]
     found = []
-    for i in range(count):
-        metric, stat, kind = (one[min(i, len(one) - 1)] for one in (metrics, stats, kinds))
-        known = metric in part and len(part)
+    for i in range(max(map(len, told))):  # what is told once is so of all
+        metric, stat, kind = (one[min(i, len(one) - 1)] for one in told)
         cells = [
-            _cell(metric, stat, kind, p, None if other is None else other.loc[p.index], rows)
-            for p in parts
-            if known
+            _cell(metric, stat, kind, one, None if other is None else other.loc[one.index], rows)
+            for one in pieces
+            if metric in part and len(part)
         ]
-        if across and cells:
-            values = [np.nan if one.value is None else one.value for one in cells]
-            cells = [interval(values, guard=True)]
-        found.append(cells[0] if cells else Estimate(None, None, None, 0))
-    loaded = bool(len(part)) and (
-        part.loaded.any() or (other is not None and other.loaded.eq(True).any())
-    )
-    return found, bool(how.get("timed") and how.get("stat") != "count" and loaded)
+        found.append(NOTHING if not cells else over(cells) if across else cells[0])
+    return found, disturbed
 
 
 def _cell(
@@ -318,44 +327,45 @@ def _cell(
     rows: pd.DataFrame,
 ) -> Estimate:
     scored = metric == "score" or metric.startswith("scores.")
-    if other is not None and part.row.eq(REFERENCE).all():
-        return Estimate(None, None, None, 0)  # the full cache beside itself
-    if kind in ("agreement", "prefix") and other is not None:
-        shares = [_alike(kind, a, b) for a, b in zip(part[metric], other[metric], strict=True)]
-        return interval(shares)
+    if other is None:
+        n = int(part[metric].notna().sum())
+        if stat == "count":  # of what nobody measured the column is empty
+            return NOTHING._replace(value=n or None, n=n)
+        if stat in ("max", "median"):
+            value = float(part[metric].astype(float).agg(stat)) if n else None
+            return NOTHING._replace(value=value, n=n)
+        return score(part, rows, metric) if scored else estimate(part, metric)
+    if part.row.eq(REFERENCE).all():
+        return NOTHING  # the full cache beside itself
+    if kind in ("agreement", "prefix"):
+        pairs = zip(part[metric], other[metric], strict=True)
+        return interval([_alike(kind, own, full) for own, full in pairs])
     if kind in ("difference", "ratio"):
         of = DIFFERENCE if kind == "difference" else RATIO
         return score(part, rows, metric, other, of) if scored else estimate(part, metric, other, of)
-    values = part[metric].astype(float)
-    if other is not None:
-        gains = values - other[metric].astype(float)
-        if kind in ("wins", "losses") and not part.higher_is_better.iloc[0]:
-            gains = -gains
-        n = int(gains.notna().sum())
-        counted = {"wins": gains > 0, "ties": gains == 0, "losses": gains < 0, "nearer": gains < 0}
-        if kind == "count" or not n:
-            return Estimate(n or None, None, None, n)
-        number = int(counted[str(kind)].sum())
-        return Estimate(number / n if kind == "nearer" else number, None, None, n)
-    n = int(values.notna().sum())
-    if stat == "count":  # of what nobody measured the column is empty
-        return Estimate(n or None, None, None, n)
-    if stat in ("max", "median"):
-        return Estimate(float(values.agg(stat)) if n else None, None, None, n)
-    return score(part, rows, metric) if scored else estimate(part, metric)
+    gains = part[metric].astype(float) - other[metric].astype(float)
+    if kind in ("wins", "losses") and not part.higher_is_better.iloc[0]:
+        gains = -gains
+    n = int(gains.notna().sum())
+    if kind == "count" or not n:
+        return NOTHING._replace(value=n or None, n=n)
+    counted = {"wins": gains > 0, "ties": gains == 0, "losses": gains < 0, "nearer": gains < 0}
+    number = int(counted[str(kind)].sum())
+    return NOTHING._replace(value=number / n if kind == "nearer" else number, n=n)
 
 
 def _alike(kind: str, own: Any, full: Any) -> float:
     """The share of positions with the same token; or of the full answer before the first other."""
     if not (isinstance(own, list) and isinstance(full, list) and own and full):
         return np.nan
-    pairs = zip(own, full, strict=False)
+    same = [a == b for a, b in zip(own, full, strict=False)]
     if kind == "agreement":
-        return sum(a == b for a, b in pairs) / max(len(own), len(full))
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) / len(full)
+        return sum(same) / max(len(own), len(full))
+    return sum(takewhile(bool, same)) / len(full)
 
 
-def _named(column: str, cells: Sequence[Estimate], how: Mapping[str, Any]) -> dict[str, Any]:
+def _written(column: str, cells: Sequence[Estimate], how: Mapping[str, Any]) -> dict[str, Any]:
+    """The column's cell, and those of its interval."""
     scale = how.get("scale", 1)
     values = [
         [None if value is None else value * scale if scale != 1 else value for value in cell[:3]]
@@ -365,9 +375,8 @@ def _named(column: str, cells: Sequence[Estimate], how: Mapping[str, Any]) -> di
         texts = ["-" if value is None else format(value, form) for value, _, _ in values]
         return {column: "-" if set(texts) == {"-"} else "/".join(texts)}
     ((value, low, high),) = values
-    return {column: value} | (
-        {f"{column} low": low, f"{column} high": high} if how.get("interval") else {}
-    )
+    ends = {f"{column} low": low, f"{column} high": high} if how.get("interval") else {}
+    return {column: value} | ends
 
 
 def over_note(parts: Iterable[pd.DataFrame]) -> str:
@@ -399,55 +408,50 @@ def sections(rows: pd.DataFrame) -> Iterator[Table]:
         tasks = one.get("tasks")
         own = rows[rows.task.isin(tasks) if tasks else ~rows.task.isin(named)]
         told = {"name": name, "title": one["title"], "note": one.get("note", "")}
-        metrics = [m for m in one.get("metrics", ()) if f"scores.{m}" in own]
-        yield (
-            data_sets(own, **told) if one.get("data_sets") else make("scores", own, metrics, **told)
-        )
+        if one.get("data_sets"):
+            yield data_sets(own, **told)
+        else:
+            metrics = [m for m in one.get("metrics", ()) if f"scores.{m}" in own]
+            yield make("scores", own, metrics, **told)
 
 
 def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
     """Data sets, the benchmark's own averages and memory in rows; of many methods, in columns."""
     columns: dict[str, dict[str, Any]] = {}
     named, several = labels(rows), rows.setting.nunique() > 1
-    chosen = {key: part for key, part in groups(rows).items() if finished(part)}
-    for (setting, row), part in chosen.items():
+    chosen = [part for part in flat(settings(rows)) if finished(part)]
+    for part in chosen:
         answered = ran(part)
         means = {
             str(group): estimate(own).value for group, own in answered.groupby("group", sort=False)
         }
-        for kinds, found in (
-            averages({k: v for k, v in means.items() if v is not None}).items() if means else ()
-        ):
+        known = {group: value for group, value in means.items() if value is not None}
+        for kinds, found in averages(known).items() if means else ():
             means |= {f"{kinds}: {one}": value for one, value in found.items()}
         means["memory: KV MB"] = answered.kv_nbytes_mean.mean() / 1e6
         means["memory: KV allocated MB"] = answered.allocated_nbytes.max() / 1e6
-        means |= {"memory: held / budget": held(part)}
-        of = f"{row}{mark(part)}" + (f" {named[setting]}" if several else "")
-        columns[of] = means
-    names = sorted(
-        dict.fromkeys(n for one in columns.values() for n in one), key=lambda n: ":" in n
-    )
-    if len(columns) > MANY:
+        means["memory: held / budget"] = held(part)
+        columns[marked(part) + (f" {named[part.setting.iloc[0]]}" if several else "")] = means
+    names = dict.fromkeys(name for one in columns.values() for name in one)
+    names = sorted(names, key=lambda name: ":" in name)  # averages and memory below the data sets
+    lines: list[dict[str, Any]] = [
+        {"run": of} | {n: one.get(n, EMPTY) for n in names} for of, one in columns.items()
+    ]
+    if len(columns) <= MANY:
         lines = [
-            {"run": key} | {n: one.get(n, EMPTY) for n in names} for key, one in columns.items()
+            {"data set": n} | {of: one.get(n, EMPTY) for of, one in columns.items()} for n in names
         ]
-    else:
-        lines = [
-            {"data set": n} | {key: one.get(n, EMPTY) for key, one in columns.items()}
-            for n in names
-        ]
-    frame = pd.DataFrame(lines, columns=None if lines else ["data set"], dtype=object)
-    return Table(name, title, frame, f"{note} {over_note(chosen.values())}".strip())
+    return table(name, title, lines, ["data set"], note, chosen)
 
 
 def breakdowns(rows: pd.DataFrame) -> Iterator[Table]:
     """Scores by the samples' groups, and by what else their task breaks them down."""
     named = labels(rows)
-    for setting, whole in by_setting(rows).items():
+    for setting, parts in settings(rows).items():
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for (_, row), part in groups(whole).items():
+        for part in parts.values():
             for title, means in _broken_down(ran(part)).items():
-                found.setdefault(title, {})[f"{row}{mark(part)}"] = means
+                found.setdefault(title, {})[marked(part)] = means
         for title, columns in found.items():
             names = dict.fromkeys(name for means in columns.values() for name in means)
             lines = [{title: row} | {n: of.get(n) for n in names} for row, of in columns.items()]
@@ -462,23 +466,17 @@ def _broken_down(part: pd.DataFrame) -> dict[str, dict[str, float]]:
         return {}
     by_group = part[part.group != ""].groupby("group", sort=False)
     means = {str(name): estimate(own).value for name, own in by_group}
-    found: dict[str, dict[str, Any]] = {part.grouped_by.iloc[0]: means} if means else {}
+    found: dict[str, dict[str, Any]] = {part.grouped_by.iloc[0]: means}
     told = part.task_settings.iloc[0]
     if isinstance(told, dict):
+        records: Any = [
+            {k: v for k, v in line.items() if not unknown(v)} for line in part.to_dict("records")
+        ]
         try:
-            found |= build("task", told, Task).breakdown(records(part))
+            found |= build("task", told, Task).breakdown(records)
         except (ConfigError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             found["breakdown"] = {f"cannot be made: {error}": np.nan}
     return {title: rows for title, rows in found.items() if rows}
-
-
-def records(part: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame as records: without what they do not have."""
-    lines = part.to_dict("records")
-    return [
-        {k: v for k, v in line.items() if isinstance(v, list | dict) or not unknown(v)}
-        for line in lines
-    ]
 
 
 def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]]:
@@ -487,14 +485,14 @@ def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]
     Sizes that a budget chose are no settings, whatever the configuration says.
     """
     found: dict[str, dict[Any, pd.DataFrame]] = {}
-    for (setting, _), part in groups(rows).items():
-        one = part.iloc[0]
-        known = settings_of(one)
-        if parameter not in known or not finished(part) or left_to_budget(one, parameter):
-            continue
-        told = [known | {parameter: None}, sorted(set(one.fixed or ()) - {parameter})]
-        same = [setting, one.method, one.budget, one.budget_by, *told]
-        found.setdefault(str(same), {}).setdefault(known[parameter], part)
+    for part in flat(settings(rows)):
+        one, fixed = part.iloc[0], set(part.fixed.iloc[0])
+        known = parameters_of(one)
+        chosen = not unknown(one.budget) and parameter in {"window", "threshold"} - fixed
+        if parameter in known and finished(part) and not chosen:
+            told = [known | {parameter: None}, sorted(fixed - {parameter})]
+            same = str([one.setting, one.method, one.budget, one.budget_by, *told])
+            found.setdefault(same, {}).setdefault(known[parameter], part)
 
     def order(value: Any) -> tuple[bool, bool, Any]:
         return value is not None, isinstance(value, str), value
@@ -503,17 +501,10 @@ def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]
     return [{value: one[value] for value in sorted(one, key=order)} for one in several]
 
 
-def settings_of(one: pd.Series) -> dict[str, Any]:
+def parameters_of(one: pd.Series) -> dict[str, Any]:
     """A method's parameters and the cache's, as configured."""
     told = [known for known in (one.parameters, one.cache) if isinstance(known, dict)]
     return {key: value for known in told for key, value in sorted(known.items())}
-
-
-def left_to_budget(one: pd.Series, parameter: str) -> bool:
-    fixed = one.fixed if isinstance(one.fixed, list) else []
-    return (
-        not unknown(one.budget) and parameter in ("window", "threshold") and parameter not in fixed
-    )
 
 
 PARAMETERS: tuple[str, ...] = ("history", "compact", "stride", "window", "sink", "threshold")
@@ -522,55 +513,54 @@ PARAMETERS += ("positions", "logn_base", "logn_clamp")
 
 def ablations(rows: pd.DataFrame) -> Table:
     """Every parameter that was varied alone."""
-    lines, over = [], []
+    lines, parts = [], []
     for parameter in PARAMETERS:
         for family in families(rows, parameter):
             for value, part in family.items():
-                found, one = score(ran(part), rows), part.iloc[0]
-                over.append(part)
+                found = score(ran(part), rows)
+                parts.append(part)
                 lines.append(
                     {"parameter": parameter, "value": str(value), **head(part, part)}
                     | {"score": found.value, "score low": found.low, "score high": found.high}
                     | {"KV MB": ran(part).kv_nbytes_mean.mean() / 1e6, "held / budget": held(part)}
-                    | {"metric": one.headline, "n": found.n}
+                    | {"metric": part.headline.iloc[0], "n": found.n}
                 )
     note = (
         "Groups of rows that differ in nothing else. Without a budget, other sizes also hold other"
         " memory: read KV MB beside the score."
     )
-    frame = pd.DataFrame(lines, columns=None if lines else ["parameter", "value"], dtype=object)
-    return Table("ablations", "One parameter at a time", frame, f"{note} {over_note(over)}".strip())
+    heads = ["parameter", "value"]
+    return table("ablations", "One parameter at a time", lines, heads, note, parts)
 
 
 def overview(rows: pd.DataFrame) -> Table:
     """Every row, unfinished and failed ones too."""
     lines = [
         head(part, part)
-        | {
-            "n": len(ran(part)),
-            "status": status(part),
-            "machine": ", ".join(map(str, part.machine.dropna().unique())),
-            "revision": ", ".join(str(one)[:12] for one in part.git_revision.dropna().unique()),
-            "folder": setting,
-        }
-        for (setting, _), part in groups(rows).items()
+        | {"n": len(ran(part)), "status": status(part), "machine": _listed(part.machine)}
+        | {"revision": _listed(part.git_revision.dropna().astype(str).str[:12])}
+        | {"folder": part.setting.iloc[0]}
+        for part in flat(settings(rows))
     ]
-    frame = pd.DataFrame(lines, columns=None if lines else ["task", "method"], dtype=object)
-    return Table("runs", "Runs", frame, over_note(groups(rows).values()))
+    return table("runs", "Runs", lines, ["task", "method"], "", flat(settings(rows)))
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(map(str, values.dropna().unique()))
 
 
 def notes(rows: pd.DataFrame) -> list[str]:
     """What a reader should know before comparing the rows."""
     found, named = [], labels(rows)
-    for setting, whole in by_setting(rows).items():
-        task, parts = named[setting], groups(whole)
+    for setting, parts in settings(rows).items():
+        task = named[setting]
         for name, of in CONDITIONS.items():
-            values = {row: of(ran(part)) for (_, row), part in parts.items() if finished(part)}
+            values = {row: of(ran(part)) for row, part in parts.items() if finished(part)}
             if len(set(values.values())) > 1:
                 told = "; ".join(f"{row} {value}" for row, value in values.items())
                 found.append(f"{task}: rows differ in {name}: {told}")
         budgets: dict[str, list[float]] = {}
-        for (_, row), part in parts.items():
+        for row, part in parts.items():
             one, share = part.iloc[0], held(part)
             if mark(part):
                 by = f"({one.budget_by}): not at equal memory"
@@ -579,23 +569,21 @@ def notes(rows: pd.DataFrame) -> list[str]:
                 budgets.setdefault(f"{one.budget} ({one.budget_by})", []).append(share)
             if not finished(part):
                 found.append(f"{task}, {row}: {status(part)}; without a score until it is finished")
-            if part.environment.nunique() > 1:
-                kinds = ", ".join(map(str, part.machine.dropna().unique()))
-                count = part.environment.nunique()
+            if (count := part.environment.nunique()) > 1:
+                kinds = _listed(part.machine)
                 found.append(f"{task}, {row}: samples ran in {count} environments, on {kinds}")
-        timed = ran(whole)[ran(whole).timed]
+        timed = pd.concat([part[(part.status == "ok") & part.timed] for part in parts.values()])
         if timed.loaded.any():
             found.append(
                 f"{task}: other processes disturbed {timed.loaded.sum()} of {len(timed)} timed"
                 f" answers: timings marked {DISTURBED} are not to be relied on"
             )
         for budget, shares in budgets.items():
-            if max(shares) > (1 + TOLERANCE) * min(shares):
-                ratio = max(shares) / min(shares)
+            if (ratio := max(shares) / min(shares)) > 1 + TOLERANCE:
                 found.append(
                     f"{task}: rows of budget={budget} hold up to {ratio:.2f}x as much as others"
                 )
-        if not (whole.row == REFERENCE).any():
+        if REFERENCE not in parts:
             found.append(f"{task}: the full cache was not run; nothing is compared with it")
     return found
 

@@ -10,6 +10,7 @@ A row is a sample as one method answered it. Every table, figure and verdict is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -74,19 +75,21 @@ def load(*roots: str | Path) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     stored: list[pd.DataFrame] = []
     left_out: list[str] = []
-    for root in dict.fromkeys(map(Path, roots)):
-        folders = [
-            *root.rglob("setting.yaml"),
-            *root.rglob("samples.jsonl"),
-        ]  # version 0.2 had these
-        for path in sorted({file.parent for file in folders}):
-            try:
-                rows += _rows(SettingFolder(path), left_out)
-            except (ConfigError, OSError) as error:
-                reason = error.remedy if isinstance(error, ConfigError) else str(error)
-                left_out.append(f"{path}: {reason}")
+    folders: dict[Path, Path] = {}
+    for root in map(Path, roots):
+        # The second was version 0.2's.
+        for file in sorted([*root.rglob("setting.yaml"), *root.rglob("samples.jsonl")]):
+            folders.setdefault(file.parent.resolve(), file.parent)
         stored += [_committed(file, root) for file in sorted(root.rglob("samples.csv.gz"))]
         stored += [_spread(file) for file in sorted(root.rglob("spread.csv"))]
+    count = Counter(path.name for path in folders.values())
+    for path in folders.values():
+        name = path.name if count[path.name] == 1 else "-".join(path.parts).lstrip("/-")
+        try:
+            rows += _rows(SettingFolder(path), name, left_out)
+        except (ConfigError, OSError) as error:
+            reason = error.remedy if isinstance(error, ConfigError) else str(error)
+            left_out.append(f"{path}: {reason}")
     read = pd.DataFrame(rows)
     read["budget"] = pd.Series([row["budget"] for row in rows], dtype=object)  # 512, not 512.0
     parts = [one for one in (read, *stored) if len(one)]  # nothing would make seeds of it 0.0
@@ -98,14 +101,16 @@ def load(*roots: str | Path) -> pd.DataFrame:
         found[name] = found[name].astype(object).fillna("")
     for name in ("timed", "loaded"):
         found[name] = found[name].eq(True)
+    found["fixed"] = [one if isinstance(one, list) else [] for one in found["fixed"]]
     found.attrs["left_out"] = left_out
     return found
 
 
-def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(folder: SettingFolder, name: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
     """A setting's rows of the frame.
 
     Args:
+        name: the folder's, or its path's where several have that.
         left_out: takes what of it does not count, by name and reason.
 
     Raises:
@@ -120,7 +125,7 @@ def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]
         left_out.append(f"{folder.path}: {lacking} of {asked['of']} samples are of other shards")
     metric, environments = known["metric"], folder.environments
     shared: dict[str, Any] = {
-        "setting": folder.path.name,
+        "setting": name,
         "task": known["task"]["name"],
         "model": known["model"]["name"] + (", compiled" if known["model"].get("compile") else ""),
         "task_settings": known["task"],
@@ -138,47 +143,24 @@ def _rows(folder: SettingFolder, left_out: list[str]) -> Iterator[dict[str, Any]
         if row == REFERENCE:  # it is the first
             full = records
         told = next(iter(records.values()), {})
-        same: dict[str, Any] = {
-            key: told.get(key) for key in ("label", "method", "parameters", "fixed", "cache")
-        }
-        same |= {key: told.get(key) for key in ("budget", "budget_by")}
-        for name, digest in asked["samples"].items():
-            record: Any = records.get(name)
+        names = ("label", "method", "parameters", "fixed", "cache", "budget", "budget_by")
+        same: dict[str, Any] = {key: told.get(key) for key in names}
+        for sample, digest in asked["samples"].items():
+            record: Any = records.get(sample)
             if record is None:
-                record = {"status": NOT_RUN, "id": name, "sample_sha256": digest}
+                record = {"status": NOT_RUN, "id": sample, "sample_sha256": digest}
             place = environments.get(str(record.get("environment")), {})
-            yield {
-                **shared,
-                "row": row,
-                **same,
-                **record,
-                **_of_scores(record, metric["headline"]),
-                **_of_distance(record, full.get(name)),
-                "held": _held(record),
-                "machine": machine(place) if place else "unknown",
-                **{name: place.get(name) for name in ("model_parameters", "git_revision")},
-            }
-
-
-def _of_scores(record: dict[str, Any], headline: str) -> dict[str, Any]:
-    scores = record.get("scores") or {}
-    return {f"scores.{name}": value for name, value in scores.items()} | {
-        "score": scores.get(headline)
-    }
-
-
-def _of_distance(record: dict[str, Any], full: dict[str, Any] | None) -> dict[str, Any]:
-    """Blanks for distances on an answer that the full cache no longer gives."""
-    told = record.get("reference_sha256")
-    if told is None or (full is not None and told == sha256(full.get("tokens"))):
-        return {}
-    return {"kl_to_full": None, "kl_median": None, "top1_to_full": None}
-
-
-def _held(record: dict[str, Any]) -> float | None:
-    """Entries held, by the budget's measure, over the budget: 1.0 for one that is met exactly."""
-    by, entries = record.get("budget_by"), record.get("budget_entries")
-    return record[f"kv_entries_{by}"] / entries if by and entries and "scores" in record else None
+            scores = record.get("scores") or {}
+            line = {**shared, "row": row, **same, **record, "score": scores.get(metric["headline"])}
+            line |= {f"scores.{one}": value for one, value in scores.items()}
+            answer = record.get("reference_sha256")
+            if answer and (sample not in full or answer != sha256(full[sample].get("tokens"))):
+                line |= {"kl_to_full": None, "kl_median": None, "top1_to_full": None}
+            by, entries = record.get("budget_by"), record.get("budget_entries")
+            budgeted = by and entries and "scores" in record
+            line["held"] = record[f"kv_entries_{by}"] / entries if budgeted else None
+            line["machine"] = machine(place) if place else "unknown"
+            yield line | {one: place.get(one) for one in ("model_parameters", "git_revision")}
 
 
 def _committed(file: Path, root: Path) -> pd.DataFrame:
@@ -241,6 +223,7 @@ class Estimate(NamedTuple):
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
+NOTHING = Estimate(None, None, None, 0)
 Weights = tuple[Sequence[float], Sequence[float] | None]
 VALUE: Weights = ((1,), None)
 DIFFERENCE: Weights = ((1, -1), None)
@@ -531,6 +514,9 @@ def over_parts(
         estimate(piece, metric, None if others is None else others.loc[piece.index], of)
         for piece in pieces
     ]
-    if parts is None:
-        return found[0]
+    return found[0] if parts is None else over(found)
+
+
+def over(found: Sequence[Estimate]) -> Estimate:
+    """The mean of what several seeds or processes come to, and its interval over them."""
     return interval([np.nan if one.value is None else one.value for one in found], guard=True)

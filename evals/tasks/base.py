@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -73,7 +74,7 @@ class Task(ABC):
         mode: whether the model is to ``answer`` a prompt, or to ``read`` a text to its end, see
             :class:`StreamTask`.
         statistic: what becomes of the headline's mean, a key of
-            :data:`evals.tasks.text.STATISTICS`.
+            :data:`evals.results.frame.STATISTICS`.
         higher_is_better: of the headline.
         grouped_by: what a sample's group is.
         version: of prompts and scores; raise it with any change to them, and runs of before, whose
@@ -211,3 +212,26 @@ class StreamTask(Task):
 def after(body: str, prompt: str) -> str:
     """What follows the last `body` in a prompt."""
     return prompt[prompt.rindex(body) + len(body) :]
+
+
+def means_by(
+    key: Callable[[Mapping[str, Any]], Any], records: Iterable[Mapping[str, Any]], metric: str
+) -> dict[Any, float]:
+    """Means of a metric by what `key` makes of records; those of which it makes None are out."""
+    values: dict[Any, list[float]] = {}
+    for record in records:
+        if (name := key(record)) is not None:
+            values.setdefault(name, []).append(record["scores"][metric])
+    return {name: statistics.fmean(found) for name, found in values.items()}
+
+
+def means_by_meta(
+    keys: Iterable[str], records: Sequence[Mapping[str, Any]], metric: str
+) -> dict[str, dict[str, float]]:
+    """For each key that the samples' `meta` has, means of a metric by its value, in order."""
+    found = {key: means_by(lambda r, key=key: r["meta"].get(key), records, metric) for key in keys}
+    return {
+        key: {str(name): means[name] for name in sorted(means)}
+        for key, means in found.items()
+        if means
+    }

@@ -1,47 +1,76 @@
-"""lm-eval's task definitions, read without importing lm-eval as a whole."""
+"""lm-eval's tasks: their definitions, prompts and modules, without lm-eval as a whole."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
+from jinja2 import Environment
 
 from buzz.errors import ConfigError
 
 
-def definitions(name: str, task: str, remedy: str) -> Path:
-    """The folder `name` of lm-eval's tasks.
+@dataclass(frozen=True)
+class LmEval:
+    """A folder of lm-eval's tasks.
 
-    Raises:
-        ConfigError: naming `task`: lm-eval is not installed.
+    Attributes:
+        folder: its name there.
+        task: of this project, that is made of it.
+        extra: of this project's package, which installs lm-eval and what the folder's code imports.
     """
-    spec = importlib.util.find_spec("lm_eval")  # found without importing all of it
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("task", task, remedy)
-    return Path(next(iter(spec.submodule_search_locations))) / "tasks" / name
+
+    folder: str
+    task: str
+    extra: str
+
+    @property
+    def missing(self) -> ConfigError:
+        """What is raised where something is not installed."""
+        remedy = f"needs lm-eval and what it imports: pip install -e '.[{self.extra}]'"
+        return ConfigError("task", self.task, remedy)
+
+    @property
+    def path(self) -> Path:
+        spec = importlib.util.find_spec("lm_eval")  # found without importing all of it
+        if spec is None or not spec.submodule_search_locations:
+            raise self.missing
+        return Path(next(iter(spec.submodule_search_locations))) / "tasks" / self.folder
+
+    @cache  # noqa: B019 (there are a few, which stay)
+    def read(self, name: str) -> dict[str, Any]:
+        """A YAML file over the one that it includes; `!function module.name` is that text."""
+        text = (self.path / name).read_text(encoding="utf-8")
+        own: dict[str, Any] = yaml.load(text, Loader=_Loader)
+        included = own.pop("include", None)
+        return own if included is None else self.read(included) | own
+
+    def module(self, name: str) -> ModuleType:
+        """The Python file, as a module of its own.
+
+        Raises:
+            ConfigError: what it imports is not there.
+        """
+        spec = importlib.util.spec_from_file_location(
+            f"lm_eval_{self.folder}_{name}", self.path / f"{name}.py"
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            raise self.missing from error
+        return module
 
 
-def read_definition(path: Path) -> dict[str, Any]:
-    """A YAML file over the one that it includes; `!function module.name` is that text."""
-    own: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    included = own.pop("include", None)
-    return own if included is None else read_definition(path.parent / included) | own
-
-
-def load_module(path: Path) -> ModuleType:
-    """The Python file, as a module of its own.
-
-    Raises:
-        ImportError: what it imports is not there.
-    """
-    spec = importlib.util.spec_from_file_location(f"lm_eval_{path.parent.name}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def render(template: str, **row: Any) -> str:
+    """lm-eval's prompt of a row."""
+    return Environment(keep_trailing_newline=True).from_string(template).render(row)
 
 
 class _Loader(yaml.SafeLoader):

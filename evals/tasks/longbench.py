@@ -19,18 +19,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from jinja2 import Environment
 from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample, Task, after
+from evals.tasks.base import Sample, Task, after, means_by
 from evals.tasks.data import are_texts, load_hub, read_jsonl
-from evals.tasks.definitions import definitions, load_module, read_definition
+from evals.tasks.definitions import LmEval, render
 
-REMEDY = "LongBench needs lm-eval and its metrics: pip install -e '.[longbench]'"
+LM_EVAL = LmEval("longbench", task="longbench", extra="longbench")
 
 NO_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 CLASSES = {"trec", "lsht"}  # whose metric knows the other answers
@@ -216,8 +214,8 @@ def _dataset_means(records: Iterable[Record]) -> dict[str, float]:
 def prompt_of(name: str, row: dict[str, Any]) -> str:
     """The benchmark's prompt for one sample, before truncation and chat template."""
     question = row["input"] if "input" in row else row["question"]
-    template = Environment(keep_trailing_newline=True).from_string(load_dataset(name).template)
-    return template.render(context=row["context"], question=question, input=question)
+    template = load_dataset(name).template
+    return render(template, context=row["context"], question=question, input=question)
 
 
 def score(
@@ -242,7 +240,7 @@ def _code_similarity(prediction: str, answer: str, all_classes: Sequence[str] | 
 
 def dataset_names(extended: bool = False) -> list[str]:
     """The data sets of LongBench, or of LongBench-E (without their ``_e``)."""
-    stems = sorted(path.stem for path in _definitions().glob("[!_]*.yaml"))
+    stems = sorted(path.stem for path in LM_EVAL.path.glob("[!_]*.yaml"))
     if extended:
         return [stem.removesuffix("_e") for stem in stems if stem.endswith("_e")]
     return [stem for stem in stems if not stem.endswith("_e")]
@@ -255,41 +253,31 @@ def load_dataset(name: str) -> Dataset:
     Raises:
         ConfigError: lm-eval, or what its metrics need, is not installed.
     """
-    definition = read_definition(_definitions() / f"{name}.yaml")
+    definition = LM_EVAL.read(f"{name}.yaml")
     template = definition["doc_to_text"]
     if name in BLANK_LINE_BEFORE_QUESTION:
         template = template.replace("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")
     if not template.endswith(ending := ENDING.get(name, "")):
         template += ending
+    # The benchmark's own function behind lm-eval's wrapper, which strips predictions first:
+    # `metrics.get_qa_f1_with_score` (in older releases `get_qa_f1_score`) wraps `qa_f1_score`.
+    wrapper = definition["process_results"]
+    metric = re.sub(r".*\.get_|_with_score$|_score$", "", wrapper) + "_score"
+    own = _code_similarity if metric == "code_sim_score" else getattr(_metrics(), metric)
     return Dataset(
         template=template,
         max_new_tokens=definition["generation_kwargs"]["max_gen_toks"],
-        metric=_metric(definition["process_results"]),
+        metric=own,
         hub=(definition["dataset_path"], definition["dataset_name"], definition["test_split"]),
     )
 
 
-def _metric(wrapper: str) -> Callable[..., float]:
-    """The benchmark's own function behind lm-eval's wrapper, which strips predictions first.
-
-    `metrics.get_qa_f1_with_score` (in older releases `get_qa_f1_score`) wraps `qa_f1_score`.
-    """
-    name = re.sub(r".*\.get_|_with_score$|_score$", "", wrapper) + "_score"
-    return _code_similarity if name == "code_sim_score" else getattr(_metrics(), name)
-
-
-def _definitions() -> Path:
-    return definitions("longbench", "longbench", REMEDY)
-
-
 @cache
 def _metrics() -> ModuleType:
-    logging.getLogger("jieba").setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on the speed of string matching
-            module = load_module(_definitions() / "metrics.py")
-    except ImportError as error:
-        raise ConfigError("task", "longbench", REMEDY) from error
-    logging.getLogger("jieba").setLevel(logging.WARNING)  # jieba sets its own level on import
+    jieba = logging.getLogger("jieba")
+    jieba.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the speed of string matching
+        module = LM_EVAL.module("metrics")
+    jieba.setLevel(logging.WARNING)  # it sets its own level on import
     return module

@@ -13,18 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jinja2 import Environment
 from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by_meta
-from evals.tasks.base import Sample, Task
+from evals.tasks.base import Sample, Task, means_by_meta
 from evals.tasks.data import are_texts, load_hub, read_json, read_jsonl
-from evals.tasks.definitions import definitions, read_definition
+from evals.tasks.definitions import LmEval, render
 
-REMEDY = "LongBench v2 needs lm-eval: pip install -e '.[longbench]'"
+LM_EVAL = LmEval("longbench2", task="longbench2", extra="longbench")
+COMMON = "_longbench_common_yaml"
 LETTERS = "ABCD"
 QUESTION = "What is the correct answer to this question:"
 CODE = "Code Repository Understanding"  # in no group of lm-eval's
@@ -69,9 +68,15 @@ class LongBench2(Task):
 
     def _read(self) -> list[dict[str, Any]]:
         if self.data_file is not None:
-            return _read_file(Path(self.data_file))
+            path = Path(self.data_file)
+            if path.suffix != ".json" or not path.is_file():
+                return read_jsonl(path, "task.data_file")
+            found = read_json(path, "task.data_file")
+            if not (isinstance(found, list) and found and all(isinstance(r, dict) for r in found)):
+                raise ConfigError("task.data_file", str(path), "must be a list of objects")
+            return found
         rows: list[dict[str, Any]] = []
-        path, split = (_common()[key] for key in ("dataset_path", "test_split"))
+        path, split = (LM_EVAL.read(COMMON)[key] for key in ("dataset_path", "test_split"))
         for subset, domain in subsets().items():
             found = load_hub(path, subset, split, "task.data_file", self.hub_revision)
             rows += [{"domain": domain, "sub_domain": subset} | row for row in found]
@@ -83,7 +88,7 @@ class LongBench2(Task):
         return [self._sample(number, row) for number, row in enumerate(self._rows)]
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
-        prompt = prompt_of(row)
+        prompt = render(LM_EVAL.read(COMMON)["doc_to_text"], **row)
         if self.answer == "sentence":
             prompt = prompt.removesuffix(LETTER) + SENTENCE
         known = ("_id", "domain", "sub_domain", "difficulty", "length")
@@ -107,39 +112,16 @@ class LongBench2(Task):
         return means_by_meta(("domain", "difficulty", "length"), records, self.headline)
 
 
-def prompt_of(row: dict[str, Any]) -> str:
-    """lm-eval's prompt for one question."""
-    return Environment().from_string(_common()["doc_to_text"]).render(row)
-
-
-@cache
-def _common() -> dict[str, Any]:
-    return read_definition(_definitions() / "_longbench_common_yaml")
-
-
 @cache
 def subsets() -> dict[str, str]:
     """Configurations of lm-eval's mirror, with the domain of each."""
-    groups = [read_definition(path) for path in _definitions().glob("_longbench2_*.yaml")]
+    groups = [LM_EVAL.read(path.name) for path in LM_EVAL.path.glob("_longbench2_*.yaml")]
     domains = {f"{group['group']}_tasks": group["group_alias"] for group in groups}
-    tasks = [read_definition(path) for path in sorted(_definitions().glob("[!_]*.yaml"))]
+    tasks = [LM_EVAL.read(path.name) for path in sorted(LM_EVAL.path.glob("[!_]*.yaml"))]
     return {
         task["dataset_name"]: next((domains[tag] for tag in task["tag"] if tag in domains), CODE)
         for task in tasks
     }
-
-
-def _definitions() -> Path:
-    return definitions("longbench2", "longbench2", REMEDY)
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    if path.suffix != ".json" or not path.is_file():
-        return read_jsonl(path, "task.data_file")
-    rows = read_json(path, "task.data_file")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError("task.data_file", str(path), "must be a list of objects")
-    return rows
 
 
 def _row(number: int, row: dict[str, Any]) -> dict[str, Any]:

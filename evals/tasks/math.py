@@ -8,23 +8,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 from unittest.mock import patch
 
-from jinja2 import Environment
 from pydantic import Field, NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by_meta
-from evals.tasks.base import Sample, Task
+from evals.tasks.base import Sample, Task, means_by_meta
 from evals.tasks.data import load_hub, read_jsonl
-from evals.tasks.definitions import definitions, load_module, read_definition
+from evals.tasks.definitions import LmEval, render
 
-REMEDY = "MATH and AIME need lm-eval and math-verify: pip install -e '.[math]'"
 MINERVA = "minerva_math500"
 
 # lm-eval's tasks: the folder, and what the data call the problem and what is compared with.
@@ -112,29 +108,29 @@ class Math(Task):
     def sampling(self, samples: Sequence[Sample]) -> tuple[float, float, list[int]] | None:
         if self.temperature == 0:
             return None
-        return self.temperature, self.top_p, [seed_of(self.seed, one.id) for one in samples]
+        # A seed for each sample, the same in every process.
+        names = (f"{self.seed}/{one.id}".encode() for one in samples)
+        digests = (hashlib.sha256(name).digest() for name in names)
+        return self.temperature, self.top_p, [int.from_bytes(d[:7], "big") for d in digests]
 
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
         name = f"{self.benchmark}-{number}"
         _, _, compared = BENCHMARKS[self.benchmark]
+        shown = self._examples()[: self.fewshot]
+        examples = [f"{self._ask(one)} {one['solution']}\n\n" for one in shown]
         return Sample(
             id=name,
-            prompt=self._prompt(row),
+            # lm-eval's, of a base model, or as one message.
+            prompt="".join([*examples, self._ask(row)]),
             references=(str(row[compared]),),
             unit=name,
             meta={key: row.get(key) for key in ("unique_id", "subject", "level")},
         )
 
-    def _prompt(self, row: dict[str, Any]) -> str:
-        """lm-eval's, of a base model, or as one message."""
-        examples = self._examples()[: self.fewshot]
-        parts = [f"{self._ask(one)} {one['solution']}\n\n" for one in examples]
-        return "".join(parts) + self._ask(row)
-
     def _ask(self, row: dict[str, Any]) -> str:
         if self.benchmark == MINERVA:
             return scorer(MINERVA).doc_to_text(row)
-        return Environment().from_string(definition(self.benchmark)["doc_to_text"]).render(row)
+        return render(definition(self.benchmark)["doc_to_text"], **row)
 
     def _examples(self) -> list[dict[str, Any]]:
         return scorer(MINERVA).list_fewshot_samples() if self.benchmark == MINERVA else []
@@ -164,11 +160,6 @@ def right_within(records: Sequence[Record], metric: str) -> dict[str, float]:
     return found
 
 
-def seed_of(seed: int, name: str) -> int:
-    """A seed for each name, the same in every process."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-
-
 def score(benchmark: str, prediction: str, reference: str) -> float:
     """lm-eval's verdict on one answer: `math_verify` of Minerva's, `exact_match` of the others.
 
@@ -185,10 +176,9 @@ def score(benchmark: str, prediction: str, reference: str) -> float:
     return float(module.process_results(doc, [prediction])["exact_match"])
 
 
-@cache
 def definition(benchmark: str) -> dict[str, Any]:
     """lm-eval's definition of a task."""
-    return read_definition(_folder(benchmark) / f"{benchmark}.yaml")
+    return _lm_eval(benchmark).read(f"{benchmark}.yaml")
 
 
 @cache
@@ -198,19 +188,18 @@ def scorer(benchmark: str) -> ModuleType:
     Raises:
         ConfigError: a package is missing.
     """
-    path = _folder(benchmark) / "utils.py"
+    lm_eval = _lm_eval(benchmark)
+    if benchmark != MINERVA:
+        return lm_eval.module("utils")
     try:
-        if benchmark != MINERVA:
-            return load_module(path)
         import math_verify  # noqa: F401  (which looks for its parser's version itself)
-
-        # Minerva's module refuses every antlr but 4.11, where Hydra needs 4.9; only its `is_equiv`,
-        # which is not called here, would be without a parser.
-        with patch("importlib.metadata.version", lambda package: "4.11"):
-            return load_module(path)
     except ImportError as error:
-        raise ConfigError("task", "math", REMEDY) from error
+        raise lm_eval.missing from error
+    # Minerva's module refuses every antlr but 4.11, where Hydra needs 4.9; only its `is_equiv`,
+    # which is not called here, would be without a parser.
+    with patch("importlib.metadata.version", lambda package: "4.11"):
+        return lm_eval.module("utils")
 
 
-def _folder(benchmark: str) -> Path:
-    return definitions(BENCHMARKS[benchmark][0], "math", REMEDY)
+def _lm_eval(benchmark: str) -> LmEval:
+    return LmEval(BENCHMARKS[benchmark][0], task="math", extra="math")

@@ -11,7 +11,7 @@ import random
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample
-from evals.tasks.questions import NUMBER, QuestionsTask
+from evals.tasks.base import Sample, means_by
+from evals.tasks.questions import QuestionsTask
 from evals.tasks.types import SPREADS, Grid, Percent
 
 INTRO = (
@@ -76,12 +75,6 @@ FILLER = (
     "The soup needs an hour on a low flame and a pinch of salt.",
     "From the tower one can see the lake and the vineyards beyond it.",
 )
-
-
-def grid(records: Sequence[Record]) -> dict[tuple[int, float], float]:
-    """Mean accuracy by (length, depth)."""
-    cells = means_by(lambda r: (r["meta"]["length"], r["meta"]["depth"]), records, "accuracy")
-    return dict(sorted(cells.items()))
 
 
 @dataclass(kw_only=True)
@@ -180,22 +173,18 @@ class Needle(QuestionsTask):
         for place, needle in pairs:
             filler.insert(place, needle)
         name = f"{length}-{depth:g}-{repeat}"
-        sample = Sample(
-            id=name,
-            prompt="",
-            references=(),
-            group=f"{depth:g}%",
-            meta={"length": length, "depth": depth},
-        )
-        found = []
-        for number, (question, asked) in enumerate(questions, start=1):
-            text = f"{intro}\n\n{' '.join(filler)}\n\n{question}"
-            one = replace(sample, prompt=text, references=tuple(asked), question=question)
-            if self.questions > 1:
-                meta = sample.meta | {NUMBER: number}
-                one = replace(one, id=f"{name}-q{number}", meta=meta, unit=name, shared=name)
-            found.append(one)
-        return found
+        samples = [
+            Sample(
+                id=name,
+                prompt=f"{intro}\n\n{' '.join(filler)}\n\n{question}",
+                references=tuple(asked),
+                group=f"{depth:g}%",
+                question=question,
+                meta={"length": length, "depth": depth},
+            )
+            for question, asked in questions
+        ]
+        return self.together(name, samples)
 
     def _needles(self, rng: random.Random) -> tuple[str, list[str], list[tuple[str, list[str]]]]:
         """Introduction, needles (that of the depth first), questions with their passkeys."""
@@ -233,7 +222,8 @@ class Needle(QuestionsTask):
         """By length, and by length and depth, where there are several lengths."""
         if len(self.lengths) == 1:
             return self.by_question(records)
-        cells = grid(records)
+        means = means_by(lambda r: (r["meta"]["length"], r["meta"]["depth"]), records, "accuracy")
+        cells = dict(sorted(means.items()))
         lengths = {
             f"{length}": statistics.fmean(value for (n, _), value in cells.items() if n == length)
             for length in dict.fromkeys(n for n, _ in cells)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by_meta
-from evals.tasks.base import Sample, after
+from evals.tasks.base import Sample, after, means_by_meta
 from evals.tasks.data import are_texts, load_hub, read_jsonl
-from evals.tasks.questions import NUMBER, QuestionsTask
+from evals.tasks.questions import QuestionsTask
 from evals.tasks.text import as_buzz_writes, is_bare, normalized, word_f1
 from evals.tasks.types import Grid, template
 
@@ -131,18 +130,12 @@ class NQ10(QuestionsTask):
             rest = [one for i, one in enumerate(flat) if one not in gold and one not in flat[:i]]
             documents = gold + rest[: max(0, len(rows[0]["ctxs"]) - size)]
             random.Random(number).shuffle(documents)
-            for question, (row, own) in enumerate(zip(rows, gold, strict=True), start=1):
+            samples = []
+            for row, own in zip(rows, gold, strict=True):
                 place = documents.index(own)
                 row = row | {"ctxs": documents, "gold_index": place}
-                sample = self._sample(number, row, place)
-                found.append(
-                    replace(
-                        sample,
-                        id=f"{number}-q{question}",
-                        shared=f"{number}",
-                        meta=sample.meta | {NUMBER: question},
-                    )
-                )
+                samples.append(self._sample(number, row, place))
+            found += self.together(f"{number}", samples)
         return found
 
     def _sample(self, number: int, row: dict[str, Any], place: int) -> Sample:
@@ -203,7 +196,15 @@ def _problem(row: dict[str, Any], needed: Sequence[str]) -> str | None:
     if not are_texts(row["answers"]) or not all(map(str.strip, row["answers"])):
         return "`answers` must be a list of texts, none of them empty"
     documents = row["ctxs"]
-    if not isinstance(documents, list) or not documents or not all(map(_is_document, documents)):
+    texts = (
+        documents
+        and isinstance(documents, list)
+        and all(
+            isinstance(one, dict) and are_texts([one.get("title"), one.get("text")])
+            for one in documents
+        )
+    )
+    if not texts:
         return "`ctxs` must be a list of documents with title and text"
     gold = _gold_index(row)
     if gold is None:
@@ -219,7 +220,3 @@ def _gold_index(row: dict[str, Any]) -> Any:
         return row["gold_index"]
     marks = [document.get("isgold") for document in row["ctxs"]]
     return marks.index(True) if True in marks else None
-
-
-def _is_document(value: object) -> bool:
-    return isinstance(value, dict) and are_texts([value.get("title"), value.get("text")])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import PositiveInt
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by_meta
-from evals.tasks.base import Task
+from evals.tasks.base import Sample, Task, means_by_meta
 
 NUMBER = "question"
 
@@ -38,6 +37,16 @@ class QuestionsTask(Task):
     @property
     def conversation(self) -> bool:
         return self.questions > 1 and self.asked == "conversation"
+
+    def together(self, name: str, samples: list[Sample]) -> list[Sample]:
+        """Samples of one context, as the questions on it if there are several."""
+        if self.questions == 1:
+            return samples
+        own = {"shared": name, "unit": name}
+        return [
+            replace(one, id=f"{name}-q{number}", meta=one.meta | {NUMBER: number}, **own)
+            for number, one in enumerate(samples, start=1)
+        ]
 
     def by_question(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """The breakdown that shows what a method forgets: score by question number."""

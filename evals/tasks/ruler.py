@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from buzz.errors import ConfigError
 from evals.results.record import Record
-from evals.results.statistics import means_by
-from evals.tasks.base import Sample
+from evals.tasks.base import Sample, means_by
 from evals.tasks.encoding import encode
-from evals.tasks.questions import NUMBER, QuestionsTask
+from evals.tasks.questions import QuestionsTask
 from evals.tasks.ruler_data import QA, SUBTASKS, family, modules, read_data
 from evals.tasks.ruler_texts import ANSWER, ASKABLE, Drawn, generate, more_questions, move_chain
 from evals.tasks.types import SPREADS, Grid
@@ -83,73 +82,51 @@ class Ruler(QuestionsTask):
         return max(self.lengths)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        return [
-            sample
-            for length in self.lengths
-            for subtask in self._subtasks
-            for number, drawn in enumerate(self._generate(tokenizer, subtask, length))
-            for sample in self._asked(tokenizer, subtask, length, number, drawn)
-        ]
+        chat = self.chat_template and tokenizer.chat_template is not None
 
-    def _asked(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        subtask: str,
-        length: int,
-        number: int,
-        drawn: Drawn,
-    ) -> list[Sample]:
-        """The samples of one text."""
-        if self.questions == 1:
-            return [self._sample(tokenizer, subtask, length, number, drawn)]
-        found = []
-        asked = more_questions(subtask, drawn, self.questions, f"{self.seed}/{length}/{number}")
-        for question, one in enumerate(asked, start=1):
-            sample = self._sample(tokenizer, subtask, length, number, one)
-            shared, meta = sample.id, sample.meta | {NUMBER: question}
-            name = f"{shared}-q{question}"
-            found.append(replace(sample, id=name, shared=shared, unit=shared, meta=meta))
-        return found
+        def tokens(text: str, prefix: str = "") -> int:
+            return len(encode(tokenizer, text, chat, 2**62, prefix)[0])
 
-    def _generate(
-        self, tokenizer: PreTrainedTokenizerBase, subtask: str, length: int
-    ) -> list[Drawn]:
         def count(text: str) -> int:
             return len(tokenizer(text)["input_ids"])
 
-        template = _tokens(tokenizer, "x", self._chat(tokenizer)) - count("x")
-        room, data = length - template, self._data[subtask]
-        drawn = generate(subtask, count, length, room, self.samples, self.seed, data)
-        return drawn if self.spread is None else [move_chain(one, self.spread) for one in drawn]
+        found = []
+        for length in self.lengths:
+            room = length - (tokens("x") - count("x"))  # without the chat template
+            for subtask in self._subtasks:
+                data = self._data[subtask]
+                texts = generate(subtask, count, length, room, self.samples, self.seed, data)
+                for number, drawn in enumerate(texts):
+                    name, asked = f"{subtask}-{length}-{number}", [drawn]
+                    if self.spread is not None:
+                        asked = [move_chain(drawn, self.spread)]
+                    if self.questions > 1:
+                        seed = f"{self.seed}/{length}/{number}"
+                        asked = more_questions(subtask, drawn, self.questions, seed)
+                    own = [
+                        self._sample(name, subtask, length, one, tokens(one.text, one.prefix))
+                        for one in asked
+                    ]
+                    found += self.together(name, own)
+        return found
 
-    def _sample(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        subtask: str,
-        length: int,
-        number: int,
-        drawn: Drawn,
-    ) -> Sample:
-        # What the sizes leave uncounted, the beginning of the answer above all, is at the answer's
-        # cost where a prompt comes near its length: together they never exceed it.
-        taken = _tokens(tokenizer, drawn.text, self._chat(tokenizer), drawn.prefix)
+    def _sample(self, name: str, subtask: str, length: int, drawn: Drawn, taken: int) -> Sample:
         depths = None
         if family(subtask) in ("niah", "vt"):
             places = [drawn.text.find(answer) for answer in drawn.answers]
             depths = [round(100 * place / len(drawn.text), 1) for place in places]
         return Sample(
-            id=f"{subtask}-{length}-{number}",
+            id=name,
             prompt=drawn.text,
             references=drawn.answers,
-            group=subtask if len(self.lengths) == 1 else _cell(subtask, length),
+            group=subtask if len(self.lengths) == 1 else f"{subtask} at {length}",
             question=drawn.question,
             answer_prefix=drawn.prefix,
             meta={"subtask": subtask, "length": length, "depths": depths},
+            # What the sizes leave uncounted, the beginning of the answer above all, is at the
+            # answer's cost where a prompt comes near its length: together they never exceed it.
             max_new_tokens=max(1, min(ANSWER[family(subtask)], length - taken)),
         )
-
-    def _chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        return self.chat_template and tokenizer.chat_template is not None
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:
         return {"score": score(sample.meta["subtask"], record["prediction"], sample.references)}
@@ -159,9 +136,9 @@ class Ruler(QuestionsTask):
 
         An average of which a part is missing is left out.
         """
-        cells = means(records)
         if len(self.lengths) == 1:
             return self.by_question(records)
+        cells = means_by(lambda r: (r["meta"]["subtask"], r["meta"]["length"]), records, "score")
         lengths = {
             f"{length}": _mean(cells.get((name, length)) for name in self._subtasks)
             for length in sorted(self.lengths)
@@ -191,11 +168,6 @@ def score(subtask: str, prediction: str, answers: Sequence[str]) -> float:
     return 100 * common.string_match_all(prediction, [answers])
 
 
-def means(records: Iterable[Record]) -> dict[tuple[str, int], float]:
-    """Mean score by (subtask, length)."""
-    return means_by(lambda r: (r["meta"]["subtask"], r["meta"]["length"]), records, "score")
-
-
 def averages(by_length: Sequence[float | None]) -> dict[str, float | None]:
     """The benchmark's three: plain, and with weights that grow, or fall, linearly with the length.
 
@@ -216,12 +188,3 @@ def _mean(values: Iterable[float | None], weights: Sequence[int] | None = None) 
     if any(value is None for value in known):
         return None
     return statistics.fmean(known, weights)
-
-
-def _cell(subtask: str, length: int) -> str:
-    return f"{subtask} at {length}"
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, prefix: str = "") -> int:
-    limit = 2**62
-    return len(encode(tokenizer, text, chat, limit, prefix)[0])

@@ -19,8 +19,9 @@ from unittest.mock import patch
 
 from buzz.errors import ConfigError
 from evals.tasks.data import load_hub, read_json
+from evals.tasks.definitions import LmEval
 
-REMEDY = "RULER needs lm-eval and its word lists: pip install -e '.[ruler]'"
+LM_EVAL = LmEval("ruler", task="ruler", extra="ruler")
 PUNKT = "needs nltk's punkt_tab: python -m nltk.downloader punkt_tab"
 
 # The benchmark's parameters: haystack, kind of key and of value, keys, values of each, keys asked.
@@ -82,7 +83,7 @@ def modules() -> SimpleNamespace:
         found = {name.partition("_")[0]: _lm_eval(name) for name in names}
         return SimpleNamespace(**found, **_niah_modules())
     except ImportError as error:
-        raise ConfigError("task", "ruler", REMEDY) from error
+        raise LM_EVAL.missing from error
 
 
 def _lm_eval(name: str) -> ModuleType:

@@ -32,10 +32,9 @@ from transformers import PreTrainedTokenizerBase
 
 from evals.run.models import load_tokenizer, named_config
 from evals.tasks.base import Sample
-from evals.tasks.definitions import definitions, read_definition
 from evals.tasks.encoding import encode
 from evals.tasks.ruler import SYNTHETIC, Ruler, score
-from evals.tasks.ruler_data import NIAH, QA, REMEDY, SUBTASKS, family, modules, read_data
+from evals.tasks.ruler_data import LM_EVAL, NIAH, QA, SUBTASKS, family, modules, read_data
 from evals.tasks.ruler_texts import ANSWER
 
 Messages = list[dict[str, str]]
@@ -147,7 +146,7 @@ def requests(
 
     if subtask == "fwe":
         length -= ANSWER["fwe"]
-    config = read_definition(definitions("ruler", "ruler", REMEDY) / f"{subtask}.yaml")
+    config = dict(LM_EVAL.read(f"{subtask}.yaml"))
     for name in ("custom_dataset", "process_results"):
         config[name] = _function(config[name])
     config["metric_list"] = [{"metric": str(length), "aggregation": "mean"}]
