@@ -219,6 +219,11 @@ class ForkedLayer(SelfAttending):
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the next step."""
+        return len(self.rows.of_step())
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, self.cumulative_length  # of a mask that nobody reads
 

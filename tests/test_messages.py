@@ -21,7 +21,7 @@ from evals.run import checkpoints
     "given, parts",
     [
         ("method=h20", ["method=h20", "did you mean h2o?", "choose one of a2sf, buzz,"]),
-        ("model=random", ["model=random", "choose one of hf, llama2_7b"]),
+        ("model=random", ["model=random", "choose one of gemma3_270m, hf"]),
         ("+experiment=foo", ["experiment=foo", "choose one of bench, demo, fidelity"]),
         ("method.windw=1", ["method.windw=1", "did you mean window?", "compact, history,"]),
         ("method=h2o method.window=1", ["method.window=1", "choose one of heavy, name, recent"]),
