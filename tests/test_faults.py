@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from runs import MODEL, NEEDLE, full_of, read, shown, summary_of
+from runs import MODEL, NEEDLE, read, shown, summary_of
 from tiny import FAMILIES
 
 import evals.launch.loggers
@@ -117,22 +117,21 @@ def test_out_of_memory_costs_one_sample_and_gives_its_memory_back(go, during, st
     assert len(read(folder)) == 3  # it is a result, and no reason to run again
 
 
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [
-        (
-            "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 79.10"
-            " GiB of which 1.20 GiB is free.",
-            20.5 * 2**30,
-        ),
-        ("Unable to allocate 8.00 MiB for an array with shape (1024, 1024)", 2**23),
-        ("CUDA error: out of memory", None),
-    ],
-)
-def test_bytes_asked_for_are_read_from_the_message(text: str, nbytes: float | None) -> None:
+MESSAGES = {
+    "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 79.10 GiB of"
+    " which 1.20 GiB is free.": 20.5 * 2**30,
+    "Unable to allocate 8.00 MiB for an array with shape (1024, 1024)": 2**23,
+    "CUDA error: out of memory": None,
+}
+
+
+@pytest.mark.parametrize("text", MESSAGES)
+def test_bytes_asked_for_are_read_from_the_message(text: str) -> None:
+    nbytes = MESSAGES[text]
     assert asked_nbytes(RuntimeError(text)) == nbytes
     kind = RuntimeError if nbytes is None else torch.cuda.OutOfMemoryError
-    assert fault(kind(text), torch.device("cpu"))["status"] == "oom"
+    for error in (kind(text), MemoryError(text)):
+        assert fault(error, torch.device("cpu"))["status"] == "oom"
 
 
 def test_a_batch_that_is_too_large_runs_in_halves_with_its_own_budget(go, during) -> None:
@@ -278,6 +277,7 @@ def test_a_signal_stops_after_the_sample_in_flight_and_a_second_at_once(
     assert [record["status"] for record in read(file)] == ["ok"] * kept
     assert summary_of(file)["not_run"] == 3 - kept
     assert main(*MODEL, *NEEDLE, "method=full") == 0
+    assert f"{kept} of 3 samples are there already" in capfd.readouterr().err
     assert len(read(file)) == len(file.read_text().splitlines()) == 3
 
 
@@ -481,7 +481,3 @@ def test_a_comparison_that_fails_is_named_and_made_again(go, monkeypatch, capsys
     assert read(go(*setting, "kl=true"))[1]["kl_to_full"] > 0
     assert calls == [False] * 4
     assert [r["tokens"] for r in read(file)] == [r["tokens"] for r in before]
-
-
-def test_the_full_cache_is_not_compared_with_itself(go) -> None:
-    assert all("kl_to_full" not in record for record in read(full_of(go("method=h2o", "kl=true"))))

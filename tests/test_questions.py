@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import MODEL, read, shown, write_lines
+from runs import read, shown, write_lines
 from tiny import prompt, tiny
 
 from baselines import H2OPolicy
@@ -200,21 +200,3 @@ def test_scores_by_question_number(go) -> None:
     assert again == {record["id"]: record["prediction"] for record in records}
     conversation = go(*options, "task.asked=conversation")
     assert conversation != file and len(read(conversation)) == 6
-
-
-def test_refusals(main, capsys) -> None:
-    cases = {
-        "task.variant=multikey task.questions=2": "compress='prompt'",
-        "task.questions=2 compress=context": "task.questions=2",
-        "task=ruler task.questions=2 compress=context": "niah_single_1 has one question",
-        "task.variant=multikey task.questions=9 compress=context": "task.questions=9",
-        "task.variant=multikey task.questions=2 task.batch_size=2 compress=context": "one by one",
-        "task.variant=multikey task.questions=2 task.asked=twice": "task.asked='twice'",
-        "task.variant=multikey task.questions=2 task.asked=conversation compress=context kl=true": (
-            "task.asked='conversation'"
-        ),
-    }
-    for arguments, expected in cases.items():
-        model = [*MODEL, "model.max_length=8192"]
-        assert main(*model, "method=h2o", *arguments.split()) == 2
-        assert expected in capsys.readouterr().err

@@ -366,11 +366,6 @@ def test_documents_that_never_fit_are_refused(tokenizer, data: str) -> None:
         make("qa_hotpot", 256, data_dir=data).load(tokenizer)
 
 
-def test_lengths_beyond_the_model_are_refused_at_once(main, capsys) -> None:
-    assert main("task=ruler", "task.lengths=[16384]") == 2
-    assert "model.max_length=8192: too short for prompts of 16384" in capsys.readouterr().err
-
-
 def test_essays_need_what_splits_them(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk, "download", lambda *arguments, **settings: False)
