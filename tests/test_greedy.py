@@ -194,16 +194,3 @@ def test_a_model_without_special_tokens_answers_in_batches(model) -> None:
         model.generation_config = own
     assert [one.tokens for one in together] == [one.tokens for one in alone]
     assert {one.stop_reason for one in together} == {"length"}
-
-
-def test_every_method_answers_with_the_likeliest_token(model) -> None:
-    """By its own cache, not only the full one."""
-    policy, ids = H2OPolicy(heavy=20, recent=20), prompt(60, seed=6).tolist()
-    (before,) = generate(model, byte_tokenizer(), ids, policy, 8)
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=1, repetition_penalty=1.9)
-    try:
-        (after,) = generate(model, byte_tokenizer(), ids, policy, 8)
-    finally:
-        model.generation_config = own
-    assert before.tokens == after.tokens

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import refused
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -73,9 +74,8 @@ def test_every_config_is_named_after_its_file(path: Path):
     ],
 )
 def test_bad_config_is_refused_before_loading(cfg: dict, field: str):
-    with pytest.raises(ConfigError) as error:
+    with refused(field):
         check_model(cfg)
-    assert error.value.field == field and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("cls", [GPT2Config, MptConfig])
@@ -150,25 +150,9 @@ def test_a_folder_runs_without_its_context(main, checkpoint: Path):
     assert yaml.safe_load(file.read_text())["model"]["max_length"] == 128
 
 
-def test_hub_failure_names_the_model(monkeypatch: pytest.MonkeyPatch):
-    def unreachable(*args: object, **kwargs: object) -> None:
-        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
-
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(ConfigError, match="meta-llama/Llama-2-7b-hf.*couldn't connect") as error:
-        check_model(config("llama2_7b"))
-    assert "\n" not in str(error.value)
-
-
 def test_unknown_device_is_refused():
     with pytest.raises(ConfigError, match="device"):
         load_model(tiny(), device="abacus")
-
-
-def test_corrupt_weights_are_a_config_error(checkpoint: Path):
-    (checkpoint / "model.safetensors").write_bytes(b"\0" * 64)
-    with pytest.raises(ConfigError, match="model.name_or_path"):
-        load_model(config("hf", name_or_path=str(checkpoint), max_length=128))
 
 
 def test_local_checkpoint_round_trip(checkpoint: Path):
@@ -180,15 +164,6 @@ def test_local_checkpoint_round_trip(checkpoint: Path):
     assert tokenizer.padding_side == "left"
     for a, b in zip(random.parameters(), model.parameters(), strict=True):
         assert torch.equal(a.bfloat16(), b)
-
-
-def test_sampling_defaults_of_a_checkpoint_are_dropped(checkpoint: Path):
-    path = checkpoint / "generation_config.json"
-    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
-    path.write_text(json.dumps(json.loads(path.read_text()) | sampling))
-    model, _ = load_model(config("hf", name_or_path=str(checkpoint), max_length=128))
-    assert not model.generation_config.do_sample
-    assert model.generation_config.temperature is None and model.generation_config.top_p is None
 
 
 def test_random_weights_come_from_the_seed_alone():
@@ -331,13 +306,6 @@ def test_a_digest_sees_every_tensor_of_a_large_file(tmp_path: Path, name: str):
             file.write(b"\1" * 2**23)  # all of its numbers, as by training
         found.add(file_digest(path))
     assert len(found) == 9
-
-
-def test_broken_gguf_is_a_config_error_and_leaves_nothing(tmp_path: Path):
-    (tmp_path / "m.gguf").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match="model.name_or_path"):
-        load_model(config("hf", name_or_path=str(tmp_path), gguf_file="m.gguf", max_length=128))
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
 # --- RoPE that goes by length
