@@ -299,6 +299,15 @@ class TestWholeSteps:
 
 
 class TestHoldUntil:
+    @pytest.mark.parametrize("name", ["snapkv", "tova"])
+    def test_a_chunk_that_goes_past_it(self, llama, name) -> None:
+        cache = EvictionCache(llama, METHODS[name], hold_until=50)
+        with torch.no_grad():
+            llama(prompt(40), past_key_values=cache)
+            with pytest.raises(ConfigError, match="hold_until=50.*tokens 40 to 60 goes past it"):
+                llama(prompt(20), past_key_values=cache)
+            llama(prompt(10), past_key_values=cache)  # but to where it ends
+
     def test_no_scores_outlive_the_prompt(self, llama) -> None:
         cache = EvictionCache(llama, METHODS["buzz_fast"], hold_until=80)
         with torch.no_grad():
