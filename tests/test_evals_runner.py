@@ -66,7 +66,8 @@ def test_fractional_budget_is_of_each_prompt(go) -> None:
 def test_batch_budget_is_that_of_the_shortest_row(go) -> None:
     records = read(go("method=local", "budget=0.5", "task.batch_size=3"))
     shortest = min(record["prompt_tokens"] for record in records)
-    assert {record["budget_entries"] for record in records} == {round(0.5 * shortest)}
+    for name in ("budget_entries", "kv_entries_peak"):
+        assert {record[name] for record in records} == {round(0.5 * shortest)}
 
 
 def test_repeated_run_generates_nothing(go, monkeypatch) -> None:
