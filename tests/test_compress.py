@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from methods import METHODS
 from runs import MODEL, NEEDLE, full_of, read
 from tiny import prompt, tiny
 from transformers import DynamicCache
 
-from baselines import FullPolicy, H2OPolicy, SnapKVPolicy, StreamingLLMPolicy
-from buzz import BuzzPolicy, ConfigError, EvictionCache
+from baselines import FullPolicy
+from buzz import ConfigError, EvictionCache
 from evals.results.folder import sha256
 from evals.run.compress import steps_before
 from evals.run.generate import generate
@@ -19,12 +20,7 @@ from evals.run.prompts import batches
 from evals.tasks.base import Sample
 from evals.tasks.encoding import encode_prompt
 
-METHODS = {
-    "streaming_llm": StreamingLLMPolicy(sink=2, window=20),
-    "h2o": H2OPolicy(heavy=12, recent=12),
-    "snapkv": SnapKVPolicy(capacity=24, window=8),
-    "buzz": BuzzPolicy(window=10, sink=2, threshold=24, stride=3),
-}
+KINDS = ("streaming_llm", "h2o", "snapkv", "buzz")
 CONTEXT = "The pass key is 12345.  Some people know it.\n\nIt is the last word that counts"
 QUESTION = "What is the pass key?"
 TOKENIZER = byte_tokenizer()
@@ -77,7 +73,7 @@ def test_a_prompt_without_question_is_refused() -> None:
             steps_before("context", 4, sample, encoded, TOKENIZER)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("later", [(9,), (16, 5, 9)])
 def test_generate_is_a_plain_loop(model, method: str, later: tuple[int, ...]) -> None:
     """The context through the cache, then the question, then the answer token by token."""
@@ -109,7 +105,7 @@ def test_nothing_evicted_is_the_stock_answer(model) -> None:
     assert found.tokens == expected[0, 70:].tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_rows_of_a_batch_are_what_they_are_alone(model, method: str) -> None:
     prompts = [prompt(tokens, seed=tokens)[0].tolist() for tokens in (70, 51, 60)]
     arguments = METHODS[method], 7, (), {}, (9,)

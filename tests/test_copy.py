@@ -7,28 +7,17 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from methods import METHODS
 from tiny import prompt, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from baselines import (
-    ExpectedAttentionPolicy,
-    FullPolicy,
-    H2OPolicy,
     KVzipPolicy,
-    SnapKVPolicy,
-    StreamingLLMPolicy,
 )
-from buzz import BuzzPolicy, EvictionCache, ForkedCache
+from buzz import EvictionCache, ForkedCache
 
-METHODS = {
-    "full": FullPolicy(),
-    "streaming_llm": StreamingLLMPolicy(sink=2, window=20),
-    "h2o": H2OPolicy(heavy=12, recent=12),
-    "snapkv": SnapKVPolicy(capacity=24, window=8),
-    "buzz": BuzzPolicy(window=10, sink=2, threshold=24, stride=3),
-    "expected_attention": ExpectedAttentionPolicy(capacity=30),
-}
+KINDS = ("full", "streaming_llm", "h2o", "snapkv", "buzz", "expected_attention")
 
 
 def feed(model: PreTrainedModel, cache: EvictionCache, steps: Sequence[Tensor], pad: int) -> Tensor:
@@ -50,7 +39,7 @@ def tokens(count: int, seed: int) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("family", "method", "dtype"),
     [
-        *(("llama", method, torch.float32) for method in METHODS),
+        *(("llama", method, torch.float32) for method in KINDS),
         # residents' keys are kept as they came
         ("llama", "buzz", torch.bfloat16),
         ("llama-dynamic", "buzz", torch.float32),

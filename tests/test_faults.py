@@ -363,20 +363,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "prompts.json").read_text()) == {"of": 1}
 
 
-@pytest.mark.parametrize("output", ["/proc/none", "/dev/null/runs"])
-def test_an_output_that_cannot_be_made_is_refused(go, monkeypatch, output: str) -> None:
-    monkeypatch.setattr(evals.run.runner, "load_model", None)
-    with pytest.raises(ConfigError, match=f"output='{output}.*give another folder"):
-        go("method=full", f"output={output}")
-
-
-@pytest.mark.parametrize("mode", [[], ["-m"]])
-def test_an_output_that_hydra_cannot_make_is_one_line(main, capsys, mode: list[str]) -> None:
-    assert main(*mode, "output=/dev/null/runs") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: output='/dev/null/runs': ")
-
-
 # --- what lies elsewhere --------------------------------------------------------------------------
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from runs import MODEL, ROOT, stub_generate, write_lines
+from runs import MODEL, composed, stub_generate, write_lines
 
 import evals.run.runner
 from buzz import ConfigError
@@ -245,9 +244,7 @@ class Folders(RuleBasedStateMachine):
             task.append(f"task.shard='{shard}'")
         budget = [] if method == "full" else ["budget=40"]
         chosen = [f"method={method}", *budget, f"kl={str(kl).lower()}", f"output={self.root}/runs"]
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [*MODEL, *task, *chosen])
-        return evals.run.runner.run(cfg)
+        return evals.run.runner.run(composed(*MODEL, *task, *chosen))
 
     def _files(self) -> list[Path]:
         return sorted(self.root.glob("runs/*/*.jsonl"))

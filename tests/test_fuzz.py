@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from runs import composed
-from tiny import tiny
+from tiny import checkpoint, tiny
 
 import baselines  # noqa: F401  (registers its policies)
 from buzz import POLICIES, Budget, ConfigError
@@ -301,12 +301,7 @@ def load_from(folder: Path, **options: Any) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    small = SMALL | {"vocab_size": 300, "seed": 0, "dtype": "float32"}
-    model, tokenizer = load_model({**small, "attn_implementation": "sdpa"}, "cpu")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return checkpoint(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from runs import refused
+from tiny import checkpoint as tiny_checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -313,24 +314,8 @@ def test_a_digest_sees_every_tensor_of_a_large_file(tmp_path: Path, name: str):
 
 def stretched(tmp_path: Path, **rope: object) -> list[str]:
     """The arguments of a model whose RoPE has other frequencies beyond 512 tokens."""
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        rope_parameters={"rope_theta": 1e4, **rope},
-    )
     folder = tmp_path / str(rope["rope_type"])
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tiny_checkpoint(folder, rope_parameters={"rope_theta": 1e4, **rope})
     task = ["task.depths=50", "task.repeats=1", "task.max_new_tokens=8", "method=full"]
     return ["model=hf", f"model.name_or_path={folder}", "model.name=stretched", *task]
 
@@ -339,8 +324,8 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 8.0}
 LONGROPE = {
     "rope_type": "longrope",
     "factor": 8.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
     "original_max_position_embeddings": 512,
 }
 

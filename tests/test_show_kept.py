@@ -9,12 +9,11 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from methods import METHODS
-from runs import ROOT
-from tiny import prompt, tiny
+from runs import composed
+from tiny import checkpoint, prompt, tiny
 from tokenizers import Tokenizer, decoders, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from baselines import FullPolicy, H2OPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, Policy
@@ -220,17 +219,12 @@ def test_command_writes_both_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["buzz", "h2o", "snapkv", "honeycomb", "pyramid_kv"])
 def test_a_budget_makes_the_policy_that_run_py_makes(name):
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", [f"method={name}", "budget=0.25", "task=needle"])
-    plan = Plan.of(cfg)
+    plan = Plan.of(composed(f"method={name}", "budget=0.25", "task=needle"))
     assert plan.budget.policy(method_of(name), 1000) == plan.fit(1000)
 
 
 def test_a_model_may_be_a_folder(tmp_path, capsys):
-    folder, sizes = tmp_path / "my_model", {"hidden_size": 32, "intermediate_size": 32}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    folder = checkpoint(tmp_path / "my_model")
     out = ["--prompt", "some bees", "--methods", "h2o", "--new-tokens", "2", "--out"]
     assert main([*out, str(tmp_path / "kept"), "--model", str(folder)]) == 0
     assert "my_model, a prompt of 9 tokens" in (tmp_path / "kept.html").read_text()
