@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import pytest
@@ -71,22 +70,6 @@ def test_both_go_on_as_if_alone(family: str, method: str, dtype: torch.dtype) ->
     for one, (_, other) in zip((cache, twin), alone, strict=True):
         assert one.evictions == other.evictions and one.trace() == other.trace()
         assert torch.equal(one.kept_positions(-1), other.kept_positions(-1))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_pythons_own_copies_are_copies(family: str, mode: type) -> None:
-    """As transformers' recipe for one context and many questions has them."""
-    model = tiny(family)
-    cache = EvictionCache(model, METHODS["h2o"])
-    with mode():
-        model(prompt(40, 2), past_key_values=cache)
-        twin = copy.deepcopy(cache)
-    expected = feed(model, cache.copy(), tokens(4, 1), 0)
-    for one in (twin, cache):
-        assert torch.equal(feed(model, one, tokens(4, 1), 0), expected)
-        with torch.no_grad():
-            model(prompt(1, 2), past_key_values=one)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])

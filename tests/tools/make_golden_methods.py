@@ -2,11 +2,11 @@
 
     python tests/tools/make_golden_methods.py FOLDER [--out PREFIX] [METHOD ...]
 
-FOLDER holds clones of the repositories below, each as `OWNER+NAME` (or `OWNER/NAME`), with their
-history. Nothing of them is in this file: named classes and functions are read at a fixed commit
-and executed as they stand, inside a decoder whose attention is the original's. That decoder runs a
-tiny Llama of random weights on random tokens, all of them from numpy's frozen `RandomState`, so
-that a seed is all there is to store. Entries stay at their true positions, as in the originals.
+FOLDER holds clones of the repositories below, each as `OWNER+NAME`, with their history. Nothing of
+them is in this file: named classes and functions are read at a fixed commit and executed as they
+stand, inside a decoder whose attention is the original's. That decoder runs a tiny Llama of random
+weights on random tokens, all of them from numpy's frozen `RandomState`, so that a seed is all there
+is to store. Entries stay at their true positions, as in the originals.
 
 Writes PREFIX.npz, one uint8 array per method, and PREFIX.json: what was run (repository, commit,
 file, names), on which model, and the cases {length, prompt_seed, budget, ...} in the array's order.
@@ -148,15 +148,12 @@ class Repositories:
         self.used: list[dict[str, Any]] = []
 
     def text(self, repository: str, path: str, commit: str) -> str:
-        owner_name = repository.replace("/", "+")
-        for name in (owner_name, repository):
-            if (self.folder / name).is_dir():
-                show = ["git", "-C", str(self.folder / name), "show", f"{commit}:{path}"]
-                shown = subprocess.run(show, capture_output=True, text=True)
-                if shown.returncode:
-                    raise SystemExit(f"error: {repository}: {shown.stderr.strip()}")
-                return shown.stdout
-        raise SystemExit(f"error: folder={self.folder}: no clone of {repository} ({owner_name})")
+        clone = self.folder / repository.replace("/", "+")
+        show = ["git", "-C", str(clone), "show", f"{commit}:{path}"]
+        shown = subprocess.run(show, capture_output=True, text=True)
+        if shown.returncode:
+            raise SystemExit(f"error: {repository}: {shown.stderr.strip()}")
+        return shown.stdout
 
     def pick(self, repository: str, path: str, *names: str, commit: str = "", **given: Any) -> Any:
         """Execute the definitions called `names` of one file, as they stand.
