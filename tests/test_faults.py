@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -313,18 +314,15 @@ def test_ignored_signals_stay_ignored() -> None:
 # --- the disk -------------------------------------------------------------------------------------
 
 
-class FullDisk:
+@contextmanager
+def full_disk(nbytes: int) -> Iterator[None]:
     """Files cannot grow beyond so many bytes."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-
-    def __enter__(self) -> None:
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.nbytes, self.before[1]))
-
-    def __exit__(self, *_: object) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -332,7 +330,7 @@ def test_a_full_disk_loses_nothing_that_was_written(main, monkeypatch, capsys, t
     def append(self, file, record):
         size = file.stat().st_size if file.exists() else 0
         if size:
-            with FullDisk(size + 200), monkeypatch.context() as patch:
+            with full_disk(size + 200), monkeypatch.context() as patch:
                 if torn:  # not even the half line can be taken back
                     patch.setattr("evals.results.folder.os.truncate", refuse)
                 return original(self, file, record)
@@ -358,7 +356,7 @@ def test_a_full_disk_loses_nothing_that_was_written(main, monkeypatch, capsys, t
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = SettingFolder(tmp_path)
     folder.write("prompts.json", {"of": 1})
-    with FullDisk(5), pytest.raises(RunFailed, match="prompts.json cannot be written: File too"):
+    with full_disk(5), pytest.raises(RunFailed, match="prompts.json cannot be written: File too"):
         folder.write("prompts.json", {"of": 2, "much": "more"})
     assert json.loads((tmp_path / "prompts.json").read_text()) == {"of": 1}
 

@@ -15,20 +15,15 @@ from typing import Annotated, Any
 
 import datasets
 import pytest
-import torch
 import yaml
 from omegaconf import OmegaConf
 from runs import MODEL, ROOT, composed, read, ready, shown, summary_of, write_lines
-from tiny import prompt, tiny
 from tokenizers.processors import TemplateProcessing
-from torch.nn.functional import cross_entropy
 
-from baselines import FullPolicy, LocalPolicy
 from buzz import ConfigError
 from evals.run.models import byte_tokenizer
 from evals.run.plan import Plan
 from evals.run.read import fed_and_scored
-from evals.run.read import read as read_text
 from evals.tasks.base import Sample, Task
 from evals.tasks.build import check
 from evals.tasks.data import load_hub
@@ -239,23 +234,6 @@ def test_a_template_is_filled_once() -> None:
 
 
 # --- reading lines with one cache -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_reading_lines_is_reading_what_is_fed(chunk: int) -> None:
-    """As in one text, a token's loss is that of the step that feeds the token before it."""
-    model, ids, starts = tiny(), prompt(40)[0].tolist(), (0, 1, 12, 13, 30)
-    fed, scored = fed_and_scored(ids, starts)
-    assert (len(fed), len(scored)) == (35, 35)
-    assert fed == ids[1:11] + ids[13:29] + ids[30:39]
-    assert scored == ids[2:12] + ids[14:30] + ids[31:40]
-    measured, losses = read_text(model, ids, FullPolicy(), chunk, {}, starts)
-    logits = model(torch.tensor([fed])).logits[0]
-    expected = cross_entropy(logits, torch.tensor(scored), reduction="none")
-    torch.testing.assert_close(torch.tensor(losses), expected, atol=1e-4, rtol=1e-4)
-    assert measured.lengths[-1] == 35 and measured.prompt_tokens == 40
-    evicting, _ = read_text(model, ids, LocalPolicy(window=9), 1, {}, starts)
-    assert evicting.lengths == [*range(1, 9), *[9] * 27]  # one cache throughout
 
 
 def test_a_run_over_lines(main, tmp_path: Path) -> None:

@@ -36,45 +36,32 @@ def look(policy: Policy, family: str = "llama") -> Kept:
     return keep(tiny(family), prompt(TOKENS)[0].tolist(), [policy], NEW)[0]
 
 
-def counts(kept: Kept) -> list[list[int]]:
-    """How many tokens of each kind every head has, without repetitions."""
-    kinds = (EVICTED, SINK, HISTORY, WINDOW)
-    return np.unique(
-        [[(row == kind).sum() for kind in kinds] for row in kept.kinds], axis=0
-    ).tolist()
-
-
-def test_streaming_llm_keeps_the_ends():
-    kept = look(POLICIES[1])
-    assert kept.kinds.shape == (3 * 2, SEEN)
-    assert (kept.kinds == [SINK] * 2 + [EVICTED] * (SEEN - 10) + [WINDOW] * 8).all()
-    assert kept.share.tolist() == [1] * 2 + [0] * (SEEN - 10) + [1] * 8
-    assert kept.nbytes == 10 * kept.full_nbytes / SEEN
-    assert len(kept.ids) == SEEN + 1
-
-
-def test_full_cache_is_all_window():
-    kept = look(POLICIES[0])
-    assert (kept.kinds == WINDOW).all()
-    assert kept.nbytes == kept.full_nbytes
-
-
-def test_heavy_hitters_are_history_and_differ_between_heads():
-    kept = look(POLICIES[2])
-    assert counts(kept) == [[SEEN - 12, 0, 5, 7]]
-    assert (kept.kinds[:, -7:] == WINDOW).all()
-    assert len(np.unique(kept.kinds, axis=0)) > 1
-
-
-def test_buzz_has_sampled_history_and_entries_that_wait():
-    """The prompt leaves 32 entries between sink and window: 8 cells, of which one stays each."""
-    kept = look(POLICIES[3])
-    assert kept.evictions == 2  # after 3 more tokens old history is halved, 3 new ones are a cell
-    policy = POLICIES[3]
+@pytest.mark.parametrize(
+    ("policy", "sink", "history", "window"),
+    [
+        (POLICIES[0], 0, 0, SEEN),
+        (POLICIES[1], 2, 0, 8),
+        (POLICIES[2], 0, 5, 7),
+        # The prompt leaves 32 entries between sink and window: 8 cells, of which one stays each.
+        # After 3 more tokens they are in cells of 2, and the 3 that had come are a cell; what comes
+        # now waits beside the window of 6.
+        (POLICIES[3], 2, 5, 8),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_every_token_is_of_a_kind(policy: Policy, sink: int, history: int, window: int):
+    kept = look(policy)
+    assert kept.kinds.shape == (3 * 2, SEEN) and len(kept.ids) == SEEN + 1
+    for row in kept.kinds:
+        assert [(row == kind).sum() for kind in (SINK, HISTORY, WINDOW)] == [sink, history, window]
+        assert (row[:sink] == SINK).all() and (row[SEEN - window :] == WINDOW).all()
     held = policy.lengths([TOKENS] + [1] * (NEW - 1))[-1]
-    history = 5  # 8 in cells of 2, and the cell of the 3 that had come
-    assert counts(kept) == [[SEEN - held, 2, history, held - 2 - history]]
-    assert kept.entries == held > 2 + history + policy.window
+    assert kept.entries == held == sink + history + window
+    assert kept.nbytes == held * kept.full_nbytes / SEEN
+    assert (len(np.unique(kept.kinds, axis=0)) > 1) == (policy.name in ("h2o", "buzz"))
+    assert (kept.share == (kept.kinds != EVICTED).mean(0)).all()
+    if policy.name == "buzz":
+        assert kept.evictions == 2
 
 
 def test_layers_with_a_window_of_their_own_are_left_out():

@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from runs import ROOT, composed
 
 import evals.launch.sweep as sweep
-import evals.run.runner
 from buzz.errors import ConfigError
 from evals.results.frame import NOT_RUN, load
 from evals.run.runner import run
@@ -106,35 +105,33 @@ def test_a_combination_that_cannot_be_served_is_skipped_with_its_reason(tmp_path
     assert line["overrides"] == ["method.threshold=9999"]
 
 
-def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (RuntimeError("the disk is on fire\nand more"), "failed", "the disk is on fire"),
+        (MemoryError("tried to allocate 2147483648 bytes"), "oom", None),
+    ],
+)
+def test_a_job_whose_samples_all_fail_is_a_failed_trial_and_runs_when_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, told: str | None
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("the disk is on fire\nand more")
+        raise error
 
+    small = ("method=local", "task.depths=[0]", "task.repeats=2")
     with monkeypatch.context() as patch:
         patch.setattr("evals.run.runner.generate", broken)
-        assert job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2") is None
+        assert job(tmp_path, *small, "objectives=[score]") is None
+    found = rows(tmp_path, "local")
+    assert set(found.status) == {status}
+    if told is None:
+        assert set(found.asked_nbytes) == {2147483648}
+        return
     (line,) = sweep.read_jobs(tmp_path)
-    assert line["status"] == "failed"
-    reason = "all 2 samples failed, the first with RuntimeError: the disk is on fire"
-    assert line["reason"] == reason and set(rows(tmp_path, "local").status) == {"failed"}
-
-    job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
+    reason = f"all 2 samples failed, the first with RuntimeError: {told}"
+    assert (line["status"], line["reason"]) == ("failed", reason)
+    job(tmp_path, *small)
     assert list(rows(tmp_path, "local").status) == ["ok", "ok"]
-
-
-def test_out_of_memory_in_every_sample_is_a_failed_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def greedy(*arguments: object, **options: object) -> object:
-        raise MemoryError("tried to allocate 2147483648 bytes")
-
-    monkeypatch.setattr(evals.run.runner, "generate", greedy)
-    small = ("method=local", "task.depths=[0]", "task.repeats=1")
-    assert job(tmp_path, *small, "objectives=[score]") is None
-    (record,) = rows(tmp_path, "local").to_dict("records")
-    assert (record["status"], record["asked_nbytes"]) == ("oom", 2147483648)
 
 
 def test_objectives_are_numbers_of_the_summary(tmp_path: Path) -> None:

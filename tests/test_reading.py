@@ -1,4 +1,4 @@
-"""Texts that are read."""
+"""Texts that are read with one cache, whole or line by line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tiny import prompt, tiny
 from torch.nn.functional import cross_entropy
 
 from baselines import FullPolicy, LocalPolicy
-from evals.run.read import read, reading_steps
+from evals.run.read import fed_and_scored, read, reading_steps
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,21 @@ def test_every_token_but_the_last_is_fed_once() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_full_cache_reads_as_one_forward_pass(model, chunk: int) -> None:
-    ids = prompt(60)
-    measured, losses = read(model, ids[0].tolist(), FullPolicy(), chunk, {})
-    logits = model(ids).logits[0]
-    expected = cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+@pytest.mark.parametrize("starts", [(0,), (0, 1, 12, 13, 30)], ids=["whole", "lines"])
+def test_the_full_cache_reads_as_one_forward_pass(model, chunk: int, starts) -> None:
+    """A token's loss is that of the step that feeds the token before it, in lines too."""
+    ids = prompt(60)[0].tolist()
+    fed, scored = fed_and_scored(ids, starts)
+    lines = [(1, 12), (13, 30), (30, 60)] if len(starts) > 1 else [(0, 60)]
+    assert fed == [token for start, end in lines for token in ids[start : end - 1]]
+    assert scored == [token for start, end in lines for token in ids[start + 1 : end]]
+    measured, losses = read(model, ids, FullPolicy(), chunk, {}, starts)
+    logits = model(torch.tensor([fed])).logits[0]
+    expected = cross_entropy(logits, torch.tensor(scored), reduction="none")
     torch.testing.assert_close(torch.tensor(losses), expected, atol=1e-4, rtol=1e-4)
-    assert measured.lengths[-1] == 59 and measured.prompt_tokens == 60
+    assert measured.lengths[-1] == len(fed) and measured.prompt_tokens == 60
+    evicting, _ = read(model, ids, LocalPolicy(window=9), 1, {}, starts)
+    assert evicting.lengths == [*range(1, 9), *[9] * (len(fed) - 8)]  # one cache throughout
 
 
 def test_reading_sees_only_what_the_cache_kept(model) -> None:
