@@ -433,6 +433,13 @@ def test_chinese_answers_score_by_their_data_sets_rules(longbench) -> None:
     assert longbench.score("passage_retrieval_zh", "段落1和段落12", ["段落12"]) == 50
 
 
+def test_longbench_takes_the_first_line_of_code_even_if_it_is_blank(longbench) -> None:
+    line = "    return bee"
+    for name in ("lcc", "repobench-p"):
+        assert longbench.score(name, f"```python\n# dance\n{line}\nmore", [line]) == 100
+        assert longbench.score(name, f"```python\n\n{line}", [line]) == 0  # lm-eval passes over it
+
+
 def test_longbench_does_not_strip_predictions(longbench) -> None:
     """The package `rouge` takes white space after the last full stop for a sentence."""
     stripped, padded = (

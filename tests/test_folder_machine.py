@@ -226,14 +226,17 @@ class Folders(RuleBasedStateMachine):
             for one in group.to_dict("records"):
                 if one["status"] != NOT_RUN:
                     assert one["sample_sha256"] == samples[one["id"]]
-                    text = answer(prompt_of(int(one["id"]), self._version(row, one["id"])))
+                    version = self._version(row, one["id"], one["sample_sha256"])
+                    text = answer(prompt_of(int(one["id"]), version))
                     assert one["prediction"] == text
         for name in self.broken:
             assert any(name in reason for reason in frame.attrs["left_out"])
 
-    def _version(self, row: str, name: str) -> int:
-        records = [self._records(file) for file in self._files() if file.name.startswith(row)]
-        return next(known[name]["meta_version"] for known in records if name in known)
+    def _version(self, row: str, name: str, wanted: str) -> int:
+        """Of the text that was answered, in the one of a row's files that has the wanted sample."""
+        files = [file for file in self._files() if file.name.startswith(row)]
+        found = [self._records(file).get(name, {}) for file in files]
+        return next(one["meta_version"] for one in found if one.get("sample_sha256") == wanted)
 
     # --- helpers ----------------------------------------------------------------------------------
 
