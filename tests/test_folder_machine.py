@@ -58,7 +58,7 @@ def prompt_of(number: int, version: int) -> str:
     return f"text {number} of version {version}"
 
 
-def one_pass(*given: Any, own: bool, kl: bool) -> list[list[dict[str, Any]]]:
+def one_pass(*given: Any, own: bool, kl: bool, chunk: int | None) -> list[list[dict[str, Any]]]:
     """Stands for a pass of several: answers as :func:`answer`, distances by the full cache's."""
     _, tokenizer, prompts, policies, _, _, references = given
     found = []

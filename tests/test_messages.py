@@ -24,7 +24,7 @@ ONCE = [name for name, policy in POLICIES.items() if policy.evicts == "prompt"]
     "given, parts",
     [
         ("method=h20", ["method=h20", "did you mean h2o?", "choose one of a2sf, buzz,"]),
-        ("model=random", ["model=random", "choose one of hf, llama2_7b"]),
+        ("model=random", ["model=random", "hf, llama2_7b,", "choose one of"]),
         ("+experiment=foo", ["experiment=foo", "choose one of bench, demo, fidelity"]),
         ("method.windw=1", ["method.windw=1", "did you mean window?", "compact, history,"]),
         ("method=h2o method.window=1", ["method.window=1", "choose one of heavy, name, recent"]),

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from runs import MODEL, NEEDLE, ROOT
+from runs import MODEL, NEEDLE, composed
 from tiny import prompt, tiny
 from torch.nn.functional import kl_div, log_softmax
 
@@ -256,8 +255,7 @@ def test_the_runner_puts_a_batch_of_prompts_into_one_pass(tmp_path, monkeypatch)
     for size, fails, expected in ((1, False, [(1, 3)] * 3), (3, False, [(3, 3)]), (3, True, None)):
         passes.clear()
         run = [*asked, f"task.batch_size={size}", f"output={tmp_path / f'{size}{fails}'}"]
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            rows = run_all(compose("config", run), run)
+        rows = run_all(composed(*run), run)
         assert expected is None or passes == expected
         answers = [
             {r["id"]: (r["status"], r["tokens"], r["trace"]) for r in row.outcome.records}
