@@ -81,3 +81,20 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     main.runs = tmp_path / "runs"
     return main
+
+
+@pytest.fixture
+def refusal(main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What a command is refused with: one line, before a model is loaded."""
+    import evals.run.runner
+
+    def refusal(*arguments: str) -> str:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(evals.run.runner, "load_model", None)
+            assert main(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return refusal

@@ -6,14 +6,17 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from rich.table import Table
 
 import evals.run.runner
+from buzz import ConfigError
 from evals.launch.sweep import run_all
 from evals.report.terminal import print_tables
 from evals.report.views import summary
@@ -35,17 +38,34 @@ TIMES = {"ttft_s", "decode_tokens_per_s", "itl_p50_ms", "itl_p95_ms", "memory_pe
 MADE = {"process", "load", "loaded"}
 
 
-def run_tiny(
-    output: Path, *overrides: str, fixed: frozenset[str] = frozenset(), needle: bool = True
-) -> Path:
+def composed(*overrides: str, configs: Path = ROOT / "configs", **options: Any) -> DictConfig:
+    """The configuration that a command with these overrides has."""
+    with initialize_config_dir(str(configs), version_base=None):
+        return compose("config", [*overrides], **options)
+
+
+def run_tiny(output: Path, *overrides: str, needle: bool = True) -> Path:
     """Runs the tiny model with some overrides; the file of the method's records."""
     task = NEEDLE if needle else []
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", [*MODEL, *task, f"output={output}", *overrides])
-    (row,) = run_all(cfg, [f"method.{name}=" for name in fixed])
+    (row,) = run_all(composed(*MODEL, *task, f"output={output}", *overrides), [])
     if row.error:
         raise row.error
     return row.outcome.file
+
+
+@contextlib.contextmanager
+def refused(field: str, says: str = "") -> Iterator[None]:
+    """The body is refused in one line that names a field, and says so (a pattern)."""
+    with pytest.raises(ConfigError, match=says or None) as caught:
+        yield
+    assert caught.value.field == field and "\n" not in str(caught.value)
+
+
+def ready(task: Any) -> Any:
+    """A task whose settings were checked and whose files were read."""
+    task.check()
+    task.prepare()
+    return task
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -57,11 +77,6 @@ def read(file: Path) -> list[dict[str, Any]]:
 def full_of(file: Path) -> Path:
     """The file of the full cache beside a row's."""
     return file.parent / "full.jsonl"
-
-
-def rewrite(file: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Puts other records into a row's file."""
-    write_lines(file, records)
 
 
 def summary_of(file: Path) -> dict[str, Any]:
@@ -119,6 +134,7 @@ def stub_generate(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
     return asked
 
 
-def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """A JSON-lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from report_runs import write_row
-from runs import MODEL, NEEDLE, read
+from runs import MODEL, NEEDLE, ROOT, composed, read
 
 from buzz import POLICIES
 from evals.report import views
@@ -23,7 +22,6 @@ from evals.results.frame import load
 from evals.run.plan import policy_of
 from evals.tasks.base import Task
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.S)
 WATCH = """
@@ -105,8 +103,7 @@ def test_a_claim_is_an_entry(tmp_path: Path, found: float, expected: str) -> Non
 def test_a_methods_dataclass_is_its_configuration(name: str) -> None:
     defaults = dataclasses.asdict(POLICIES[name]())
     for protocol in ("equal_memory", "original"):
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [f"method={name}", f"protocol={protocol}"])
+        cfg = composed(f"method={name}", f"protocol={protocol}")
         own = {"heavy": 400, "recent": 160} if (name, protocol) == ("h2o", "original") else {}
         assert cfg.method == {"name": name, **defaults, **own}
         assert policy_of("method", dict(cfg.method)) == POLICIES[name](**own)
@@ -117,8 +114,7 @@ def test_a_variant_is_a_yaml_on_top_of_a_method(tmp_path: Path) -> None:
     variant = tmp_path / "configs/method/h2o_recent.yaml"
     variant.parent.mkdir()
     variant.write_text("defaults: [h2o]\nrecent: 500\n")
-    with initialize_config_dir(str(tmp_path / "configs"), version_base=None):
-        cfg = compose("config", ["method=h2o_recent"])
+    cfg = composed("method=h2o_recent", configs=tmp_path / "configs")
     assert policy_of("method", dict(cfg.method)) == POLICIES["h2o"](recent=500)
 
 

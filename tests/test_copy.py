@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
+from methods import METHODS
 from tiny import prompt, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from baselines import (
-    ExpectedAttentionPolicy,
-    FullPolicy,
-    H2OPolicy,
     KVzipPolicy,
-    SnapKVPolicy,
-    StreamingLLMPolicy,
 )
-from buzz import BuzzPolicy, EvictionCache, ForkedCache
+from buzz import EvictionCache, ForkedCache
 
-METHODS = {
-    "full": FullPolicy(),
-    "streaming_llm": StreamingLLMPolicy(sink=2, window=20),
-    "h2o": H2OPolicy(heavy=12, recent=12),
-    "snapkv": SnapKVPolicy(capacity=24, window=8),
-    "buzz": BuzzPolicy(window=10, sink=2, threshold=24, stride=3),
-    "expected_attention": ExpectedAttentionPolicy(capacity=30),
-}
+KINDS = ("full", "streaming_llm", "h2o", "snapkv", "buzz", "expected_attention")
 
 
 def feed(model: PreTrainedModel, cache: EvictionCache, steps: Sequence[Tensor], pad: int) -> Tensor:
@@ -50,7 +38,7 @@ def tokens(count: int, seed: int) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("family", "method", "dtype"),
     [
-        *(("llama", method, torch.float32) for method in METHODS),
+        *(("llama", method, torch.float32) for method in KINDS),
         # residents' keys are kept as they came
         ("llama", "buzz", torch.bfloat16),
         ("llama-dynamic", "buzz", torch.float32),
@@ -82,22 +70,6 @@ def test_both_go_on_as_if_alone(family: str, method: str, dtype: torch.dtype) ->
     for one, (_, other) in zip((cache, twin), alone, strict=True):
         assert one.evictions == other.evictions and one.trace() == other.trace()
         assert torch.equal(one.kept_positions(-1), other.kept_positions(-1))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_pythons_own_copies_are_copies(family: str, mode: type) -> None:
-    """As transformers' recipe for one context and many questions has them."""
-    model = tiny(family)
-    cache = EvictionCache(model, METHODS["h2o"])
-    with mode():
-        model(prompt(40, 2), past_key_values=cache)
-        twin = copy.deepcopy(cache)
-    expected = feed(model, cache.copy(), tokens(4, 1), 0)
-    for one in (twin, cache):
-        assert torch.equal(feed(model, one, tokens(4, 1), 0), expected)
-        with torch.no_grad():
-            model(prompt(1, 2), past_key_values=one)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])

@@ -7,20 +7,20 @@ import math
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from runs import (
     HEAD_DIM,
     KV_HEADS,
     LAYERS,
     MODEL,
     NEEDLE,
-    ROOT,
+    composed,
     full_of,
     read,
-    rewrite,
     shown,
     summary_of,
+    write_lines,
 )
+from tiny import tiny
 
 import evals.run.generate
 import evals.run.runner
@@ -28,6 +28,7 @@ from baselines import FullPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.results.folder import RunFailed, SettingFolder, digest, sha256
 from evals.results.frame import load
+from evals.run.models import byte_tokenizer
 from evals.run.prompt import Prompt
 from evals.run.prompts import batches
 from evals.tasks.encoding import encode
@@ -62,53 +63,29 @@ def test_fractional_budget_is_of_each_prompt(go) -> None:
         assert record["kv_entries_peak"] == record["budget_entries"]
 
 
-def test_budget_leaves_fixed_parameters_alone(go) -> None:
-    folder = go("method=h2o", "method.heavy=30", "budget=100", fixed=frozenset({"heavy"}))
-    policy = read(folder)[0]["policy"]
-    assert (policy["heavy"], policy["recent"]) == (30, 70)
-
-
-def test_budget_does_not_matter_to_a_method_without_parameters(go) -> None:
-    assert go("method=full") == go("method=full", "budget=0.5")
-    assert go("method=h2o") != go("method=h2o", "budget=0.5")
-
-
-def test_rows_of_a_batch_answer_as_they_do_alone(go) -> None:
-    alone = {record["id"]: record for record in read(go("method=buzz", "method.threshold=60"))}
-    together = read(go("method=buzz", "method.threshold=60", "task.batch_size=3"))
-    assert len({record["prompt_tokens"] for record in together}) > 1  # so there is padding
-    for record in together:
-        assert record["prediction"] == alone[record["id"]]["prediction"]
-        assert record["trace"] == alone[record["id"]]["trace"]
-
-
 def test_batch_budget_is_that_of_the_shortest_row(go) -> None:
     records = read(go("method=local", "budget=0.5", "task.batch_size=3"))
     shortest = min(record["prompt_tokens"] for record in records)
-    assert {record["budget_entries"] for record in records} == {round(0.5 * shortest)}
+    for name in ("budget_entries", "kv_entries_peak"):
+        assert {record[name] for record in records} == {round(0.5 * shortest)}
 
 
-def test_throughput_counts_the_tokens_that_were_generated(go) -> None:
-    """And not those of the text: a random model's bytes decode to other characters."""
-    setting = ["task=throughput", "task.lengths=[64]", "task.max_new_tokens=24"]
-    folder = go(*setting, "method=full", needle=False)
-    records = read(folder)
-    assert [record["prompt_tokens"] for record in records] == [64] * 3
-    for record in records:
-        assert record["scores"] == {"answer_tokens": len(record["tokens"])}
-
-
-def test_killed_run_goes_on_where_it_stopped(go, capsys) -> None:
+def test_a_killed_run_goes_on_where_it_stopped(go) -> None:
     file = go("method=buzz")
-    whole = file.read_text()
+    whole, records = file.read_text(), read(file)
     first, second, *_ = whole.splitlines(keepends=True)
     file.write_text(first + second[: len(second) // 2])
-    assert go("method=buzz") == file
-    assert "1 of 3 samples are there already" in capsys.readouterr().err
-    assert file.read_text().startswith(first)
-    assert [r["prediction"] for r in read(file)] == [
-        json.loads(line)["prediction"] for line in whole.splitlines()
-    ]
+    assert go("method=buzz") == file and file.read_text().startswith(first)
+    assert [r["prediction"] for r in read(file)] == [r["prediction"] for r in records]
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_records_of_other_prompts_are_not_reused(go) -> None:
+    file = go("method=buzz")
+    first, *others = read(file)
+    write_lines(file, [first | {"prompt_sha256": "0" * 16}, *others])
+    with pytest.raises(ConfigError, match="another prompt"):
+        go("method=buzz")
 
 
 def test_repeated_run_generates_nothing(go, monkeypatch) -> None:
@@ -118,15 +95,6 @@ def test_repeated_run_generates_nothing(go, monkeypatch) -> None:
     evals.run.runner._loaded.clear()
     assert go("method=buzz") == file
     assert [path.read_bytes() for path in (file, full_of(file))] == before
-
-
-def test_records_of_other_prompts_are_not_reused(go) -> None:
-    file = go("method=buzz")
-    records = read(file)
-    records[0]["prompt_sha256"] = "0" * 16
-    rewrite(file, records)
-    with pytest.raises(ConfigError, match="another prompt"):
-        go("method=buzz")
 
 
 def test_a_row_in_use_is_refused_and_the_full_cache_beside_it_is_not_waited_for(go) -> None:
@@ -153,160 +121,12 @@ def test_cache_that_does_not_evict_fails_the_run(go, monkeypatch) -> None:
     assert summary_of(file)["n"] == 3
 
 
-def test_failed_run_exits_with_1(main, monkeypatch, capsys) -> None:
-    silent = lambda model, policy, **options: EvictionCache(model, FullPolicy())  # noqa: E731
-    monkeypatch.setattr(evals.run.generate, "EvictionCache", silent)
-    assert main(*MODEL, *NEEDLE, "method=local", "method.window=60") == 1
-    assert "recurrence" in capsys.readouterr().err
-
-
-def test_out_of_memory_is_a_result(go, monkeypatch) -> None:
-    def generate(model, tokenizer, prompts, *arguments, **named):
-        if len(prompts[0]) > 200:  # not the warm-up
-            calls.append(len(prompts[0]))
-            if len(calls) == 2:
-                raise MemoryError
-        return original(model, tokenizer, prompts, *arguments, **named)
-
-    calls: list[int] = []
-    original = evals.run.runner.generate
-    monkeypatch.setattr(evals.run.runner, "generate", generate)
-    file = go("method=full")
-    assert [record["status"] for record in read(file)] == ["ok", "oom", "ok"]
-    assert (summary_of(file)["n"], summary_of(file)["oom"]) == (2, 1)
-    go("method=full")
-    assert len(calls) == 3
-
-
-def test_answer_stops_at_end_of_sequence_and_stop_string() -> None:
-    from evals.run.models import load_model
-
-    cfg = {
-        "name": "random",
-        "max_length": 256,
-        "dtype": "float32",
-        "attn_implementation": "sdpa",
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 300,
-        "seed": 0,
-    }
-    model, tokenizer = load_model(cfg, "cpu")
-    prompt, policy = tokenizer("some text")["input_ids"], StreamingLLMPolicy(sink=1, window=4)
-    (free,) = evals.run.generate.generate(model, tokenizer, [prompt], policy, 12)
-    assert free.stop_reason == "length" and free.generated_tokens == 12
-
-    def answer(**changes):
-        return evals.run.generate.generate(model, tokenizer, [prompt], policy, 12, **changes)[0]
-
-    ids = tokenizer(free.text)["input_ids"]
-    character = next(c for c in free.text[1:] if " " < c <= "~" and c != free.text[0])
-    stopped = answer(stop=(character,))
-    assert stopped.stop_reason == "stop"
-    assert stopped.generated_tokens == free.text.index(character) + 1
-    assert len(stopped.lengths) == stopped.generated_tokens
-    model.generation_config.eos_token_id = ids[1]
-    assert (ended := answer()).stop_reason == "eos" and ended.generated_tokens <= 2
-
-
-BAD = {
-    "method.stride=0": "method.stride=0",
-    "method.window=-3": "method.window=-3",
-    "method.window=2000": "method.window=2000: larger than the model's 1024 tokens",
-    "method=h2o method.recent=few": "method.recent='few'",
-    "+method.honey=1": "method.honey=1: no such setting",
-    "budget=0": "budget=0",
-    "budget=1.5": "budget=1.5",
-    "budget=-0.2": "budget=-0.2",
-    "budget=some": "budget='some'",
-    "budget=5000": "budget=5000",
-    "budget=5": "budget=5: leaves",
-    "method=streaming_llm budget=4": "budget=4: leaves",
-    "task.samples=0": "task.samples=0",
-    "task.batch_size=0": "task.batch_size=0",
-    "task.max_new_tokens=0": "task.max_new_tokens=0",
-    "task.max_new_tokens=null": "task.max_new_tokens=None",
-    "task.max_new_tokens=4000": "task.max_new_tokens=4000",
-    "task.lengths=[2000]": "model.max_length=1024",
-    "task.lengths=[]": "task.lengths=[]",
-    "task.depths=[101]": "task.depths=101",
-    "task.depths=[deep]": "task.depths='deep'",
-    "task.repeats=0": "task.repeats=0",
-    "seed=x": "seed='x'",
-    "cache.logn_base=0.5": "cache.logn_base=0.5",
-    "cache.logn_clamp=true": "cache.logn_clamp=True: bounds the scale",
-    "task=xsum task.data_file=none.jsonl": "task.data_file='none.jsonl'",
-    "task=xsum task.data_file=none.jsonl task.words=0": "task.words=0",
-    "task=xsum task.headline=bleu": "task.headline='bleu': choose one of rouge1",
-    "task=nq10": "task.data_file=None",
-    "task=nq10 task.data_file=none.jsonl": "task.data_file='none.jsonl'",
-    "task=wikitext task.data_file=none.txt": "task.data_file='none.txt'",
-    "task=wikitext task.chunk=0": "task.chunk=0",
-    "task=wikitext task.tokens=10": "task.tokens=10",
-    "task=wikitext task.batch_size=2": "task.batch_size=2",
-    f"task=wikitext task.data_file={__file__} method=full": "task.tokens=4096: full would hold",
-    "time_samples=-1": "time_samples=-1",
-    "label=a/b": "label='a/b'",
-    "task.variant=many": "task.variant='many'",
-    "task.needles=1": "task.needles=1",
-    "task.needles=11": "task.needles=11",
-    "kl=maybe": "kl='maybe'",
-    "protocol=original budget=0.5": "budget=0.5: protocol=original",
-    "task=suite task.tasks=[honey]": "task.tasks='honey': choose among",
-    "task=suite task.tasks=[]": "task.tasks=[]",
-    "task=longbench task.data_dir=none": "task.data_dir='none'",
-    "task=longbench task.subsets=[honey]": "task.subsets='honey': choose among",
-    "model.dtype=float8": "model.dtype='float8'",
-}
-
-
-@pytest.mark.parametrize("overrides", BAD)
-def test_bad_input_is_one_line_before_a_model_is_loaded(main, monkeypatch, capsys, overrides):
-    if "longbench" in overrides:
-        pytest.importorskip("jieba")
-        pytest.importorskip("lm_eval")
-    monkeypatch.setattr(evals.run.runner, "load_model", None)
-    task = [] if "task=" in overrides else NEEDLE
-    assert main(*MODEL, *task, *overrides.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and BAD[overrides] in line
-
-
-@pytest.mark.parametrize("choice", ["method", "task", "model", "logger", "protocol"])
-def test_unknown_choice_lists_the_choices(main, capsys, choice) -> None:
-    assert main(f"{choice}=honey") == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    for path in (ROOT / "configs" / choice).glob("*.yaml"):
-        assert path.stem in error
-
-
 def test_command_line_from_another_folder(main, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(*MODEL, *NEEDLE, "budget=7.5", "output=runs") == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: budget=7.5: ")
     assert {path.name for path in tmp_path.iterdir()} <= {"runs"}  # no other folder is left behind
-
-
-def test_multirun_prints_one_table_and_loads_the_model_once(main, monkeypatch, capsys) -> None:
-    loads = []
-    original = evals.run.runner.load_model
-    monkeypatch.setattr(evals.run.runner, "load_model", lambda *a: loads.append(a) or original(*a))
-    evals.run.runner._loaded.clear()
-    methods = ["streaming_llm", "full", "buzz"]
-    assert main("-m", *MODEL, *NEEDLE, f"method={','.join(methods)}", "budget=0.25") == 0
-    out = capsys.readouterr().out
-    assert "3 complete" in out and all(f"{name}@0.25" in out for name in methods if name != "full")
-    (folder,) = main.runs.glob("needle-*")
-    rows = load(folder)
-    assert set(rows.row) == {"full", "streaming_llm@0.25", "buzz@0.25"} and set(rows.rows) == {3}
-    held = rows.groupby("row").kv_nbytes_mean.mean()
-    assert 0.2 < held["streaming_llm@0.25"] / held["full"] < 0.3
-    assert len(loads) == 1
 
 
 def test_a_method_has_the_full_cache_of_its_setting_beside_it(go) -> None:
@@ -335,42 +155,6 @@ def test_comparison_with_full_is_recorded_and_made_once(go, monkeypatch) -> None
     assert file.read_bytes() == lines
 
 
-def test_comparison_with_full_does_not_depend_on_the_batch(go) -> None:
-    kls = []
-    for size in (1, 3):
-        setting = [f"task.batch_size={size}", "task.max_new_tokens=20"]
-        file = go("method=local", "method.window=40", "kl=true", *setting)
-        kls.append({record["id"]: record["kl_to_full"] for record in read(file)})
-    assert kls[0] == pytest.approx(kls[1], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "method",
-    ["method=buzz method.window=20 method.threshold=40", "method=h2o budget=60"],
-)
-def test_scores_do_not_depend_on_the_batch_size(go, tmp_path: Path, method: str) -> None:
-    texts = [" ".join(FILLER[i : 2 * i]) for i in (1, 2, 4, 6, 8)]
-    rows = [{"document": text, "summary": "words"} for text in texts]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    setting = ["task=xsum", f"task.data_file={data}", "task.max_new_tokens=48", *method.split()]
-    runs = []
-    for size in (1, 2, 5):
-        file = go(*setting, f"task.batch_size={size}", needle=False)
-        records = sorted(read(file), key=lambda record: record["id"])
-        runs.append(({r["id"]: r["tokens"] for r in records}, [r["scores"] for r in records]))
-    assert len(set(map(tuple, runs[0][0].values()))) == 5
-    assert runs[1] == runs[0] and runs[2] == runs[0]
-
-
-def test_records_of_another_version_are_named(go) -> None:
-    file = go("method=h2o", "budget=60")
-    rewrite(file, [record | {"format": 2} for record in read(file)])
-    with pytest.raises(ConfigError, match="written by another version .format 2, not 3"):
-        go("method=h2o", "budget=60")
-    assert "written by another version" in load(file.parent).attrs["left_out"][0]
-
-
 def test_a_row_that_outgrows_its_budget_is_marked(go) -> None:
     """SnapKV has its budget at the prompt's end; 39 tokens later it holds 139 of 100."""
     long = ["budget=100", "task.max_new_tokens=40"]
@@ -381,6 +165,28 @@ def test_a_row_that_outgrows_its_budget_is_marked(go) -> None:
     lines = [line for line in shown(files[0]).splitlines() if line.split()[:1] != []]
     marked = {line.split()[0].rstrip("†"): "†" in line for line in lines}
     assert marked["snapkv@100"] and not marked["h2o@100"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["method=buzz method.window=20 method.threshold=40", "method=h2o budget=60"],
+)
+def test_records_do_not_depend_on_the_batch_size(go, tmp_path: Path, method: str) -> None:
+    rows = [{"document": " ".join(FILLER[i : 2 * i]), "summary": "words"} for i in (1, 2, 4, 6, 8)]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    setting = ["task=xsum", f"task.data_file={data}", "task.max_new_tokens=48", *method.split()]
+    runs, distances = [], []
+    for size in (1, 2, 5):
+        own = [*setting, f"task.batch_size={size}"]
+        records = sorted(read(go(*own, needle=False)), key=lambda record: record["id"])
+        runs.append([(r["tokens"], r["trace"], r["scores"]) for r in records])
+        compared = {r["id"]: r["kl_to_full"] for r in read(go(*own, "kl=true", needle=False))}
+        distances.append([compared[record["id"]] for record in records])
+    assert len({record["prompt_tokens"] for record in records}) == 5  # so there is padding
+    assert len({tuple(tokens) for tokens, *_ in runs[0]}) == 5
+    assert runs[1] == runs[0] and runs[2] == runs[0]
+    for one in distances[1:]:
+        assert one == pytest.approx(distances[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("by", ["peak", "mean"])
@@ -396,27 +202,6 @@ def test_records_say_what_was_given_and_what_was_held(go, by) -> None:
         footprint = policy.footprint()
         promised = footprint.peak if by == "peak" else footprint.mean
         assert promised == pytest.approx(record["budget_entries"], abs=1)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["budget=100", "budget_by=average"], "budget_by='average': "),
-        (
-            ["method=h2o", "budget=100", "method.heavy=90", "method.recent=90"],
-            "holds 180 and not 100",
-        ),
-        (["budget=100", "method.compact=once", "method.window=40"], "after a prompt of 4"),
-        (["budget=0.25", "method.compact=once", "task.lengths=[900]"], "after a prompt of "),
-    ],
-)
-def test_a_budget_that_is_not_met_is_refused_before_a_model_is_loaded(
-    main, monkeypatch, capsys, overrides, says
-) -> None:
-    monkeypatch.setattr(evals.run.runner, "load_model", None)
-    assert main(*MODEL, *NEEDLE, *overrides) == 2
-    error = capsys.readouterr().err
-    assert says in error and len(error.splitlines()) == 1
 
 
 def test_text_is_read_with_one_cache(go, tmp_path: Path) -> None:
@@ -437,7 +222,7 @@ def test_text_is_read_with_one_cache(go, tmp_path: Path) -> None:
     assert full["scores"]["token_perplexity"] != pytest.approx(perplexity, rel=1e-4)
 
 
-def test_suite_runs_its_tasks_with_one_model_and_one_table(main, monkeypatch, capsys) -> None:
+def test_a_suite_has_one_model_and_one_table(main, monkeypatch, capsys) -> None:
     loads = []
     original = evals.run.runner.load_model
     monkeypatch.setattr(evals.run.runner, "load_model", lambda *a: loads.append(a) or original(*a))
@@ -446,7 +231,8 @@ def test_suite_runs_its_tasks_with_one_model_and_one_table(main, monkeypatch, ca
     settings += ["task.settings.pydoc.samples=2", "task.settings.pydoc.shortest=100"]
     settings += ["task.settings.pydoc.max_new_tokens=8", "task.settings.pydoc.longest=900"]
     assert main("-m", *MODEL, "task=suite", *settings, "method=full,local", "budget=0.5") == 0
-    assert len(loads) == 1 and "4 complete" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert len(loads) == 1 and "4 complete" in out and "local@0.5" in out
     rows = load(main.runs)
     assert set(zip(rows.task, rows.row, strict=True)) == {
         (task, row) for task in ("needle", "pydoc") for row in ("full", "local@0.5")
@@ -454,29 +240,11 @@ def test_suite_runs_its_tasks_with_one_model_and_one_table(main, monkeypatch, ca
 
 
 def test_summaries_come_from_the_owners_test_splits() -> None:
-    found = {}
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        for name in ("xsum", "cnn_dailymail"):
-            task = compose("config", [f"task={name}"]).task
-            found[name] = (task.hub, task.hub_config, task.split, task.headline)
-    assert found == {
-        "xsum": ("EdinburghNLP/xsum", None, "test", "rougeL"),
-        "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "test", "rougeL"),
-    }
-
-
-def test_failing_wandb_is_a_warning(go, monkeypatch) -> None:
-    import wandb
-
-    def init(**settings):
-        assert settings["mode"] == "offline"
-        raise OSError("no disk")
-
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(wandb, "init", init)
-    with pytest.warns(UserWarning, match="not logged to Weights & Biases: no disk"):
-        file = go("method=full", "logger=wandb")
-    assert summary_of(file)["n"] == 3
+    tasks = [composed(f"task={name}").task for name in ("xsum", "cnn_dailymail")]
+    assert [(task.hub, task.hub_config, task.split, task.headline) for task in tasks] == [
+        ("EdinburghNLP/xsum", None, "test", "rougeL"),
+        ("abisee/cnn_dailymail", "3.0.0", "test", "rougeL"),
+    ]
 
 
 class Words:
@@ -504,11 +272,25 @@ def test_truncation_keeps_both_ends_and_the_whole_template(chat: bool, limit: in
         ids = ids[1:-2]
     half = len(ids) // 2
     assert ids == words[:half] + words[-half:]
-
-
-def test_truncation_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="no room"):
         encode(Words(), "one two three four", True, 3)
+
+
+def test_an_answer_stops_at_end_of_sequence_and_stop_string() -> None:
+    model, tokenizer = tiny(), byte_tokenizer()
+
+    def answer(**changes):
+        policy = StreamingLLMPolicy(sink=1, window=4)
+        return evals.run.generate.generate(model, tokenizer, [[5, 6, 7]], policy, 12, **changes)[0]
+
+    free = answer()
+    assert free.stop_reason == "length" and free.generated_tokens == 12
+    character = next(c for c in free.text[1:] if c != free.text[0])
+    stopped = answer(stop=(character,))
+    assert stopped.stop_reason == "stop"
+    assert stopped.generated_tokens == free.text.index(character) + 1 == len(stopped.lengths)
+    model.generation_config.eos_token_id = free.tokens[1]
+    assert (ended := answer()).stop_reason == "eos" and ended.generated_tokens <= 2
 
 
 def test_batches_do_not_mix_settings_and_neighbour_lengths() -> None:
@@ -528,6 +310,8 @@ ROOM = ["task=throughput", "task.lengths=[100]", "task.max_new_tokens=8", "task.
 
 def test_the_largest_batch_that_a_limit_holds(main, capsys, tmp_path) -> None:
     """One row more would not fit: 512 bytes an entry, of which full holds 107, a window 30."""
+    assert main(*MODEL, *ROOM, "task.kv_limit=1kB") == 2
+    assert "a single row takes" in capsys.readouterr().err
     for method, rows in (("full", 9), ("local method.window=30", 32)):
         asked = [*ROOM, "task.kv_limit=0.5MB", f"method={method.split()[0]}", *method.split()[1:]]
         assert main(*MODEL, *asked, "task.samples=8") == 2
@@ -539,18 +323,3 @@ def test_the_largest_batch_that_a_limit_holds(main, capsys, tmp_path) -> None:
         assert [record["batch_size"] for record in records] == [rows] * rows
         taken = records[0]["kv_nbytes_peak"]
         assert taken * rows <= 5e5 < taken * (rows + 1)
-
-
-@pytest.mark.parametrize(
-    "given, reason",
-    [
-        ([], "task.kv_limit=None"),
-        (["task.kv_limit=8Mo"], "no size"),
-        (["task.kv_limit=1kB"], "a single row takes"),
-        (["task.kv_limit=1MB", "task.lengths=[50,100]"], "task.lengths"),
-        (["task.kv_limit=1MB", "task.batch_size=2"], "task.batch_size=2"),
-    ],
-)
-def test_limits_that_say_nothing(main, capsys, given, reason) -> None:
-    assert main(*MODEL, *ROOM, *given) == 2
-    assert reason in capsys.readouterr().err.splitlines()[-1]

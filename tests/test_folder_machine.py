@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from runs import MODEL, ROOT, stub_generate, write_lines
+from runs import MODEL, composed, stub_generate, write_lines
 
 import evals.run.runner
 from buzz import ConfigError
@@ -59,7 +58,7 @@ def prompt_of(number: int, version: int) -> str:
     return f"text {number} of version {version}"
 
 
-def one_pass(*given: Any, own: bool, kl: bool) -> list[list[dict[str, Any]]]:
+def one_pass(*given: Any, own: bool, kl: bool, chunk: int | None) -> list[list[dict[str, Any]]]:
     """Stands for a pass of several: answers as :func:`answer`, distances by the full cache's."""
     _, tokenizer, prompts, policies, _, _, references = given
     found = []
@@ -227,14 +226,17 @@ class Folders(RuleBasedStateMachine):
             for one in group.to_dict("records"):
                 if one["status"] != NOT_RUN:
                     assert one["sample_sha256"] == samples[one["id"]]
-                    text = answer(prompt_of(int(one["id"]), self._version(row, one["id"])))
+                    version = self._version(row, one["id"], one["sample_sha256"])
+                    text = answer(prompt_of(int(one["id"]), version))
                     assert one["prediction"] == text
         for name in self.broken:
             assert any(name in reason for reason in frame.attrs["left_out"])
 
-    def _version(self, row: str, name: str) -> int:
-        records = [self._records(file) for file in self._files() if file.name.startswith(row)]
-        return next(known[name]["meta_version"] for known in records if name in known)
+    def _version(self, row: str, name: str, wanted: str) -> int:
+        """Of the text that was answered, in the one of a row's files that has the wanted sample."""
+        files = [file for file in self._files() if file.name.startswith(row)]
+        found = [self._records(file).get(name, {}) for file in files]
+        return next(one["meta_version"] for one in found if one.get("sample_sha256") == wanted)
 
     # --- helpers ----------------------------------------------------------------------------------
 
@@ -245,9 +247,7 @@ class Folders(RuleBasedStateMachine):
             task.append(f"task.shard='{shard}'")
         budget = [] if method == "full" else ["budget=40"]
         chosen = [f"method={method}", *budget, f"kl={str(kl).lower()}", f"output={self.root}/runs"]
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [*MODEL, *task, *chosen])
-        return evals.run.runner.run(cfg)
+        return evals.run.runner.run(composed(*MODEL, *task, *chosen))
 
     def _files(self) -> list[Path]:
         return sorted(self.root.glob("runs/*/*.jsonl"))

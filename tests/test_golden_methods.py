@@ -47,13 +47,23 @@ RECORDS = json.loads((GOLDEN / "methods.json").read_text())
 Case = dict[str, Any]
 
 
+def sized(case: Case, **names: str) -> dict[str, Any]:
+    """Parameters of a policy: each by its name in the recording."""
+    return {ours: case[theirs] for ours, theirs in names.items()}
+
+
+def window(case: Case) -> dict[str, int]:
+    return sized(case.get("scorer", case), window="window_size", kernel="kernel_size")
+
+
+def older(case: Case, recent: str) -> dict[str, int]:
+    """The budget, of which so many are the last."""
+    return {"recent": case[recent], "heavy": case["budget"] - case[recent]}
+
+
 def snapkv(case: Case) -> Policy:
-    return SnapKVPolicy(
-        capacity=case["budget"],
-        window=case["window_size"],
-        kernel=case["kernel_size"],
-        pooling={"avgpool": "avg", "maxpool": "max"}[case["pooling"]],
-    )
+    pooling = {"avgpool": "avg", "maxpool": "max"}[case["pooling"]]
+    return SnapKVPolicy(capacity=case["budget"], pooling=pooling, **window(case))
 
 
 def pyramid_kv(case: Case) -> Policy:
@@ -65,42 +75,13 @@ def kvzip(case: Case) -> Policy:
     return policy.asking(case["first"], case["later"], case["suffix"])
 
 
-def grouped_h2o(case: Case) -> Policy:
-    recent = case["window_size"]
-    return H2OPolicy(heavy=case["budget"] - recent, recent=recent)
-
-
-def vatp(case: Case) -> Policy:
-    return VATPPolicy(heavy=case["heavy"], recent=case["recent"], sink=case["sink"])
-
-
-def a2sf(case: Case) -> Policy:
-    sizes = {"heavy": case["budget"] - case["recent"], "recent": case["recent"]}
-    return A2SFPolicy(**sizes, decay=case["forgetting"])
-
-
-def snapkv_every(case: Case) -> Policy:
-    sizes = {"window": case["window_size"], "kernel": case["kernel_size"]}
-    return SnapKVEveryPolicy(size=case["budget"], every=case["every"], **sizes)
-
-
-def r_kv(case: Case) -> Policy:
-    sizes = {"window": case["window_size"], "kernel": case["kernel_size"]}
-    return RKVPolicy(size=case["budget"], every=case["every"], trade=case["mix_lambda"], **sizes)
-
-
-def on_snapkv(case: Case) -> dict[str, int]:
-    scorer = case.get("scorer", case)
-    return {"window": scorer["window_size"], "kernel": scorer["kernel_size"]}
-
-
 def chunk_kv(case: Case) -> Policy:
     """The original keeps a share of the chunks, whole: so many entries, the last chunk's among."""
     length, chunk = case["length"], case["chunk_length"]
     chunks = -(-length // chunk)
     share = max(1, int(chunks * (case["budget"] + 0.5) / length))
     kept = (share - 1) * chunk + length - (chunks - 1) * chunk
-    return ChunkKVPolicy(capacity=kept, chunk=chunk, **on_snapkv(case))
+    return ChunkKVPolicy(capacity=kept, chunk=chunk, **window(case))
 
 
 class PressesNumbers(RandomPolicy):
@@ -111,32 +92,32 @@ class PressesNumbers(RandomPolicy):
         return torch.rand(entries.positions.shape, generator=own)
 
 
-def random(case: Case) -> Policy:
-    return PressesNumbers(size=case["budget"], sink=0, window=0, seed=case["seed"])
-
-
 POLICIES: dict[str, Callable[[Case], Policy]] = {
-    "h2o": lambda case: H2OPolicy(heavy=case["heavy"], recent=case["recent"]),
-    "h2o_grouped": grouped_h2o,
+    "h2o": lambda case: H2OPolicy(**sized(case, heavy="heavy", recent="recent")),
+    "h2o_grouped": lambda case: H2OPolicy(**older(case, "window_size")),
     "tova": lambda case: TOVAPolicy(size=case["budget"]),
     "snapkv": snapkv,
     "snapkv_max": snapkv,
     "snapkv_grouped": snapkv,
-    "random": random,
-    "vatp": vatp,
-    "a2sf": a2sf,
-    "a2sf_grouped": a2sf,
-    "knorm": lambda case: KnormPolicy(size=case["budget"], every=case["every"]),
-    "keydiff": lambda case: KeyDiffPolicy(size=case["budget"], every=case["every"]),
-    "critical_kv": lambda case: CriticalKVPolicy(capacity=case["budget"], **on_snapkv(case)),
-    "snapkv_every": snapkv_every,
-    "r_kv": r_kv,
+    "random": lambda case: PressesNumbers(size=case["budget"], sink=0, window=0, seed=case["seed"]),
+    "vatp": lambda case: VATPPolicy(**sized(case, heavy="heavy", recent="recent", sink="sink")),
+    "a2sf": lambda case: A2SFPolicy(decay=case["forgetting"], **older(case, "recent")),
+    "a2sf_grouped": lambda case: A2SFPolicy(decay=case["forgetting"], **older(case, "recent")),
+    "knorm": lambda case: KnormPolicy(**sized(case, size="budget", every="every")),
+    "keydiff": lambda case: KeyDiffPolicy(**sized(case, size="budget", every="every")),
+    "critical_kv": lambda case: CriticalKVPolicy(capacity=case["budget"], **window(case)),
+    "snapkv_every": lambda case: SnapKVEveryPolicy(
+        **sized(case, size="budget", every="every"), **window(case)
+    ),
+    "r_kv": lambda case: RKVPolicy(
+        **sized(case, size="budget", every="every", trade="mix_lambda"), **window(case)
+    ),
     "chunk_kv": chunk_kv,
     "expected_attention": lambda case: ExpectedAttentionPolicy(capacity=case["budget"]),
     "kvzip": kvzip,
     "pyramid_kv": pyramid_kv,
     "pyramid_kv_max": pyramid_kv,
-    "defensive_kv": lambda case: DefensiveKVPolicy(capacity=case["budget"], **on_snapkv(case)),
+    "defensive_kv": lambda case: DefensiveKVPolicy(capacity=case["budget"], **window(case)),
 }
 
 model_of = functools.cache(golden.model_of)

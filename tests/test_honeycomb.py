@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import prompt, tiny
 
 from baselines import H2OPolicy
-from buzz import Budget, BuzzPolicy, ConfigError, EvictionCache, HoneycombPolicy
+from buzz import Budget, BuzzPolicy, EvictionCache, HoneycombPolicy
 
 
 @torch.inference_mode()
@@ -77,21 +77,3 @@ def test_values_and_fading_change_what_stays() -> None:
         model(text, past_key_values=cache)
         kept.append(cache.kept_positions(1))
     assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
-
-
-@pytest.mark.parametrize(
-    "options, field",
-    [
-        ({"keep": 10, "threshold": 9}, "threshold"),
-        ({"keep": 10, "threshold": 12, "cells": 3}, "cells"),
-        ({"score_by": "norm"}, "score_by"),
-        ({"layers": "falling"}, "layers"),
-        ({"fading": 1.5}, "fading"),
-        ({"window": 0}, "window"),
-    ],
-)
-def test_what_is_refused(options, field) -> None:
-    with pytest.raises(ConfigError, match=f"method.{field}"):
-        HoneycombPolicy(**options)
-    with pytest.raises(ConfigError, match="budget"):
-        Budget(12).policy(HoneycombPolicy(cells=28), 4000)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import read
+from runs import read, ready
 
 from buzz import ConfigError
 
@@ -41,10 +41,7 @@ MIRROR = {
 def load(tmp_path: Path, rows: object, name: str = "data.json", **settings) -> LongBench2:
     path = tmp_path / name
     path.write_text(json.dumps(rows) if name.endswith(".json") else rows)
-    task = LongBench2(name="longbench2", data_file=str(path), **settings)
-    task.check()
-    task.prepare()
-    return task
+    return ready(LongBench2(name="longbench2", data_file=str(path), **settings))
 
 
 def test_the_prompt_is_lm_evals(tmp_path: Path) -> None:
@@ -140,9 +137,7 @@ def test_the_mirror_is_read_by_its_configurations(monkeypatch: pytest.MonkeyPatc
         return [MIRROR]
 
     monkeypatch.setattr(longbench2, "load_hub", load_hub)
-    task = LongBench2(name="longbench2", hub_revision="r1")
-    task.check()
-    task.prepare()
+    task = ready(LongBench2(name="longbench2", hub_revision="r1"))
     assert len(asked) == 20 and {one[::2] for one in asked} == {("recursal/longbench-v2", "train")}
     domains = {sample.meta["domain"] for sample in task.load(byte_tokenizer())}
     assert len(domains) == 6 and subsets()["legal_multi"] == "Multi-Document QA"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import read
+from runs import read, ready, write_lines
 
 from buzz import ConfigError
 
@@ -37,12 +37,8 @@ ROWS["hendrycks_math500"] = ROWS["minerva_math500"]
 
 
 def load(tmp_path: Path, benchmark: str, *rows: dict, **settings) -> Math:
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows or [ROWS[benchmark]])))
-    task = Math(name="math", benchmark=benchmark, data_file=str(path), **settings)
-    task.check()
-    task.prepare()
-    return task
+    path = write_lines(tmp_path / "data.jsonl", rows or [ROWS[benchmark]])
+    return ready(Math(name="math", benchmark=benchmark, data_file=str(path), **settings))
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import refused
+from tiny import checkpoint as tiny_checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +29,7 @@ from evals.run.models import byte_tokenizer, check_model, complete_model, load_m
 from evals.run.weights import file_digest, folder_digest
 
 ROOT = Path(__file__).resolve().parents[1]
+ORIGINAL = "original_max_position_embeddings"
 CONFIGS = sorted((ROOT / "configs/model").glob("*.yaml"))
 
 
@@ -73,9 +76,8 @@ def test_every_config_is_named_after_its_file(path: Path):
     ],
 )
 def test_bad_config_is_refused_before_loading(cfg: dict, field: str):
-    with pytest.raises(ConfigError) as error:
+    with refused(field):
         check_model(cfg)
-    assert error.value.field == field and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("cls", [GPT2Config, MptConfig])
@@ -102,44 +104,33 @@ def test_rope_model_passes_on_its_config_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "rope, tokens",
+    "positions, rope, tokens",
     [
-        (None, 2048),
-        ({"rope_type": "linear", "factor": 4.0}, 8192),
-        ({"rope_type": "dynamic", "factor": 4.0}, 8192),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        (2048, None, 2048),
+        (2048, {"rope_type": "dynamic", "factor": 4.0}, 8192),
+        (2048, {"rope_type": "yarn", "factor": 4.0} | {ORIGINAL: 2048}, 8192),
         # as Llama 3.1, whose positions have the factor in them already
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        (2048, {"rope_type": "yarn", "factor": 4.0} | {ORIGINAL: 512}, 2048),
+        # A linear factor counts once: as before it was stretched, or no model was trained on 1,024.
+        (4096, {"rope_type": "linear", "factor": 4.0}, 16_384),
+        (16_384, {"rope_type": "linear", "factor": 4.0}, 16_384),
+        (32_768, {"rope_type": "linear", "factor": 8.0}, 32_768),
+        (131_072, {"rope_type": "linear", "factor": 32.0}, 131_072),
+        (2048, {"rope_type": "linear", "factor": 2.0}, 4096),
     ],
 )
-def test_context_is_what_config_json_says(tmp_path: Path, rope: dict | None, tokens: int):
+def test_context_is_what_config_json_says(tmp_path: Path, positions, rope, tokens):
     rope = None if rope is None else rope | {"rope_theta": 1e4}
-    LlamaConfig(max_position_embeddings=2048, rope_parameters=rope).save_pretrained(tmp_path)
+    LlamaConfig(max_position_embeddings=positions, rope_parameters=rope).save_pretrained(tmp_path)
     cfg = config("hf", name_or_path=str(tmp_path))
     complete_model(cfg)
     assert cfg["max_length"] == tokens
     check_model(cfg)
-    with pytest.raises(ConfigError, match=f"model.max_length=99999: the model has {tokens:,} pos"):
-        check_model(cfg | {"max_length": 99_999})
+    with refused("model.max_length", f"999999: the model has {tokens:,} pos"):
+        check_model(cfg | {"max_length": 999_999})
     given = config("hf", name_or_path="no/such-model", max_length=100)
     complete_model(given)
     assert given["max_length"] == 100
-
-
-@pytest.mark.parametrize(
-    "positions, factor, tokens",
-    [
-        (4096, 4.0, 16_384),  # as before it was stretched: no model was trained on 1,024
-        (16_384, 4.0, 16_384),
-        (32_768, 8.0, 32_768),
-        (131_072, 32.0, 131_072),
-        (2048, 2.0, 4096),
-    ],
-)
-def test_a_linear_factor_counts_once(positions: int, factor: float, tokens: int):
-    rope = {"rope_type": "linear", "factor": factor, "rope_theta": 1e4}
-    config = LlamaConfig(max_position_embeddings=positions, rope_parameters=rope)
-    assert models.context_length(config) == tokens
 
 
 def test_a_folder_runs_without_its_context(main, checkpoint: Path):
@@ -150,25 +141,9 @@ def test_a_folder_runs_without_its_context(main, checkpoint: Path):
     assert yaml.safe_load(file.read_text())["model"]["max_length"] == 128
 
 
-def test_hub_failure_names_the_model(monkeypatch: pytest.MonkeyPatch):
-    def unreachable(*args: object, **kwargs: object) -> None:
-        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
-
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(ConfigError, match="meta-llama/Llama-2-7b-hf.*couldn't connect") as error:
-        check_model(config("llama2_7b"))
-    assert "\n" not in str(error.value)
-
-
 def test_unknown_device_is_refused():
     with pytest.raises(ConfigError, match="device"):
         load_model(tiny(), device="abacus")
-
-
-def test_corrupt_weights_are_a_config_error(checkpoint: Path):
-    (checkpoint / "model.safetensors").write_bytes(b"\0" * 64)
-    with pytest.raises(ConfigError, match="model.name_or_path"):
-        load_model(config("hf", name_or_path=str(checkpoint), max_length=128))
 
 
 def test_local_checkpoint_round_trip(checkpoint: Path):
@@ -180,15 +155,6 @@ def test_local_checkpoint_round_trip(checkpoint: Path):
     assert tokenizer.padding_side == "left"
     for a, b in zip(random.parameters(), model.parameters(), strict=True):
         assert torch.equal(a.bfloat16(), b)
-
-
-def test_sampling_defaults_of_a_checkpoint_are_dropped(checkpoint: Path):
-    path = checkpoint / "generation_config.json"
-    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
-    path.write_text(json.dumps(json.loads(path.read_text()) | sampling))
-    model, _ = load_model(config("hf", name_or_path=str(checkpoint), max_length=128))
-    assert not model.generation_config.do_sample
-    assert model.generation_config.temperature is None and model.generation_config.top_p is None
 
 
 def test_random_weights_come_from_the_seed_alone():
@@ -333,36 +299,13 @@ def test_a_digest_sees_every_tensor_of_a_large_file(tmp_path: Path, name: str):
     assert len(found) == 9
 
 
-def test_broken_gguf_is_a_config_error_and_leaves_nothing(tmp_path: Path):
-    (tmp_path / "m.gguf").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match="model.name_or_path"):
-        load_model(config("hf", name_or_path=str(tmp_path), gguf_file="m.gguf", max_length=128))
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-
-
 # --- RoPE that goes by length
 
 
 def stretched(tmp_path: Path, **rope: object) -> list[str]:
     """The arguments of a model whose RoPE has other frequencies beyond 512 tokens."""
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        rope_parameters={"rope_theta": 1e4, **rope},
-    )
     folder = tmp_path / str(rope["rope_type"])
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tiny_checkpoint(folder, rope_parameters={"rope_theta": 1e4, **rope})
     task = ["task.depths=50", "task.repeats=1", "task.max_new_tokens=8", "method=full"]
     return ["model=hf", f"model.name_or_path={folder}", "model.name=stretched", *task]
 
@@ -371,8 +314,8 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 8.0}
 LONGROPE = {
     "rope_type": "longrope",
     "factor": 8.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
     "original_max_position_embeddings": 512,
 }
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from runs import MODEL, NEEDLE, ROOT
+from runs import MODEL, NEEDLE, composed
 from tiny import prompt, tiny
 from torch.nn.functional import kl_div, log_softmax
 
 import evals.run.runner
-from baselines import FullPolicy
+from baselines import FullPolicy, H2OPolicy
 from buzz import POLICIES, Budget, EvictionCache, Policy
 from evals.launch.sweep import run_all
 from evals.run.forked import answer_together
@@ -95,16 +94,19 @@ def test_a_prompt_in_chunks_is_answered_as_in_one_piece(family, before) -> None:
         assert ("question_s" in record) == bool(before)
 
 
-def test_a_comparison_is_that_of_two_plain_loops(model) -> None:
+@pytest.mark.parametrize("before", [(), (51,), (35, 16)], ids=["prompt", "context", "stream"])
+def test_a_comparison_is_that_of_two_plain_loops(model, before) -> None:
+    """Behind a compressed context the answer's first token counts, as it can differ too."""
     ids, policies = prompt(TOKENS), [FullPolicy(), *fitted()]
-    (found,) = together(model, [asked(ids[0].tolist())], policies, kl=True)
+    (found,) = together(model, [asked(ids[0].tolist(), before)], policies, kl=True)
     answered = found[0]["tokens"]
     distributions = []
     for policy in policies:
         cache = EvictionCache(model, policy)
-        model(ids, past_key_values=cache)
-        steps = [model(torch.tensor([[one]]), past_key_values=cache) for one in answered[:-1]]
-        distributions.append(log_softmax(torch.cat([step.logits[:, -1] for step in steps]), -1))
+        parts = [*ids.split([*before, TOKENS - sum(before)], dim=1)]
+        parts += [torch.tensor([[one]]) for one in answered[:-1]]
+        logits = [model(part, past_key_values=cache).logits[:, -1] for part in parts]
+        distributions.append(log_softmax(torch.cat(logits[max(len(before), 1) :]), -1))
     full = distributions[0]
     assert "kl_to_full" not in found[0]
     for policy, own, record in zip(policies[1:], distributions[1:], found[1:], strict=True):
@@ -112,8 +114,16 @@ def test_a_comparison_is_that_of_two_plain_loops(model) -> None:
         assert record["kl_to_full"] == pytest.approx(kl, abs=1e-5), policy.name
         same = (own.argmax(-1) == full.argmax(-1)).float().mean().item()
         assert record["top1_to_full"] == pytest.approx(same)
-        assert len(record["kl_tokens"]) == NEW - 1
+        assert len(record["kl_tokens"]) == len(full)
     assert max(record["kl_to_full"] for record in found[1:]) > 0.01
+
+
+@pytest.mark.parametrize("before", [(), (51,)])
+def test_an_answer_of_one_token_can_differ_where_the_context_was_compressed(model, before) -> None:
+    one, options = asked(prompt(TOKENS)[0].tolist(), before), {"own": False, "kl": True}
+    policies = [FullPolicy(), H2OPolicy(heavy=8, recent=8)]
+    ((_, found),) = together(model, [one], policies, references=[[5]], **options)
+    assert (found["kl_to_full"] is None) == (found["top1_to_full"] is None) == (not before)
 
 
 def test_answers_that_are_there_are_compared_without_being_made_again(model) -> None:
@@ -245,8 +255,7 @@ def test_the_runner_puts_a_batch_of_prompts_into_one_pass(tmp_path, monkeypatch)
     for size, fails, expected in ((1, False, [(1, 3)] * 3), (3, False, [(3, 3)]), (3, True, None)):
         passes.clear()
         run = [*asked, f"task.batch_size={size}", f"output={tmp_path / f'{size}{fails}'}"]
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            rows = run_all(compose("config", run), run)
+        rows = run_all(composed(*run), run)
         assert expected is None or passes == expected
         answers = [
             {r["id"]: (r["status"], r["tokens"], r["trace"]) for r in row.outcome.records}

@@ -14,9 +14,23 @@ import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
 from one_layer import feed, finish, held, projecting
+from runs import refused
 from tiny import tiny
 
-from baselines import H2OPolicy, LocalPolicy, StreamingLLMPolicy
+from baselines import (
+    A2SFPolicy,
+    ChunkKVPolicy,
+    CriticalKVPolicy,
+    H2OPolicy,
+    KnormPolicy,
+    LocalPolicy,
+    RandomPolicy,
+    RKVPolicy,
+    SnapKVPolicy,
+    StreamingLLMPolicy,
+    TOVAPolicy,
+    VATPPolicy,
+)
 from baselines.ranking import PromptPolicy, RankingPolicy
 from buzz import (
     POLICIES,
@@ -24,6 +38,7 @@ from buzz import (
     BuzzStridedPolicy,
     ConfigError,
     EvictionCache,
+    HoneycombPolicy,
     Policy,
 )
 from buzz.layer import EvictionLayer
@@ -110,23 +125,19 @@ def steps(
 
 
 @given(policies, chunks, st.integers(0, 9))
-def test_kept_entries_are_a_temporal_subset_with_the_last_ones(policy, new, seed) -> None:
+def test_kept_entries_are_a_temporal_subset_with_the_sink_and_the_last_ones(
+    policy, new, seed
+) -> None:
     for layer, before, _ in steps(policy, new, seed):
         after = held(layer)
+        sink = min(getattr(policy, "sink", 0), before.shape[-1])
+        assert torch.equal(after[..., :sink], before[..., :sink])
         assert (after.diff(dim=-1) > 0).all()
         assert torch.isin(after, before).all()
         protected = min(policy.protected, before.shape[-1])
         assert torch.equal(after[..., after.shape[-1] - protected :], before[..., -protected:]) or (
             protected == 0
         )
-
-
-@given(policies, chunks, st.integers(0, 9))
-def test_the_sink_is_always_kept(policy, new, seed) -> None:
-    sink = getattr(policy, "sink", 0)
-    for layer, before, _ in steps(policy, new, seed):
-        kept_sink = min(sink, before.shape[-1])
-        assert torch.equal(held(layer)[..., :kept_sink], before[..., :kept_sink])
 
 
 @given(policies, chunks)
@@ -218,36 +229,70 @@ def test_rows_of_a_batch_do_not_mix(policy, new, seed) -> None:
         assert torch.equal(held(swapped), expected[order])
 
 
-@pytest.mark.parametrize(
-    ("make", "field"),
-    [
-        (lambda: BuzzPolicy(stride=0), "method.stride"),
-        (lambda: BuzzPolicy(window=0), "method.window"),
-        (lambda: BuzzPolicy(sink=-1), "method.sink"),
-        (lambda: BuzzPolicy(threshold=1.5), "method.threshold"),
-        (lambda: BuzzPolicy(history="best"), "method.history"),
-        (lambda: BuzzPolicy(compact="never"), "method.compact"),
-        (lambda: BuzzStridedPolicy(history="local_max"), "method.history"),
-        (lambda: BuzzPolicy(stride=2, compact="until_fits"), "method.compact"),
-        (lambda: BuzzPolicy(stride=2, compact="widen"), "method.compact"),
-        (lambda: BuzzPolicy(threshold=1, compact="widen"), "method.threshold"),
-        (lambda: BuzzPolicy(stride=2).fit(100), "method.stride"),
-        (lambda: LocalPolicy(window=-3), "method.window"),
-        (lambda: StreamingLLMPolicy(window="9"), "method.window"),
-        (lambda: H2OPolicy(recent=0), "method.recent"),
-        (lambda: H2OPolicy(scoring="max"), "method.scoring"),
-        (lambda: StreamingLLMPolicy(sink=8).fit(8), "budget"),
-        (lambda: BuzzPolicy().fit(5), "budget"),
-        (lambda: H2OPolicy().fit(1), "budget"),
-        (lambda: BuzzPolicy(window=160).fit(100, frozenset({"window"})), "budget"),
+WRONG = {
+    BuzzPolicy: [
+        {"stride": 0},
+        {"window": 0},
+        {"sink": -1},
+        {"threshold": 1.5},
+        {"history": "best"},
+        {"compact": "never"},
+        {"compact": "until_fits", "stride": 2},
+        {"compact": "widen", "stride": 2},
+        {"threshold": 1, "compact": "widen"},
     ],
+    BuzzStridedPolicy: [{"history": "local_max"}],
+    LocalPolicy: [{"window": -3}],
+    StreamingLLMPolicy: [{"window": "9"}],
+    H2OPolicy: [{"recent": 0}, {"scoring": "max"}],
+    TOVAPolicy: [{"size": 0}],
+    SnapKVPolicy: [{"window": 0}, {"kernel": 0}, {"capacity": 32}, {"pooling": "sum"}],
+    KnormPolicy: [{"every": 0}],
+    RandomPolicy: [{"size": 20, "sink": 10, "window": 11}],
+    VATPPolicy: [{"heavy": 3, "sink": 4}],
+    A2SFPolicy: [{"decay": 1.5}, {"decay": float("nan")}],
+    CriticalKVPolicy: [{"first": True}],
+    ChunkKVPolicy: [{"chunk": 0}],
+    RKVPolicy: [{"size": 8}],
+    HoneycombPolicy: [
+        {"threshold": 9, "keep": 10},
+        {"cells": 3, "keep": 10, "threshold": 12},
+        {"score_by": "norm"},
+        {"layers": "falling"},
+        {"fading": 1.5},
+        {"window": 0},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "values"), [(policy, one) for policy, all_ in WRONG.items() for one in all_], ids=str
 )
 @pytest.mark.filterwarnings("ignore:method.stride")
-def test_bad_values_are_named(make, field) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make()
-    assert caught.value.field == field
-    assert "\n" not in str(caught.value)
+def test_bad_values_are_named(policy, values) -> None:
+    with refused(f"method.{next(iter(values))}"):
+        policy(**values)
+
+
+@pytest.mark.parametrize(
+    ("policy", "entries", "fixed"),
+    [
+        (StreamingLLMPolicy(sink=8), 8, ""),
+        (BuzzPolicy(), 5, ""),
+        (BuzzPolicy(window=160), 100, "window"),
+        (H2OPolicy(), 1, ""),
+        (TOVAPolicy(), 0, ""),
+        (RandomPolicy(), 0, ""),
+        (RKVPolicy(), 1, ""),
+        (HoneycombPolicy(cells=28), 12, ""),
+    ],
+    ids=str,
+)
+def test_a_budget_without_room_is_refused(policy, entries, fixed) -> None:
+    with refused("budget"):
+        policy.fit(entries, frozenset(fixed.split()))
+    with refused("method.stride"), pytest.warns(UserWarning):
+        BuzzPolicy(stride=2).fit(100)
 
 
 def test_an_unbounded_stride_warns() -> None:
@@ -266,12 +311,6 @@ def test_local_max_history_keeps_as_many_but_better_entries() -> None:
     a, b = plain.select(60, 12, scores), better.select(60, 12, scores)
     assert a.shape == b.shape
     assert scores.gather(-1, b).sum() > scores.gather(-1, a).sum()
-
-
-def test_h2o_drops_the_lightest_also_one_at_a_time() -> None:
-    policy = H2OPolicy(heavy=4, recent=2)
-    scores = torch.tensor([[[5.0, 1.0, 4.0, 3.0, 2.0, 9.0, 9.0]]])
-    assert policy.select(7, 0, scores).tolist() == [[[0, 2, 3, 4]]]
 
 
 def farthest_from_one_turn(policy: Policy, tokens: int) -> float:

@@ -9,7 +9,6 @@ import evals.run.generate
 import evals.run.read
 import scripts.show_kept
 from buzz import ConfigError, EvictionCache
-from evals.run.config import check_config
 
 H2O = ["method=h2o", "method.heavy=20", "method.recent=20"]
 
@@ -43,23 +42,6 @@ def test_they_reach_the_cache_and_are_recorded(go, made) -> None:
 def test_quotes_make_no_difference(go) -> None:
     folders = {go(*H2O, f"cache.positions={value}") for value in ("true", "'true'", '"true"')}
     assert len(folders) == 1
-
-
-@pytest.mark.parametrize("value", ["false", "null", "1", "rope", "[cache]", "''"])
-def test_others_are_refused_before_a_model_is_loaded(go, monkeypatch, value) -> None:
-    monkeypatch.setattr("evals.run.runner.load_model", None)
-    with pytest.raises(ConfigError, match="^cache.positions="):
-        go(f"cache.positions={value}")
-
-
-def test_a_configuration_that_lacks_them_is_refused(go) -> None:
-    with pytest.raises(ConfigError, match="^cache.positions=None: is missing"):
-        go("~cache.positions")
-
-
-def test_they_are_checked_with_the_other_settings() -> None:
-    with pytest.raises(ConfigError, match="is missing"):
-        check_config({"cache": {"positions": True}})
 
 
 @pytest.mark.parametrize("method", ["streaming_llm", "full"])

@@ -15,22 +15,15 @@ from typing import Annotated, Any
 
 import datasets
 import pytest
-import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from runs import MODEL, ROOT, read, shown, summary_of
-from tiny import prompt, tiny
+from runs import MODEL, ROOT, composed, read, ready, shown, summary_of, write_lines
 from tokenizers.processors import TemplateProcessing
-from torch.nn.functional import cross_entropy
 
-import evals.run.runner
-from baselines import FullPolicy, LocalPolicy
 from buzz import ConfigError
 from evals.run.models import byte_tokenizer
 from evals.run.plan import Plan
 from evals.run.read import fed_and_scored
-from evals.run.read import read as read_text
 from evals.tasks.base import Sample, Task
 from evals.tasks.build import check
 from evals.tasks.data import load_hub
@@ -45,27 +38,18 @@ TOKENIZER = byte_tokenizer()
 ROOM = ["protocol=original", *MODEL, "model.max_length=4096"]  # for its 1,001 new tokens
 
 
-def composed(*overrides: str) -> dict[str, Any]:
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        config = compose("config", ["protocol=original", *overrides])
-    return OmegaConf.to_container(config, resolve=True)
+def under_protocol(*overrides: str) -> dict[str, Any]:
+    return OmegaConf.to_container(composed("protocol=original", *overrides), resolve=True)
 
 
 def original(task: str, file: Path, *overrides: str) -> Task:
     """The task as a command with `protocol=original` gets it, checked."""
-    setting = [*ROOM, f"task={task}", f"task.data_file={file}", *overrides]
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        return Plan.of(compose("config", setting)).task
+    return Plan.of(composed(*ROOM, f"task={task}", f"task.data_file={file}", *overrides)).task
 
 
 def sha256(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def bos_tokenizer() -> Any:
@@ -92,12 +76,12 @@ def bos_tokenizer() -> Any:
 def test_prompts_are_the_originals(tmp_path: Path, task: str, made: str) -> None:
     golden = GOLDEN[made]
     rows = golden.get("rows") or [{"article": a, "summary": "s"} for a in golden["articles"]]
-    samples = original(task, lines(tmp_path / "data.jsonl", rows)).load(TOKENIZER)
+    samples = original(task, write_lines(tmp_path / "data.jsonl", rows)).load(TOKENIZER)
     assert [sha256(sample.prompt) for sample in samples] == golden["sha256"]
     assert len(samples) == 3
 
 
-def test_lines_of_wikitext_are_read_as_the_original_reads_them(tmp_path: Path) -> None:
+def test_lines_of_wikitext_are_read_as_the_original_reads_them(tmp_path, monkeypatch) -> None:
     golden = GOLDEN["wikitext"]
     file = tmp_path / "text"
     file.write_text("".join(row or " \n" for row in golden["rows"]), encoding="utf-8")
@@ -106,19 +90,12 @@ def test_lines_of_wikitext_are_read_as_the_original_reads_them(tmp_path: Path) -
     fed, scored = fed_and_scored(sample.ids, sample.starts)
     assert (sha256(fed), sha256(scored)) == (golden["fed_sha256"], golden["scored_sha256"])
     assert len(fed) == len(scored) == golden["tokens"]
+    rows = [{"text": row} for row in golden["rows"]]  # of the hub
+    monkeypatch.setattr("evals.tasks.wikitext.load_hub", lambda *source: rows)
+    (same,) = ready(Wikitext(name="w", rows=golden["read"])).load(bos_tokenizer())
+    assert same.ids == sample.ids and same.starts == sample.starts
     words = sum(len(row.split()) for row in golden["rows"][: golden["read"]])
     assert sample.meta == {"words": words, "rows": golden["read"]}
-
-
-def test_lines_of_the_hub_are_read_as_those_of_a_file(tmp_path: Path, monkeypatch) -> None:
-    golden = GOLDEN["wikitext"]
-    rows = [{"text": row} for row in golden["rows"]]
-    monkeypatch.setattr("evals.tasks.wikitext.load_hub", lambda *source: rows)
-    task = Wikitext(name="w", rows=golden["read"])
-    task.check()
-    task.prepare()
-    (sample,) = task.load(bos_tokenizer())
-    assert sha256(fed_and_scored(sample.ids, sample.starts)[0]) == golden["fed_sha256"]
 
 
 def test_answers_are_written_and_scored_as_in_the_original() -> None:
@@ -183,19 +160,22 @@ TASKS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sizes_of_the_original(method: str) -> None:
-    found = composed(f"method={method}")
+    found = under_protocol(f"method={method}")
     assert found["method"].items() >= METHODS[method].items()
     assert found["budget"] is None and found["protocol"] == {"name": "original", "budgets": False}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_task_settings_of_the_original(task: str) -> None:
-    assert composed(f"task={task}")["task"].items() >= TASKS[task].items()
-    assert composed("task=suite")["task"]["settings"][task] == composed(f"task={task}")["task"]
+    assert under_protocol(f"task={task}")["task"].items() >= TASKS[task].items()
+    assert (
+        under_protocol("task=suite")["task"]["settings"][task]
+        == under_protocol(f"task={task}")["task"]
+    )
 
 
 def test_ones_own_settings_win_over_the_protocol() -> None:
-    found = composed(
+    found = under_protocol(
         *("method=h2o", "method.heavy=7", "task=xsum", "task.words=9"),
         *("model=llama2_7b_chat", "model.dtype=bfloat16"),
     )
@@ -206,7 +186,14 @@ def test_ones_own_settings_win_over_the_protocol() -> None:
 
 @pytest.mark.parametrize("model", ["llama2_7b_chat", "llama2_7b"])
 def test_the_originals_models_run_in_half_precision(model: str) -> None:
-    assert composed(f"model={model}")["model"]["dtype"] == "float16"
+    assert under_protocol(f"model={model}")["model"]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("override", ["task=needle", "model=smollm2", "model=hf"])
+def test_what_has_no_counterpart_stays_as_it_is(override: str) -> None:
+    group = override.partition("=")[0]
+    own = OmegaConf.to_container(composed(override), resolve=True)[group]
+    assert under_protocol(override)[group] == own
 
 
 def test_the_documented_commands_run_the_original() -> None:
@@ -216,7 +203,7 @@ def test_the_documented_commands_run_the_original() -> None:
     for command in section.strip().splitlines():
         start, *overrides = command.replace("method=$M", "method=h2o").split(" -m ")
         assert start == "python run.py"
-        found = composed(*overrides[0].split())
+        found = under_protocol(*overrides[0].split())
         assert found["protocol"]["name"] == "original" and found["method"]["heavy"] == 400
         assert found["model"]["name_or_path"] == "meta-llama/Llama-2-7b-chat-hf"
         name = found["task"]["name"]
@@ -225,20 +212,8 @@ def test_the_documented_commands_run_the_original() -> None:
     assert tasks == TASKS.keys()
 
 
-@pytest.mark.parametrize("override", ["task=needle", "model=smollm2", "model=hf"])
-def test_what_has_no_counterpart_stays_as_it_is(override: str) -> None:
-    group, name = override.split("=")
-    own = yaml.safe_load(
-        (ROOT / "configs" / group / f"{name}.yaml").read_text().replace("${seed}", "0")
-    )
-    found = composed(override)[group]
-    shared = {"compile": False} if group == "model" else {}  # of configs/config.yaml
-    assert found == own | shared
-
-
 def test_the_default_protocol_has_its_own_sizes_and_prompts() -> None:
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        config = compose("config", ["method=h2o", "task=nq10"])
+    config = composed("method=h2o", "task=nq10")
     assert (config.method.heavy, config.method.recent) == (280, 280)
     assert config.task.headline == "best_subspan" and "{instruction}" in config.task.prompt
     assert config.task.prompt == NQ10.prompt and config.task.document == NQ10.document
@@ -248,33 +223,6 @@ def test_the_default_protocol_has_its_own_sizes_and_prompts() -> None:
 
 
 # --- what is refused ------------------------------------------------------------------------------
-
-BAD = {
-    "task=xsum|task.prompt=TLDR": "task.prompt='TLDR': must have {article}, may have {words}",
-    "task=xsum|task.prompt='{article} {number}'": "and nothing else in braces",
-    "task=xsum|task.prompt='{article} {'": "write {{ or }} for a brace",
-    "task=xsum|task.prompt='{article!r}'": "nothing else in braces",
-    "task=self_bleu|task.words=0": "task.words=0",
-    "task=self_bleu|task.headline=bleu": "task.headline='bleu': choose one of rouge1",
-    "task=nq10|task.prompt='{documents}'": "must have {documents}, {question}, may have",
-    "task=nq10|task.document='{title}'": "task.document='{title}': must have {text}",
-    "task=nq10|task.instruction=Answer.": "task.prompt has no {instruction}",
-    "task=wikitext|task.rows=0": "task.rows=0",
-    "task=wikitext|task.tokens=512": "task.tokens=512: task.rows are read whole",
-    "task=wikitext|task.samples=2": "task.samples=2: task.rows are one sample",
-    "task=needle|budget=0.5": "budget=0.5: protocol=original",
-}
-
-
-@pytest.mark.parametrize("overrides", BAD)
-def test_bad_settings_are_one_line_before_a_model_is_loaded(
-    main, monkeypatch, capsys, overrides: str
-) -> None:
-    monkeypatch.setattr(evals.run.runner, "load_model", None)
-    file = [] if "needle" in overrides else ["task.data_file=none"]
-    assert main(*ROOM, *overrides.split("|"), *file) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and BAD[overrides] in line
 
 
 def test_a_template_is_filled_once() -> None:
@@ -286,23 +234,6 @@ def test_a_template_is_filled_once() -> None:
 
 
 # --- reading lines with one cache -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_reading_lines_is_reading_what_is_fed(chunk: int) -> None:
-    """As in one text, a token's loss is that of the step that feeds the token before it."""
-    model, ids, starts = tiny(), prompt(40)[0].tolist(), (0, 1, 12, 13, 30)
-    fed, scored = fed_and_scored(ids, starts)
-    assert (len(fed), len(scored)) == (35, 35)
-    assert fed == ids[1:11] + ids[13:29] + ids[30:39]
-    assert scored == ids[2:12] + ids[14:30] + ids[31:40]
-    measured, losses = read_text(model, ids, FullPolicy(), chunk, {}, starts)
-    logits = model(torch.tensor([fed])).logits[0]
-    expected = cross_entropy(logits, torch.tensor(scored), reduction="none")
-    torch.testing.assert_close(torch.tensor(losses), expected, atol=1e-4, rtol=1e-4)
-    assert measured.lengths[-1] == 35 and measured.prompt_tokens == 40
-    evicting, _ = read_text(model, ids, LocalPolicy(window=9), 1, {}, starts)
-    assert evicting.lengths == [*range(1, 9), *[9] * 27]  # one cache throughout
 
 
 def test_a_run_over_lines(main, tmp_path: Path) -> None:
@@ -325,7 +256,7 @@ def test_too_few_lines_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_for_self_bleu_is_better_when_lower(main, tmp_path: Path) -> None:
-    file = lines(tmp_path / "data.jsonl", [{"article": "Bees.", "highlights": "Bees."}] * 2)
+    file = write_lines(tmp_path / "data.jsonl", [{"article": "Bees.", "highlights": "Bees."}] * 2)
     setting = [*ROOM, "task=self_bleu", f"task.data_file={file}"]
     assert main(*setting, "task.max_new_tokens=5", "method=streaming_llm") == 0
     (file,) = main.runs.glob("self_bleu-*/streaming_llm*.jsonl")
@@ -342,20 +273,8 @@ def test_every_data_set_of_the_hub_is_pinned() -> None:
     """Commits that hold Parquet files: `datasets` runs no scripts."""
     for name in ("xsum", "cnn_dailymail", "self_bleu", "wikitext"):
         for protocol in ("original", "equal_memory"):
-            task = composed(f"task={name}", f"protocol={protocol}")["task"]
+            task = under_protocol(f"task={name}", f"protocol={protocol}")["task"]
             assert len(task["hub_revision"]) == 40, name
-
-
-def test_the_revision_reaches_the_hub(monkeypatch) -> None:
-    asked = []
-
-    def load_dataset(name: str, config: str | None, **options: str) -> list[dict]:
-        asked.append((name, config, options))
-        return [{"document": "d", "summary": "s"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    Summarization(name="x", hub="h", hub_config="c", hub_revision="r").prepare()
-    assert asked == [("h", "c", {"split": "test", "revision": "r"})]
 
 
 def test_a_revision_with_a_script_is_a_clear_error(monkeypatch) -> None:

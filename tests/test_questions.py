@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import MODEL, read, shown, write_lines
+from methods import METHODS
+from runs import read, shown, write_lines
 from tiny import prompt, tiny
 
-from baselines import H2OPolicy
-from buzz import BuzzPolicy, ConfigError, EvictionCache
+from buzz import ConfigError, EvictionCache
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
 from evals.run.prompt import Prompt
@@ -23,10 +23,6 @@ from evals.tasks.ruler import Ruler
 
 TOKENIZER = byte_tokenizer()
 TOKENIZER.eos_token = None
-POLICIES = {
-    "h2o": H2OPolicy(heavy=12, recent=12),
-    "buzz": BuzzPolicy(window=10, sink=2, threshold=24, stride=3),
-}
 MULTIKEY = ["task.variant=multikey", "task.needles=3", "task.questions=3"]
 SHORT = ["task.lengths=[700]", "task.depths=[0,50]", "task.repeats=1", "task.max_new_tokens=4"]
 
@@ -53,24 +49,24 @@ def asked(context: int, *questions: int) -> list[Prompt]:
     ]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["h2o", "buzz"])
 def test_copies_answer_as_if_each_question_were_the_only_one(model, policy: str) -> None:
     prompts = asked(60, 9, 5, 12)
-    found = answer(model, TOKENIZER, prompts, POLICIES[policy], {}, conversation=False)
+    found = answer(model, TOKENIZER, prompts, METHODS[policy], {}, conversation=False)
     for one, own in zip(prompts, found, strict=True):
-        arguments = POLICIES[policy], 5, (), {}, one.later
+        arguments = METHODS[policy], 5, (), {}, one.later
         (alone,) = generate(model, TOKENIZER, [one.ids], *arguments)
         assert (own.tokens, own.lengths) == (alone.tokens, alone.lengths)
         assert 0 < own.question_s < own.ttft_s
     assert len({tuple(one.tokens) for one in found}) > 1
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["h2o", "buzz"])
 def test_a_conversation_is_one_cache(model, policy: str) -> None:
     """By a plain loop: context, question, answer, what follows it, and so on."""
     prompts = asked(60, 9, 5)
-    found = answer(model, TOKENIZER, prompts, POLICIES[policy], {}, conversation=True)
-    cache = EvictionCache(model, POLICIES[policy])
+    found = answer(model, TOKENIZER, prompts, METHODS[policy], {}, conversation=True)
+    cache = EvictionCache(model, METHODS[policy])
 
     def feed(ids: list[int]) -> int:
         return int(model(torch.tensor([ids]), past_key_values=cache).logits[0, -1].argmax())
@@ -200,21 +196,3 @@ def test_scores_by_question_number(go) -> None:
     assert again == {record["id"]: record["prediction"] for record in records}
     conversation = go(*options, "task.asked=conversation")
     assert conversation != file and len(read(conversation)) == 6
-
-
-def test_refusals(main, capsys) -> None:
-    cases = {
-        "task.variant=multikey task.questions=2": "compress='prompt'",
-        "task.questions=2 compress=context": "task.questions=2",
-        "task=ruler task.questions=2 compress=context": "niah_single_1 has one question",
-        "task.variant=multikey task.questions=9 compress=context": "task.questions=9",
-        "task.variant=multikey task.questions=2 task.batch_size=2 compress=context": "one by one",
-        "task.variant=multikey task.questions=2 task.asked=twice": "task.asked='twice'",
-        "task.variant=multikey task.questions=2 task.asked=conversation compress=context kl=true": (
-            "task.asked='conversation'"
-        ),
-    }
-    for arguments, expected in cases.items():
-        model = [*MODEL, "model.max_length=8192"]
-        assert main(*model, "method=h2o", *arguments.split()) == 2
-        assert expected in capsys.readouterr().err

@@ -9,17 +9,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from report_runs import Reader, write_row
 from runs import MODEL, NEEDLE, ROOT
+from tiny import checkpoint
 
 import evals.run.runner
 from buzz import ConfigError
-from evals.report.__main__ import main
 from evals.run.models import load_model
 
 PACKAGES = ("buzz", "baselines", "evals", "scripts", "tests/tools")
@@ -102,16 +100,8 @@ class Touch:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "checkpoint"
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300, "seed": 0}
-    model, tokenizer = load_model(
-        shape | {"max_length": 64, "dtype": "float32", "attn_implementation": "sdpa"}, "cpu"
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def folder(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "checkpoint")
 
 
 def load(folder: Path) -> None:
@@ -119,27 +109,27 @@ def load(folder: Path) -> None:
     load_model({**cfg, "attn_implementation": "sdpa"}, "cpu")
 
 
-def test_a_pickle_among_the_weights_is_not_executed(checkpoint: Path, tmp_path: Path) -> None:
-    load(checkpoint)
-    (checkpoint / "model.safetensors").unlink()
+def test_a_pickle_among_the_weights_is_not_executed(folder: Path, tmp_path: Path) -> None:
+    load(folder)
+    (folder / "model.safetensors").unlink()
     mark = tmp_path / "executed"
-    torch.save({"lm_head.weight": Touch(mark)}, checkpoint / "pytorch_model.bin")
+    torch.save({"lm_head.weight": Touch(mark)}, folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="model.name_or_path"):
-        load(checkpoint)
+        load(folder)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Touch(mark)))
     assert mark.exists()  # so it would have been there
 
 
-def test_code_beside_the_weights_is_not_executed(checkpoint, tmp_path, monkeypatch) -> None:
+def test_code_beside_the_weights_is_not_executed(folder, tmp_path, monkeypatch) -> None:
     mark = tmp_path / "executed"
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    (checkpoint / "own.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
     monkeypatch.setattr("builtins.input", lambda question: "y")  # nor is the user asked
     with pytest.raises(ConfigError, match="contains custom code"):
-        load(checkpoint)
+        load(folder)
     assert not mark.exists()
 
 
@@ -173,20 +163,3 @@ def test_no_key_is_written_anywhere(tmp_path: Path, monkeypatch) -> None:
     written = [result.stdout.encode(), result.stderr.encode(), *(p.read_bytes() for p in files)]
     for value in keys.values():
         assert not [text for text in written if value.encode() in text]
-
-
-def test_the_report_escapes_all_that_runs_say(tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>"
-    model = {"name": evil, "name_or_path": evil}
-    where = {"task": "needle", "groups": evil, "prediction": evil, "model": model, "setting": "s"}
-
-    def expected(record: dict[str, Any]) -> None:
-        record["references"] = [evil]
-
-    write_row(tmp_path / "runs", "full", [1.0, 0.0], edit=expected, lengths=[1], **where)
-    assert main([f"runs={tmp_path}/runs", f"out={tmp_path}"]) == 0
-    page = (tmp_path / "report.html").read_text()
-    report = Reader(page)
-    assert evil in report.text
-    assert [tag for tag, _ in report.tags].count("script") == 1  # its own, named by its hash
-    assert evil not in page and "script-src 'sha256-" in page

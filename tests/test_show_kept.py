@@ -9,12 +9,11 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from methods import METHODS
-from runs import ROOT
-from tiny import prompt, tiny
+from runs import composed
+from tiny import checkpoint, prompt, tiny
 from tokenizers import Tokenizer, decoders, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from baselines import FullPolicy, H2OPolicy, StreamingLLMPolicy
 from buzz import BuzzPolicy, Policy
@@ -37,45 +36,32 @@ def look(policy: Policy, family: str = "llama") -> Kept:
     return keep(tiny(family), prompt(TOKENS)[0].tolist(), [policy], NEW)[0]
 
 
-def counts(kept: Kept) -> list[list[int]]:
-    """How many tokens of each kind every head has, without repetitions."""
-    kinds = (EVICTED, SINK, HISTORY, WINDOW)
-    return np.unique(
-        [[(row == kind).sum() for kind in kinds] for row in kept.kinds], axis=0
-    ).tolist()
-
-
-def test_streaming_llm_keeps_the_ends():
-    kept = look(POLICIES[1])
-    assert kept.kinds.shape == (3 * 2, SEEN)
-    assert (kept.kinds == [SINK] * 2 + [EVICTED] * (SEEN - 10) + [WINDOW] * 8).all()
-    assert kept.share.tolist() == [1] * 2 + [0] * (SEEN - 10) + [1] * 8
-    assert kept.nbytes == 10 * kept.full_nbytes / SEEN
-    assert len(kept.ids) == SEEN + 1
-
-
-def test_full_cache_is_all_window():
-    kept = look(POLICIES[0])
-    assert (kept.kinds == WINDOW).all()
-    assert kept.nbytes == kept.full_nbytes
-
-
-def test_heavy_hitters_are_history_and_differ_between_heads():
-    kept = look(POLICIES[2])
-    assert counts(kept) == [[SEEN - 12, 0, 5, 7]]
-    assert (kept.kinds[:, -7:] == WINDOW).all()
-    assert len(np.unique(kept.kinds, axis=0)) > 1
-
-
-def test_buzz_has_sampled_history_and_entries_that_wait():
-    """The prompt leaves 32 entries between sink and window: 8 cells, of which one stays each."""
-    kept = look(POLICIES[3])
-    assert kept.evictions == 2  # after 3 more tokens old history is halved, 3 new ones are a cell
-    policy = POLICIES[3]
+@pytest.mark.parametrize(
+    ("policy", "sink", "history", "window"),
+    [
+        (POLICIES[0], 0, 0, SEEN),
+        (POLICIES[1], 2, 0, 8),
+        (POLICIES[2], 0, 5, 7),
+        # The prompt leaves 32 entries between sink and window: 8 cells, of which one stays each.
+        # After 3 more tokens they are in cells of 2, and the 3 that had come are a cell; what comes
+        # now waits beside the window of 6.
+        (POLICIES[3], 2, 5, 8),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_every_token_is_of_a_kind(policy: Policy, sink: int, history: int, window: int):
+    kept = look(policy)
+    assert kept.kinds.shape == (3 * 2, SEEN) and len(kept.ids) == SEEN + 1
+    for row in kept.kinds:
+        assert [(row == kind).sum() for kind in (SINK, HISTORY, WINDOW)] == [sink, history, window]
+        assert (row[:sink] == SINK).all() and (row[SEEN - window :] == WINDOW).all()
     held = policy.lengths([TOKENS] + [1] * (NEW - 1))[-1]
-    history = 5  # 8 in cells of 2, and the cell of the 3 that had come
-    assert counts(kept) == [[SEEN - held, 2, history, held - 2 - history]]
-    assert kept.entries == held > 2 + history + policy.window
+    assert kept.entries == held == sink + history + window
+    assert kept.nbytes == held * kept.full_nbytes / SEEN
+    assert (len(np.unique(kept.kinds, axis=0)) > 1) == (policy.name in ("h2o", "buzz"))
+    assert (kept.share == (kept.kinds != EVICTED).mean(0)).all()
+    if policy.name == "buzz":
+        assert kept.evictions == 2
 
 
 def test_layers_with_a_window_of_their_own_are_left_out():
@@ -220,17 +206,12 @@ def test_command_writes_both_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["buzz", "h2o", "snapkv", "honeycomb", "pyramid_kv"])
 def test_a_budget_makes_the_policy_that_run_py_makes(name):
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", [f"method={name}", "budget=0.25", "task=needle"])
-    plan = Plan.of(cfg)
+    plan = Plan.of(composed(f"method={name}", "budget=0.25", "task=needle"))
     assert plan.budget.policy(method_of(name), 1000) == plan.fit(1000)
 
 
 def test_a_model_may_be_a_folder(tmp_path, capsys):
-    folder, sizes = tmp_path / "my_model", {"hidden_size": 32, "intermediate_size": 32}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    folder = checkpoint(tmp_path / "my_model")
     out = ["--prompt", "some bees", "--methods", "h2o", "--new-tokens", "2", "--out"]
     assert main([*out, str(tmp_path / "kept"), "--model", str(folder)]) == 0
     assert "my_model, a prompt of 9 tokens" in (tmp_path / "kept.html").read_text()

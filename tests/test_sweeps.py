@@ -9,19 +9,18 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
+from runs import ROOT, composed
 
 import evals.launch.sweep as sweep
-import evals.run.runner
 from buzz.errors import ConfigError
 from evals.results.frame import NOT_RUN, load
 from evals.run.runner import run
 from hydra_plugins.one_pass import OnePassSweeper
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 TINY = [
     "model=llama_random",
     "model.hidden_size=32",
@@ -36,8 +35,7 @@ TINY = [
 
 
 def config(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        return compose("config", [*TINY, *overrides])
+    return composed(*TINY, *overrides)
 
 
 def job(folder: Path, *overrides: str) -> sweep.Objectives:
@@ -59,8 +57,7 @@ def installed(group: str, name: str) -> bool:
 
 
 def test_the_demo_is_a_sweep_whose_scores_are_drawn(tmp_path: Path, capsys) -> None:
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", ["+experiment=demo"], return_hydra_config=True)
+    cfg = composed("+experiment=demo", return_hydra_config=True)
     assert cfg.hydra.mode.name == "MULTIRUN" and cfg.hydra.sweeper.params.budget == "0.1,0.25,0.5"
     assert cfg.task.tasks == ["needle", "pydoc"] and cfg.task.settings.needle.repeats == 2
     assert cfg.hydra.callbacks.results.picture == "results/figures/demo.png"
@@ -76,8 +73,7 @@ def test_the_demo_is_a_sweep_whose_scores_are_drawn(tmp_path: Path, capsys) -> N
 def test_every_sweep_composes_and_names_itself(path: Path) -> None:
     if path.stem in ("optuna", "pareto") and not installed("hydra/sweeper", "optuna"):
         pytest.skip("hydra-optuna-sweeper is not installed")
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", [f"+sweep={path.stem}"], return_hydra_config=True)
+    cfg = composed(f"+sweep={path.stem}", return_hydra_config=True)
     assert cfg.sweep_name == path.stem
     assert cfg.hydra.mode.name == "MULTIRUN"
     for name in cfg.hydra.sweeper.params:
@@ -97,8 +93,7 @@ def test_every_sweep_composes_and_names_itself(path: Path) -> None:
 def test_every_launcher_composes(launcher: str, plugin: str) -> None:
     if not installed("hydra/launcher", plugin):
         pytest.skip(f"hydra's {plugin} launcher is not installed")
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", [f"+launcher={launcher}"], return_hydra_config=True)
+    cfg = composed(f"+launcher={launcher}", return_hydra_config=True)
     assert cfg.hydra.runtime.choices["hydra/launcher"] == plugin
 
 
@@ -110,35 +105,33 @@ def test_a_combination_that_cannot_be_served_is_skipped_with_its_reason(tmp_path
     assert line["overrides"] == ["method.threshold=9999"]
 
 
-def test_a_job_that_fails_is_recorded_and_runs_when_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (RuntimeError("the disk is on fire\nand more"), "failed", "the disk is on fire"),
+        (MemoryError("tried to allocate 2147483648 bytes"), "oom", None),
+    ],
+)
+def test_a_job_whose_samples_all_fail_is_a_failed_trial_and_runs_when_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, told: str | None
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("the disk is on fire\nand more")
+        raise error
 
+    small = ("method=local", "task.depths=[0]", "task.repeats=2")
     with monkeypatch.context() as patch:
         patch.setattr("evals.run.runner.generate", broken)
-        assert job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2") is None
+        assert job(tmp_path, *small, "objectives=[score]") is None
+    found = rows(tmp_path, "local")
+    assert set(found.status) == {status}
+    if told is None:
+        assert set(found.asked_nbytes) == {2147483648}
+        return
     (line,) = sweep.read_jobs(tmp_path)
-    assert line["status"] == "failed"
-    reason = "all 2 samples failed, the first with RuntimeError: the disk is on fire"
-    assert line["reason"] == reason and set(rows(tmp_path, "local").status) == {"failed"}
-
-    job(tmp_path, "method=local", "task.depths=[0]", "task.repeats=2")
+    reason = f"all 2 samples failed, the first with RuntimeError: {told}"
+    assert (line["status"], line["reason"]) == ("failed", reason)
+    job(tmp_path, *small)
     assert list(rows(tmp_path, "local").status) == ["ok", "ok"]
-
-
-def test_out_of_memory_in_every_sample_is_a_failed_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def greedy(*arguments: object, **options: object) -> object:
-        raise MemoryError("tried to allocate 2147483648 bytes")
-
-    monkeypatch.setattr(evals.run.runner, "generate", greedy)
-    small = ("method=local", "task.depths=[0]", "task.repeats=1")
-    assert job(tmp_path, *small, "objectives=[score]") is None
-    (record,) = rows(tmp_path, "local").to_dict("records")
-    assert (record["status"], record["asked_nbytes"]) == ("oom", 2147483648)
 
 
 def test_objectives_are_numbers_of_the_summary(tmp_path: Path) -> None:
@@ -163,17 +156,6 @@ def test_shards_put_together_equal_the_whole(tmp_path: Path) -> None:
     assert NOT_RUN not in set(parts.status) and parts.score.mean() == whole.score.mean()
     folders = [next((tmp_path / of).glob("needle-*")).name for of in ("whole", "parts")]
     assert folders[0] == folders[1]
-
-
-@pytest.mark.parametrize("shard", ["8/8", "1", "a/b", "-1/8", "0/0"])
-def test_a_shard_that_does_not_exist_is_refused(tmp_path: Path, shard: str) -> None:
-    with pytest.raises(ConfigError, match="task.shard"):
-        run(config(f"output={tmp_path}", f"task.shard='{shard}'"))
-
-
-def test_more_shards_than_samples_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="fewer samples than shards"):
-        run(config(f"output={tmp_path}", "task.shard=98/99"))
 
 
 def test_weights_and_biases_gets_group_and_lengths(

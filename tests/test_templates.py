@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from runs import full_of, read
+from tiny import checkpoint
 from tokenizers.processors import TemplateProcessing
 from transformers.utils import chat_template_utils
 
 from buzz.errors import ConfigError
-from evals.run.models import TODAY, byte_tokenizer, load_model, set_date
+from evals.run.models import TODAY, byte_tokenizer, set_date
 from evals.tasks.encoding import encode, encode_prompt, in_template
 
 ASK = [{"role": "user", "content": "Say: bees"}]
@@ -64,14 +65,7 @@ def test_a_template_need_not_ask_for_an_answer_nor_keep_white_space() -> None:
 
 def folder(tmp_path: Path, name: str, template: str) -> list[str]:
     """The arguments of a tiny model with a template of its own."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "seed": 0}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
-    rest = {"max_length": 1024, "dtype": "float32", "attn_implementation": "sdpa"}
-    model, tokenizer = load_model(shape | heads | rest, "cpu")
-    tokenizer.chat_template = template
-    path = tmp_path / name
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    path = checkpoint(tmp_path / name, templated(template), max_position_embeddings=1024)
     task = ["task.lengths=300", "task.depths=50", "task.repeats=1", "task.max_new_tokens=4"]
     return ["model=hf", f"model.name_or_path={path}", f"model.name={name}", *task]
 

@@ -17,8 +17,6 @@ from evals.report.claims import (
     UNDECIDED,
     UNEQUAL,
     Claim,
-    Judged,
-    Measurement,
     judge,
     verdict,
 )
@@ -26,6 +24,16 @@ from evals.results.frame import Estimate, load
 
 SMOLLM = {"name": "smollm2", "name_or_path": "models"}
 RANDOM = {"name": "llama_random", "hidden_size": 4096}
+
+
+def scores(n: int = 400) -> list[float]:
+    return [20 + i % 5 for i in range(n)]
+
+
+def pair(root: Path, own: list[float] | None = None, n: int = 400, **more: Any) -> None:
+    """The full cache, and BUZZ at a quarter of it with the same scores if no others are given."""
+    write_row(root, "full", scores(n), kv=4e6, **more)
+    write_row(root, "buzz", own or scores(n), kv=1e6, **{"budget": 0.25, **more})
 
 
 @pytest.mark.parametrize(
@@ -72,39 +80,27 @@ def test_claims_that_no_run_bears_on_are_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss, expected", [(0.0, HOLDS), (0.1, FAILS)])
 def test_quality_and_memory_are_judged_together(tmp_path: Path, loss: float, expected: str) -> None:
-    full = [20 + i % 5 for i in range(400)]
-    write_row(tmp_path, "full", full, kv=4e6)
-    write_row(tmp_path, "buzz", [s * (1 - loss) for s in full], kv=1e6, budget=0.25)
+    pair(tmp_path, [s * (1 - loss) for s in scores()])
     quality, memory = found(tmp_path, "At 2.5x"), found(tmp_path, "KV memory")
     assert quality.verdict == memory.verdict == expected
     assert quality.measured and memory.measured
     assert quality.measured.number.value == pytest.approx(1 - loss)
     assert memory.measured.number.value == pytest.approx(4)
     assert quality.measured.number.n == 400
-
-
-def test_forty_equal_answers_do_not_show_99_percent(tmp_path: Path) -> None:
-    write_row(tmp_path, "full", [20 + i % 5 for i in range(40)], kv=4e6)
-    write_row(tmp_path, "buzz", [20 + i % 5 for i in range(40)], budget=0.25)
-    assert found(tmp_path, "At 2.5x").verdict == UNDECIDED
+    pair(tmp_path / "few", n=40)  # equal answers of forty do not show 99 %
+    assert found(tmp_path / "few", "At 2.5x").verdict == UNDECIDED
 
 
 def test_memory_is_judged_by_what_is_allocated(tmp_path: Path) -> None:
     """Batches share their buffers; a full cache in another batch is compared sample by sample."""
-    scores = [20 + i % 5 for i in range(400)]
-    write_row(tmp_path, "full", scores, kv=4e6, batch_size=2)  # a record has a row's share
-    write_row(tmp_path, "buzz", scores, kv=1e6, allocated=2e6, budget=0.25)
+    write_row(tmp_path, "full", scores(), kv=4e6, batch_size=2)  # a record has a row's share
+    write_row(tmp_path, "buzz", scores(), kv=1e6, allocated=2e6, budget=0.25)
     memory = found(tmp_path, "KV memory")
     assert memory.verdict == FAILS
     assert memory.measured and memory.measured.number.value == pytest.approx(2)
     assert found(tmp_path, "At 2.5x").verdict == NOT_RUN  # nor is it quality at 2.5x less
-
-
-def test_without_bytes_nothing_is_said_about_memory(tmp_path: Path) -> None:
-    scores = [20 + i % 5 for i in range(400)]
-    write_row(tmp_path, "full", scores, kv=4e6)
-    write_row(tmp_path, "buzz", scores, budget=0.25, edit=lambda one: one.pop("allocated_nbytes"))
-    assert found(tmp_path, "KV memory").verdict == UNDECIDED
+    pair(tmp_path / "b", edit=lambda one: one.pop("allocated_nbytes"))
+    assert found(tmp_path / "b", "KV memory").verdict == UNDECIDED
 
 
 def test_swept_parameters_are_no_test_of_the_paper(tmp_path: Path) -> None:
@@ -117,22 +113,14 @@ def test_swept_parameters_are_no_test_of_the_paper(tmp_path: Path) -> None:
 
     cache = true | {"positions": "cache"}
     widen = {**BUZZ, "compact": "widen"}  # what a budget sets
-    write_row(
-        tmp_path,
-        "buzz",
-        [20.0] * 40,
-        row="paper",
-        budget=0.25,
-        fixed=[],
-        cache=cache,
-        parameters=widen,
-    )
+    told = {"row": "paper", "budget": 0.25, "cache": cache, "parameters": widen}
+    write_row(tmp_path, "buzz", [20.0] * 40, **told)
     assert found(tmp_path, "At 2.5x").verdict == UNDECIDED
 
 
 def test_only_samples_of_the_same_prompt_are_paired(tmp_path: Path) -> None:
-    write_row(tmp_path, "full", [20.0] * 40, kv=4e6)
-    file = write_row(tmp_path, "buzz", [20.0] * 40, budget=0.25)
+    pair(tmp_path, n=40)
+    (file,) = tmp_path.glob("*/buzz*.jsonl")
     file.write_text(file.read_text().replace('"hash 0 3"', '"another"'))
     quality = found(tmp_path, "At 2.5x")
     assert quality.measured and quality.measured.number.n == 39
@@ -178,14 +166,10 @@ def test_sizes_of_ones_own_are_compared_by_what_they_hold(tmp_path: Path) -> Non
 
 
 def test_questions_over_documents_are_10_qa_and_longbenchs(tmp_path: Path) -> None:
-    scores = [20 + i % 5 for i in range(400)]
-    for method, kept in (("full", 1.0), ("buzz", 1.01)):
-        values = [kept * score for score in scores]
-        write_row(tmp_path, method, values, row=f"{method} qa", task="nq10")
-        write_row(tmp_path, method, values, row=f"{method} set", task="longbench", groups="musique")
-        write_row(
-            tmp_path, method, values, row=f"{method} other", task="longbench", groups="lcc", seed=1
-        )
+    better = [1.01 * score for score in scores()]
+    pair(tmp_path, better, task="nq10", budget=None)
+    pair(tmp_path, better, task="longbench", groups="musique", budget=None)
+    pair(tmp_path, better, task="longbench", groups="lcc", seed=1, budget=None)
     ten, category = judged(tmp_path, "Questions over several documents")
     assert ten.verdict == category.verdict == HOLDS
     of = {one.measured.of for one in (ten, category) if one.measured}
@@ -194,35 +178,23 @@ def test_questions_over_documents_are_10_qa_and_longbenchs(tmp_path: Path) -> No
 
 def test_quality_beyond_32k_is_of_longer_prompts_alone(tmp_path: Path) -> None:
     for prompt in (32_000, 65_000):
-        for method, score in (("full", 1.0), ("buzz", 0.5 if prompt == 65_000 else 1.0)):
-            scores = [score] * 39 + [1.0]
-            write_row(
-                tmp_path,
-                method,
-                scores,
-                row=f"{method} {prompt}",
-                task="needle",
-                prompt=prompt,
-                lengths=[prompt],
-            )
-    write_row(tmp_path, "buzz", [1.0] * 40, task="throughput", prompt=65_000)
-    write_row(tmp_path, "full", [1.0] * 40, task="throughput", prompt=65_000)
+        where = {"prompt": prompt, "lengths": [prompt]}
+        for method in ("full", "buzz"):
+            score = 0.5 if (method, prompt) == ("buzz", 65_000) else 1.0
+            write_row(tmp_path, method, [score] * 39 + [1.0], task="needle", **where)
+            write_row(tmp_path, method, [1.0] * 40, task="throughput", **where)
     beyond = found(tmp_path, "Beyond 32K")
     assert beyond.verdict == FAILS and beyond.measured and beyond.measured.number.n == 40
 
 
 def test_less_perplexity_is_more_quality(tmp_path: Path) -> None:
-    facts = {"headline": "token_perplexity", "statistic": "exp"}
-    facts |= {"higher_is_better": False}
+    facts = {"headline": "token_perplexity", "statistic": "exp", "higher_is_better": False}
+    where = {"task": "wikitext", "prompt": 40_000, "blocks": True, "metric": facts}
     for method, loss in (("full", 2.0), ("buzz", 2.2)):
-        scores = [loss + i % 7 / 10 for i in range(100)]
-        where = {"task": "wikitext", "prompt": 40_000, "blocks": True, "metric": facts}
-        write_row(tmp_path, method, scores, **where)
+        write_row(tmp_path, method, [loss + i % 7 / 10 for i in range(100)], **where)
     beyond = found(tmp_path, "Beyond 32K")
-    assert beyond.measured and beyond.measured.number.value == pytest.approx(
-        0.8187, abs=1e-3
-    )  # exp(-0.2)
-    assert beyond.verdict == FAILS
+    assert beyond.verdict == FAILS and beyond.measured
+    assert beyond.measured.number.value == pytest.approx(0.8187, abs=1e-3)  # exp(-0.2)
 
 
 # Sensitivity
@@ -296,25 +268,21 @@ def test_sizes_fixed_beside_a_budget_are_another_family(tmp_path: Path) -> None:
 
 
 def test_the_papers_claims_are_about_its_model(tmp_path: Path) -> None:
-    scores = [20 + i % 5 for i in range(400)]
-    for name, model, weights in (("s", SMOLLM, 134_515_008), ("r", RANDOM, 6_738_415_616)):
-        for method, kv in (("full", 4e6), ("buzz", 1e6)):
-            write_row(
-                tmp_path,
-                method,
-                scores,
-                row=f"{name} {method}",
-                kv=kv,
-                model=model,
-                weights=weights,
-            )
-    small, random = judged(tmp_path, "At 2.5x")
-    if small.measured and small.measured.model != "smollm2":
-        small, random = random, small
+    pair(tmp_path, model=SMOLLM, weights=134_515_008)
+    pair(tmp_path, model=RANDOM)
+    said = {one.measured.model: one for one in judged(tmp_path, "At 2.5x") if one.measured}
+    small, random = said["smollm2"], said["llama_random"]
     assert small.kind == random.kind == ELSEWHERE
     assert small.verdict == "not run on Llama-2-7B; on smollm2 (135M parameters): holds"
     assert random.verdict == "not run on Llama-2-7B; on llama_random (random weights): holds"
-    assert small.measured and small.measured.number.value == pytest.approx(1)
+    assert small.measured.number.value == pytest.approx(1)
+    # Other claims on a small model are for it alone.
+    more = {"model": SMOLLM, "weights": 134_515_008}
+    write_row(tmp_path, "full", [20.0, 22.0] * 100, seed=1, **more)
+    sweep(tmp_path, {40: 20.0, 80: 20.0}, seed=1, **more)
+    window = found(tmp_path, "The score depends little on the window")
+    assert window.kind == HOLDS
+    assert window.verdict == "holds, for smollm2 (135M parameters) alone"
 
 
 @pytest.mark.parametrize(
@@ -338,22 +306,5 @@ def test_the_papers_claims_are_about_its_model(tmp_path: Path) -> None:
 def test_a_model_is_known_by_its_weights_and_name(
     tmp_path: Path, model: dict[str, Any], weights: int | None, expected: str
 ) -> None:
-    scores = [20 + i % 5 for i in range(400)]
-    for method, kv in (("full", 4e6), ("buzz", 1e6)):
-        write_row(tmp_path, method, scores, kv=kv, model=model, weights=weights)
+    pair(tmp_path, model=model, weights=weights)
     assert found(tmp_path, "At 2.5x").verdict == expected
-
-
-def test_other_claims_on_a_small_model_are_for_it_alone(tmp_path: Path) -> None:
-    write_row(tmp_path, "full", [20.0, 22.0] * 100, model=SMOLLM, weights=134_515_008)
-    sweep(tmp_path, {40: 20.0, 80: 20.0}, model=SMOLLM, weights=134_515_008)
-    window = found(tmp_path, "The score depends little on the window")
-    assert window.kind == HOLDS
-    assert window.verdict == "holds, for smollm2 (135M parameters) alone"
-
-
-def test_a_measurement_without_a_number_is_undecided() -> None:
-    assert (
-        Judged(CLAIMS[0], Measurement(Estimate(None, None, None, 3), "m", "cpu", "xsum")).verdict
-        == UNDECIDED
-    )

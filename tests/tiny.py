@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -153,3 +155,13 @@ def prompt(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids, int64 [batch, tokens], none of them padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, tokens), generator=generator)
+
+
+def checkpoint(folder: Path, tokenizer: Any = None, **shape: Any) -> Path:
+    """A folder with a tiny Llama and its tokenizer, which has one token a byte if none is given."""
+    from evals.run.models import byte_tokenizer
+
+    config = LlamaConfig(**SHAPE | {"vocab_size": 300, "eos_token_id": 1} | shape)
+    from_config(config).save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder

@@ -2,11 +2,11 @@
 
     python tests/tools/make_golden_methods.py FOLDER [--out PREFIX] [METHOD ...]
 
-FOLDER holds clones of the repositories below, each as `OWNER+NAME` (or `OWNER/NAME`), with their
-history. Nothing of them is in this file: named classes and functions are read at a fixed commit
-and executed as they stand, inside a decoder whose attention is the original's. That decoder runs a
-tiny Llama of random weights on random tokens, all of them from numpy's frozen `RandomState`, so
-that a seed is all there is to store. Entries stay at their true positions, as in the originals.
+FOLDER holds clones of the repositories below, each as `OWNER+NAME`, with their history. Nothing of
+them is in this file: named classes and functions are read at a fixed commit and executed as they
+stand, inside a decoder whose attention is the original's. That decoder runs a tiny Llama of random
+weights on random tokens, all of them from numpy's frozen `RandomState`, so that a seed is all there
+is to store. Entries stay at their true positions, as in the originals.
 
 Writes PREFIX.npz, one uint8 array per method, and PREFIX.json: what was run (repository, commit,
 file, names), on which model, and the cases {length, prompt_seed, budget, ...} in the array's order.
@@ -148,15 +148,12 @@ class Repositories:
         self.used: list[dict[str, Any]] = []
 
     def text(self, repository: str, path: str, commit: str) -> str:
-        owner_name = repository.replace("/", "+")
-        for name in (owner_name, repository):
-            if (self.folder / name).is_dir():
-                show = ["git", "-C", str(self.folder / name), "show", f"{commit}:{path}"]
-                shown = subprocess.run(show, capture_output=True, text=True)
-                if shown.returncode:
-                    raise SystemExit(f"error: {repository}: {shown.stderr.strip()}")
-                return shown.stdout
-        raise SystemExit(f"error: folder={self.folder}: no clone of {repository} ({owner_name})")
+        clone = self.folder / repository.replace("/", "+")
+        show = ["git", "-C", str(clone), "show", f"{commit}:{path}"]
+        shown = subprocess.run(show, capture_output=True, text=True)
+        if shown.returncode:
+            raise SystemExit(f"error: {repository}: {shown.stderr.strip()}")
+        return shown.stdout
 
     def pick(self, repository: str, path: str, *names: str, commit: str = "", **given: Any) -> Any:
         """Execute the definitions called `names` of one file, as they stand.
@@ -165,7 +162,7 @@ class Repositories:
             given: what else the file imports.
 
         Returns:
-            A namespace with the definitions.
+            The definition, or a namespace with them if there are several names.
         """
         commit = commit or COMMITS[repository]
         tree = ast.parse(self.text(repository, path, commit))
@@ -179,7 +176,13 @@ class Repositories:
         space = {**vars(typing), **USUAL, **given, "__name__": __name__}
         flags = annotations.compiler_flag  # types are named that nobody imports here
         exec(compile(ast.Module(wanted, []), path, "exec", flags, dont_inherit=True), space)
-        return SimpleNamespace(**{name: space[name] for name in names})
+        found = {name: space[name] for name in names}
+        return SimpleNamespace(**found) if len(found) > 1 else found[names[0]]
+
+    def beside(self, repository: str, path: str, *names: str, **given: Any) -> dict[str, Any]:
+        """Definitions by name, for a file that imports them."""
+        found = self.pick(repository, path, *names, **given)
+        return vars(found) if len(names) > 1 else {names[0]: found}
 
 
 SILENT = logging.getLogger("originals")
@@ -275,7 +278,7 @@ class Original:
     def __init__(
         self, repositories: Repositories, model: LlamaForCausalLM, length: int, budget: int
     ) -> None:
-        self.pick = repositories.pick
+        self.pick, self.beside = repositories.pick, repositories.beside
         self.model = model
         self.config = model.config
         self.length, self.budget = length, budget
@@ -385,7 +388,7 @@ class H2O(Original):
     def __init__(self, *args: Any, heavy: int, recent: int) -> None:
         super().__init__(*args)
         path = "h2o_hf/utils_real_drop/modify_llama.py"
-        cache = self.pick("FMInference/H2O", path, "H2OKVCache_LayerWise").H2OKVCache_LayerWise
+        cache = self.pick("FMInference/H2O", path, "H2OKVCache_LayerWise")
         with contextlib.redirect_stdout(io.StringIO()):  # it says hello
             self.caches = [cache(heavy, recent, 2, 2) for _ in range(LAYERS)]
 
@@ -400,9 +403,9 @@ class VATP(Original):
         super().__init__(*args)
         repository = "guozhiyu/vatp"
         names = ("LlamaRotaryEmbedding", "rotate_half", "apply_rotary_pos_emb")
-        rotary = vars(self.pick(repository, "utils_hh/modeling_llama.py", *names))
-        name = "LlamaAttention_heavy_hitter"
-        module = getattr(self.pick(repository, "utils_hh/modify_llama.py", name, **rotary), name)
+        rotary = self.beside(repository, "utils_hh/modeling_llama.py", *names)
+        path, name = "utils_hh/modify_llama.py", "LlamaAttention_heavy_hitter"
+        module = self.pick(repository, path, name, **rotary)
         config = SimpleNamespace(
             hidden_size=self.config.hidden_size,
             num_attention_heads=self.config.num_attention_heads,
@@ -438,7 +441,7 @@ class A2SF(Original):
     def __init__(self, *args: Any, select: int, recent: int, forgetting: float) -> None:
         super().__init__(*args)
         path, name = "utils_real_drop/kv_llama.py", "LlamaKVCache"
-        picked = self.pick("Dirac-Notation/A2SF", path, name, commit=A2SF_OF_THE_PAPER)
+        cache = self.pick("Dirac-Notation/A2SF", path, name, commit=A2SF_OF_THE_PAPER)
         shares = (recent / self.budget, select / self.budget)
         config = SimpleNamespace(
             use_compression=True,
@@ -446,7 +449,7 @@ class A2SF(Original):
             compression_ratio=[shares] * LAYERS,
             forgetting_factors=[forgetting] * LAYERS,
         )
-        self.caches = [picked.LlamaKVCache() for _ in range(LAYERS)]
+        self.caches = [cache() for _ in range(LAYERS)]
         for index, one in enumerate(self.caches):
             one.init_cache(config, index)
             assert (one.select_budget, one.recent_budget) == (select, recent)
@@ -464,14 +467,11 @@ class GroupedA2SF(Original):
     def __init__(self, *args: Any, recent: int, forgetting: float) -> None:
         super().__init__(*args)
         repository, folder = "Dirac-Notation/A2SF", "utils_real_drop"
-        base = vars(self.pick(repository, f"{folder}/policies/base.py", "CompressionPolicy"))
-        picked = self.pick(repository, f"{folder}/policies/a2sf.py", "A2SFPolicy", **base)
-        heads = self.config.num_key_value_heads
-        self.policies = [
-            picked.A2SFPolicy(heads, self.budget, forgetting, recent) for _ in range(LAYERS)
-        ]
-        name = "compressed_attention"
-        self.run = getattr(self.pick(repository, f"{folder}/attention.py", name), name)
+        base = self.beside(repository, f"{folder}/policies/base.py", "CompressionPolicy")
+        policy = self.pick(repository, f"{folder}/policies/a2sf.py", "A2SFPolicy", **base)
+        sizes = self.config.num_key_value_heads, self.budget, forgetting, recent
+        self.policies = [policy(*sizes) for _ in range(LAYERS)]
+        self.run = self.pick(repository, f"{folder}/attention.py", "compressed_attention")
 
     def evict(self, step: Step) -> tuple[Tensor, Tensor]:
         _, index = self.run(
@@ -491,8 +491,8 @@ class TOVA(Original):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         path = "src/tova_cache.py"
-        picked = self.pick("schwartz-lab-NLP/TOVA", path, "TOVACache", DynamicCache=object)
-        self.cache = picked.TOVACache(self.budget)
+        cache = self.pick("schwartz-lab-NLP/TOVA", path, "TOVACache", DynamicCache=object)
+        self.cache = cache(self.budget)
         self.cache.key_cache, self.cache.value_cache = {}, {}
 
     def evict(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -515,9 +515,8 @@ class SnapKV(Original):
 
     def __init__(self, *args: Any, **parameters: Any) -> None:
         super().__init__(*args)
-        given = {"_KVCACHE_FACTORY_DEBUG": False}
-        picked = self.pick(self.repository, self.path, *self.helpers, self.name, **given)
-        cluster = getattr(picked, self.name)
+        names, given = (*self.helpers, self.name), {"_KVCACHE_FACTORY_DEBUG": False}
+        cluster = self.beside(self.repository, self.path, *names, **given)[self.name]
         self.clusters = [
             cluster(max_capacity_prompt=self.budget, **parameters, **self.of_layer(index))
             for index in range(LAYERS)
@@ -577,8 +576,8 @@ class RKV(Original):
     ) -> None:
         super().__init__(*args)
         names = ("compute_attention_scores", "cal_similarity")
-        tools = vars(self.pick("Zefan-Cai/R-KV", "rkv/utils.py", *names))
-        method = getattr(self.pick("Zefan-Cai/R-KV", path, name, **tools), name)
+        tools = self.beside("Zefan-Cai/R-KV", "rkv/utils.py", *names)
+        method = self.pick("Zefan-Cai/R-KV", path, name, **tools)
         self.methods = [method(budget=self.budget, **parameters) for _ in range(LAYERS)]
         self.every, self.temporal, self.window = every, temporal, parameters["window_size"]
         self.queries: list[Any] = [None] * LAYERS
@@ -627,13 +626,9 @@ class Press(Original):
         if scorer is not None:
             press = {"SnapKVPress": "snapkv_press", **press}
         if every:
-            press = {
-                **press,
-                "DecodingPress": "decoding_press",
-                "PrefillDecodingPress": "prefill_decoding_press",
-            }
-        files = {"BasePress": "base_press", "ScorerPress": "scorer_press", **press}
-        made = self.presses(files)
+            press = press | {"DecodingPress": "decoding_press"}
+            press |= {"PrefillDecodingPress": "prefill_decoding_press"}
+        made = self.presses({"BasePress": "base_press", "ScorerPress": "scorer_press", **press})
         if scorer is None:
             self.press = made[name](compression_ratio=self.ratio, **parameters)
         else:
@@ -649,11 +644,10 @@ class Press(Original):
         absent = (*models, "QuantizedCache", "AdaKVPress", "ExpectedAttentionPress")
         given: dict[str, Any] = {name: NO_TYPE for name in absent}
         names = ("get_prerope_query_states", "extract_keys_and_values")
-        given |= vars(self.pick("NVIDIA/kvpress", "kvpress/utils.py", *names, **given))
+        given |= self.beside("NVIDIA/kvpress", "kvpress/utils.py", *names, **given)
         for name, file in files.items():
             names = ("is_prefilling", name) if file == "base_press" else (name,)
-            path = f"{PRESSES}/{file}.py"
-            given |= vars(self.pick("NVIDIA/kvpress", path, *names, **given))
+            given |= self.beside("NVIDIA/kvpress", f"{PRESSES}/{file}.py", *names, **given)
         return given
 
     def evict(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -684,10 +678,10 @@ class DefensiveKV(Original):
         super().__init__(*args)
         repository = "FFY0/DefensiveKV"
         path, name = f"{PRESSES}/efficient_ada_scorer_press.py", "EfficientAdaScorerPress"
-        given = vars(self.pick(repository, path, name, BasePress=object))
+        given = self.beside(repository, path, name, BasePress=object)
         given |= {"Qwen3MoeAttention": NO_TYPE, "Qwen3Attention": NO_TYPE}
         path, name = f"{PRESSES}/efficient_defensivekv_press.py", "EfficientDefensiveKVPress"
-        press = getattr(self.pick(repository, path, name, **given), name)
+        press = self.pick(repository, path, name, **given)
         self.press = press(compression_ratio=self.ratio, **parameters)
         self.press.vwl1norm_triton = self.press.vwl1norm
 
@@ -778,29 +772,27 @@ def _rkv(path: str, name: str, temporal: bool) -> Callable[[int], dict[str, Any]
     return lambda budget: {**fixed, **window, **(own if name == "R1KV" else {})}
 
 
-def _press(*files: tuple[str, str], **parameters: Any) -> Callable[[int], dict[str, Any]]:
-    return lambda budget: {"press": dict(files), **parameters}
+def _press(name: str, file: str, **parameters: Any) -> Method:
+    """A press on the grouped model; decoding too where it evicts once in so many tokens."""
+    steps, bare = STEPS * ("every" in parameters), name in ("ObservedAttentionPress", "RandomPress")
+    given = {"press": {name: file}, **parameters}
+    return Method(Press, "gqa", lambda budget: given, steps, note="protects nothing" * bare)
 
 
 AVERAGE = {"window_size": 8, "kernel_size": 5, "pooling": "avgpool"}
 MAXIMUM = {"window_size": 8, "kernel_size": 7, "pooling": "maxpool"}
+GROUPED = {**AVERAGE, "gqa_score_agg": "mean"}
 SCORER = {"window_size": 8, "kernel_size": 5}
+REPEATED = {"chunk": 64, "first": [5, 6, 7], "later": [5, 6, 8, 9], "suffix": [10, 11]}
 UNIFORM = "the best of each KV head, where the original ranks a layer's heads together"
 IN_ORDER = "what is kept is put back in order of time; the original's order is of falling scores"
 
 METHODS = {
     "h2o": Method(H2O, "mha", _half, STEPS),
     "h2o_grouped": Method(
-        GroupedH2O,
-        "gqa",
-        lambda budget: {"window_size": budget // 2, "gqa_score_agg": "sum"},
+        GroupedH2O, "gqa", lambda budget: {"window_size": budget // 2, "gqa_score_agg": "sum"}
     ),
-    "h2o_mean": Method(
-        Press,
-        "gqa",
-        _press(("ObservedAttentionPress", "observed_attention_press")),
-        note="protects nothing",
-    ),
+    "h2o_mean": _press("ObservedAttentionPress", "observed_attention_press"),
     "vatp": Method(VATP, "mha", lambda budget: {**_half(budget), "sink": 3}, STEPS),
     "a2sf": Method(
         A2SF,
@@ -814,45 +806,25 @@ METHODS = {
     "tova": Method(TOVA, "gqa", steps=STEPS),
     "snapkv": Method(SnapKV, "mha", lambda budget: AVERAGE),
     "snapkv_max": Method(SnapKV, "mha", lambda budget: MAXIMUM, ties=True),
-    "snapkv_grouped": Method(
-        GroupedSnapKV, "gqa", lambda budget: {**AVERAGE, "gqa_score_agg": "mean"}
-    ),
+    "snapkv_grouped": Method(GroupedSnapKV, "gqa", lambda budget: GROUPED),
     "snapkv_every": Method(
         RKV, "gqa", _rkv("snapkv.py", "SnapKV", True), STEPS, ALIGNED, True, IN_ORDER
     ),
     "snapkv_every_unsorted": Method(
         RKV, "gqa", _rkv("snapkv.py", "SnapKV", False), STEPS, ALIGNED, True
     ),
-    "pyramid_kv": Method(PyramidKV, "gqa", lambda budget: {**AVERAGE, "gqa_score_agg": "mean"}),
+    "pyramid_kv": Method(PyramidKV, "gqa", lambda budget: GROUPED),
     "pyramid_kv_max": Method(PyramidKV, "mha", lambda budget: {**MAXIMUM, "beta": 5}, ties=True),
     "r_kv": Method(RKV, "gqa", _rkv("r1_kv.py", "R1KV", True), STEPS, ALIGNED, note=IN_ORDER),
     "r_kv_unsorted": Method(RKV, "gqa", _rkv("r1_kv.py", "R1KV", False), STEPS, ALIGNED),
-    "random": Method(
-        Press,
-        "gqa",
-        _press(("RandomPress", "random_press"), seed=1),
-        note="protects nothing",
-    ),
-    "knorm": Method(Press, "gqa", _press(("KnormPress", "knorm_press"), every=EVERY), STEPS),
-    "keydiff": Method(Press, "gqa", _press(("KeyDiffPress", "keydiff_press"), every=EVERY), STEPS),
-    "expected_attention": Method(
-        Press, "gqa", _press(("ExpectedAttentionPress", "expected_attention_press"))
-    ),
-    "critical_kv": Method(
-        Press, "gqa", _press(("CriticalKVPress", "criticalkv_press"), scorer=SCORER)
-    ),
-    "chunk_kv": Method(
-        Press,
-        "gqa",
-        _press(("ChunkKVPress", "chunkkv_press"), scorer=SCORER, chunk_length=11),
-    ),
+    "random": _press("RandomPress", "random_press", seed=1),
+    "knorm": _press("KnormPress", "knorm_press", every=EVERY),
+    "keydiff": _press("KeyDiffPress", "keydiff_press", every=EVERY),
+    "expected_attention": _press("ExpectedAttentionPress", "expected_attention_press"),
+    "critical_kv": _press("CriticalKVPress", "criticalkv_press", scorer=SCORER),
+    "chunk_kv": _press("ChunkKVPress", "chunkkv_press", scorer=SCORER, chunk_length=11),
     "defensive_kv": Method(DefensiveKV, "gqa", lambda budget: SCORER, note=UNIFORM),
-    "kvzip": Method(
-        KVzip,
-        "gqa",
-        lambda budget: {"chunk": 64, "first": [5, 6, 7], "later": [5, 6, 8, 9], "suffix": [10, 11]},
-        note=UNIFORM,
-    ),
+    "kvzip": Method(KVzip, "gqa", lambda budget: REPEATED, note=UNIFORM),
 }
 
 
@@ -896,7 +868,7 @@ def check_decoder() -> None:
         model, tokens = model_of(kind), tokens_of(50, 0)
         with torch.no_grad():
             expected = model(tokens[None]).logits
-            original = Original(SimpleNamespace(pick=None), model, 50, 50)
+            original = Original(SimpleNamespace(pick=None, beside=None), model, 50, 50)
             chunks = [original.read(part, start) for part, start in
                       ((tokens[:50], 0), (tokens[50:51], 50), (tokens[51:], 51))]  # fmt: skip
         torch.testing.assert_close(torch.cat(chunks, 1), expected, atol=1e-4, rtol=1e-4)

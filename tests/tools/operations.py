@@ -1,11 +1,7 @@
-"""Counts what a decoding step asks of a device, per layer and method.
-
-python -m tests.tools.operations    # of eight layers less that of four, in two types
-"""
+"""Counts what a decoding step asks of a device."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import baselines  # noqa: F401  (registers its methods)
-from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache, kernels
+from buzz import CACHE_ARGUMENT, kernels
 
 # Launches that a kernel of this project takes on CUDA; on the CPU they are calls that PyTorch does
 # not see.
@@ -35,7 +30,6 @@ FREE = (
     "empty_strided", "empty_like", "_unsafe_view", "unfold", "movedim", "new_empty_strided",
 )  # fmt: skip
 READS = ("_local_scalar_dense", "item", "is_nonzero", "equal")
-SENDS = ("lift_fresh", "_to_copy")
 
 
 class Operations(TorchDispatchMode):
@@ -98,38 +92,3 @@ def operations(model: nn.Module, cache: Any, token: Tensor, **inputs: Any) -> Op
     with torch.no_grad(), Operations() as counted:
         model(token, **{CACHE_ARGUMENT: cache}, **inputs)
     return counted
-
-
-METHODS = ["full", "local", "buzz_strided", "buzz_fast", "buzz", "streaming_llm", "h2o", "tova"]
-
-
-def main(methods: list[str]) -> None:
-    """Prints a line for each method: operations of a layer, and beyond stock's."""
-    for dtype in (torch.float32, torch.bfloat16):
-        stock = 0.0
-        for method in ["stock", *methods]:
-            counts = []
-            for layers in (8, 4):
-                config = LlamaConfig(
-                    hidden_size=64,
-                    intermediate_size=64,
-                    num_hidden_layers=layers,
-                    num_attention_heads=8,
-                    vocab_size=64,
-                )
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-                cache: Any = DynamicCache()
-                if method != "stock":
-                    cache = EvictionCache(model, POLICIES[method]())
-                token = torch.zeros(1, 1, dtype=torch.int64)
-                with torch.no_grad():
-                    for step in (token.expand(1, 640), *[token] * 6):
-                        model(step, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-                counts.append(operations(model, cache, token, logits_to_keep=1).launches.total())
-            a_layer = (counts[0] - counts[1]) / 4
-            stock = a_layer if method == "stock" else stock
-            print(f"{method:15} {dtype}: {a_layer:.1f}, beside stock {a_layer - stock:+.1f}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:] or METHODS)
