@@ -70,7 +70,7 @@ def one_pass(*given: Any, own: bool, kl: bool, chunk: int | None) -> list[list[d
         entries = dict.fromkeys(("kv_entries_mean", "kv_entries_peak"), 1.0)
         made = {"prediction": said, "tokens": tokens, "timed": False, **bytes_of, **entries}
         made["generated_tokens"] = len(tokens)
-        found.append([(made if own else {}) | (near if kl else {}) for _ in policies])
+        found.append([(made if own else {}) | (near if kl else {}) for _ in policies[0]])
     return found
 
 

@@ -48,7 +48,8 @@ def together(model, prompts: list[Prompt], policies, positions="cache", **option
     references = options.pop("references", [None] * len(prompts))
     own = {"positions": positions}
     drawn = options.pop("sampling")
-    return answer_together(model, TOKENIZER, prompts, policies, own, drawn, references, **options)
+    each = [policies] * len(prompts)
+    return answer_together(model, TOKENIZER, prompts, each, own, drawn, references, **options)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -233,34 +234,36 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(model, monkeypatch) -> No
     assert "logits were not finite at step 1" in str(found[1])
 
 
-def test_the_runner_puts_a_batch_of_prompts_into_one_pass(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("budget", [0.5, 200])
+def test_the_runner_puts_several_prompts_into_one_pass(tmp_path, monkeypatch, budget) -> None:
+    """Each with its own budget, or with that of their batch; one that fails is found."""
     passes: list[tuple[int, int]] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        passes.append((len(args[2]), len(args[3])))
+        passes.append((len(args[2]), len(args[3][0])))
         if fails and len(args[2]) > 1:
             raise RuntimeError("too many prompts")
         return answer_together(*args, **kwargs)
 
     monkeypatch.setattr(evals.run.runner, "answer_together", counted)
-    asked = [
-        *MODEL,
-        *NEEDLE,
-        "time_samples=0",
-        "kl=true",
-        "budget=200",
-        "variants=[['method=h2o'],['method=tova']]",
-    ]
+    two = "variants=[['method=h2o'],['method=tova']]"
+    asked = [*MODEL, *NEEDLE, "time_samples=0", "kl=true", f"budget={budget}", two]
+    together = [(3, 3)]
     found = []
-    for size, fails, expected in ((1, False, [(1, 3)] * 3), (3, False, [(3, 3)]), (3, True, None)):
+    for size, most, fails in ((1, 1, False), (1, 4, False), (1, 4, True), (3, 4, False)):
         passes.clear()
-        run = [*asked, f"task.batch_size={size}", f"output={tmp_path / f'{size}{fails}'}"]
+        monkeypatch.setattr(evals.run.runner, "PROMPTS", most)
+        output = f"output={tmp_path / f'{size}{most}{fails}'}"
+        run = [*asked, f"task.batch_size={size}", output]
         rows = run_all(composed(*run), run)
-        assert expected is None or passes == expected
-        answers = [
-            {r["id"]: (r["status"], r["tokens"], r["trace"]) for r in row.outcome.records}
-            for row in rows
-        ]
-        found.append(answers)
+        if not fails:
+            assert passes == (together if most > 1 else [(1, 3)] * 3)
+        found.append(
+            [
+                {r["id"]: (r["status"], r["tokens"], r["trace"]) for r in row.outcome.records}
+                for row in rows
+            ]
+        )
         assert all(r["kl_to_full"] > 0 for row in rows for r in row.outcome.records)
     assert found[0] == found[1] == found[2] and len(found[0][0]) == 3
+    assert budget < 1 or found[3] == found[0]

@@ -78,15 +78,16 @@ class Rows:
     def __init__(
         self,
         model: PreTrainedModel,
-        policies: Sequence[Policy],
+        policies: Sequence[Sequence[Policy]],
         options: dict[str, Any],
-        prompts: int = 1,
     ) -> None:
+        """Of policies for each prompt, of the same methods in the same order."""
         self.model = model
-        self.cache = ForkedCache(model, [policies] * prompts, **options)
-        pairs = zip(self.cache.forks, [*policies] * prompts, strict=True)
+        self.cache = ForkedCache(model, policies, **options)
+        each = [policy for own in policies for policy in own]
+        pairs = zip(self.cache.forks, each, strict=True)
         self.lengths = [Lengths(fork, policy) for fork, policy in pairs]
-        self.padding = [0] * prompts
+        self.padding = [0] * len(policies)
         self.logits = torch.empty(0)
         self._steps: list[int] = []  # tokens fed by each, padding included
         self._mask: Tensor | None = None  # of what was fed, [prompts, seen], if there is padding
@@ -221,7 +222,7 @@ def answer_together(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    policies: Sequence[Policy],
+    policies: Sequence[Sequence[Policy]],
     options: dict[str, Any],
     sampling: Sequence[tuple[float, float, list[int]] | None],
     references: Sequence[list[int] | None],
@@ -234,7 +235,7 @@ def answer_together(
     Args:
         prompts: of one batch, see :func:`evals.run.prompts.batches`. A context that they share is
             read once, and each continues a copy.
-        policies: with `kl` the full cache is the first.
+        policies: for each prompt; with `kl` the full cache is the first.
         options: of the cache, see :class:`buzz.ForkedCache`.
         sampling: of each prompt, as :meth:`evals.tasks.base.Task.sampling` has it for one sample.
         references: the full cache's answer to each prompt; None: the one that row 0 gives now.
@@ -247,7 +248,7 @@ def answer_together(
     """
     shared = bool(prompts[0].sample.shared)
     read = prompts[:1] if shared else prompts
-    rows = Rows(model, policies, options, len(read))
+    rows = Rows(model, policies[: len(read)], options)
     for step in zip(*(prompt.steps[:-1] for prompt in read), strict=True):
         rows.feed(step, chunk)
     found = []
@@ -255,7 +256,7 @@ def answer_together(
     for part in ([one] for one in asked) if shared else [asked]:
         now = rows.copy() if len(asked) > len(part) else rows
         now.feed([prompt.steps[-1] for prompt, _, _ in part], chunk)
-        found += _answers(now, tokenizer, part, len(policies), own, kl)
+        found += _answers(now, tokenizer, part, len(policies[0]), own, kl)
     return found
 
 

@@ -51,6 +51,8 @@ PEAKS = {
     *("memory_peak_nbytes", "context_peak_nbytes", "question_peak_nbytes"),
     "memory_before_nbytes",
 }
+# What a pass has of prompts: more where few rows would leave the linear layers idle.
+ROWS, PROMPTS, TOKENS = 128, 4, 2**14
 ROOM = 0.7  # of the free memory, for the rows of a pass
 
 
@@ -195,14 +197,15 @@ class Job:
         """Answers, comparisons and timings, as far as they are missing."""
         room = self.plan.task.room is not None
         parts = [] if room else list(batches(self.prompts, self.plan.task.batch_size))
+        self.batch_of = {prompt.sample.id: part for part in parts for prompt in part}
         if any(self._lacks(row, self.prompts) for row in self.running) or any(
             self._untimed(part) for part in self._chosen(parts)
         ):
             self._load()
             with self._progress() as advance:
-                for part in parts:
-                    self._answer(part)
-                    advance(len(part))
+                for group in self._groups(parts):
+                    self._answer(group)
+                    advance(sum(map(len, group)))
                     stop_here()
                 for row in self.running if room else ():  # each has its own largest batch
                     size = self._largest(row)
@@ -212,6 +215,34 @@ class Job:
                 for part in self._chosen(parts):
                     self._time(part)
                     stop_here()
+
+    def _groups(self, parts: Sequence[list[Prompt]]) -> Iterator[list[list[Prompt]]]:
+        """Batches that are answered at a time: of single prompts several, each with its budget.
+
+        They are read in equally many steps, padded by at most a quarter.
+        """
+        rows = sum(self._shares(row) for row in self.running)
+        most = min(PROMPTS, ROWS // rows) if rows and not self.plan.task.timed else 1
+        group: list[list[Prompt]] = []
+
+        def joins(one: Prompt, other: Prompt) -> bool:
+            steps = [(p.max_new_tokens, p.sample.stop, p.before and p.later) for p in (one, other)]
+            short, long = sorted(len(p.ids) for p in (one, other))
+            alike = steps[0] == steps[1] and 4 * short >= 3 * long
+            return alike and not one.sample.shared and (len(group) + 1) * long <= TOKENS
+
+        for part in parts:
+            alone = [len(one) > 1 for one in (*group[:1], part)]
+            if group and (
+                len(group) >= most
+                or any(alone)
+                or not all(joins(part[0], prompt) for (prompt,) in group)
+            ):
+                yield group
+                group = []
+            group = [*group, part]
+        if group:
+            yield group
 
     def _largest(self, row: Row) -> int | None:
         """Prompts of the largest batch that a row has room for."""
@@ -270,16 +301,17 @@ class Job:
             bar = progress.add_task(name, total=len(self.prompts), status="")
             yield lambda count: progress.update(bar, advance=count, status=status())
 
-    def _answer(self, batch: list[Prompt]) -> None:
-        """Answers a batch under every row that lacks it, and compares the answers."""
-        lacking = [r for r in self.running if any(p.sample.id not in r.done for p in batch)]
+    def _answer(self, group: list[list[Prompt]]) -> None:
+        """Answers batches under every row that lacks them, and compares the answers."""
+        prompts = [prompt for batch in group for prompt in batch]
+        lacking = [r for r in self.running if any(p.sample.id not in r.done for p in prompts)]
         together = [row for row in lacking if self._shares(row)]
         for row in lacking:
-            if row not in together:
+            for batch in group if row not in together else ():
                 self._alone(row, batch)
-        self._together(together, batch, own=True)
-        left = [r for r in self.running if any(self._uncompared(r, prompt) for prompt in batch)]
-        self._together(left, batch, own=False)
+        self._together(together, prompts, own=True)
+        left = [r for r in self.running if any(self._uncompared(r, prompt) for prompt in prompts)]
+        self._together(left, prompts, own=False)
 
     def _shares(self, row: Row) -> bool:
         """Whether a method is a row of a pass of several.
@@ -298,21 +330,24 @@ class Job:
 
     # --- several methods in one pass --------------------------------------------------------------
 
-    def _together(self, rows: list[Row], batch: list[Prompt], own: bool) -> None:
-        """Answers and compares a batch's prompts under several rows.
+    def _together(self, rows: list[Row], prompts: list[Prompt], own: bool) -> None:
+        """Answers and compares prompts under several rows.
 
         Args:
             own: whether the rows answer by themselves; otherwise they are only compared.
         """
+        shared = bool(prompts[0].sample.shared)
+        if not shared:
+            prompts = [p for p in prompts if any(self._lacks(row, [p]) for row in rows)]
         for positions in dict.fromkeys(row.plan.cache_options["positions"] for row in rows):
             alike = [row for row in rows if row.plan.cache_options["positions"] == positions]
-            size = self._fitting(alike, batch)
-            prompts = len(batch) if batch[0].sample.shared else max(1, size // len(alike))
-            prompts = 1 if self.plan.task.timed else prompts
-            for first in range(0, len(batch), prompts):
+            size = self._fitting(alike, prompts)
+            count = len(prompts) if shared else max(1, size // len(alike))
+            count = 1 if self.plan.task.timed else count
+            for first in range(0, len(prompts), count):
                 for start in range(0, len(alike), size):
                     part = [row for row in alike[start : start + size] if row.error is None]
-                    self._record_pass(part, batch[first : first + prompts], batch, own)
+                    self._record_pass(part, prompts[first : first + count], own)
 
     def _fitting(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> int:
         """How many rows fit into the memory that is free, with their keys, values and logits."""
@@ -323,24 +358,22 @@ class Job:
         each = row_nbytes(self.model, held, sum(steps)) + 16 * vocabulary
         return max(1, int(ROOM * free_nbytes(self.model.device)) // each)
 
-    def _record_pass(
-        self, rows: list[Row], prompts: list[Prompt], batch: list[Prompt], own: bool
-    ) -> None:
+    def _record_pass(self, rows: list[Row], prompts: list[Prompt], own: bool) -> None:
         """Runs a pass; a row that fails in it takes no other along, nor does a prompt."""
         if not rows:
             return
-        found = attempt(rows, lambda some: self._pass(some, prompts, batch, own), self.model.device)
+        found = attempt(rows, lambda some: self._pass(some, prompts, own), self.model.device)
         conditions = self._conditions()
         for row, made in zip(rows, found, strict=True):
             if not isinstance(made, list) and len(prompts) > 1 and not prompts[0].sample.shared:
                 for prompt in prompts:
-                    self._record_pass([row], [prompt], batch, own)
+                    self._record_pass([row], [prompt], own)
                 continue
             ones = made if isinstance(made, list) else [made] * len(prompts)
             for prompt, one in zip(prompts, ones, strict=True):
                 known = row.records.get(prompt.sample.id)
                 if prompt.sample.id not in row.done:
-                    self._record(row, prompt, batch, one, len(rows), conditions)
+                    self._record(row, prompt, one, len(rows), conditions)
                 elif isinstance(one, Exception) or "status" in one:
                     row.uncompared += 1
                     reason = one if isinstance(one, Exception) else one["error"]
@@ -349,17 +382,18 @@ class Job:
                     row.add(known | {name: one[name] for name in FIDELITY & one.keys()})
 
     def _pass(
-        self, rows: list[Row], prompts: list[Prompt], batch: list[Prompt], own: bool
+        self, rows: list[Row], prompts: list[Prompt], own: bool
     ) -> list[list[Found] | Exception]:
         """By row what was found for each prompt; for a comparison the full cache rides along."""
-        context = min(prompt.context for prompt in batch)
+        batches = [self.batch_of[prompt.sample.id] for prompt in prompts]
+        contexts = [min(prompt.context for prompt in batch) for batch in batches]
         if own and self.plan.task.timed:
             new = prompts[0].max_new_tokens
             with ExitStack() as stack:
                 methods = [
                     self._method(row, policy, stack.enter_context(self._cache(row, policy)))
                     for row in rows
-                    for policy in [row.plan.fit(context)[0]]
+                    for policy in [row.plan.fit(contexts[0])[0]]
                 ]
                 return measure(self.model, [prompt.ids for prompt in prompts], methods, new)
         beside = [self.full] if self.kl and self.full and self.full not in rows else []
@@ -368,7 +402,7 @@ class Job:
             self.model,
             self.tokenizer,
             prompts,
-            [row.plan.fit(context)[0] for row in everyone],
+            [[row.plan.fit(context)[0] for row in everyone] for context in contexts],
             {"positions": rows[-1].plan.cache_options["positions"]},
             [self.plan.task.sampling([prompt.sample]) for prompt in prompts],
             [self.full.answer(prompt) if self.full else None for prompt in prompts],
@@ -382,12 +416,12 @@ class Job:
         self,
         row: Row,
         prompt: Prompt,
-        batch: list[Prompt],
         found: Found,
         rows: int,
         conditions: Record,
     ) -> None:
         """Scores and records what became of a prompt under one row."""
+        batch = self.batch_of[prompt.sample.id]
         record = row.frame(prompt, batch) | {"rows": rows}
         try:
             if isinstance(found, LengthMismatch):
