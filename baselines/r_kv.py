@@ -11,7 +11,7 @@ from baselines.snapkv_every import SnapKVEveryPolicy
 from buzz.entries import Entries
 from buzz.policy import register
 
-BLOCK = 512  # keys that are compared with as many others at one time
+BLOCK = 128  # keys that are compared with as many others at one time
 
 
 @register()
@@ -51,15 +51,17 @@ def redundancy(keys: Tensor, similar: float) -> Tensor:
     held = keys.shape[2]
     places = torch.arange(held, device=keys.device)
     newest = places.new_zeros(keys.shape[:3])
-    for low in range(0, held, BLOCK):
-        own, found = places[low : low + BLOCK, None], newest[:, :, low : low + BLOCK]
-        for end in range(held, 0, -BLOCK):
-            others = slice(max(0, end - BLOCK), end)
-            cosines = directions[:, :, low : low + BLOCK] @ directions[:, :, others].mT
-            alike = (cosines > similar) & (own != places[others])
-            found.copy_(found.maximum(torch.where(alike, places[others], 0).amax(-1)))
-            if end > BLOCK and keys.device.type == "cpu" and found.all():
-                break  # on a GPU to ask would be to wait
+    searching = places  # keys that have not found theirs in each head
+    for end in range(held, 0, -BLOCK):
+        others = slice(max(0, end - BLOCK), end)
+        cosines = directions[:, :, searching] @ directions[:, :, others].mT
+        alike = (cosines > similar) & (searching[:, None] != places[others])
+        found = torch.where(alike, places[others], 0).amax(-1)
+        newest[:, :, searching] = found = newest[:, :, searching].maximum(found)
+        if keys.device.type == "cpu":  # on a GPU to ask would be to wait
+            searching = searching[(found == 0).any(1).any(0)]
+            if not len(searching):
+                break
     uncounted = (directions * directions.gather(2, newest[..., None].expand_as(keys))).sum(-1)
     uncounted = uncounted.where(newest != places, 0)
     itself = directions.square().sum(-1)

@@ -49,9 +49,9 @@ class RandomPolicy(RankingPolicy):
 
     def score(self, entries: Entries) -> Tensor:
         positions = entries.positions.long()
-        heads = torch.arange(positions.shape[1], device=positions.device)
-        stream = _mixed(heads + (self.seed * 1_000_003 + entries.layer) % 2**31 * 2**20)
-        priority = _mixed(positions * STEP + stream[:, None]).double()
+        heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
+        stream = _mixed(heads + (self.seed * 1_000_003 + entries.layers) % 2**31 * 2**20)
+        priority = _mixed(positions * STEP + stream).double()
         return priority.masked_fill(positions < self.sink, torch.inf)
 
     def fit(

@@ -43,7 +43,7 @@ class Entries:
         uncut: int = 0,
         rotation: Rope | None = None,
         position: int = 0,
-        layer: int | None = 0,
+        layer: Any = 0,
         module: nn.Module | None = None,
     ) -> None:
         """Of `rows` of the layer's `store`.
@@ -53,7 +53,8 @@ class Entries:
             uncut: tokens that came since the last eviction.
             rotation: what the model rotates queries by.
             position: of the next token.
-            layer, module: the layer's; None if the rows are of several layers.
+            layer: its index; int64 [rows, 1, 1] if the rows are of several.
+            module: the layer's; None if they are of several.
         """
         self._received = received
         self.held = held
@@ -70,8 +71,16 @@ class Entries:
     @property
     def layer(self) -> int:
         """Index of the layer among those that evict."""
-        if self._layer is None:
+        if not isinstance(self._layer, int):
             raise SeveralLayers
+        return self._layer
+
+    @property
+    def layers(self) -> Any:
+        """The index of each row's layer: an int, or int64 [rows, 1, 1] of rows of several layers.
+
+        Where it is numbers to compute with, this spares a look at each layer by itself.
+        """
         return self._layer
 
     @property
@@ -135,7 +144,7 @@ class Entries:
     @property
     def output_projection(self) -> Tensor:
         """What the layer's W_o does to each head's output: [heads, head_dim, hidden]."""
-        if self._layer is None:
+        if not isinstance(self._layer, int):
             raise SeveralLayers
         weight = adapter.output_projection(self._module)
         return weight.mT.unflatten(0, (-1, self.values.shape[-1]))

@@ -27,7 +27,7 @@ from buzz.cache import EvictionCache
 from buzz.entries import SeveralLayers
 from buzz.errors import ConfigError
 from buzz.eviction import Group
-from buzz.inputs import check_mask, hides_more, padding_of
+from buzz.inputs import check_mask, hides_more, on, padding_of
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 from buzz.queries import QueryLog
@@ -45,6 +45,7 @@ class Rows:
         in_one_call: whether one kernel serves the step's token of all of them, in each layer.
         stacks: what holds the forks' entries while they decode token by token.
         seats: of each layer that evicts, by its index: for each fork its stack, and where in that.
+        listening: the forks whose policies ask for queries.
     """
 
     prompts: list[int]
@@ -53,6 +54,7 @@ class Rows:
     in_one_call: bool = False
     stacks: list[Stack] = field(default_factory=list)
     seats: dict[int, list[tuple[Stack, int]]] = field(default_factory=dict)
+    listening: list[int] = field(default_factory=list)
 
     def of_step(self) -> list[int]:
         """The prompt of each row of a step."""
@@ -62,6 +64,11 @@ class Rows:
         """Join each fork's layers that hold alike, unless they are."""
         if self.stacks:
             return
+        self.listening = [
+            row
+            for row, fork in enumerate(forks)
+            if fork.policy.queries or fork.policy.moments_from is not None
+        ]
         for fork in forks:
             alike: dict[Any, list[int]] = {}
             for index, layer in enumerate(fork.layers):
@@ -97,6 +104,7 @@ class Stack(EvictionLayer):
         lead = layers[0]
         super().__init__(lead.policy, lead.rope, lead.index, rotation=lead.rotation)
         self.layers = layers
+        self.indices = on(lead.device, [layer.index for layer in layers])[:, None, None]
         self.hold_until = lead.hold_until
         self.awaits_repetition = False
         self.cumulative_length = lead.cumulative_length
@@ -136,9 +144,8 @@ class Stack(EvictionLayer):
         ]
 
     def hear(self, query: Tensor, scale: float) -> None:
-        """Take a layer's query [1, heads, 1, head_dim] of the token, if the policy asks for any."""
-        if self.policy.queries or self.policy.moments_from is not None:
-            self.queries.append(query.float() * scale)
+        """Take a layer's query of the token, [1, heads, 1, head_dim]."""
+        self.queries.append(query.float() * scale)
 
     def end(self, moves: list[kernels.Move]) -> None:
         """Count the token, and evict; moves of entries are left to the caller."""
@@ -182,13 +189,14 @@ class Stack(EvictionLayer):
     ) -> Tensor | None:
         if not self.sees_layers:
             try:
-                return self.policy.score(self._look(scores, start, group, rows, None))
+                return self.policy.score(self._look(scores, start, group, rows, self.indices))
             except SeveralLayers:
                 self.sees_layers = True
-        found = [
-            self.policy.score(self._look(scores, start, group, slice(row, row + 1), layer))
-            for row, layer in enumerate(self.layers)
-        ]
+        found = []
+        for row, layer in enumerate(self.layers):
+            self.module = layer.module
+            entries = self._look(scores, start, group, slice(row, row + 1), layer.index)
+            found.append(self.policy.score(entries))
         ranked = [one for one in found if one is not None]
         return torch.cat(ranked) if ranked else None
 
@@ -355,8 +363,8 @@ class ForkedLayer(SelfAttending):
         seats = self.rows.seats[self.index]
         places = [stack.places[number] for stack, number in seats]
         output = kernels.step_rows(query, key, value, places, scale, sinks)
-        for row, (stack, _) in enumerate(seats):
-            stack.hear(query[row : row + 1], scale)
+        for row in self.rows.listening:
+            seats[row][0].hear(query[row : row + 1], scale)
         if self.is_last:
             moves: list[kernels.Move] = []
             for stack in self.rows.stacks:

@@ -476,7 +476,7 @@ class EvictionLayer(CacheLayerMixin):
         Args:
             scores: float32 [batch, kv_heads, longest row], from slot `start` on.
         """
-        return self.policy.score(self._look(scores, start, group, rows, self))
+        return self.policy.score(self._look(scores, start, group, rows, self.index))
 
     def _look(
         self,
@@ -484,13 +484,13 @@ class EvictionLayer(CacheLayerMixin):
         start: int,
         group: Group,
         rows: Rows,
-        of: EvictionLayer | None,
+        layer: Any,
     ) -> Entries:
         """What the policy may look at of a group.
 
         Args:
             scores, start: as of :meth:`_score`.
-            of: the rows' layer; None where they are of several.
+            layer: index of the rows' layer; int64 [rows, 1, 1] where they are of several.
         """
         store = self.store
         seen: int | Tensor = group.seen
@@ -513,8 +513,8 @@ class EvictionLayer(CacheLayerMixin):
             uncut=group.seen - group.cut,
             rotation=self.rotation,
             position=group.first_position + group.seen,
-            layer=None if of is None else of.index,
-            module=None if of is None or of.module is None else of.module(),
+            layer=layer,
+            module=None if self.module is None else self.module(),
         )
 
     def _positions(self, new: int) -> Tensor:

@@ -259,7 +259,7 @@ class _View:
     recent: slice
     moved: bool
     received: Tensor | None
-    layer: int
+    layers: int
     moments_from: int | None
 
     @property
