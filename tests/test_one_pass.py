@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,3 +268,19 @@ def test_the_runner_puts_several_prompts_into_one_pass(tmp_path, monkeypatch, bu
         assert all(r["kl_to_full"] > 0 for row in rows for r in row.outcome.records)
     assert found[0] == found[1] == found[2] and len(found[0][0]) == 3
     assert budget < 1 or found[3] == found[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([100, 90, 80, 100, 100], [[100, 90, 80, 100], [100]]),  # at most four
+        ([100, 75, 74, 100], [[100, 75], [74], [100]]),  # padded by at most a quarter
+        ([9_000, 9_000, 5_000, 5_000, 5_000], [[9_000], [9_000], [5_000] * 3]),  # 16,384 tokens
+    ],
+)
+def test_prompts_of_like_lengths_share_a_pass_as_far_as_it_has_room(lengths, expected) -> None:
+    plan = SimpleNamespace(task=SimpleNamespace(timed=False))
+    job = SimpleNamespace(plan=plan, running=[1, 2], _shares=lambda row: True)
+    parts = [[asked([0] * tokens)] for tokens in lengths]
+    groups = evals.run.runner.Job._groups(job, parts)
+    assert [[len(one.ids) for (one,) in group] for group in groups] == expected

@@ -47,11 +47,9 @@ FIDELITY = {field.name for field in dataclasses.fields(Fidelity)} | {"reference_
 NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason": "end"}
 WINDOW_CHUNK = 1024  # tokens; a prompt read as one has a mask of all pairs in layers with a window
 # Bytes in use, of whatever is in the process.
-PEAKS = {
-    *("memory_peak_nbytes", "context_peak_nbytes", "question_peak_nbytes"),
-    "memory_before_nbytes",
-}
-# What a pass has of prompts: more where few rows would leave the linear layers idle.
+PEAKS = {f"{name}_nbytes" for name in ("memory_peak", "memory_before")}
+PEAKS |= {f"{name}_peak_nbytes" for name in ("context", "question")}
+# Prompts share a pass up to so many rows, prompts and tokens: few rows leave linear layers idle.
 ROWS, PROMPTS, TOKENS = 128, 4, 2**14
 ROOM = 0.7  # of the free memory, for the rows of a pass
 
@@ -219,25 +217,22 @@ class Job:
     def _groups(self, parts: Sequence[list[Prompt]]) -> Iterator[list[list[Prompt]]]:
         """Batches that are answered at a time: of single prompts several, each with its budget.
 
-        They are read in equally many steps, padded by at most a quarter.
+        They are read in equally many steps, and padded by at most a quarter.
         """
         rows = sum(self._shares(row) for row in self.running)
         most = min(PROMPTS, ROWS // rows) if rows and not self.plan.task.timed else 1
         group: list[list[Prompt]] = []
 
-        def joins(one: Prompt, other: Prompt) -> bool:
-            steps = [(p.max_new_tokens, p.sample.stop, p.before and p.later) for p in (one, other)]
-            short, long = sorted(len(p.ids) for p in (one, other))
-            alike = steps[0] == steps[1] and 4 * short >= 3 * long
-            return alike and not one.sample.shared and (len(group) + 1) * long <= TOKENS
+        def joins(part: list[Prompt], other: list[Prompt]) -> bool:
+            if len(part) > 1 or len(other) > 1 or part[0].sample.shared:
+                return False
+            one, two = sorted((part[0], other[0]), key=lambda prompt: len(prompt.ids))
+            steps = [(p.max_new_tokens, p.sample.stop, p.before and p.later) for p in (one, two)]
+            alike = steps[0] == steps[1] and 4 * len(one.ids) >= 3 * len(two.ids)
+            return alike and len(two.ids) * (len(group) + 1) <= TOKENS
 
         for part in parts:
-            alone = [len(one) > 1 for one in (*group[:1], part)]
-            if group and (
-                len(group) >= most
-                or any(alone)
-                or not all(joins(part[0], prompt) for (prompt,) in group)
-            ):
+            if group and not (len(group) < most and all(joins(part, other) for other in group)):
                 yield group
                 group = []
             group = [*group, part]
