@@ -120,7 +120,7 @@ $(GEMMA): | $(VENV)/.torch
 		data = open(sys.argv[1], "rb").read(); found = hashlib.sha256(data).hexdigest(); \
 		sys.exit(None if found == sys.argv[2] else f"{sys.argv[1]}: SHA256 {found}, and not {sys.argv[2]}")' \
 		$@.part $(GEMMA_SHA256) \
-	&& mv $@.part $@
+	&& mv $@.part $@ || { rm -f $@.part; exit 1; }
 
 $(GEMMA:.gguf=)/config.json: $(GEMMA) | $(VENV)/.ready
 	@$(BIN)/python -c "from evals.run.models import load_tokenizer, named_config; \

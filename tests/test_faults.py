@@ -451,7 +451,7 @@ def test_a_comparison_that_fails_is_named_and_made_again(go, monkeypatch, capsys
 
     def fails_once(model, tokenizer, prompts, *rest, **options):
         calls.append(options["own"])
-        if len(calls) < 5 and any(prompt.sample.id == "400-50-0" for prompt in prompts):
+        if len(calls) < 6 and any(prompt.sample.id == "400-50-0" for prompt in prompts):
             raise ValueError("no luck")
         return original(model, tokenizer, prompts, *rest, **options)
 
@@ -464,5 +464,5 @@ def test_a_comparison_that_fails_is_named_and_made_again(go, monkeypatch, capsys
     assert "failed: ValueError: no luck" in capsys.readouterr().err
     assert ["kl_to_full" in record for record in read(file)] == [True, False, True]
     assert read(go(*setting, "kl=true"))[1]["kl_to_full"] > 0
-    assert calls == [False] * 5  # all three prompts, each by itself, and the one again
+    assert calls == [False] * 6  # all three prompts, one, two, each of these, and the one again
     assert [r["tokens"] for r in read(file)] == [r["tokens"] for r in before]

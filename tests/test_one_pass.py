@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import MODEL, NEEDLE, composed
-from tiny import prompt, tiny
+from runs import MODEL, NEEDLE, composed, read
+from tiny import from_config, prompt, tiny
 from torch.nn.functional import kl_div, log_softmax
+from transformers import Ministral3Config
 
 import evals.run.runner
 from baselines import FullPolicy, H2OPolicy
@@ -280,7 +281,43 @@ def test_the_runner_puts_several_prompts_into_one_pass(tmp_path, monkeypatch, bu
 )
 def test_prompts_of_like_lengths_share_a_pass_as_far_as_it_has_room(lengths, expected) -> None:
     plan = SimpleNamespace(task=SimpleNamespace(timed=False))
-    job = SimpleNamespace(plan=plan, running=[1, 2], _shares=lambda row: True)
+    job = SimpleNamespace(plan=plan, running=[1, 2], _shares=lambda row: True, chunk=None)
     parts = [[asked([0] * tokens)] for tokens in lengths]
     groups = evals.run.runner.Job._groups(job, parts)
     assert [[len(one.ids) for (one,) in group] for group in groups] == expected
+    job.chunk = 10  # of which padding leaves a part to every prompt
+    for group in evals.run.runner.Job._groups(job, parts):
+        sizes = [len(one.ids) for (one,) in group]
+        assert max(sizes) - min(sizes) < 10
+
+
+def test_a_group_that_goes_on_answers_no_sample_twice(tmp_path) -> None:
+    two = "variants=[['method=h2o'],['method=tova']]"
+    run = [*MODEL, *NEEDLE, "time_samples=0", "budget=0.5", two, f"output={tmp_path}"]
+    rows = run_all(composed(*run), run)
+    whole = [read(row.outcome.file) for row in rows]
+    for place, row in enumerate(rows):
+        file = row.outcome.file
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for at, line in enumerate(lines) if at != place + 1))
+    for row, records in zip(run_all(composed(*run), run), whole, strict=True):
+        lines = row.outcome.file.read_text().splitlines()
+        assert len(lines) == 3 and row.outcome.failed == 0
+        again = {r["id"]: r["tokens"] for r in read(row.outcome.file)}
+        assert again == {r["id"]: r["tokens"] for r in records}
+
+
+def test_padding_is_no_position() -> None:
+    """Where a model scales queries by position, prompts in a pass stand where they do alone."""
+    ropes = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    ropes["original_max_position_embeddings"] = 16
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Ministral3Config(**sizes, **heads, rope_parameters=ropes, sliding_window=None)
+    model = from_config(config)
+    prompts = [asked(prompt(n, seed=n)[0].tolist()) for n in (TOKENS, 46)]
+    policies = [policy for policy in fitted(40) if not policy.needs_repetition][::3]
+    several = together(model, prompts, policies, "true")
+    for number, one in enumerate(prompts):
+        (alone,) = together(model, [one], policies, "true")
+        assert [r["tokens"] for r in several[number]] == [r["tokens"] for r in alone]

@@ -169,12 +169,15 @@ def _composed(overrides: Sequence[str], known: dict[tuple[str, ...], DictConfig]
     Args:
         known: those of other rows without what :data:`VALUES` sets, which is quick to set.
     """
-    values = [one for one in overrides if one.partition("=")[0] in VALUES]
+    values = [one for one in overrides if one.partition("=")[0].lstrip("+") in VALUES]
+    found = OverridesParser.create().parse_overrides(values)
+    if any(one.is_sweep_override() or one.is_add() for one in found):
+        return _compose(overrides)  # which says what is wrong with it
     rest = tuple(one for one in overrides if one not in values)
     if rest not in known:
         known[rest] = _compose(rest)
     config = copy.deepcopy(known[rest])
-    for override in OverridesParser.create().parse_overrides(values):
+    for override in found:
         OmegaConf.update(config, override.key_or_group, override.value())
     return config
 

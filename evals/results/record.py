@@ -41,8 +41,10 @@ class Record(TypedDict, total=False):
         sample_sha256: names all that decides a record: prompt, references, the scoring's version.
         group, unit, meta, references, stop, max_new_tokens: the sample's, see
             :class:`evals.tasks.base.Sample`.
-        batch_size: prompts that were answered together.
-        rows: methods that shared their prefill and were decoded together; 1: it ran alone.
+        batch_size: prompts that the method answered together, running alone; 1 in a pass.
+        rows: methods that shared their prefill and were decoded together, whatever the number of
+            prompts; 1: it ran alone.
+        prefill_chunk: tokens of the chunks in which the prompt was read, if it was.
         policy: the method's parameters as fitted to the prompt; `budget_entries`: its budget.
         environment: names the one of environments.json in which it was measured.
         process: eight digits of the process that measured it.
@@ -79,6 +81,7 @@ class Record(TypedDict, total=False):
     chat_template: bool
     batch_size: int
     rows: int
+    prefill_chunk: int
     policy: dict[str, Any]
     budget_entries: int | None
     environment: str

@@ -138,6 +138,8 @@ class Rows:
                 seen += part.shape[1]
                 if whole is not None:
                     given["attention_mask"] = whole[:, :seen]
+                    places = (whole[:, :seen].cumsum(-1) - 1).clamp(min=0)  # without padding
+                    given["position_ids"] = places[:, -part.shape[1] :]
                 self.logits = self.model(part, **given, logits_to_keep=1).logits[:, -1]
         self._steps.append(ids.shape[1])
         for held in self.lengths:
@@ -331,7 +333,7 @@ def _record(
             evictions=held.evictions(0, len(steps)),
             entry_nbytes=fork.entry_nbytes,
             window_nbytes=[fork.window_nbytes(seen) for seen in accumulate(steps)][earlier:],
-            allocated_nbytes=held.allocated,
+            allocated_nbytes=held.allocated(len(steps)),
         ).record()
     except (NotFinite, LengthMismatch) as error:
         return error

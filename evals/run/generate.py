@@ -346,7 +346,7 @@ def generate(
                 evictions=cache.evictions[row],
                 entry_nbytes=cache.entry_nbytes,
                 window_nbytes=[cache.window_nbytes(tokens) for tokens in seen],
-                allocated_nbytes=trace.lengths.allocated // len(prompts),
+                allocated_nbytes=trace.lengths.allocated() // len(prompts),
                 ttft_s=reading.seconds + trace.times[0] - asked,
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,

@@ -17,10 +17,6 @@ class Lengths:
 
     Args:
         policy: what the cache was told to follow; None: what its layers follow.
-
-    Attributes:
-        allocated: the most bytes of buffers that a step left, of all layers; without those of an
-            earlier prompt that wait to be used again.
     """
 
     def __init__(self, cache: EvictionCache, policy: Policy | None = None) -> None:
@@ -28,7 +24,7 @@ class Lengths:
         self._policy = policy
         self._layers = cache.distinct
         self._count = Counter(layer.policy for layer in cache.evicting)
-        self.allocated = 0
+        self._allocated: list[int] = []  # by step
         self._steps: list[list[list[int]]] = []  # by step and layer: entries of each row
         self._evictions: list[list[int]] = []  # by step: evictions so far of each row
 
@@ -36,7 +32,7 @@ class Lengths:
         """Those of a copy of the cache, which goes on by itself."""
         other = Lengths(cache, self._policy)
         other._steps, other._evictions = list(self._steps), list(self._evictions)
-        other.allocated = self.allocated
+        other._allocated = list(self._allocated)
         return other
 
     def note(self) -> None:
@@ -47,7 +43,14 @@ class Lengths:
         for layer in self._layers:
             waiting = 0 if layer.idle is None else layer.idle.nbytes()
             now += (layer.nbytes(allocated=True) - waiting) * self._count[layer.policy]
-        self.allocated = max(self.allocated, now)
+        self._allocated.append(now)
+
+    def allocated(self, steps: int | None = None) -> int:
+        """The most bytes of buffers, of all layers, that one of so many first steps left; of all.
+
+        Without those of an earlier prompt that wait to be used again.
+        """
+        return max(self._allocated[:steps], default=0)
 
     def evictions(self, row: int, steps: int) -> int:
         """Steps of a row that evicted, of its first so many."""

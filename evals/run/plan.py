@@ -241,6 +241,8 @@ class Plan:
         if self.task.batch_size != 1:
             remedy = f"{several}, in a batch too; write 1"
             raise ConfigError("task.batch_size", self.task.batch_size, remedy)
+        if chunk := self.config["prefill_chunk"]:
+            raise ConfigError("prefill_chunk", chunk, f"{several}, a chunk too; leave it out")
         if self.config["kl"]:
             raise ConfigError("kl", True, f"{several}, by any cache in a pass; leave it out")
         questions = getattr(self.task, "questions", 1)

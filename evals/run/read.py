@@ -79,7 +79,7 @@ def read(
         evictions=cache.evictions[0],
         entry_nbytes=cache.entry_nbytes,
         window_nbytes=[cache.window_nbytes(seen) for seen in itertools.accumulate(steps)],
-        allocated_nbytes=lengths.allocated,
+        allocated_nbytes=lengths.allocated(),
         ttft_s=float(latencies[0]),
         decode_tokens_per_s=position / (times[-1] - times[0]),
         itl_p50_ms=p50,

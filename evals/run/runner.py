@@ -8,10 +8,12 @@ The full cache is always among them: it is what the others are compared with. Me
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -229,6 +231,8 @@ class Job:
             one, two = sorted((part[0], other[0]), key=lambda prompt: len(prompt.ids))
             steps = [(p.max_new_tokens, p.sample.stop, p.before and p.later) for p in (one, two)]
             alike = steps[0] == steps[1] and 4 * len(one.ids) >= 3 * len(two.ids)
+            # Else no chunk of the longer one begins both.
+            alike = alike and (not self.chunk or len(two.ids) - len(one.ids) < self.chunk)
             return alike and len(two.ids) * (len(group) + 1) <= TOKENS
 
         for part in parts:
@@ -272,8 +276,12 @@ class Job:
     def _chunk(self) -> int | None:
         """Tokens of the chunks in which prompts are read; None: they are read as one."""
         cache = EvictionCache(self.model, FullPolicy(), positions="true")
-        windows = any(cache.is_sliding) and cache.reads_chunks
-        return self.plan.config["prefill_chunk"] or (WINDOW_CHUNK if windows else None)
+        chunk, by_length = (self.plan.config[name] for name in ("prefill_chunk", "rope_by_length"))
+        if chunk and not cache.reads_chunks:
+            remedy = "a recurrent layer of this model reads a prompt in one piece; leave it out"
+            raise ConfigError("prefill_chunk", chunk, remedy)
+        windows = any(cache.is_sliding) and cache.reads_chunks and not by_length
+        return chunk or (WINDOW_CHUNK if windows else None)
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[int], None]]:
@@ -336,36 +344,56 @@ class Job:
             prompts = [p for p in prompts if any(self._lacks(row, [p]) for row in rows)]
         for positions in dict.fromkeys(row.plan.cache_options["positions"] for row in rows):
             alike = [row for row in rows if row.plan.cache_options["positions"] == positions]
-            size = self._fitting(alike, prompts)
-            count = len(prompts) if shared else max(1, size // len(alike))
-            count = 1 if self.plan.task.timed else count
+            size, count = self._fitting(alike, prompts)
+            count = len(prompts) if shared else 1 if self.plan.task.timed else count
             for first in range(0, len(prompts), count):
+                some = prompts[first : first + count]
                 for start in range(0, len(alike), size):
                     part = [row for row in alike[start : start + size] if row.error is None]
-                    self._record_pass(part, prompts[first : first + count], own)
+                    self._record_pass([r for r in part if self._lacks(r, some)], some, own)
 
-    def _fitting(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> int:
-        """How many rows fit into the memory that is free, with their keys, values and logits."""
+    def _fitting(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> tuple[int, int]:
+        """How many rows, and how many prompts of all rows, fit into the memory that is free.
+
+        With keys, values, logits. A prompt is held whole while it is read, and by the full cache.
+        """
         longest = max(prompts, key=lambda prompt: len(prompt.ids))
         steps = [len(longest.ids)] + [1] * longest.max_new_tokens
         held = max(max(row.plan.fit(longest.context)[0].lengths(steps)) for row in rows)
         vocabulary = self.model.config.get_text_config().vocab_size
-        each = row_nbytes(self.model, held, sum(steps)) + 16 * vocabulary
-        return max(1, int(ROOM * free_nbytes(self.model.device)) // each)
+        logits, seen = 16 * vocabulary, sum(steps)
+        each = row_nbytes(self.model, held, seen) + logits
+        whole = row_nbytes(self.model, seen, seen) + logits
+        if self.kl:  # copies are fed the full cache's answer
+            each, whole = 2 * each, 2 * whole
+        room = int(ROOM * free_nbytes(self.model.device))
+        return max(1, (room - whole) // each), max(1, room // (whole + len(rows) * each))
 
     def _record_pass(self, rows: list[Row], prompts: list[Prompt], own: bool) -> None:
         """Runs a pass; a row that fails in it takes no other along, nor does a prompt."""
         if not rows:
             return
-        found = attempt(rows, lambda some: self._pass(some, prompts, own), self.model.device)
+        if len(prompts) > 1 and not prompts[0].sample.shared:
+            try:
+                found: list[Any] = self._pass(rows, prompts, own)
+            except (ConfigError, LengthMismatch, RunFailed):
+                raise
+            except Exception:  # whatever it is: half as many prompts take less memory
+                found = []
+            if not found:
+                gc.collect()  # out here, where the exception no longer holds the cache
+                half = len(prompts) // 2
+                for some in (prompts[:half], prompts[half:]):
+                    self._record_pass([r for r in rows if self._lacks(r, some)], some, own)
+                return
+        else:
+            found = attempt(rows, lambda some: self._pass(some, prompts, own), self.model.device)
         conditions = self._conditions()
         for row, made in zip(rows, found, strict=True):
-            if not isinstance(made, list) and len(prompts) > 1 and not prompts[0].sample.shared:
-                for prompt in prompts:
-                    self._record_pass([row], [prompt], own)
-                continue
             ones = made if isinstance(made, list) else [made] * len(prompts)
             for prompt, one in zip(prompts, ones, strict=True):
+                if not self._lacks(row, [prompt]):
+                    continue  # it was only fed along
                 known = row.records.get(prompt.sample.id)
                 if prompt.sample.id not in row.done:
                     self._record(row, prompt, one, len(rows), conditions)
@@ -599,7 +627,8 @@ class Job:
                 conditions = self._conditions()
                 for known, one in zip(row.of(batch), found, strict=True):
                     if one["status"] == "ok":
-                        timings = {k: one[k] for k in (*TIMINGS, "allocated_nbytes") if k in one}
+                        names = (*TIMINGS, "allocated_nbytes", "batch_size")
+                        timings = {k: one[k] for k in names if k in one}
                         row.add(known | timings | {"timed": True} | conditions)
 
     def _warm_up(self, row: Row) -> None:
@@ -616,7 +645,10 @@ class Job:
         threads, load = torch.get_num_threads(), self.neighbours.load()
         needed = threads if self.model.device.type == "cpu" else 1
         loaded = busy(load, needed, psutil.cpu_count() or 1)
-        return self.made | {"threads": threads, "load": load, "loaded": loaded}
+        more = {"threads": threads, "load": load, "loaded": loaded}
+        if self.chunk and not self.plan.task.timed and self.plan.task.mode != "read":
+            more["prefill_chunk"] = self.chunk
+        return self.made | more
 
     def outcome(self, plan: Plan) -> Outcome:
         """What became of a row; names the samples that failed."""

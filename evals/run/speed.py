@@ -237,7 +237,7 @@ class _Run:
                 held = self.lengths.verified(row, self.steps)
                 entry = self.cache.entry_nbytes
                 windows = [self.cache.window_nbytes(tokens) for tokens in seen]
-                allocated = self.lengths.allocated
+                allocated = self.lengths.allocated()
                 evictions = self.cache.evictions[row]
             else:
                 held, windows, evictions = [float(tokens) for tokens in seen], [0] * len(seen), 0

@@ -68,7 +68,7 @@ class LmEval:
         return module
 
 
-def render(template: str, **row: Any) -> str:
+def render(template: str, /, **row: Any) -> str:
     """lm-eval's prompt of a row."""
     return Environment(keep_trailing_newline=True).from_string(template).render(row)
 
