@@ -309,7 +309,7 @@ def test_a_group_that_goes_on_answers_no_sample_twice(tmp_path) -> None:
 
 def test_padding_is_no_position() -> None:
     """Where a model scales queries by position, prompts in a pass stand where they do alone."""
-    ropes = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    ropes = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 5.0}
     ropes["original_max_position_embeddings"] = 16
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
