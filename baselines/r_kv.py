@@ -43,8 +43,8 @@ def redundancy(keys: Tensor, similar: float) -> Tensor:
     """How much each key is like all others, as a share that sums to 1: [rows, kv_heads, held].
 
     For each key, the newest one that is alike does not count, or the first if none is, as in the
-    original. That one is looked for from the newest key back, in blocks: memory is O(held), and
-    time too where keys are alike, as those of most heads are.
+    original. That one is looked for from the newest key back, in blocks of :data:`BLOCK`, which
+    need BLOCK numbers for each key. Where keys are alike, as in most heads, the first blocks do.
     """
     keys = keys.float()
     directions = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)

@@ -50,7 +50,8 @@ class RandomPolicy(RankingPolicy):
     def score(self, entries: Entries) -> Tensor:
         positions = entries.positions.long()
         heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
-        stream = _mixed(heads + (self.seed * 1_000_003 + entries.layers) % 2**31 * 2**20)
+        seed = self.seed * 1_000_003 % 2**31
+        stream = _mixed(heads + (seed + entries.layers) % 2**31 * 2**20)
         priority = _mixed(positions * STEP + stream).double()
         return priority.masked_fill(positions < self.sink, torch.inf)
 

@@ -52,6 +52,11 @@ RESTARTS = (
     " prompt in one piece, and what comes later a token at a time"
 )
 
+BROKEN = (
+    "an error ended the last step between two layers, and they no longer hold the same tokens: call"
+    " cache.reset()"
+)
+
 
 class EvictionCache(adapter.StatefulCache):
     """A KV cache for `model.generate(**inputs, past_key_values=cache)` that evicts by `policy`.
@@ -86,6 +91,7 @@ class EvictionCache(adapter.StatefulCache):
             method or a model that no graph can serve; a card too old for the kernels.
     """
 
+    joined: Any = None  # of a fork, what holds the entries of all of them while they decode
     _is_amid = False  # whether a step of a model with other layers has begun and not ended
     _told: Told | None = None  # of a cache that `generate` may be given with a conversation in it
     around: dict[str, Any] = {}  # what a model around the decoder was given in this step
@@ -318,6 +324,7 @@ class EvictionCache(adapter.StatefulCache):
             ConfigError: a step had a wrong mask or wrong positions, and nobody was told yet; the
                 cache is empty then too.
         """
+        self._part()
         for layer in self.evicting:
             layer.reset()
         self._put(adapter.copied(self._empty))
@@ -335,7 +342,9 @@ class EvictionCache(adapter.StatefulCache):
 
     def _copy(self, stock: Cache) -> EvictionCache:
         """A copy whose other layers are those of `stock`."""
+        self._part()
         other = copy.copy(self)
+        other.joined = None
         ropes: dict[int, Any] = {}
         other.layers = [
             layer.copy(ropes) if isinstance(layer, EvictionLayer) else layer
@@ -354,6 +363,11 @@ class EvictionCache(adapter.StatefulCache):
         for layer, other in zip(self.evicting, spent.evicting, strict=True):
             layer.idle, layer.scratch = other.idle, other.scratch
             other.idle = other.scratch = None
+
+    def _part(self) -> None:
+        """Hold what a fork holds apart from the others, before it goes another way."""
+        if self.joined is not None:
+            self.joined.part()
 
     def _put(self, stock: Cache) -> None:
         """Have other layers of transformers' own."""
@@ -387,6 +401,7 @@ class EvictionCache(adapter.StatefulCache):
         rows = self.evicting[0].batch_size
         if not rows:
             return
+        self._part()
         indices = torch.arange(rows)[indices.cpu() if isinstance(indices, Tensor) else indices]
         for layer in self.evicting:
             layer.batch_select_indices(indices)
@@ -448,10 +463,7 @@ class EvictionCache(adapter.StatefulCache):
         if decoder is not self._decoder():
             raise self._foreign(decoder)
         if last.cumulative_length != seen or self._is_amid:
-            raise RuntimeError(
-                "an error ended the last step between two layers, and they no longer hold the same"
-                " tokens: call cache.reset()"
-            )
+            raise RuntimeError(BROKEN)
         if not torch.compiler.is_compiling():
             self._trace.note(first.groups)
             if new > 1:  # a prompt or a chunk, which may wait
@@ -474,13 +486,13 @@ class EvictionCache(adapter.StatefulCache):
             padding, starts = first.per_row("padding"), first.per_row("first_position")
             if attention_mask is not None:
                 self._refuse("attention_mask", hides_more(attention_mask, padding), new)
-        self._is_amid = not self.plain
         if self.positions == "true":
-            return
-        if position_ids is not None:
+            pass
+        elif position_ids is not None:
             self._refuse("position_ids", jumps(position_ids, seen, padding, starts), new)
         elif starts != padding:  # the model counts padding, now
             raise ConfigError("position_ids", None, REMEDIES["position_ids"])
+        self._is_amid = not self.plain
 
     def end_step(
         self, decoder: nn.Module, tokens: Tensor, known: repetition.Known | None = None
@@ -607,6 +619,7 @@ def _make_layers(
 ) -> list[Any]:
     name = type(model).__name__
     ropes: dict[probe.Finding, Rope] = {}
+    still = Rope(None)  # one for all, so that forks can join layers
     layers: list[Any] = []
     for index, (finding, kind) in enumerate(zip(found, kinds, strict=True)):
         if not kind.evicts:
@@ -621,7 +634,7 @@ def _make_layers(
         if finding not in ropes:
             ropes[finding] = Rope(None) if isinstance(finding, str) else finding.rope()
         # At true positions no key moves, as in a layer without RoPE.
-        rope = ropes[finding] if positions == "cache" else Rope(None)
+        rope = ropes[finding] if positions == "cache" else still
         module = adapter.attention_of(decoder, index)
         if policy.needs_projection:
             adapter.output_projection(module)  # raises if it cannot be read

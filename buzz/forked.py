@@ -23,7 +23,7 @@ from transformers import Cache, PreTrainedModel
 from buzz import adapter, kernels, repetition
 from buzz.adapter import SelfAttending
 from buzz.attention import Shared, sinks_of
-from buzz.cache import EvictionCache
+from buzz.cache import BROKEN, EvictionCache
 from buzz.entries import SeveralLayers
 from buzz.errors import ConfigError
 from buzz.eviction import Group
@@ -132,6 +132,8 @@ class Stack(EvictionLayer):
         self.make_room()
         store, group = self.store, self.groups[0]
         assert store is not None
+        if store.keys is not self.lent[0]:
+            self.tell()  # the layers' views of old buffers need not outlive this
         self.received, self.queries = self.scores_of_step(), []
         bounds = store.end - group.held, store.end + 1, group.seen
         rest = store.capacity, *bounds, self.received is store.scores
@@ -158,16 +160,19 @@ class Stack(EvictionLayer):
         assert store is not None
         told.seen, told.held, told.state = group.seen, group.held, group.state
         told.evictions, told.cut = group.evictions, group.cut
-        buffers, lead = store.tensors(), self.layers[0]
+        buffers = store.tensors()
         if len(buffers) != len(self.lent) or any(map(operator.is_not, buffers, self.lent)):
             self.lent = buffers
             for number, layer in enumerate(self.layers):
                 layer.store = store.row(number)
         for layer in self.layers:
             layer.store.end = store.end
-        first = slice(0, 1)  # what the lead has is what each has
-        lead.log = self.log.select_rows(first)
-        lead.scratch = None if self.scratch is None else self.scratch[first]
+        if self.log.tensors() or self.layers[-1].log.tensors() or self.scratch is not None:
+            for number, layer in enumerate(self.layers):
+                own = slice(number, number + 1)
+                layer.log = self.log.select_rows(own)
+                layer.scratch = None if self.scratch is None else self.scratch[own]
+        first = slice(0, 1)  # of the group that all layers have
         if group.source is not None and group.source_positions is not None:
             told.source, told.source_positions = group.source[first], group.source_positions[first]
 
@@ -347,6 +352,8 @@ class ForkedLayer(SelfAttending):
             and backend == ("sdpa" if sinks_of(kwargs) is None else "eager")
             and kernels.steps_rows(query)
             and not self.forks[0].shares_entries
+            and not any(layer.holds_back for layer in layers)
+            and all(layer.store.keys.dtype == query.dtype for layer in layers)
             and all(layer.rope.static and layer.logn_base is None for layer in layers)
             and kwargs.get("softcap") is None
             and not kwargs.get("dropout")
@@ -396,7 +403,8 @@ class ForkedCache(EvictionCache):
     is row i's cache, for lengths, kept positions and bytes. A prompt may come in chunks: up to
     `hold_until` nobody evicts, and steps have a row for each prompt. Later steps may be chunks,
     too. What a row gives is what its method gives alone on its prompt, without padding, up to the
-    rounding of batched matrix products.
+    rounding of batched matrix products; but one batch has one set of RoPE's frequencies, where they
+    go by the length of the text.
 
     Args:
         model, options: as of :class:`buzz.EvictionCache`.
@@ -435,6 +443,7 @@ class ForkedCache(EvictionCache):
         first = self.forks[0]
         for fork in self.forks:
             fork._put(first.stock)
+            fork.joined = self._rows
         self.stock, self._others = first.stock, first._others
         self.layers = [
             ForkedLayer(self.forks, index, self._rows, seen)
@@ -466,11 +475,17 @@ class ForkedCache(EvictionCache):
 
     @hold_until.setter
     def hold_until(self, tokens: int) -> None:
+        read = self._is_read
         self.forks[0].hold_until = tokens  # raises
+        if read:  # what forks hold differs by now
+            self._fork()
         self._rows.part()
         self._hold_until = tokens
         for fork, prompt in zip(self.forks, self._rows.prompts, strict=True):
             fork.hold_until = max(0, tokens - self._rows.padding[prompt])
+            for layer in () if self._rows.forked else fork.evicting:
+                if layer.store is not None:
+                    layer.store.owned = False  # forks share it, and may evict from now on
 
     @property
     def logn_base(self) -> float | None:
@@ -491,6 +506,8 @@ class ForkedCache(EvictionCache):
             RuntimeError: a step that has not a row for each prompt, or for each fork.
         """
         rows, seen = self._rows, self.get_seq_length()
+        if any(layer.cumulative_length != seen for layer in self.evicting):
+            raise RuntimeError(BROKEN)
         if self._is_read:
             self._fork()
         if batch != len(rows.of_step()):
@@ -581,11 +598,16 @@ class ForkedCache(EvictionCache):
         return other
 
     def reset(self) -> None:
-        self._rows.part()
+        faults = []
         for fork in self.forks:
-            fork.reset()
+            try:
+                fork.reset()
+            except ConfigError as error:  # of one fork; all are to be empty
+                faults.append(error)
         self._rows.forked = False
         self._join()
+        if faults:
+            raise faults[0]
 
 
 def _refusal(name: str, remedy: str) -> property:

@@ -67,7 +67,7 @@ class EvictionLayer(CacheLayerMixin):
         self.store: Store | None = None
         self.idle: Store | None = None  # buffers of an earlier prompt, to be used again
         self.log = QueryLog()
-        self.scratch: Tensor | None = None  # what entries receive in a compiled step alone
+        self.scratch: Tensor | None = None  # what entries receive in one step, made by one call
         self.awaits_attention = False
         self.awaits_repetition = policy.needs_repetition
         self.readers = 0

@@ -131,7 +131,7 @@ class Store:
     def fits(self, other: Store, entries: int) -> bool:
         """Whether it can take over `entries` of `other` and is not needlessly large for them.
 
-        With `least`, where sizes differ by nothing else, it is no larger than a new one.
+        With `least` all prompts take buffers of one size: then it must be no larger than a new one.
         """
         rows_and_heads = self.keys.shape[:2] == other.keys.shape[:2]
         same = rows_and_heads and self.keys.dtype == other.keys.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from methods import METHODS
 from tiny import SHAPE, from_config, prompt, tiny
 from transformers import MiMoV2FlashConfig, SmolLM3Config
 
+import buzz.kernels
 from baselines import FullPolicy
 from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache, repetition
 
@@ -293,3 +295,98 @@ def test_every_member_is_served_or_refused_by_name() -> None:
         assert not cache.compiled
     assert {"lengths", "nbytes", "trace", "reorder_cache", "crop"} <= refused
     assert all(fork.lengths for fork in cache.forks)
+
+
+@torch.inference_mode()
+def test_hold_until_that_moves_shares_nothing_that_has_parted() -> None:
+    model, ids = tiny(), prompt(100)
+    policies = [METHODS["tova"], METHODS["h2o"], METHODS["full"]]
+    cache = ForkedCache(model, policies)
+    model(ids[:, :60], past_key_values=cache)
+    cache.hold_until = 80  # behind the prompt: every fork goes on by itself
+    with pytest.raises(RuntimeError, match="1 rows and not 3"):
+        model(ids[:, 60:80], past_key_values=cache)
+    cache = ForkedCache(model, policies, hold_until=60)
+    alone = [EvictionCache(model, policy, hold_until=60) for policy in policies]
+    for part in ids[:, :40].split(20, dim=1):
+        model(part, past_key_values=cache)
+        for one in alone:
+            model(part, past_key_values=one)
+    for one in (cache, *alone):
+        one.hold_until = 0
+    logits = model(ids[:, 40:44].expand(3, -1), past_key_values=cache).logits
+    for row, one in zip(logits, alone, strict=True):
+        own = model(ids[:, 40:44], past_key_values=one).logits[0]
+        torch.testing.assert_close(row, own, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_tokens_that_are_held_back_add_up() -> None:
+    model, ids = tiny(), prompt(90)
+    policies = [METHODS["buzz_fast"], METHODS["tova"], METHODS["h2o"]]
+    cache = ForkedCache(model, policies)
+    model(ids[:, :60], past_key_values=cache)
+    model(ids[:, 60:61].expand(3, -1), past_key_values=cache)
+    alone = [fork.copy() for fork in cache.forks]
+    for one in (cache, *alone):
+        one.hold_until = 70
+    for token in ids[:, 61:].split(1, dim=1):
+        logits = model(token.expand(3, -1), past_key_values=cache).logits
+        for row, one in zip(logits, alone, strict=True):
+            own = model(token, past_key_values=one).logits[0]
+            torch.testing.assert_close(row, own, atol=1e-4, rtol=0)
+    for fork, one in zip(cache.forks, alone, strict=True):
+        assert torch.equal(fork.kept_positions(0), one.kept_positions(0))
+
+
+@torch.inference_mode()
+def test_a_copy_of_one_fork_is_left_alone() -> None:
+    model, ids = tiny(), prompt(90)
+    cache = ForkedCache(model, [METHODS["h2o"], METHODS["tova"]])
+    model(ids[:, :60], past_key_values=cache)
+    for token in ids[:, 60:64].split(1, dim=1):
+        model(token.expand(2, -1), past_key_values=cache)
+    copied = cache.forks[0].copy()
+    keys = [layer.view(layer.store.keys).clone() for layer in copied.layers]
+    for token in ids[:, 64:].split(1, dim=1):
+        model(token.expand(2, -1), past_key_values=cache)
+    for layer, before in zip(copied.layers, keys, strict=True):
+        assert torch.equal(layer.view(layer.store.keys), before)
+
+
+@torch.inference_mode()
+def test_layers_of_forks_are_joined_at_either_kind_of_positions() -> None:
+    model, ids = tiny(), prompt(60)
+    for positions in ("cache", "true"):
+        cache = ForkedCache(model, [METHODS["h2o"], METHODS["tova"]], positions=positions)
+        model(ids, past_key_values=cache)
+        model(ids[:, :1].expand(2, -1), past_key_values=cache)
+        assert len(cache._rows.stacks) == 2
+
+
+@torch.inference_mode()
+def test_an_error_in_the_first_layer_is_found_out(monkeypatch) -> None:
+    model, ids = tiny(), prompt(60)
+    cache = ForkedCache(model, [METHODS["h2o"], METHODS["tova"]])
+    model(ids, past_key_values=cache)
+    token = ids[:, :1].expand(2, -1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(buzz.kernels, "step_rows", interrupted)
+        model(token, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="call cache.reset"):
+        model(token, past_key_values=cache)
+    cache.reset()
+    assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+def interrupted(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_refused_step_of_a_mixed_model_can_be_given_again() -> None:
+    model, ids = tiny("gemma3-mixed"), prompt(60)
+    cache = EvictionCache(model, METHODS["h2o"])
+    model(ids, past_key_values=cache)
+    with pytest.raises(ConfigError, match="position_ids"):
+        model(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[7]]))
+    assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()

@@ -19,7 +19,6 @@ from transformers import (
     FalconConfig,
     LlamaConfig,
     MistralConfig,
-    Qwen3NextConfig,
     TextStreamer,
     pipeline,
 )
@@ -28,18 +27,6 @@ from baselines import FullPolicy
 from buzz import ConfigError, EvictionCache
 from buzz.compiled import tested as compiles
 
-HYBRID = {
-    "head_dim": 16,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "layer_types": ["linear_attention", "full_attention", "full_attention"],
-}
 LATENT = {
     "moe_intermediate_size": 32,
     "n_routed_experts": 4,
@@ -54,7 +41,6 @@ LATENT = {
 }
 REFUSED = [
     (DeepseekV3Config(**{**SHAPE, "num_key_value_heads": 4}, **LATENT), "MLA"),
-    (Qwen3NextConfig(**SHAPE, **HYBRID), "layer 0 is linear_attention"),
     (FalconConfig(vocab_size=VOCAB, hidden_size=64, num_attention_heads=4, alibi=True), "ALiBi"),
 ]
 

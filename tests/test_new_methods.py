@@ -38,7 +38,7 @@ def test_snapkv_narrows_its_window_for_a_tight_budget_unless_it_is_fixed() -> No
 def drawn(seed: int, layer: int = 0, heads: int = 2, held: int = 200, first: int = 0) -> Tensor:
     """Priorities of a text's tokens, [heads, held]."""
     positions = torch.arange(first, first + held).expand(1, heads, -1)
-    entries = SimpleNamespace(positions=positions, layer=layer)
+    entries = SimpleNamespace(positions=positions, layers=layer)
     return RandomPolicy(size=40, sink=0, window=1, seed=seed).score(entries)[0]
 
 
