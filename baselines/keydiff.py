@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from baselines.ranking import RankingPolicy
-from buzz.entries import Entries
+from buzz.entries import Entries, key_difference
 from buzz.policy import register
 
 
@@ -27,5 +26,4 @@ class KeyDiffPolicy(RankingPolicy):
     """
 
     def score(self, entries: Entries) -> Tensor:
-        keys = entries.keys.float()
-        return -cosine_similarity(keys, normalize(keys, dim=-1).mean(2, keepdim=True), dim=-1)
+        return key_difference(entries)

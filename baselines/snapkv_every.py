@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d, pad
 
 from baselines.ranking import RankingPolicy
-from buzz.entries import Entries
+from buzz.entries import Entries, observed_attention
 from buzz.policy import register
 
 
@@ -45,10 +43,4 @@ class SnapKVEveryPolicy(RankingPolicy):
     queries = protected
 
     def score(self, entries: Entries) -> Tensor:
-        queries = entries.queries
-        keys = entries.keys[:, :, : -self.window].float()
-        grouped = queries.unflatten(1, (keys.shape[1], -1))
-        logits = (grouped @ keys[:, :, None].mT).amax(2)
-        attention = logits.softmax(-1).mean(2)
-        pooled = max_pool1d(attention, self.kernel, 1, self.kernel // 2)[..., : keys.shape[2]]
-        return pad(pooled, (0, self.window), value=torch.inf)
+        return observed_attention(entries, self.window, self.kernel)

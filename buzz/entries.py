@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, max_pool1d, normalize, pad
 
 from buzz import adapter
 from buzz.errors import ConfigError
@@ -174,3 +175,29 @@ def projected_norms(entries: Entries) -> Tensor:
     for head, weight in enumerate(projection):
         norms[:, head // group] += (values[:, head // group] @ weight).abs().sum(-1)
     return norms / group
+
+
+def observed_attention(entries: Entries, window: int, kernel: int) -> Tensor:
+    """Attention that the last `window` queries give to all older entries, pooled over neighbours.
+
+    As SnapKV observes, in the form of R-KV's authors (`rkv/compression/snapkv.py`): the query heads
+    of a group judge by the highest of their logits, and the window's entries take no share.
+
+    Returns:
+        float32 [rows, kv_heads, held]; infinite for the last `window` entries.
+    """
+    keys = entries.keys[:, :, :-window].float()
+    grouped = entries.queries.unflatten(1, (keys.shape[1], -1))
+    attention = (grouped @ keys[:, :, None].mT).amax(2).softmax(-1).mean(2)
+    pooled = max_pool1d(attention, kernel, 1, kernel // 2)[..., : keys.shape[2]]
+    return pad(pooled, (0, window), value=torch.inf)
+
+
+def key_difference(entries: Entries) -> Tensor:
+    """Minus the cosine of each key to the mean direction of all. Formula: KeyDiff, 2504.15364.
+
+    Returns:
+        float32 [rows, kv_heads, held].
+    """
+    keys = entries.keys.float()
+    return -cosine_similarity(keys, normalize(keys, dim=-1).mean(2, keepdim=True), dim=-1)

@@ -1,10 +1,11 @@
-"""Honeycomb: one family that holds H2O, BUZZ's cells, and what lies between and beyond.
+"""Honeycomb: history ranked by several signals, each with its share of the memory.
 
-    | sink | history: the best of each of its cells | window |
+    | sink | history: the best by each signal | window |
 
-H2O evicts at every token the entry of the lowest score; BUZZ evicts once in hundreds, one of each
-cell. Here the number of cells, how far the cache grows before it evicts, what a score is, and how a
-budget is spread over the layers are parameters of their own, so that each can be judged alone.
+H2O keeps what attention has gathered on so far, which says little of what a later question will
+ask for; KeyDiff keeps keys unlike the others, which is where a passkey stands, and loses the thread
+of the text. Honeycomb lets several signals choose side by side and evicts once in dozens of tokens.
+H2O, KeyDiff, SnapKV at every eviction and BUZZ's local maxima are its corners.
 """
 
 from __future__ import annotations
@@ -15,30 +16,38 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from buzz.entries import Entries
+from buzz.entries import Entries, key_difference, observed_attention
 from buzz.errors import ConfigError
 from buzz.policy import BudgetBy, Policy, State, register
 
+SIGNALS = ("attention", "value", "observed", "keydiff")
+OBSERVED, NEIGHBOURS = 16, 5  # last queries that `observed` looks at, and what it pools over
 EARLY, LESS = 4 / 15, 0.3  # of ``late``: the first layers, and their share of an even budget
+RARELY = 10  # an eviction frees at most this part of a fitted budget: 1 / RARELY
 
 
 @register()
 @dataclass(frozen=True, kw_only=True)
 class HoneycombPolicy(Policy):
-    """Thins history to its `keep` best entries, of each cell as many, when it exceeds `threshold`.
+    """Once in `every` tokens, keeps the `keep` history entries that rank best by any signal.
 
-    With one cell, no sink and `threshold` = `keep` it is H2O; with as many cells as entries kept,
-    each cell keeps its local maximum, as new history of BUZZ's does.
+    An entry's place is the least of (its rank by a signal) / (the signal's share), over the signals
+    with a share above 0, and the best places stay: of what is kept, each signal chooses about its
+    share. One signal alone ranks by its plain score.
 
     Args:
         sink: leading entries that always stay.
         window: last entries that always stay.
         keep: history entries that an eviction leaves.
-        threshold: history entries that trigger one when exceeded.
+        every: tokens between two evictions; a fitted budget lowers it to a tenth of itself.
+        attention: share of the accumulated attention (H2O's score).
+        value: share of the accumulated attention times the L1 norm of the value (VATP's).
+        observed: share of the attention of the last 16 queries, pooled over 5 (SnapKV's).
+        keydiff: share of keys unlike the mean key (KeyDiff's).
         cells: equal parts of history, each of which keeps `keep` / `cells` entries; 0: as many as
             entries are kept, one of each.
-        score_by: ``sum`` of the attention received; ``value``: times the L1 norm of the value.
         fading: what of a query's attention still counts one token later.
         layers: ``flat``; ``rising``: budgets from half to one and a half times the even one with
             depth; ``late``: 0.3 times in the first 4 of 15 layers, the others share the rest.
@@ -48,31 +57,41 @@ class HoneycombPolicy(Policy):
     needs_scores: ClassVar[bool] = True
 
     sink: int = 0
-    window: int = 252
-    keep: int = 252
-    threshold: int = 308
+    window: int = 224
+    keep: int = 273
+    every: int = 64
+    attention: float = 0.0
+    value: float = 0.6
+    observed: float = 0.0
+    keydiff: float = 0.4
     cells: int = 1
-    score_by: str = "sum"
     fading: float = 1.0
     layers: str = "flat"
     early_window: float | None = None
 
     def __post_init__(self) -> None:
-        self._at_least(0, "sink")
-        self._at_least(1, "window", "keep")
-        self._at_least(0, "cells")
-        self._at_least(self.keep, "threshold")
-        self._one_of("score_by", "sum", "value")
+        self._at_least(0, "sink", "window", "cells")
+        self._at_least(1, "keep", "every")
         self._one_of("layers", "flat", "rising", "late")
-        self._within(0, 1, "fading")
+        self._within(0, 1, "fading", *SIGNALS)
         if self.early_window is not None:
             self._within(0, 1, "early_window")
+        if not self._shares:
+            raise ConfigError("method.value", 0, f"give one of {', '.join(SIGNALS)} a share")
         if self.cells and self.keep % self.cells:
             raise ConfigError("method.cells", self.cells, f"must divide keep={self.keep}")
 
     @property
+    def _shares(self) -> dict[str, float]:
+        return {name: share for name in SIGNALS if (share := getattr(self, name))}
+
+    @property
     def protected(self) -> int:
         return self.window
+
+    @property
+    def queries(self) -> int:
+        return OBSERVED if self.observed else 0
 
     @property
     def decay(self) -> float:
@@ -83,9 +102,8 @@ class HoneycombPolicy(Policy):
         return self.sink + self.keep
 
     def survivors(self, held: int, state: State) -> tuple[int, State]:
-        if held - self.sink - self.window <= self.threshold:
-            return held, 0
-        return self.sink + self.keep + self.window, 0
+        kept = self.sink + self.keep + self.window
+        return (held if held < kept + self.every else kept), 0
 
     def for_layer(self, index: int, layers: int) -> Policy:
         if self.layers == "flat":
@@ -103,31 +121,49 @@ class HoneycombPolicy(Policy):
     @property
     def peak(self) -> int:
         """The most entries that any step leaves."""
-        return self.sink + self.window + self.threshold
+        return self.sink + self.window + self.keep + self.every - 1
 
     def sized(self, peak: int, window_share: float | None = None) -> HoneycombPolicy:
         """A copy of another peak, in the proportions of this one, or with another window in it.
 
-        `threshold` / `keep` stays as it is; `keep` is rounded down to whole cells.
+        `every` stays as it is, or frees half of a small history; `keep` is rounded down to whole
+        cells.
 
         Raises:
             ConfigError: there is no room for all of it.
         """
         room = peak - self.sink
         if window_share is None:
-            window_share = self.window / (self.window + self.threshold)
-        window = max(1, round(window_share * room))
-        threshold = room - window
-        keep = round(threshold * self.keep / self.threshold)
+            window_share = self.window / (self.peak - self.sink)
+        window = round(window_share * room)
+        if self.window:
+            window = max(1, window)
+        every = max(1, min(self.every, (room - window) // 2))
+        keep = room - window - (every - 1)
         keep -= keep % self.cells if self.cells else 0
         self._require(peak, 1, keep=keep)
-        return dataclasses.replace(self, window=window, threshold=threshold, keep=keep)
+        return dataclasses.replace(self, window=window, keep=keep, every=every)
 
     def score(self, entries: Entries) -> Tensor:
-        assert entries.received is not None
-        if self.score_by == "sum":
-            return entries.received
-        return entries.received * entries.values.float().abs().sum(-1)
+        scores = {name: self._signal(name, entries) for name in self._shares}
+        if len(scores) == 1:
+            return next(iter(scores.values()))
+        places = []
+        for name, share in self._shares.items():
+            history = scores[name][..., self.sink : entries.held - self.window]
+            order = history.argsort(dim=-1, descending=True, stable=True)
+            place = torch.arange(1, order.shape[-1] + 1, device=order.device) / share
+            places.append(torch.empty_like(history).scatter_(-1, order, place.expand(order.shape)))
+        return -pad(torch.stack(places).amin(0), (self.sink, self.window))
+
+    def _signal(self, name: str, entries: Entries) -> Tensor:
+        """float32 [rows, kv_heads, held]"""
+        if name == "observed":
+            return observed_attention(entries, min(OBSERVED, entries.held - 1), NEIGHBOURS)
+        if name == "keydiff":
+            return key_difference(entries)
+        received = entries.received
+        return received if name == "attention" else received * entries.values.float().abs().sum(-1)
 
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
@@ -159,15 +195,14 @@ class HoneycombPolicy(Policy):
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """Window, keep and threshold that fill the budget in the proportions that they have here.
+        """Window and keep that fill the budget in the proportions that they have here.
 
-        ``peak``: sink + window + threshold = budget; ``mean``: sink + window + (keep + threshold)
-        / 2 = budget, as the history's length runs through all from `keep` to `threshold`.
+        ``peak``: sink + window + keep + every - 1 = budget; ``mean``: half of what comes between
+        two evictions counts.
         """
-        if {"window", "keep", "threshold"} & fixed:
+        if {"window", "keep"} & fixed:
             return self
-        if by == "mean":
-            most = self.window + self.threshold
-            mean = self.window + (self.keep + self.threshold) / 2
-            return self.sized(self.sink + round((budget - self.sink) * most / mean))
-        return self.sized(budget)
+        every = self.every if "every" in fixed else max(1, min(self.every, budget // RARELY))
+        share = self.window / (self.peak - self.sink)
+        own = dataclasses.replace(self, every=every)
+        return own.sized(budget + (every // 2 if by == "mean" else 0), share)

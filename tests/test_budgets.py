@@ -44,8 +44,6 @@ def test_by_peak_no_method_ever_exceeds_its_budget(name, size, prompt, answer) -
         assert max(lengths) <= entries
         if prompt > entries and "buzz" not in name:
             slack = getattr(policy, "every", 1) - 1  # of entries that come between two evictions
-            if name == "honeycomb":
-                slack = policy.threshold - policy.keep
             assert min(lengths) == entries - slack
 
 

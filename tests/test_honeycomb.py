@@ -1,4 +1,4 @@
-"""Honeycomb holds H2O and the local maxima of cells; its sizes fill what they are given."""
+"""Honeycomb's corners are the methods it is made of; signals get their shares of what is kept."""
 
 from __future__ import annotations
 
@@ -8,21 +8,75 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import prompt, tiny
 
-from baselines import H2OPolicy
+from baselines import H2OPolicy, KeyDiffPolicy, SnapKVEveryPolicy, VATPPolicy
 from buzz import Budget, BuzzPolicy, EvictionCache, HoneycombPolicy
+from buzz.errors import ConfigError
+
+ALONE = {"attention": 0.0, "value": 0.0, "observed": 0.0, "keydiff": 0.0}
+CORNERS = {
+    "h2o": (
+        H2OPolicy(heavy=15, recent=10),
+        {"window": 10, "keep": 15, "every": 1, "attention": 1.0},
+    ),
+    "vatp": (
+        VATPPolicy(heavy=15, recent=10, sink=0),
+        {"window": 10, "keep": 15, "every": 1, "value": 0.5},
+    ),
+    "keydiff": (
+        KeyDiffPolicy(size=25, every=6),
+        {"window": 0, "keep": 25, "every": 6, "keydiff": 1.0},
+    ),
+    "snapkv_every": (
+        SnapKVEveryPolicy(size=30, every=20, window=16, kernel=5),
+        {"window": 16, "keep": 14, "every": 20, "observed": 1.0},
+    ),
+}
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", CORNERS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_with_one_cell_and_no_slack_it_is_h2o_to_the_bit(family) -> None:
+def test_one_signal_alone_is_its_method_to_the_bit(family, name) -> None:
     model = tiny(family)
-    h2o = EvictionCache(model, H2OPolicy(heavy=15, recent=10))
-    own = EvictionCache(model, HoneycombPolicy(window=10, keep=15, threshold=15))
+    method, options = CORNERS[name]
+    theirs = EvictionCache(model, method)
+    own = EvictionCache(model, HoneycombPolicy(**ALONE | options))
     for part in prompt(100).split([60, *[1] * 40], dim=1):
-        expected = model(part, past_key_values=h2o).logits
+        expected = model(part, past_key_values=theirs).logits
         assert torch.equal(model(part, past_key_values=own).logits, expected)
-        assert torch.equal(own.kept_positions(1), h2o.kept_positions(1))
-    assert own.evictions == h2o.evictions == [41]
+        assert torch.equal(own.kept_positions(1), theirs.kept_positions(1))
+    assert own.evictions == theirs.evictions
+
+
+class Given:
+    """Entries of which only the signals are known."""
+
+    def __init__(self, received: torch.Tensor, keys: torch.Tensor) -> None:
+        self.received, self.keys, self.held = received, keys, received.shape[-1]
+
+
+@given(
+    st.integers(2, 40), st.integers(1, 40), st.sampled_from([0.25, 0.5, 0.75]), st.integers(0, 3)
+)
+@settings(max_examples=60)
+def test_every_signal_chooses_about_its_share(keep, more, share, sink) -> None:
+    """Of what stays, its best floor(share x keep) are there; window and sink take no ranks."""
+    window = 5
+    held = sink + keep + more + window
+    random = torch.Generator().manual_seed(held * 100 + keep)
+    entries = Given(
+        torch.rand(2, 1, held, generator=random), torch.randn(2, 1, held, 8, generator=random)
+    )
+    both = {"attention": share, "keydiff": 1 - share}
+    policy = HoneycombPolicy(sink=sink, window=window, keep=keep, **ALONE | both)
+    kept = policy.select(held, 0, policy.score(entries))
+    for name, part in both.items():
+        alone = HoneycombPolicy(sink=sink, window=window, keep=keep, **ALONE | {name: 1.0})
+        history = alone.score(entries)[..., sink : held - window]
+        best = history.topk(min(keep, int(part * keep)), dim=-1).indices + sink
+        for row in range(2):
+            assert set(best[row, 0].tolist()) <= set(kept[row, 0].tolist())
+    assert kept.shape[-1] == sink + keep
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 90), st.integers(0, 4))
@@ -32,7 +86,7 @@ def test_every_cell_keeps_its_best(cells, each, more, sink) -> None:
     keep, window = cells * each, 7
     held = sink + keep + more + window
     scores = torch.rand(2, 3, held, generator=torch.Generator().manual_seed(held))
-    policy = HoneycombPolicy(sink=sink, window=window, keep=keep, threshold=keep, cells=cells)
+    policy = HoneycombPolicy(sink=sink, window=window, keep=keep, every=1, cells=cells)
     found = policy.select(held, 0, scores)
     history = keep + more
     expected = torch.zeros_like(scores, dtype=torch.bool)
@@ -49,7 +103,7 @@ def test_its_cells_of_one_are_those_of_buzz() -> None:
     scores = torch.rand(1, 2, 4 + 60 + 8)
     buzz = BuzzPolicy(sink=4, window=8, stride=5, threshold=59)
     for cells in (12, 0):
-        own = HoneycombPolicy(sink=4, window=8, keep=12, threshold=59, cells=cells)
+        own = HoneycombPolicy(sink=4, window=8, keep=12, every=48, cells=cells)
         assert torch.equal(own.select(72, 0, scores), buzz.select(72, 0, scores))
 
 
@@ -72,8 +126,20 @@ def test_layers_share_one_budget(layers, number) -> None:
 def test_values_and_fading_change_what_stays() -> None:
     model, text = tiny(), prompt(80)
     kept = []
-    for options in ({}, {"score_by": "value"}, {"fading": 0.8}):
-        cache = EvictionCache(model, HoneycombPolicy(window=8, keep=16, threshold=20, **options))
+    for options in ({"attention": 1.0}, {"value": 1.0}, {"attention": 1.0, "fading": 0.8}):
+        sizes = {"window": 8, "keep": 16, "every": 5}
+        cache = EvictionCache(model, HoneycombPolicy(**ALONE | sizes | options))
         model(text, past_key_values=cache)
         kept.append(cache.kept_positions(1))
     assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+
+
+def test_a_fitted_budget_evicts_at_least_once_in_a_tenth_of_it() -> None:
+    for budget, every in ((1000, 64), (300, 30), (40, 4)):
+        policy, _ = Budget(budget).policy(HoneycombPolicy(), 4000)
+        assert policy.every == every and policy.peak == budget
+
+
+def test_without_any_signal_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="give one of attention, value, observed, keydiff"):
+        HoneycombPolicy(**ALONE)

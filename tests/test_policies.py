@@ -66,9 +66,12 @@ ONLY = {  # by method
     "h2o": {"heavy": st.integers(0, 12)},
     "honeycomb": {
         "keep": st.just(12),
-        "threshold": st.integers(12, 20),
+        "every": st.integers(1, 9),
         "cells": st.sampled_from([0, 1, 3]),
-        "score_by": st.sampled_from(["sum", "value"]),
+        "attention": st.floats(0, 1),
+        "value": st.floats(0.1, 1),
+        "observed": st.sampled_from([0, 0.3]),
+        "keydiff": st.floats(0, 1),
         "fading": st.floats(0, 1),
         "layers": st.sampled_from(["flat", "rising", "late"]),
     },
@@ -255,12 +258,13 @@ WRONG = {
     ChunkKVPolicy: [{"chunk": 0}],
     RKVPolicy: [{"size": 8}],
     HoneycombPolicy: [
-        {"threshold": 9, "keep": 10},
-        {"cells": 3, "keep": 10, "threshold": 12},
-        {"score_by": "norm"},
+        {"every": 0},
+        {"cells": 3, "keep": 10},
+        {"value": 0, "keydiff": 0},
+        {"observed": 1.5},
         {"layers": "falling"},
         {"fading": 1.5},
-        {"window": 0},
+        {"window": -1},
     ],
 }
 
@@ -284,7 +288,7 @@ def test_bad_values_are_named(policy, values) -> None:
         (TOVAPolicy(), 0, ""),
         (RandomPolicy(), 0, ""),
         (RKVPolicy(), 1, ""),
-        (HoneycombPolicy(cells=28), 12, ""),
+        (HoneycombPolicy(cells=39), 12, ""),
     ],
     ids=str,
 )
