@@ -16,14 +16,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool1d, pad
 
 from buzz.entries import Entries, key_difference, observed_attention
 from buzz.errors import ConfigError
 from buzz.policy import BudgetBy, Policy, State, register
 
 SIGNALS = ("attention", "value", "observed", "keydiff")
-OBSERVED, NEIGHBOURS = 16, 5  # last queries that `observed` looks at, and what it pools over
+OBSERVED, POOLED = 16, 5  # last queries that `observed` looks at, and what it pools over
 EARLY, LESS = 4 / 15, 0.3  # of ``late``: the first layers, and their share of an even budget
 RARELY = 10  # an eviction frees at most this part of a fitted budget: 1 / RARELY
 
@@ -46,6 +46,8 @@ class HoneycombPolicy(Policy):
         value: share of the accumulated attention times the L1 norm of the value (VATP's).
         observed: share of the attention of the last 16 queries, pooled over 5 (SnapKV's).
         keydiff: share of keys unlike the mean key (KeyDiff's).
+        neighbours: entries over which `keydiff` is averaged, so that what stands together (the
+            digits of a number) stays together; 1: each by itself, as KeyDiff.
         cells: equal parts of history, each of which keeps `keep` / `cells` entries; 0: as many as
             entries are kept, one of each.
         fading: what of a query's attention still counts one token later.
@@ -64,6 +66,7 @@ class HoneycombPolicy(Policy):
     value: float = 0.6
     observed: float = 0.0
     keydiff: float = 0.4
+    neighbours: int = 1
     cells: int = 1
     fading: float = 1.0
     layers: str = "flat"
@@ -71,7 +74,7 @@ class HoneycombPolicy(Policy):
 
     def __post_init__(self) -> None:
         self._at_least(0, "sink", "window", "cells")
-        self._at_least(1, "keep", "every")
+        self._at_least(1, "keep", "every", "neighbours")
         self._one_of("layers", "flat", "rising", "late")
         self._within(0, 1, "fading", *SIGNALS)
         if self.early_window is not None:
@@ -159,9 +162,13 @@ class HoneycombPolicy(Policy):
     def _signal(self, name: str, entries: Entries) -> Tensor:
         """float32 [rows, kv_heads, held]"""
         if name == "observed":
-            return observed_attention(entries, min(OBSERVED, entries.held - 1), NEIGHBOURS)
+            return observed_attention(entries, min(OBSERVED, entries.held - 1), POOLED)
         if name == "keydiff":
-            return key_difference(entries)
+            unlike, width = key_difference(entries), self.neighbours
+            if width == 1:
+                return unlike
+            pooled = avg_pool1d(unlike, width, 1, width // 2, count_include_pad=False)
+            return pooled[..., : entries.held]
         received = entries.received
         return received if name == "attention" else received * entries.values.float().abs().sum(-1)
 

@@ -143,3 +143,16 @@ def test_a_fitted_budget_evicts_at_least_once_in_a_tenth_of_it() -> None:
 def test_without_any_signal_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="give one of attention, value, observed, keydiff"):
         HoneycombPolicy(**ALONE)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_neighbours_share_what_keydiff_says_of_them(width) -> None:
+    """As a loop averages them; at the ends over those that are there."""
+    entries = Given(torch.rand(1, 2, 20), torch.randn(1, 2, 20, 8))
+    options = {"window": 3, "keep": 5, **ALONE, "keydiff": 1.0}
+    alone = HoneycombPolicy(**options).score(entries)
+    pooled = HoneycombPolicy(neighbours=width, **options).score(entries)
+    for place in range(20):
+        low, high = max(0, place - width // 2), place - width // 2 + width
+        expected = alone[..., low:high].mean(-1)
+        torch.testing.assert_close(pooled[..., place], expected)
