@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -47,12 +48,12 @@ class Constrained(Policy):
             the method keeps in any case (by an infinite score) come first: the more, the sooner.
         heads: ``each`` chooses for itself; those of a ``layer`` choose together, by the sum of
             their scores; or those of ``all`` layers do.
-        pages: the method with its sizes in pages, which chooses; None: made of `method`, for as
-            many pages as there is room for in what it would hold.
+        pages: the method with its sizes in pages, which chooses; None: made of `method` when it is
+            first asked, for as many pages as there is room for in what that would hold.
 
     Raises:
-        ConfigError: no such constraint; pages too large for the method; layers that are to agree
-            and do not hold equally much.
+        ConfigError: no such constraint; layers that are to agree and do not hold equally much; and
+            with its first use, or where a budget is fitted, pages that are too large.
     """
 
     method: Policy
@@ -67,10 +68,6 @@ class Constrained(Policy):
             name = self.method.name
             remedy = f"layers of {name} hold different numbers of entries; choose each or layer"
             raise ConfigError("cache.heads", "all", remedy)
-        if self.page > 1 and self.pages is None:
-            names = frozenset(vars(self.method)) - SIZES
-            pages = self._pages(_most(self.method), names, "peak")
-            object.__setattr__(self, "pages", pages)
 
     @property
     def page(self) -> int:
@@ -86,21 +83,23 @@ class Constrained(Policy):
     def resident(self) -> int:
         return min(FOREVER, self._chooser.resident * self.page)
 
-    @property
+    @cached_property
     def _chooser(self) -> Policy:
-        return self.pages or self.method
+        """What chooses, among pages or entries."""
+        if self.page == 1:
+            return self.method
+        own = frozenset(vars(self.method)) - SIZES
+        return self.pages or self._pages(_most(self.method), own, "peak")
 
     def for_layer(self, index: int, layers: int) -> Policy:
-        return self._with(lambda policy: policy.for_layer(index, layers))
+        method = self.method.for_layer(index, layers)
+        if method == self.method:
+            return self
+        pages = None if self.page == 1 else self._chooser.for_layer(index, layers)
+        return dataclasses.replace(self, method=method, pages=pages)
 
     def for_tokenizer(self, tokenizer: Any) -> Policy:
-        return self._with(lambda policy: policy.for_tokenizer(tokenizer))
-
-    def _with(self, change: Callable[[Policy], Policy]) -> Constrained:
-        method, pages = change(self.method), None if self.pages is None else change(self.pages)
-        if (method, pages) == (self.method, self.pages):
-            return self
-        return dataclasses.replace(self, method=method, pages=pages)
+        return dataclasses.replace(self, method=self.method.for_tokenizer(tokenizer))
 
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
         return self.method.repetitions(prompt)
@@ -110,13 +109,13 @@ class Constrained(Policy):
 
         The method is asked with the first token of a page, and not until the next has begun.
         """
-        if self.pages is None:
+        if self.page == 1:
             return self.method.survivors(held, state)
         before, own = state or (0, 0)
         pages = -(-held // self.page)
         if pages == before:
             return held, state
-        kept, own = self.pages.survivors(pages, own)
+        kept, own = self._chooser.survivors(pages, own)
         return held - (pages - kept) * self.page, (kept, own)
 
     def score(self, entries: Entries) -> Tensor | None:
@@ -125,7 +124,7 @@ class Constrained(Policy):
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         if scores is not None and self.heads != "each":
             scores = added(scores, 1)[:, None]
-        if self.pages is None:
+        if self.page == 1:
             return self.method.select(held, state, scores)
         page, own = self.page, (state or (0, 0))[1]
         pages = -(-held // page)
@@ -134,8 +133,8 @@ class Constrained(Policy):
             scores = added(scores.unflatten(-1, (pages, page)), -1, self.page_score == "max")
             if held % page:
                 scores[..., -1] = torch.inf
-        chosen = self.pages.select(pages, own, scores)
-        recent = torch.arange(pages - self.pages.protected, pages, device=chosen.device)
+        chosen = self._chooser.select(pages, own, scores)
+        recent = torch.arange(pages - self._chooser.protected, pages, device=chosen.device)
         stay = torch.cat([chosen, recent.expand(*chosen.shape[:-1], -1)], dim=-1)
         entries = (stay[..., None] * page + torch.arange(page, device=stay.device)).flatten(-2)
         return entries[..., : entries.shape[-1] - (pages * page - held) - self.protected]
@@ -147,9 +146,8 @@ class Constrained(Policy):
 
         By mean, what it has of a page on average is taken into account.
         """
-        method, pages = self.method.fit(budget, fixed, by), self.pages
-        if pages is not None:
-            pages = self._pages(budget, fixed, by)
+        method = self.method.fit(budget, fixed, by)
+        pages = None if self.page == 1 else self._pages(budget, fixed, by)
         return dataclasses.replace(self, method=method, pages=pages)
 
     def _pages(self, budget: int, fixed: frozenset[str], by: BudgetBy) -> Policy:

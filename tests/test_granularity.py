@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import METHODS
+from runs import read
 from tiny import prompt, tiny
 
 from baselines import FullPolicy, H2OPolicy, PyramidKVPolicy, StreamingLLMPolicy
@@ -224,9 +227,11 @@ def test_without_constraints_a_method_is_itself() -> None:
     policy = BuzzPolicy()
     assert constrained(policy) is policy and constrained(policy, "page:1") is policy
     assert constrained(FullPolicy(), "page:16", heads="all") == FullPolicy()
-    assert Constrained(method=policy, granularity="page:16").pages == BuzzPolicy(
-        sink=1, window=10, threshold=24
-    )
+    hive = Constrained(method=policy, granularity="page:16")
+    pages = BuzzPolicy(sink=1, window=10, threshold=24)
+    steps = [1000] + [1] * 999
+    assert hive.lengths(steps) == dataclasses.replace(hive, pages=pages).lengths(steps)
+    assert hive.footprint().peak == 35 * 16
 
 
 @pytest.mark.parametrize(
@@ -251,7 +256,7 @@ def test_without_constraints_a_method_is_itself() -> None:
 )
 def test_what_cannot_be_is_refused_in_one_line(method, given, field, says) -> None:
     with pytest.raises(ConfigError) as caught:
-        constrained(method, **given)
+        constrained(method, **given).survivors(1, 0)
     assert caught.value.field == field and says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -293,3 +298,28 @@ def test_an_error_while_layers_choose_together_is_told(monkeypatch) -> None:
     cache.reset()
     model(ids, past_key_values=cache)
     assert cache.lengths == [24] * 3
+
+
+def test_rows_of_a_command_are_of_one_setting(go) -> None:
+    """Methods and constraints in one pass, each as it is alone."""
+    kinds = {
+        "": [],
+        ",granularity=page16": ["cache.granularity=page:16"],
+        ",granularity=page16,heads=all": ["cache.granularity=page:16", "cache.heads=all"],
+        ",heads=layer": ["cache.heads=layer"],
+    }
+    files = {}
+    for name, given in kinds.items():
+        files[name] = go("method=h2o", "budget=0.25", *given)
+        assert files[name].name == f"h2o@0.25{name}.jsonl"
+    assert len({file.parent for file in files.values()}) == 1
+    full = go("method=full", "cache.granularity=page:16", "cache.heads=all")
+    assert full.name == "full.jsonl"
+    for name, file in files.items():
+        for record in read(file):
+            told = record["cache"]
+            heads = name.partition("heads=")[2] or "each"
+            assert told["granularity"] == ("page:16" if "page" in name else "token")
+            assert told["heads"] == heads and told["page_score"] == "mean"
+            held = record["kv_entries_peak"]
+            assert held <= 0.25 * record["prompt_tokens"] + 1

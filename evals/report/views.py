@@ -508,7 +508,7 @@ def parameters_of(one: pd.Series) -> dict[str, Any]:
 
 
 PARAMETERS: tuple[str, ...] = ("history", "compact", "stride", "window", "sink", "threshold")
-PARAMETERS += ("positions", "logn_base", "logn_clamp")
+PARAMETERS += ("positions", "logn_base", "logn_clamp", "granularity", "page_score", "heads")
 
 
 def ablations(rows: pd.DataFrame) -> Table:
