@@ -309,8 +309,8 @@ def test_rows_of_a_command_are_of_one_setting(go) -> None:
         ",heads=layer": ["cache.heads=layer"],
     }
     files = {}
-    for name, given in kinds.items():
-        files[name] = go("method=h2o", "budget=0.25", *given)
+    for name, options in kinds.items():
+        files[name] = go("method=h2o", "budget=0.25", *options)
         assert files[name].name == f"h2o@0.25{name}.jsonl"
     assert len({file.parent for file in files.values()}) == 1
     full = go("method=full", "cache.granularity=page:16", "cache.heads=all")
