@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PageScore = Literal["mean", "max"]
 Heads = Literal["each", "layer", "all"]
 
-# Parameters that count entries.
+# Parameters that count entries, by the names that methods give them; others `fit` must set.
 SIZES = {"size", "every", "sink", "window", "heavy", "recent", "capacity", "keep", "threshold"}
 PROMPT = 2**20  # tokens of a prompt that no method keeps
 
@@ -136,6 +136,8 @@ class Constrained(Policy):
         chosen = self._chooser.select(pages, own, scores)
         recent = torch.arange(pages - self._chooser.protected, pages, device=chosen.device)
         stay = torch.cat([chosen, recent.expand(*chosen.shape[:-1], -1)], dim=-1)
+        if held % page:
+            stay[..., -1] = pages - 1  # also where no score says so
         entries = (stay[..., None] * page + torch.arange(page, device=stay.device)).flatten(-2)
         return entries[..., : entries.shape[-1] - (pages * page - held) - self.protected]
 

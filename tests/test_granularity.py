@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from methods import METHODS
 from runs import read
 from tiny import prompt, tiny
 
-from baselines import FullPolicy, H2OPolicy, PyramidKVPolicy, StreamingLLMPolicy
+from baselines import FullPolicy, H2OPolicy, LocalPolicy, PyramidKVPolicy, StreamingLLMPolicy
 from buzz import (
     POLICIES,
     Budget,
@@ -221,6 +223,24 @@ def test_heads_that_agree_hold_what_each_would(name, entries, by, prompt) -> Non
     assert agreed == constrained(alone, heads="layer")
     steps = [prompt] + [1] * 50
     assert agreed.lengths(steps) == alone.lengths(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class First(LocalPolicy):
+    """Keeps the first entries; nothing says that the newest page must stay."""
+
+    name: ClassVar[str] = "first"
+    protected: ClassVar[int] = 0
+
+    def select(self, held: int, state: Any, scores: Any) -> torch.Tensor:
+        return torch.arange(self.window).expand(1, 1, -1)
+
+
+def test_a_page_that_fills_up_stays_whatever_a_method_says() -> None:
+    policy = Constrained(method=First(window=12), granularity="page:4")
+    assert policy.survivors(18, 0)[0] == 10
+    assert policy.select(18, 0, None).flatten().tolist() == [*range(8), 16, 17]
+    assert policy.select(20, 0, None).flatten().tolist() == list(range(12))
 
 
 def test_without_constraints_a_method_is_itself() -> None:
