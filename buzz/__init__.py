@@ -7,6 +7,7 @@ from buzz.budget import Budget
 from buzz.cache import EvictionCache
 from buzz.errors import ConfigError
 from buzz.forked import ForkedCache
+from buzz.granularity import Constrained
 from buzz.honeycomb import HoneycombPolicy
 from buzz.policy import POLICIES, Policy, register
 
@@ -18,6 +19,7 @@ __all__ = [
     "BuzzPolicy",
     "BuzzStridedPolicy",
     "ConfigError",
+    "Constrained",
     "EvictionCache",
     "ForkedCache",
     "HoneycombPolicy",

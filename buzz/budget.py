@@ -15,6 +15,9 @@ SLACK = 0.01  # of a budget; and at least one entry, as sizes are whole numbers
 class Budget:
     """KV memory that every method gets, per layer and KV head.
 
+    Where whole pages leave (:class:`buzz.Constrained`), as many as there is room for; less than two
+    of them are missing.
+
     Args:
         size: entries, or a fraction of the prompt.
         by: ``peak``: no step after the prompt leaves more, however long the answer, which is what a
@@ -63,7 +66,8 @@ class Budget:
             _, peak, mean = fitted.footprint()
             reached = mean if self.by == "mean" else peak
         slack = max(1.0, SLACK * budget)
-        if not budget - slack <= reached <= budget + slack * (self.by == "mean"):
+        unfilled = slack if fitted.page == 1 else max(slack, 2 * fitted.page)
+        if not budget - unfilled <= reached <= budget + slack * (self.by == "mean"):
             raise self._refusal(fitted, budget, f"holds {reached:,.0f}", fixed)
         if after_prompt > max(budget, peak):
             found = f"holds {after_prompt:,} after a prompt of {prompt:,} tokens"
@@ -73,10 +77,11 @@ class Budget:
     def _refusal(
         self, fitted: Policy, budget: int, found: str, fixed: frozenset[str]
     ) -> ConfigError:
-        own = vars(fitted)
+        method = getattr(fitted, "method", fitted)
+        own = vars(method)
         given = ", ".join(f"method.{name}={own[name]}" for name in sorted(fixed & own.keys()))
         remedy = (
-            f"leave out {given}" if given else f"its class {type(fitted).__name__} needs a `fit`"
+            f"leave out {given}" if given else f"its class {type(method).__name__} needs a `fit`"
         )
         return ConfigError(
             "budget",

@@ -18,6 +18,7 @@ from buzz import adapter, compiled, kernels, probe, repetition
 from buzz.attention import attend
 from buzz.errors import ConfigError
 from buzz.eviction import Group
+from buzz.granularity import Constrained
 from buzz.inputs import (
     REMEDIES,
     Told,
@@ -27,7 +28,7 @@ from buzz.inputs import (
     jumps,
     padding_of,
 )
-from buzz.layer import EvictionLayer, Reader
+from buzz.layer import Council, EvictionLayer, Reader
 from buzz.policy import Policy
 from buzz.rope import Rope
 from buzz.trace import Trace
@@ -145,6 +146,7 @@ class EvictionCache(adapter.StatefulCache):
         self._short_context = adapter.short_context(model, decoder)
         # The layers that evict: all, unless the model mixes in others.
         self.evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
+        self._convene()
         self.hold_until = hold_until
         for layer in self.evicting:
             layer.logn_base, layer.logn_clamp = logn_base, logn_clamp
@@ -328,6 +330,7 @@ class EvictionCache(adapter.StatefulCache):
         for layer in self.evicting:
             layer.reset()
         self._put(adapter.copied(self._empty))
+        self._convene()
         self._trace, self._told = Trace(), Told()
         self._prompt, self._is_amid = [], False
         self._raise_faults()
@@ -352,6 +355,7 @@ class EvictionCache(adapter.StatefulCache):
         ]
         other._put(stock)
         other.evicting = [layer for layer in other.layers if isinstance(layer, EvictionLayer)]
+        other._convene()
         other._trace = self._trace.copy()
         other._prompt = list(self._prompt)
         other._told = None if self._told is None else self._told.select_rows()
@@ -368,6 +372,19 @@ class EvictionCache(adapter.StatefulCache):
         """Hold what a fork holds apart from the others, before it goes another way."""
         if self.joined is not None:
             self.joined.part()
+
+    def _convene(self) -> None:
+        """Have layers that choose together wait for each other in each step."""
+        if isinstance(self.policy, Constrained) and self.policy.heads == "all":
+            council = Council(len(self.evicting))
+            for layer in self.evicting:
+                layer.council = council
+
+    @property
+    def _waits(self) -> bool:
+        """Whether an error ended a step before layers that choose together had done so."""
+        council = self.evicting[0].council
+        return council is not None and bool(council.waiting)
 
     def _put(self, stock: Cache) -> None:
         """Have other layers of transformers' own."""
@@ -462,7 +479,7 @@ class EvictionCache(adapter.StatefulCache):
         seen = first.cumulative_length
         if decoder is not self._decoder():
             raise self._foreign(decoder)
-        if last.cumulative_length != seen or self._is_amid:
+        if last.cumulative_length != seen or self._is_amid or self._waits:
             raise RuntimeError(BROKEN)
         if not torch.compiler.is_compiling():
             self._trace.note(first.groups)

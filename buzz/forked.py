@@ -73,10 +73,7 @@ class Rows:
             alike: dict[Any, list[int]] = {}
             for index, layer in enumerate(fork.layers):
                 if isinstance(layer, EvictionLayer):
-                    assert layer.store is not None
-                    shapes = layer.store.keys.shape[1::2], layer.store.values.shape[3]
-                    kind = layer.policy, id(layer.rope), id(layer.rotation), shapes
-                    alike.setdefault(kind, []).append(index)
+                    alike.setdefault(kind_of(layer), []).append(index)
             for indices in alike.values():
                 stack = Stack([fork.layers[index] for index in indices])
                 self.stacks.append(stack)
@@ -88,6 +85,13 @@ class Rows:
         for stack in self.stacks:
             stack.part()
         self.stacks, self.seats = [], {}
+
+
+def kind_of(layer: EvictionLayer) -> Any:
+    """What layers of one stack have in common."""
+    assert layer.store is not None
+    shapes = layer.store.keys.shape[1::2], layer.store.values.shape[3]
+    return layer.policy, id(layer.rope), id(layer.rotation), shapes
 
 
 class Stack(EvictionLayer):
@@ -192,6 +196,15 @@ class Stack(EvictionLayer):
     def _score(
         self, scores: Tensor | None, start: int, group: Group, rows: slice | Tensor
     ) -> Tensor | None:
+        found = self._of_layers(scores, start, group, rows)
+        if found is None or self.layers[0].council is None:
+            return found
+        return found.flatten(0, 1)[None]  # as if all heads were of one layer
+
+    def _of_layers(
+        self, scores: Tensor | None, start: int, group: Group, rows: slice | Tensor
+    ) -> Tensor | None:
+        """float32 [layers, kv_heads, held]."""
         if not self.sees_layers:
             try:
                 return self.policy.score(self._look(scores, start, group, rows, self.indices))
@@ -355,6 +368,10 @@ class ForkedLayer(SelfAttending):
             and not any(layer.holds_back for layer in layers)
             and all(layer.store.keys.dtype == query.dtype for layer in layers)
             and all(layer.rope.static and layer.logn_base is None for layer in layers)
+            and all(
+                fork.evicting[0].council is None or len(set(map(kind_of, fork.evicting))) == 1
+                for fork in self.forks
+            )
             and kwargs.get("softcap") is None
             and not kwargs.get("dropout")
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from buzz import kernels
 from buzz.entries import Entries, Rows
 from buzz.eviction import Group, Lengths, evict, plan
+from buzz.granularity import added
 from buzz.inputs import on
 from buzz.policy import Policy
 from buzz.queries import BLOCK, QueryLog
@@ -38,6 +40,7 @@ class EvictionLayer(CacheLayerMixin):
         readers: how many layers of the model attend these entries, too. They do so after this one
             in each step, and only then entries leave, by what this layer's own attention gave them.
         faults: the cache's, in its last layer, whose output they spoil.
+        council: of layers that choose together; None: this one chooses for itself.
     """
 
     is_sliding = False
@@ -73,6 +76,7 @@ class EvictionLayer(CacheLayerMixin):
         self.readers = 0
         self.unread = 0  # of those, how many are still to attend in this step
         self.pending: Tensor | None = None  # what entries received in this step, until they have
+        self.council: Council | None = None
 
     # --- what transformers asks ---------------------------------------------------------------
 
@@ -408,12 +412,34 @@ class EvictionLayer(CacheLayerMixin):
             later: see :func:`buzz.eviction.evict`.
         """
         after = self._plan()
-        if after is not None:
-            assert self.store is not None
-            score = partial(self._score, scores, self.start)
-            self.store, self.idle = evict(
-                self.store, self.idle, self.groups, after, self.policy, self.rope, score, later
-            )
+        if after is None:
+            return
+        if self.council is None:
+            self.thin(after, partial(self._score, scores, self.start), later)
+        else:
+            self.council.hear(self, after, scores)
+
+    def thin(
+        self,
+        after: Sequence[Lengths],
+        score: Callable[[Group, Rows], Tensor | None],
+        later: list[kernels.Move] | None = None,
+    ) -> None:
+        """Thin every group to what `after` says, see :func:`buzz.eviction.evict`."""
+        assert self.store is not None
+        self.store, self.idle = evict(
+            self.store, self.idle, self.groups, after, self.policy, self.rope, score, later
+        )
+
+    def scores_of(self, scores: Tensor | None, group: Group) -> Tensor | None:
+        """What the policy ranks the entries of a group by: float32 [rows, kv_heads, held].
+
+        Args:
+            scores: float32 [batch, kv_heads, longest row], what entries received.
+        """
+        every = group.rows == list(range(self.batch_size))
+        rows: Rows = slice(None) if every else on(self.device, group.rows)
+        return self._score(scores, self.start, group, rows)
 
     # --- a step of one call, see buzz.compiled and buzz.forked --------------------------------
 
@@ -533,6 +559,46 @@ class EvictionLayer(CacheLayerMixin):
         if len(self.groups) == 1 and not self.groups[0].padding:
             return None
         return on(self.device, self.per_row("padding"))
+
+
+class Council:
+    """Layers that choose together: in each step entries leave once the last one has its scores.
+
+    Args:
+        layers: how many.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.waiting: list[tuple[EvictionLayer, Sequence[Lengths], Tensor | None]] = []
+
+    def hear(self, layer: EvictionLayer, after: Sequence[Lengths], scores: Tensor | None) -> None:
+        """Take a layer's scores, and thin all layers if it is the last.
+
+        Args:
+            after: what it is to hold, as all others.
+            scores: float32 [batch, kv_heads, held], what its entries received.
+        """
+        self.waiting.append((layer, after, scores))
+        if len(self.waiting) < self.layers:
+            return
+        found: dict[int, Tensor] = {}  # by row
+        for group, (kept, _) in zip(layer.groups, after, strict=True):
+            if kept < group.held and (scored := self._scores(group)) is not None:
+                found |= dict(zip(group.rows, scored, strict=True))
+
+        def score(group: Group, rows: Rows) -> Tensor | None:
+            return torch.stack([found[row] for row in group.rows]) if found else None
+
+        for one, lengths, _ in self.waiting:
+            one.thin(lengths, score)
+        self.waiting = []
+
+    def _scores(self, group: Group) -> Tensor | None:
+        """What the entries of a group are worth to all layers: [rows, 1, held]."""
+        found = [layer.scores_of(scores, group) for layer, _, scores in self.waiting]
+        ranked = [one for one in found if one is not None]
+        return added(torch.cat(ranked, dim=1), 1)[:, None] if ranked else None
 
 
 class Reader(NamedTuple):

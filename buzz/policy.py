@@ -120,6 +120,11 @@ class Policy(ABC):
         return None
 
     @property
+    def page(self) -> int:
+        """How many entries leave together; 1, unless :class:`buzz.Constrained` says otherwise."""
+        return 1
+
+    @property
     def resident(self) -> int:
         """How many leading entries can stay, and move, for ever; all, unless a method knows better.
 

@@ -240,6 +240,15 @@ def test_command_prints_one_line_for_a_mistake(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: method='nosuchmethod'")
 
 
+def test_constraints_are_the_methods(folder):
+    arguments = {"method": "h2o", "budget": 64}
+    lm = model(folder, **arguments, granularity="page:16", heads="all")
+    policy = lm.new_cache(lm.fitted(200)).policy
+    assert (policy.granularity, policy.heads, policy.footprint().peak) == ("page:16", "all", 64)
+    with pytest.raises(ConfigError, match="^cache.granularity='page:128': a page exceeds"):
+        model(folder, **arguments, granularity="page:128")
+
+
 def test_true_positions_end_with_the_context(folder):
     arguments = {"method": "streaming_llm", "sink": 2, "window": 6}
     lms = {value: model(folder, positions=value, **arguments) for value in ("cache", "true", True)}

@@ -600,3 +600,30 @@ def test_equal_memory_is_of_the_layers_that_evict(tmp_path: Path) -> None:
     rows = load(tmp_path)
     own, other = (rows[rows.method == name] for name in ("h2o", "buzz"))
     assert at_equal_memory(own, other) == pytest.approx(2)
+
+
+def test_tables_of_answers_say_how_long_they_are(tmp_path: Path) -> None:
+    """BUZZ says 12 tokens, and 20 with a wider window, where the full cache says 8."""
+    for task, groups in (("needle", ""), ("longbench", "qasper")):
+        for seed in (0, 1):
+            where: dict[str, Any] = {"task": task, "groups": groups, "seed": seed}
+            write_row(tmp_path, "full", [1.0, 0.0], **where)
+            for window, tokens in ((32, 12), (64, 20)):
+                own = {"row": f"buzz,window={window}", "parameters": BUZZ | {"window": window}}
+                longer = {"edit": lambda record, n=tokens: record.update(generated_tokens=n)}
+                write_row(tmp_path, "buzz", [1.0, 1.0], budget=None, **own, **longer, **where)
+    rows = load(tmp_path)
+    tables = [views.make(view, rows) for view in ("scores", "costs", "seeds")]
+    tables += [views.ablations(rows)]
+    for table in tables:
+        for line in table.frame.to_dict("records"):
+            if line.get("method", "buzz").startswith("buzz"):
+                tokens = 12 if "32" in str(line.get("settings", line.get("value"))) else 20
+                assert line["answer tokens"] == tokens, table.name
+                assert line["answer / full"] == tokens / 8, table.name
+    (benchmark,) = (table for table in views.sections(rows) if table.name == "longbench")
+    sets = benchmark.frame.set_index("data set")
+    assert {12, 20} <= set(sets.loc["answers: tokens"]) and 8 in set(sets.loc["answers: tokens"])
+    assert {1.5, 2.5} <= set(sets.loc["answers: tokens / full"])
+    assert set(views.make("terminal", rows).frame["answer tokens"]) == {"8", "12", "20"}
+    assert set(views.make("against", rows).frame["answer /full"]) == {"-", "1.50", "2.50"}

@@ -129,3 +129,16 @@ def test_growth_is_seen_within_a_process(tmp_path: Path) -> None:
         where: dict[str, Any] = {"process": f"p{seed}", "seed": seed, "task": "throughput"}
         write_row(tmp_path, "buzz", [1.0] * 9, prompt=prompt, **where)
     assert found(tmp_path, "Time per token").verdict == "undecided: needs 5 processes, has 0"
+
+
+def test_a_verdict_names_the_full_cache_that_it_is_against(tmp_path: Path) -> None:
+    """This project's at 10 tokens a second and more, transformers' own at 20."""
+    repeat(tmp_path, 14.0)
+    for seed in range(5):
+        where: dict[str, Any] = {"process": f"p{seed}", "seed": seed, **LONG, "of": 1}
+        write_row(tmp_path, "stock", [8.0] * 3, speed=20.0, lengths=[31_000], **where)
+    own = found(tmp_path, "Decoding is 1.3x")
+    other = found(tmp_path, "Beside stock: decoding is 1.3x")
+    assert own.verdict == "holds, within 1.3 to 1.5" and "full's" in own.claim.unit
+    assert other.kind == FAILS and "stock's" in other.claim.unit
+    assert other.measured and other.measured.number.value == pytest.approx(15.28 / 21, abs=1e-3)

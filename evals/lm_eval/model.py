@@ -29,6 +29,7 @@ from tqdm import tqdm
 import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
 from buzz.cache import positions_of
+from buzz.granularity import constrained
 from buzz.policy import BudgetBy
 from evals.run.models import (
     NAMED,
@@ -63,6 +64,7 @@ class EvictionLM(HFLM):
         chunk: scored tokens fed per step. More than 1 is faster; evictions then happen after each
             chunk, whose tokens all see what its first one saw.
         positions, logn_base, logn_clamp: as in :class:`buzz.EvictionCache`.
+        granularity, page_score, heads: as in :class:`buzz.Constrained`.
         batch_size: a number; `auto` is refused.
         kwargs: the method's parameters, and HFLM's own arguments; `device` is CUDA where there is
             one, unless it is given.
@@ -81,10 +83,14 @@ class EvictionLM(HFLM):
         positions: Any = "cache",
         logn_base: float | None = None,
         logn_clamp: bool = False,
+        granularity: str = "token",
+        page_score: str = "mean",
+        heads: str = "each",
         batch_size: int | str = 1,
         **kwargs: Any,
     ) -> None:
         self.policy, self.fixed = _make_policy(method, kwargs)
+        self.constraints = {"granularity": granularity, "page_score": page_score, "heads": heads}
         self.budget, self.chunk = None if budget is None else Budget(budget, budget_by), chunk
         self.cache_options = {
             "positions": positions_of(positions),
@@ -95,7 +101,10 @@ class EvictionLM(HFLM):
             raise ConfigError("chunk", chunk, "give a whole number of at least 1")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError("batch_size", batch_size, "give a whole number of at least 1")
-        if self.budget is not None and isinstance(self.budget.size, int):
+        policy = constrained(self.policy, **self.constraints)
+        if self.budget is None:
+            policy.survivors(1, 0)  # raises if pages are too large for its sizes
+        elif isinstance(self.budget.size, int):
             self.fitted(self.budget.size)
         if not kwargs.get("parallelize"):  # lm-eval would ask for CUDA whether it is there or not
             kwargs["device"] = str(device_of(kwargs.get("device") or "auto"))
@@ -112,9 +121,10 @@ class EvictionLM(HFLM):
 
     def fitted(self, prompt_tokens: int) -> Policy:
         """The policy for a prompt of so many tokens."""
+        policy = constrained(self.policy, **self.constraints)
         if self.budget is None:
-            return self.policy
-        return self.budget.policy(self.policy, prompt_tokens, self.fixed)[0]
+            return policy
+        return self.budget.policy(policy, prompt_tokens, self.fixed)[0]
 
     def new_cache(self, policy: Policy) -> EvictionCache:
         return EvictionCache(self.model, policy, **self.cache_options)

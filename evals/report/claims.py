@@ -73,6 +73,7 @@ class Claim:
     source: str
     measure: str
     metric: str = "score"
+    against: str = REFERENCE
     inverse: bool = False
     topic: str | None = None
     where: str | None = None
@@ -202,12 +203,12 @@ def judge(rows: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
     rows = rows.assign(variant=[told.get("variant", "single") for told in tasks])
     rows["process"] = rows.process.astype(object).fillna("unknown")  # counts as one
     rows = rows[whole.astype(bool) & (rows.status == "ok")]
-    full = partner(rows)
+    full = {name: partner(rows, name) for name in {claim.against for claim in claims}}
     judged = []
     for claim in claims:
         own = rows.query(SPEC["topics"][claim.topic]) if claim.topic else rows
         own = own.query(claim.where) if claim.where and len(own) else own
-        measured = list(MEASURES[claim.measure](claim, own, full))
+        measured = list(MEASURES[claim.measure](claim, own, full[claim.against]))
         judged += [Judged(claim, one) for one in measured] or [Judged(claim, None)]
     return judged
 
@@ -227,6 +228,7 @@ def is_papers(part: pd.DataFrame) -> bool:
     own = parameters_of(one)
     paper = dataclasses.asdict(BuzzPolicy())
     paper |= {"logn_base": None, "logn_clamp": False, "positions": "cache"}
+    paper |= {"granularity": "token", "page_score": "mean", "heads": "each"}
     if not unknown(one.budget):
         if own.get("compact") == "widen":
             own["compact"] = paper["compact"]

@@ -416,9 +416,9 @@ def sections(rows: pd.DataFrame) -> Iterator[Table]:
 
 
 def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
-    """Data sets, the benchmark's own averages and memory in rows; of many methods, in columns."""
+    """Data sets, the benchmark's averages, lengths, memory in rows; of many methods, in columns."""
     columns: dict[str, dict[str, Any]] = {}
-    named, several = labels(rows), rows.setting.nunique() > 1
+    named, several, full = labels(rows), rows.setting.nunique() > 1, partner(rows)
     chosen = [part for part in flat(settings(rows)) if finished(part)]
     for part in chosen:
         answered = ran(part)
@@ -428,6 +428,8 @@ def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
         known = {group: value for group, value in means.items() if value is not None}
         for kinds, found in averages(known).items() if means else ():
             means |= {f"{kinds}: {one}": value for one, value in found.items()}
+        tokens, ratio = _lengths(answered, full)
+        means |= {"answers: tokens": tokens, "answers: tokens / full": ratio}
         means["memory: KV MB"] = answered.kv_nbytes_mean.mean() / 1e6
         means["memory: KV allocated MB"] = answered.allocated_nbytes.max() / 1e6
         means["memory: held / budget"] = held(part)
@@ -442,6 +444,13 @@ def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
             {"data set": n} | {of: one.get(n, EMPTY) for of, one in columns.items()} for n in names
         ]
     return table(name, title, lines, ["data set"], note, chosen)
+
+
+def _lengths(part: pd.DataFrame, full: pd.DataFrame) -> list[float | None]:
+    """How long answers are: in tokens, and over the full cache's to the same prompts."""
+    others = {REFERENCE: full}
+    hows = [SPEC["shared"][name] for name in ("answer", "answer_ratio")]
+    return [_column(how, part, others, part, None)[0][0].value for how in hows]
 
 
 def breakdowns(rows: pd.DataFrame) -> Iterator[Table]:
@@ -508,20 +517,21 @@ def parameters_of(one: pd.Series) -> dict[str, Any]:
 
 
 PARAMETERS: tuple[str, ...] = ("history", "compact", "stride", "window", "sink", "threshold")
-PARAMETERS += ("positions", "logn_base", "logn_clamp")
+PARAMETERS += ("positions", "logn_base", "logn_clamp", "granularity", "page_score", "heads")
 
 
 def ablations(rows: pd.DataFrame) -> Table:
     """Every parameter that was varied alone."""
-    lines, parts = [], []
+    lines, parts, full = [], [], partner(rows)
     for parameter in PARAMETERS:
         for family in families(rows, parameter):
             for value, part in family.items():
-                found = score(ran(part), rows)
+                found, (tokens, ratio) = score(ran(part), rows), _lengths(ran(part), full)
                 parts.append(part)
                 lines.append(
                     {"parameter": parameter, "value": str(value), **head(part, part)}
                     | {"score": found.value, "score low": found.low, "score high": found.high}
+                    | {"answer tokens": tokens, "answer / full": ratio}
                     | {"KV MB": ran(part).kv_nbytes_mean.mean() / 1e6, "held / budget": held(part)}
                     | {"metric": part.headline.iloc[0], "n": found.n}
                 )

@@ -18,13 +18,16 @@ LOOSE = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
 
 class Options(TypedDict, total=False):
-    """A row's cache options, see :class:`buzz.EvictionCache`."""
+    """A row's options, see :class:`buzz.EvictionCache` and :class:`buzz.Constrained`."""
 
     __pydantic_config__ = LOOSE
 
     positions: Required[Literal["cache", "true"]]
     logn_base: Required[float | None]
     logn_clamp: bool
+    granularity: str
+    page_score: str
+    heads: str
 
 
 class Record(TypedDict, total=False):

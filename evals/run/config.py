@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstr
 
 from buzz.cache import check_clamp, positions_of
 from buzz.errors import ConfigError
+from buzz.granularity import check as check_granularity
 from evals.run.compress import Compress
 from evals.tasks.build import KNOWN, STRICT, validate
 
@@ -35,6 +36,9 @@ class Cache(BaseModel):
     positions: Literal["cache", "true", True]  # what YAML reads `true` as
     logn_base: Annotated[float, Field(gt=1)] | None
     logn_clamp: bool
+    granularity: str
+    page_score: str
+    heads: str
 
 
 class Config(BaseModel):
@@ -77,3 +81,4 @@ def check_config(config: dict[str, Any]) -> None:
         raise ConfigError("budget_by", "mean", "says what a budget is of; give budget, too")
     config["cache"]["positions"] = positions_of(config["cache"]["positions"])
     check_clamp(config["cache"]["logn_base"], config["cache"]["logn_clamp"])
+    check_granularity(*(config["cache"][name] for name in ("granularity", "page_score", "heads")))

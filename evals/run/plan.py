@@ -17,6 +17,7 @@ import baselines  # noqa: F401  (registers its methods)
 from buzz import POLICIES, Budget, Policy
 from buzz.compiled import check_policy as check_compiled
 from buzz.errors import ConfigError
+from buzz.granularity import constrained
 from evals.results.folder import REFERENCE, digest, row_name
 from evals.results.record import Setting
 from evals.run.config import check_config
@@ -41,6 +42,9 @@ NOT_OF_STREAMS = (
 ONLY_TIMED = {StockPolicy.name: StockPolicy}  # methods of task=throughput alone
 
 OF_SETTING = ("task", "model", "model_digest", "rope_by_length")
+# What a cache does if it is told nothing; the latter half is of the method that it follows.
+USUAL: dict[str, Any] = {"positions": "cache", "logn_base": None, "logn_clamp": False}
+UNCONSTRAINED: dict[str, Any] = {"granularity": "token", "page_score": "mean", "heads": "each"}
 VERSION = 3  # of settings; raise it with a default that changes, and earlier folders stay apart
 
 
@@ -116,11 +120,13 @@ class Plan:
             own = {name: value for name, value in values.items() if value != defaults[name]}
             if same := [name for name in self.config["fixed"] if name not in own]:
                 own["fixed"] = "+".join(same)
-        usual = {"positions": "cache", "logn_base": None, "logn_clamp": False}
+        usual = USUAL | UNCONSTRAINED
         cache = self.config["cache"]
-        if self.policy.evicts == "never":  # no entry ever moves
-            cache = cache | {"positions": "cache"}
+        if self.policy.evicts == "never":  # no entry ever moves, or leaves
+            cache = cache | {"positions": "cache"} | UNCONSTRAINED
         own |= {name: cache[name] for name in usual if cache[name] != usual[name]}
+        if "granularity" in own:
+            own["granularity"] = own["granularity"].replace(":", "")  # it names a file
         own |= self.variant
         budget = self.config["budget"] if self.fits else None
         return row_name(self.label, budget, self.config["budget_by"], own)
@@ -163,7 +169,7 @@ class Plan:
             "label": None,
             "budget": None,
             "fixed": [],
-            "cache": {"positions": "cache", "logn_base": None, "logn_clamp": False},
+            "cache": USUAL | UNCONSTRAINED,
         }
         config |= {"task": self._shared("task"), "model": self._shared("model")}
         task = dataclasses.replace(
@@ -187,6 +193,9 @@ class Plan:
 
     def _check(self) -> None:
         check_fields("method", self.policy)
+        policy = self._constrained()
+        if self.budget is None:
+            policy.survivors(1, 0)  # raises if pages are too large for its sizes
         if self.policy.name in ONLY_TIMED and not self.task.timed:
             remedy = "is for speed, with task=throughput; write method=full"
             raise ConfigError("method.name", self.policy.name, remedy)
@@ -296,13 +305,20 @@ class Plan:
             ConfigError: the method cannot meet the budget.
         """
         if self.budget is None:
-            return self.policy, None
-        return self.budget.policy(self.policy, prompt_tokens, self.fixed)
+            return self._constrained(), None
+        return self.budget.policy(self._constrained(), prompt_tokens, self.fixed)
+
+    def _constrained(self) -> Policy:
+        """The method, of which whole pages leave, or whose heads agree, if so asked."""
+        return constrained(
+            self.policy, **{name: self.config["cache"][name] for name in UNCONSTRAINED}
+        )
 
     @property
     def cache_options(self) -> dict[str, Any]:
         """Of the method's cache, whether it answers, reads a text, or is compared."""
-        return {**self.config["cache"], "compiled": bool(self.config["model"].get("compile"))}
+        own = {name: self.config["cache"][name] for name in USUAL}
+        return {**own, "compiled": bool(self.config["model"].get("compile"))}
 
     @property
     def setting(self) -> Setting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ class Row:
             "format": FORMAT,
             **self.plan.identity,
             **of_sample(prompt),
-            "policy": vars(policy),
+            "policy": dataclasses.asdict(policy),
             "budget_entries": entries,
             "rows": 1,
             "batch_size": 1,

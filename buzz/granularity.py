@@ -1,0 +1,265 @@
+"""What a server can free: whole pages of tokens, which all heads of a layer, or of all, agree on.
+
+A constraint comes between a method's scores and its choice, and changes neither. Tokens are scored
+by the method as it is. It then chooses among pages as among entries, with its sizes in pages
+(`window`, `heavy`, `capacity`, ...): a beehive has cells of pages, StreamingLLM sinks of pages.
+Heads that agree choose by the sum of their scores.
+
+A page is `page` tokens that came one behind the other, so that what is held at any time are whole
+pages and the newest, which fills up: entry i of a row is on page i // page, and where pages are
+follows from lengths alone. It counts as a page from its first token on, and stays until it is full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from buzz.errors import ConfigError
+from buzz.policy import FOREVER, BudgetBy, Policy, State
+
+if TYPE_CHECKING:
+    from buzz.entries import Entries
+
+PageScore = Literal["mean", "max"]
+Heads = Literal["each", "layer", "all"]
+
+# Parameters that count entries, by the names that methods give them; others `fit` must set.
+SIZES = {"size", "every", "sink", "window", "heavy", "recent", "capacity", "keep", "threshold"}
+PROMPT = 2**20  # tokens of a prompt that no method keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constrained(Policy):
+    """A method of which whole pages leave, or whose heads agree on what does.
+
+    Args:
+        method: scores the tokens.
+        granularity: ``token``, or ``page:16``, of any number of tokens.
+        page_score: what a page is worth: the ``mean`` of its tokens or their ``max``. Those that
+            the method keeps in any case (by an infinite score) come first: the more, the sooner.
+        heads: ``each`` chooses for itself; those of a ``layer`` choose together, by the sum of
+            their scores; or those of ``all`` layers do.
+        pages: the method with its sizes in pages, which chooses; None: made of `method` when it is
+            first asked, for as many pages as there is room for in what that would hold.
+
+    Raises:
+        ConfigError: no such constraint; layers that are to agree and do not hold equally much; and
+            with its first use, or where a budget is fitted, pages that are too large.
+    """
+
+    method: Policy
+    granularity: str = "token"
+    page_score: PageScore = "mean"
+    heads: Heads = "each"
+    pages: Policy | None = None
+
+    def __post_init__(self) -> None:
+        check(self.granularity, self.page_score, self.heads)
+        if self.heads == "all" and self.method.for_layer(0, 2) != self.method:
+            name = self.method.name
+            remedy = f"layers of {name} hold different numbers of entries; choose each or layer"
+            raise ConfigError("cache.heads", "all", remedy)
+
+    @property
+    def page(self) -> int:
+        return page_of(self.granularity)
+
+    @property
+    def protected(self) -> int:
+        """Of the pages that the method protects, what is there when the newest has one token."""
+        protected = self._chooser.protected
+        return (protected - 1) * self.page + 1 if protected else 0
+
+    @property
+    def resident(self) -> int:
+        return min(FOREVER, self._chooser.resident * self.page)
+
+    @cached_property
+    def _chooser(self) -> Policy:
+        """What chooses, among pages or entries."""
+        if self.page == 1:
+            return self.method
+        own = frozenset(vars(self.method)) - SIZES
+        return self.pages or self._pages(_most(self.method), own, "peak")
+
+    def for_layer(self, index: int, layers: int) -> Policy:
+        method = self.method.for_layer(index, layers)
+        if method == self.method:
+            return self
+        pages = None if self.page == 1 else self._chooser.for_layer(index, layers)
+        return dataclasses.replace(self, method=method, pages=pages)
+
+    def for_tokenizer(self, tokenizer: Any) -> Policy:
+        return dataclasses.replace(self, method=self.method.for_tokenizer(tokenizer))
+
+    def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+        return self.method.repetitions(prompt)
+
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
+        """The state is the pages that the last eviction left, and what the method remembers.
+
+        The method is asked with the first token of a page, and not until the next has begun.
+        """
+        if self.page == 1:
+            return self.method.survivors(held, state)
+        before, own = state or (0, 0)
+        pages = -(-held // self.page)
+        if pages == before:
+            return held, state
+        kept, own = self._chooser.survivors(pages, own)
+        return held - (pages - kept) * self.page, (kept, own)
+
+    def score(self, entries: Entries) -> Tensor | None:
+        return self.method.score(entries)
+
+    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+        if scores is not None and self.heads != "each":
+            scores = added(scores, 1)[:, None]
+        if self.page == 1:
+            return self.method.select(held, state, scores)
+        page, own = self.page, (state or (0, 0))[1]
+        pages = -(-held // page)
+        if scores is not None:
+            scores = torch.nn.functional.pad(scores, (0, pages * page - held))
+            scores = added(scores.unflatten(-1, (pages, page)), -1, self.page_score == "max")
+            if held % page:
+                scores[..., -1] = torch.inf
+        chosen = self._chooser.select(pages, own, scores)
+        recent = torch.arange(pages - self._chooser.protected, pages, device=chosen.device)
+        stay = torch.cat([chosen, recent.expand(*chosen.shape[:-1], -1)], dim=-1)
+        if held % page:
+            stay[..., -1] = pages - 1  # also where no score says so
+        entries = (stay[..., None] * page + torch.arange(page, device=stay.device)).flatten(-2)
+        return entries[..., : entries.shape[-1] - (pages * page - held) - self.protected]
+
+    def fit(
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
+    ) -> Policy:
+        """As many whole pages as the budget has room for; the newest counts as one.
+
+        By mean, what it has of a page on average is taken into account.
+        """
+        method = self.method.fit(budget, fixed, by)
+        pages = None if self.page == 1 else self._pages(budget, fixed, by)
+        return dataclasses.replace(self, method=method, pages=pages)
+
+    def _pages(self, budget: int, fixed: frozenset[str], by: BudgetBy) -> Policy:
+        """The method for a budget in entries, with its sizes in pages."""
+        if self.method.evicts == "never" or not budget:
+            return self.method
+        if budget < self.page:
+            remedy = f"a page exceeds the budget of {budget} entries; take smaller pages"
+            raise ConfigError("cache.granularity", self.granularity, remedy)
+        sizes = {name: -(-size // self.page) for name, size in _sizes(self.method).items()}
+        room = budget // self.page
+        try:
+            whole = dataclasses.replace(self.method, **sizes)
+            if by == "peak" or self.method.evicts == "prompt":
+                return whole.fit(room, fixed)
+            return self._by_mean(whole, budget, fixed)
+        except ConfigError as error:
+            remedy = f"{self.method.name} needs more pages than a budget of {budget} entries has"
+            remedy = f"{remedy} room for ({room}); take smaller ones, or a larger budget"
+            raise ConfigError("cache.granularity", self.granularity, remedy) from error
+
+    def _by_mean(self, whole: Policy, budget: int, fixed: frozenset[str]) -> Policy:
+        """The most pages whose entries are within the budget on average."""
+        count = budget // self.page + 3
+        while True:
+            pages = whole.fit(count, fixed, "mean")
+            if dataclasses.replace(self, pages=pages).footprint().mean <= budget:
+                return pages
+            count -= 1
+
+
+def _forwarded(name: str) -> property:
+    return property(lambda policy: getattr(policy.method, name))
+
+
+for _name in (
+    *("name", "needs_scores", "needs_projection", "needs_repetition", "evicts"),
+    *("score_rule", "observe", "decay", "queries", "moments_from"),
+):
+    setattr(Constrained, _name, _forwarded(_name))
+
+
+def added(scores: Tensor, dim: int, highest: bool = False) -> Tensor:
+    """Sums of scores along a dimension, or their maxima, as float64.
+
+    What is infinite, since a method keeps it in any case, leaves no other number as it is: here
+    those with more of them come before all with less, and the rest decides among equals.
+
+    Args:
+        scores: [..., n] behind `dim`, or that dimension itself is the last.
+    """
+    scores = scores.double()
+    sure = scores == torch.inf
+    least = scores.amin(-1, keepdim=True).nan_to_num(posinf=0) if highest else 0
+    rest = torch.where(sure, least, scores).clamp(min=-1e200)
+    total = rest.amax(dim) if highest else rest.sum(dim)
+    spread = total.amax(-1, keepdim=True) - total.amin(-1, keepdim=True)
+    return total + sure.sum(dim) * (1 + 2 * spread)
+
+
+def page_of(granularity: Any) -> int:
+    """Tokens that leave together.
+
+    Raises:
+        ConfigError: it names no granularity.
+    """
+    if granularity == "token":
+        return 1
+    if not isinstance(granularity, str) or not re.fullmatch(r"page:[1-9]\d{0,8}", granularity):
+        remedy = "choose token, or pages of a number of tokens, e.g. page:16"
+        raise ConfigError("cache.granularity", granularity, remedy)
+    return int(granularity[5:])
+
+
+def check(granularity: Any, page_score: Any, heads: Any) -> None:
+    """Raises ConfigError where there is no such constraint."""
+    page = page_of(granularity)
+    if page_score not in get_args(PageScore):
+        raise ConfigError("cache.page_score", page_score, "choose mean or max")
+    if page_score == "max" and page == 1:
+        remedy = "is of pages, and there are none: set cache.granularity too, e.g. page:16"
+        raise ConfigError("cache.page_score", page_score, remedy)
+    if heads not in get_args(Heads):
+        raise ConfigError("cache.heads", heads, "choose each, layer or all")
+
+
+def constrained(
+    method: Policy, granularity: str = "token", page_score: str = "mean", heads: str = "each"
+) -> Policy:
+    """The method under these constraints; itself where there are none, or where none matters.
+
+    Raises:
+        ConfigError: as :class:`Constrained`.
+    """
+    check(granularity, page_score, heads)
+    if method.evicts == "never" or (page_of(granularity) == 1 and heads == "each"):
+        return method
+    own: dict[str, Any] = {"page_score": page_score, "heads": heads}
+    return Constrained(method=method, granularity=granularity, **own)
+
+
+def _sizes(method: Policy) -> dict[str, int]:
+    """A method's parameters that count entries."""
+    own = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {name: value for name, value in own.items() if name in SIZES}
+
+
+def _most(method: Policy) -> int:
+    """The most entries that it leaves of a long prompt, and of steps after it; 0: no such bound."""
+    if method.evicts == "prompt":
+        return method.footprint(PROMPT).after_prompt
+    peak = method.footprint().peak if method.evicts == "always" else 0
+    return 0 if peak == math.inf else int(peak)
