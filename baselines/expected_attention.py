@@ -40,11 +40,11 @@ class ExpectedAttentionPolicy(PromptPolicy):
         return self.sink
 
     def score(self, entries: Entries) -> Tensor:
-        moments = entries.moments
-        mean = entries.ahead(moments.mean, self.future)
+        moments, steps = entries.moments, range(self.future)
+        mean = entries.ahead(moments.mean, steps)
         # Rotated from both sides: R C R^T.
-        half = entries.ahead(moments.covariance, self.future)
-        covariance = entries.ahead(half.mT, self.future).mT
+        half = entries.ahead(moments.covariance, steps)
+        covariance = entries.ahead(half.mT, steps).mT
         keys = entries.keys[:, :, self.sink :].float()
         group = mean.shape[1] // keys.shape[1]
         attention = torch.zeros(keys.shape[:3], device=keys.device)

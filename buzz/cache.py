@@ -113,7 +113,7 @@ class EvictionCache(adapter.StatefulCache):
         if logn_base is not None and not 1 < _number(logn_base) < math.inf:
             raise ConfigError("cache.logn_base", logn_base, "give a number above 1, or null")
         check_clamp(logn_base, logn_clamp)
-        self.policy = policy
+        self.policy = policy = policy.for_model(model)
         self._positions = positions_of(positions)
         self._trace = Trace()
         for device in {weights.device for weights in model.parameters() if weights.is_cuda}:
@@ -643,7 +643,7 @@ def _make_layers(
             layers.append(kind.stock)
             continue
         assert finding is not None
-        if isinstance(finding, str) and (positions == "cache" or policy.moments_from is not None):
+        if isinstance(finding, str) and (positions == "cache" or policy.needs_rotation):
             remedy = f"layer {index} {finding}"
             raise ConfigError(
                 "model", name, f"{remedy}; set cache.positions=true, which moves none"

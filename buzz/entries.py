@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import cosine_similarity, max_pool1d, normalize, pad
 
 from buzz import adapter
 from buzz.errors import ConfigError
+from buzz.inputs import on
 from buzz.queries import Moments, QueryLog
 from buzz.rope import Rope
 from buzz.store import Store
@@ -44,6 +46,7 @@ class Entries:
         uncut: int = 0,
         rotation: Rope | None = None,
         position: int = 0,
+        origin: int = 0,
         layer: Any = 0,
         module: nn.Module | None = None,
     ) -> None:
@@ -52,8 +55,9 @@ class Entries:
         Args:
             log: the layer's queries.
             uncut: tokens that came since the last eviction.
-            rotation: what the model rotates queries by.
+            rotation: what the model rotates queries by; None: the policy does not ask.
             position: of the next token.
+            origin: of the first entry at cache positions, else of the row's first token.
             layer: its index; int64 [rows, 1, 1] if the rows are of several.
             module: the layer's; None if they are of several.
         """
@@ -67,6 +71,7 @@ class Entries:
         self._uncut = uncut
         self._rotation = rotation
         self._position = position
+        self._origin = origin
         self._module = module
 
     @property
@@ -131,16 +136,48 @@ class Entries:
             raise _undeclared("moments", "a property `moments_from` of the first that counts")
         return self._log.moments.select_rows(self._rows)
 
-    def ahead(self, vectors: Tensor, steps: int) -> Tensor:
-        """Vectors [..., head_dim] on average over the positions of the next `steps` tokens.
+    def ahead(self, vectors: Tensor, steps: Sequence[int]) -> Tensor:
+        """Vectors [..., head_dim] on average over the positions of tokens to come; 0: the next one.
 
         The rotation is linear, so its mean over positions is one too.
         """
-        assert self._rotation is not None
-        to = torch.arange(self._position, self._position + steps, device=vectors.device)
-        turn = self._rotation.turn(to, torch.zeros_like(to), torch.full_like(to, self.seen - 1))
+        rotation = self._declared_rotation
+        to = on(vectors.device, steps) + self._position
+        turn = rotation.turn(to, torch.zeros_like(to), torch.full_like(to, self.seen - 1))
         mean = None if turn is None else (turn[0].mean(0), turn[1].mean(0))
-        return self._rotation.rotate(vectors, mean)
+        return rotation.rotate(vectors, mean)
+
+    @property
+    def keys_from_zero(self) -> Tensor:
+        """As :attr:`keys`, but float32, and turned back together by the first one's position.
+
+        At cache positions that is the thinned cache's beginning, else the text's: for methods that
+        look at more of keys than how they lie to each other.
+        """
+        keys, rotation = self.keys.float(), self._declared_rotation
+        if not self._origin:
+            return keys
+        by = torch.full((1,), -self._origin, device=keys.device)
+        now = torch.full_like(by, self._position - 1)
+        return rotation.rotate(keys, rotation.turn(by, torch.zeros_like(by), now))
+
+    @property
+    def unrotated(self) -> Tensor:
+        """As :attr:`keys`, but float32 and before any rotation; only while nothing has left yet."""
+        keys, rotation = self.keys.float(), self._declared_rotation
+        index = torch.arange(self.held, device=keys.device)
+        at = index + self._origin
+        return rotation.rotate(keys, rotation.turn(torch.zeros_like(at), at, index))
+
+    def sizes(self, vectors: Tensor) -> Tensor:
+        """L2 norm of each pair of numbers that the model rotates together: [..., R / 2]."""
+        return self._declared_rotation.sizes(vectors)
+
+    @property
+    def _declared_rotation(self) -> Rope:
+        if self._rotation is None:
+            raise _undeclared("rotation", "a property `needs_rotation` that is True")
+        return self._rotation
 
     @property
     def output_projection(self) -> Tensor:

@@ -151,7 +151,7 @@ def _alike(
     Each by itself where a row's own positions count.
     """
     found: list[tuple[Any, list[Group], Lengths]] = []
-    own_positions = policy.moments_from is not None or not rope.static
+    own_positions = policy.needs_rotation or not rope.static
     for group, lengths in zip(groups, after, strict=True):
         source = (group.joint or group).source
         residents = None if source is None else source.shape[2]

@@ -27,6 +27,8 @@ from buzz.errors import ConfigError
 from buzz.policy import FOREVER, BudgetBy, Policy, State
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from buzz.entries import Entries
 
 PageScore = Literal["mean", "max"]
@@ -100,6 +102,9 @@ class Constrained(Policy):
 
     def for_tokenizer(self, tokenizer: Any) -> Policy:
         return dataclasses.replace(self, method=self.method.for_tokenizer(tokenizer))
+
+    def for_model(self, model: PreTrainedModel) -> Policy:
+        return dataclasses.replace(self, method=self.method.for_model(model))
 
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
         return self.method.repetitions(prompt)
@@ -187,7 +192,7 @@ def _forwarded(name: str) -> property:
 
 for _name in (
     *("name", "needs_scores", "needs_projection", "needs_repetition", "evicts"),
-    *("score_rule", "observe", "decay", "queries", "moments_from"),
+    *("score_rule", "observe", "decay", "queries", "moments_from", "needs_rotation"),
 ):
     setattr(Constrained, _name, _forwarded(_name))
 

@@ -520,6 +520,7 @@ class EvictionLayer(CacheLayerMixin):
         """
         store = self.store
         seen: int | Tensor = group.seen
+        moved = group.seen - group.held  # by so many positions the first entry, at cache positions
         assert store is not None
         if group.paddings is not None:
             seen = seen - on(self.device, group.paddings)[:, None, None]
@@ -537,8 +538,9 @@ class EvictionLayer(CacheLayerMixin):
             received=scores,
             log=self.log,
             uncut=group.seen - group.cut,
-            rotation=self.rotation,
+            rotation=self.rotation if self.policy.needs_rotation else None,
             position=group.first_position + group.seen,
+            origin=group.first_position + (moved if self.rope is self.rotation else 0),
             layer=layer,
             module=None if self.module is None else self.module(),
         )

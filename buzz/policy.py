@@ -21,6 +21,7 @@ from torch import Tensor
 from buzz.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from typing_extensions import Self
 
     from buzz.entries import Entries
@@ -125,6 +126,11 @@ class Policy(ABC):
         return 1
 
     @property
+    def needs_rotation(self) -> bool:
+        """Whether :meth:`score` turns vectors as the model does, by positions of a row's own."""
+        return self.moments_from is not None
+
+    @property
     def resident(self) -> int:
         """How many leading entries can stay, and move, for ever; all, unless a method knows better.
 
@@ -155,6 +161,10 @@ class Policy(ABC):
 
     def for_tokenizer(self, tokenizer: Any) -> Policy:
         """The policy for a model's tokenizer, if it reads texts of its own."""
+        return self
+
+    def for_model(self, model: PreTrainedModel) -> Policy:
+        """The policy for a model, if it has to know it; :class:`EvictionCache` asks."""
         return self
 
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:

@@ -156,3 +156,11 @@ class Rope:
     def rotate(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
         """Turn `keys` [..., D] by cos and sin [..., R / 2]."""
         return keys if rotation is None else rotate(keys, *rotation, self.interleaved)
+
+    def sizes(self, vectors: Tensor) -> Tensor:
+        """L2 norm of each pair of `vectors` [..., D] that turns together: [..., R / 2]."""
+        half = 0 if self.module is None else self.frequencies().shape[-1]
+        turned = vectors[..., : 2 * half]
+        return turned.unflatten(-1, (half, 2) if self.interleaved else (2, half)).norm(
+            dim=-1 if self.interleaved else -2
+        )

@@ -34,11 +34,13 @@ ATTENTION = {
 }
 SEEN = {  # by what it reads of Entries
     "keys": "keys",
+    "keys_from_zero": "keys",
     "values": "values",
     "positions": "positions",
     "queries": "last queries",
     "moments": "mean and covariance of queries",
     "output_projection": "output projection",
+    "unrotated": "keys before rotation",
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -263,6 +264,10 @@ class _View:
     moments_from: int | None
 
     @property
+    def layer(self) -> int:
+        return self.layers
+
+    @property
     def held(self) -> int:
         return self.tokens.shape[1]
 
@@ -297,12 +302,23 @@ class _View:
         covariance = centred.mT @ centred / raw.shape[1]
         return SimpleNamespace(mean=raw.mean(1)[None], covariance=covariance[None])
 
-    def ahead(self, vectors: Tensor, steps: int) -> Tensor:
+    def ahead(self, vectors: Tensor, steps: Sequence[int]) -> Tensor:
         """By turning them to every position."""
-        start = self.held if self.moved else self.recent.stop
-        at = torch.arange(start, start + steps)
-        flat = vectors.flatten(0, -2)[:, None].expand(-1, steps, -1)
+        at = torch.tensor(steps) + (self.held if self.moved else self.recent.stop)
+        flat = vectors.flatten(0, -2)[:, None].expand(-1, len(at), -1)
         return self.of.rotated(flat, at.expand(len(flat), -1)).mean(1).view_as(vectors)
+
+    @property
+    def keys_from_zero(self) -> Tensor:
+        return self.keys  # as no row's text has anything before it here
+
+    @property
+    def unrotated(self) -> Tensor:
+        return self._of_entries(self.of.key)[None]
+
+    def sizes(self, vectors: Tensor) -> Tensor:
+        """Of vectors whose halves are rotated together."""
+        return torch.hypot(*vectors.chunk(2, dim=-1))
 
     @property
     def output_projection(self) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tools import make_golden_methods as golden
 from baselines import (
     A2SFPolicy,
     ChunkKVPolicy,
+    CompactorPolicy,
     CriticalKVPolicy,
     DefensiveKVPolicy,
     ExpectedAttentionPolicy,
@@ -28,12 +30,14 @@ from baselines import (
     KeyDiffPolicy,
     KnormPolicy,
     KVzipPolicy,
+    LagKVPolicy,
     PyramidKVPolicy,
     RandomPolicy,
     RKVPolicy,
     SnapKVEveryPolicy,
     SnapKVPolicy,
     TOVAPolicy,
+    TriAttentionPolicy,
     VATPPolicy,
 )
 from buzz import EvictionCache
@@ -84,6 +88,13 @@ def chunk_kv(case: Case) -> Policy:
     return ChunkKVPolicy(capacity=kept, chunk=chunk, **window(case))
 
 
+def triattention(case: Case) -> Policy:
+    """At distances of 1, 2, 4, ... up to the farthest, with queries of the same text."""
+    sizes = sized(case, size="budget", every="every")
+    policy = TriAttentionPolicy(**sizes, distances=int(case["farthest"]).bit_length())
+    return policy.for_tokenizer(SimpleNamespace(encode=lambda *_, **__: case["text"]))
+
+
 class PressesNumbers(RandomPolicy):
     """The press draws the same numbers in every layer, and protects nothing."""
 
@@ -105,6 +116,13 @@ POLICIES: dict[str, Callable[[Case], Policy]] = {
     "a2sf_grouped": lambda case: A2SFPolicy(decay=case["forgetting"], **older(case, "recent")),
     "knorm": lambda case: KnormPolicy(**sized(case, size="budget", every="every")),
     "keydiff": lambda case: KeyDiffPolicy(**sized(case, size="budget", every="every")),
+    "lag_kv": lambda case: LagKVPolicy(
+        **sized(case, size="budget", every="every", sink="n_sink", lag="lag_size")
+    ),
+    "compactor": lambda case: CompactorPolicy(
+        **sized(case, capacity="budget", chunk="chunk_size", sketch="sketch_dimension")
+    ),
+    "triattention": triattention,
     "critical_kv": lambda case: CriticalKVPolicy(capacity=case["budget"], **window(case)),
     "snapkv_every": lambda case: SnapKVEveryPolicy(
         **sized(case, size="budget", every="every"), **window(case)

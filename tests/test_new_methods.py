@@ -1,8 +1,9 @@
-"""What is particular to a method: chance, budgets of layers, prompts that are read twice."""
+"""What is particular to a method: chance, budgets of layers, texts that are read beside prompts."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,18 @@ from tiny import prompt, tiny
 from torch import Tensor
 
 from baselines import (
+    CompactorPolicy,
+    ExpectedAttentionPolicy,
     KVzipPolicy,
+    LagKVPolicy,
     PyramidKVPolicy,
     RandomPolicy,
     SnapKVPolicy,
+    TriAttentionPolicy,
 )
+from baselines.calibration import TEXT
+from baselines.lag_kv import standing_out
+from baselines.triattention import measured_queries
 from buzz import Budget, ConfigError, EvictionCache
 from evals.run.faults import LengthMismatch
 from evals.run.lengths import Lengths
@@ -202,6 +210,88 @@ class TestKVzip:
         told = KVzipPolicy().for_tokenizer(tokenizer)
         assert tokenizer.decode(told.suffix) == "</u><a>"
         assert hash(told) == hash(dataclasses.replace(told, first=list(told.first)))
+
+
+class TestTriAttention:
+    def test_the_text_is_the_one_that_results_were_made_with(self) -> None:
+        assert hashlib.sha256(TEXT.encode()).hexdigest() == (
+            "792a21f54b292e8a6baf0383e58e573cfc2a440fa0dc366f8dc84841e7b3a4ee"
+        )
+
+    def test_a_text_is_read_once_for_a_model_and_leaves_it_as_it_was(self) -> None:
+        """Also one whose frequencies grow with the longest text that it has read."""
+        model = tiny("llama-dynamic")
+        rotary, reads = model.get_decoder().rotary_emb, []
+        before = rotary.inv_freq.clone()
+        model.get_decoder().register_forward_pre_hook(
+            lambda _, args, kwargs: reads.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+        )
+        told = TriAttentionPolicy().for_tokenizer(byte_tokenizer())
+        told = dataclasses.replace(told, ids=[one % 97 for one in told.ids])  # in its vocabulary
+        for policy in (told, told, TriAttentionPolicy(), TriAttentionPolicy()):
+            EvictionCache(model, policy)
+        assert [len(ids) for ids in reads] == [1024, 256] and reads[0] == list(told.ids)
+        assert torch.equal(rotary.inv_freq, before)
+
+    def test_queries_are_measured_before_rotation(self) -> None:
+        """The first layer's are projections of embeddings, wherever their tokens stand."""
+        model, ids = tiny("llama"), prompt(40)
+        mean, beyond = measured_queries(model, ids[0].tolist())
+        decoder = model.get_decoder()
+        block = decoder.layers[0]
+        with torch.no_grad():
+            states = block.input_layernorm(decoder.embed_tokens(ids[0]))
+            queries = block.self_attn.q_proj(states).view(40, 4, 16) * 16**-0.5
+        torch.testing.assert_close(mean[0], queries.mean(0))
+        pairs = torch.complex(*queries.chunk(2, dim=-1))
+        torch.testing.assert_close(beyond[0], pairs.abs().mean(0) - pairs.mean(0).abs())
+
+
+@pytest.mark.parametrize("policy", [ExpectedAttentionPolicy, LagKVPolicy, CompactorPolicy])
+def test_who_turns_vectors_says_so(policy, monkeypatch) -> None:
+    monkeypatch.setattr(policy, "needs_rotation", False)
+    model, ids = tiny("llama"), prompt(60)
+    with pytest.raises(ConfigError, match="entries.rotation"), torch.no_grad():
+        for part in ids.split([59, 1], dim=1):
+            model(part, past_key_values=EvictionCache(model, policy().fit(24)))
+
+
+def test_lag_kv_prefers_what_the_next_part_is_unlike() -> None:
+    """One entry lies outside the next part's range in one dimension, the others within it."""
+    part = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
+    unlike = torch.tensor([[0.5, 0.5], [9.0, 0.5], [0.2, 0.2]])
+    scores = standing_out(torch.cat([unlike, part])[None, None], lag=3)
+    assert scores.shape == (1, 1, 1, 3) and scores[0, 0, 0].argmax() == 1
+    assert float(scores.sum()) == pytest.approx(1)
+    constant = standing_out(torch.ones(1, 1, 6, 2), lag=3)  # no range at all
+    assert constant.isfinite().all()
+
+
+def test_compactors_sketch_is_of_its_seed_and_layer() -> None:
+    """The same for every row and in every run."""
+    model, ids = tiny("llama"), prompt(80)
+
+    def kept(seed: int, rows: int = 1) -> list[Tensor]:
+        cache = EvictionCache(model, CompactorPolicy(capacity=40, sketch=4, seed=seed))
+        with torch.no_grad():
+            model(ids.expand(rows, -1), past_key_values=cache)
+        return [cache.kept_positions(layer) for layer in range(3)]
+
+    own, other, batch = kept(0), kept(1), kept(0, rows=2)
+    assert any(not torch.equal(one, two) for one, two in zip(own, other, strict=True))
+    for one, both in zip(own, batch, strict=True):
+        assert torch.equal(one.expand_as(both), both)
+        assert torch.equal(one[0, :, :8], torch.arange(8).expand(2, -1))
+        assert torch.equal(one[0, :, -4:], torch.arange(76, 80).expand(2, -1))
+
+
+def test_small_budgets_leave_room_for_what_is_judged() -> None:
+    assert CompactorPolicy().fit(12) == CompactorPolicy(capacity=12, sink=4, window=2)
+    assert LagKVPolicy().fit(40) == LagKVPolicy(size=31, every=10, sink=4, lag=10)
+    with pytest.raises(ConfigError, match="^budget=12"):
+        CompactorPolicy().fit(12, frozenset({"sink", "window"}))
+    with pytest.raises(ConfigError, match="^budget=100"):
+        LagKVPolicy().fit(100, frozenset({"lag"}))
 
 
 def test_a_run_whose_layers_differ_ends_with_a_table(go) -> None:

@@ -77,6 +77,7 @@ def test_rows_that_change_places(policy, positions) -> None:
 def test_at_true_positions_no_key_changes(policy, dtype, monkeypatch) -> None:
     """To the bit, however often its entry was moved to another slot."""
     model, arrived = tiny("llama", dtype=dtype), []
+    cache = EvictionCache(model, policy, positions="true")
     update = EvictionLayer.update
 
     def noting(self, keys, values, *args, **kwargs):
@@ -85,7 +86,6 @@ def test_at_true_positions_no_key_changes(policy, dtype, monkeypatch) -> None:
         return update(self, keys, values, *args, **kwargs)
 
     monkeypatch.setattr(EvictionLayer, "update", noting)
-    cache = EvictionCache(model, policy, positions="true")
     with torch.no_grad():
         for part in prompt(100).split([50, *[1] * 30, 20], dim=1):
             model(part, past_key_values=cache)

@@ -29,6 +29,9 @@ STYLES = {
     "buzz_strided": Style("BUZZ, strided", "#E69F00", "P"),
     "buzz_fast": Style("BUZZ, one step's attention", "#CC79A7", "X"),
     "honeycomb": Style("honeycomb", "#F0E442", "H"),
+    "lag_kv": Style("LagKV", "#44AA99", "p"),
+    "compactor": Style("Compactor", "#999933", "h"),
+    "triattention": Style("TriAttention", "#994F00", "*"),
 }
 COLORS = ("#882255", "#117733", "#AA4499", "#88CCEE", "#661100", "#DDCC77", "#6699CC")
 MARKERS = ("*", "h", "p", "d", "8", "1", "2", "3", "4", "x", "+")

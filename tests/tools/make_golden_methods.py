@@ -26,6 +26,7 @@ import logging
 import math
 import subprocess
 import sys
+import tempfile
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ COMMITS = {
     "FMInference/H2O": "ac75c2a8a9e76832b2a4139b9363373b56336bfb",
     "FasterDecoding/SnapKV": "e216ddc84c5bd210378cbdbbba12ba02102aa640",
     "NVIDIA/kvpress": "8bb29b9c3078452a86d692f29123fa6c793e2b05",
+    "WeianMao/triattention": "c3744ee6a50522a1559a577f85aef2b165a344f2",
     "Zefan-Cai/KVCache-Factory": "c97f9d706d63d1b56e980f8b81b2a924c21162b3",
     "Zefan-Cai/R-KV": "d15c9767e67c2bd9807128fecc35223fa2484a69",
     "guozhiyu/vatp": "39ea686c9e5d038d9ffbea883218bfdbc9c28807",
@@ -210,7 +212,7 @@ def watched_cuts(gaps: list[float], ties: bool = False) -> Iterator[None]:
     A gap is relative: between the last value kept and the first dropped or, where equals are
     expected, the nearest other value.
     """
-    method, function = Tensor.topk, torch.topk
+    method, function, ranking = Tensor.topk, torch.topk, Tensor.argsort
 
     def topk(
         values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
@@ -225,11 +227,17 @@ def watched_cuts(gaps: list[float], ties: bool = False) -> Iterator[None]:
                 gaps.append(float(((others - last).abs() / scale).min()))
         return torch.return_types.topk((ordered.narrow(dim, 0, k), index.narrow(dim, 0, k)))
 
-    Tensor.topk, torch.topk = topk, topk
+    def argsort(values: Tensor, dim: int = -1, descending: bool = False, **how: Any) -> Tensor:
+        if values.is_floating_point():
+            ordered = values.sort(dim=dim).values.movedim(dim, -1).double()
+            gaps.append(float((ordered.diff(dim=-1) / ordered[..., 1:].abs()).min()))
+        return ranking(values, dim=dim, descending=descending, **how)
+
+    Tensor.topk, torch.topk, Tensor.argsort = topk, topk, argsort
     try:
         yield
     finally:
-        Tensor.topk, torch.topk = method, function
+        Tensor.topk, torch.topk, Tensor.argsort = method, function, ranking
 
 
 # --- a decoder whose attention is an original's -------------------------------------------------
@@ -352,6 +360,12 @@ def _places(held: Tensor, history: Tensor) -> Tensor:
     places = (held[0, :, :, None] == history[0, :, None]).all(-1)
     assert (places.sum(-1) == 1).all(), "a key was changed, or two tokens have the same"
     return places
+
+
+def _in_time(history: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Held keys and values in the order in which they came."""
+    order = _places(keys, history).int().argmax(-1).argsort(-1)[None, ..., None].expand_as(keys)
+    return keys.gather(2, order), values.gather(2, order)
 
 
 def follow(original: Original, tokens: Tensor, steps: int) -> np.ndarray:
@@ -588,12 +602,8 @@ class RKV(Original):
         before = int(step.positions[0, 0])  # whether it evicts was settled by the token before
         if not step.prompt and before % self.every:
             return step.keys, step.values
-        keys, values = self.methods[step.index].update_kv(step.keys, queries, step.values)
-        if self.temporal:
-            order = _places(keys, self.history[step.index]).int().argmax(-1).argsort(-1)
-            order = order[None, ..., None].expand_as(keys)
-            keys, values = keys.gather(2, order), values.gather(2, order)
-        return keys, values
+        kept = self.methods[step.index].update_kv(step.keys, queries, step.values)
+        return _in_time(self.history[step.index], *kept) if self.temporal else kept
 
 
 # --- presses ------------------------------------------------------------------------------------
@@ -643,7 +653,8 @@ class Press(Original):
         models = ("Phi3Attention", "Qwen3Attention", "Gemma3Attention")
         absent = (*models, "QuantizedCache", "AdaKVPress", "ExpectedAttentionPress")
         given: dict[str, Any] = {name: NO_TYPE for name in absent}
-        names = ("get_prerope_query_states", "extract_keys_and_values")
+        prerope = ("get_prerope_query_states", "get_prerope_key_states")
+        names = (*prerope, "extract_keys_and_values")
         given |= self.beside("NVIDIA/kvpress", "kvpress/utils.py", *names, **given)
         for name, file in files.items():
             names = ("is_prefilling", name) if file == "base_press" else (name,)
@@ -666,6 +677,21 @@ def _hooked(press: Any, step: Step) -> tuple[Tensor, Tensor]:
     attentions = step.weights if type(press).__name__ == "ObservedAttentionPress" else None
     press.forward_hook(step.module, [], given, [None, attentions])
     return layer.keys, layer.values
+
+
+class LagKV(Press):
+    """NVIDIA/kvpress's LagKV, but that what is kept stays in order of time, as its parts are."""
+
+    def evict(self, step: Step) -> tuple[Tensor, Tensor]:
+        return _in_time(self.history[step.index], *super().evict(step))
+
+
+class Compactor(Press):
+    """NVIDIA/kvpress's Compactor, whose sketches are drawn from a seed by layer."""
+
+    def evict(self, step: Step) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(step.index)
+        return super().evict(step)
 
 
 class DefensiveKV(Original):
@@ -735,6 +761,78 @@ class KVzip(Press):
         return self.instructions["part" in text]
 
 
+# --- calibrated ---------------------------------------------------------------------------------
+
+
+class TriAttention(Original):
+    """WeianMao/triattention: queries measured on a text, as its script does, but in float32.
+
+    After the prompt, and then whenever `every` more are held; it moves what its object chooses.
+
+    Args:
+        text: token ids that queries are measured on.
+        farthest: of the distances that scores are averaged over.
+    """
+
+    def __init__(self, *args: Any, every: int, text: list[int], farthest: int) -> None:
+        super().__init__(*args)
+        repository, path = "WeianMao/triattention", "triattention/methods/pruning_utils.py"
+        auto = SimpleNamespace(from_pretrained=lambda *_, **__: self.config)
+        names = ("rotate_half", "invert_rope", "to_complex_pairs", "HeadFrequencyStats")
+        names += ("build_geometric_offsets", "compute_frequency_scaling", "determine_rope_style")
+        names += ("compute_frequency_statistics_from_means", "score_keys_for_round")
+        names += ("load_head_frequency_stats",)
+        tools = self.beside(repository, path, *names)
+        path = "triattention/common/stats_utils.py"
+        tools |= self.beside(repository, path, "_require", "validate_stats_metadata")
+        rotary = self.model.model.rotary_emb
+        given = {**tools, "AutoConfig": auto, "build_rotary": lambda *_, **__: rotary}
+        names = ("TriAttentionConfig", "TriAttention")
+        method = self.pick(repository, "triattention/methods/triattention.py", *names, **given)
+        with tempfile.TemporaryDirectory() as folder:
+            self.every, statistics = every, Path(folder) / "statistics"
+            self.measure(repository, auto, text, statistics)
+            config = method.TriAttentionConfig(
+                statistics, Path(folder), torch.device("cpu"), torch.float32, self.budget,
+                offset_max_length=farthest, normalize_scores=True, count_prompt_tokens=True,
+                allow_prefill_compression=True, per_layer_perhead_pruning=True,
+            )  # fmt: skip
+            self.method = method.TriAttention(config)
+
+    def measure(self, repository: str, config: Any, text: list[int], to: Path) -> None:
+        """Run its script on this model, whose numbers it would have in bfloat16."""
+        in_float32 = SimpleNamespace(**{**vars(torch), "bfloat16": torch.float32})
+        tokenizer = SimpleNamespace(encode=lambda *_, **__: torch.tensor([text]))
+        names = ("_determine_rope_style", "_rotate_half", "_invert_rope", "_to_complex_pairs")
+        script = self.pick(
+            repository, "scripts/calibrate.py", *names, "_find_attention_layers", "calibrate",
+            torch=in_float32, AutoConfig=config, Path=Path, sys=sys,
+            AutoTokenizer=SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer),
+            AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda *_, **__: self.model),
+        )  # fmt: skip
+        with contextlib.redirect_stderr(io.StringIO()):
+            script.calibrate("", __file__, str(to), device="cpu")
+
+    def read(self, tokens: Tensor, start: int) -> Tensor:
+        logits = super().read(tokens, start)
+        method, fresh = self.method, range(start, start + len(tokens))
+        method.absolute_position = fresh.stop
+        own = method.cache_positions_per_layer_perhead or {}
+        for places in (method.cache_positions, *own.values()):
+            places.extend(fresh)
+        if start == 0 or self.keys[0].shape[2] == self.budget + self.every:
+            index = method.compute_keep_indices(tuple(zip(self.keys, self.values, strict=True)))
+            own = own or {place: list(fresh) for place in np.ndindex(*index.shape[:2])}
+            method.cache_positions_per_layer_perhead = {
+                place: [own[place][kept] for kept in index[place].tolist()] for place in own
+            }
+            method.cache_positions = list(method.cache_positions_per_layer_perhead[0, 0])
+            for layer, chosen in enumerate(index):
+                held = SimpleNamespace(keys=self.keys[layer], values=self.values[layer])
+                self.keys[layer], self.values[layer] = _gather(held, chosen[None])
+        return logits
+
+
 # --- methods and cases --------------------------------------------------------------------------
 
 
@@ -784,6 +882,22 @@ MAXIMUM = {"window_size": 8, "kernel_size": 7, "pooling": "maxpool"}
 GROUPED = {**AVERAGE, "gqa_score_agg": "mean"}
 SCORER = {"window_size": 8, "kernel_size": 5}
 REPEATED = {"chunk": 64, "first": [5, 6, 7], "later": [5, 6, 8, 9], "suffix": [10, 11]}
+PARTS = {
+    "press": {"LagKVPress": "lagkv_press"},
+    "every": EVERY,
+    "n_sink": 3,
+    "lag_size": 6,
+}
+SKETCHED = {
+    "press": {
+        "NonCausalAttnPress": "non_causal_attention_press",
+        "LeverageScorePress": "leverage_press",
+        "CompactorPress": "compactor_press",
+    },
+    "chunk_size": 25,
+    "sketch_dimension": 8,
+}
+MEASURED = {"every": EVERY, "text": list(range(20, 420, 5)), "farthest": 256}
 UNIFORM = "the best of each KV head, where the original ranks a layer's heads together"
 IN_ORDER = "what is kept is put back in order of time; the original's order is of falling scores"
 
@@ -821,6 +935,9 @@ METHODS = {
     "knorm": _press("KnormPress", "knorm_press", every=EVERY),
     "keydiff": _press("KeyDiffPress", "keydiff_press", every=EVERY),
     "expected_attention": _press("ExpectedAttentionPress", "expected_attention_press"),
+    "lag_kv": Method(LagKV, "gqa", lambda budget: PARTS, STEPS, ties=True, note=IN_ORDER),
+    "compactor": Method(Compactor, "gqa", lambda budget: SKETCHED),
+    "triattention": Method(TriAttention, "gqa", lambda budget: MEASURED, STEPS),
     "critical_kv": _press("CriticalKVPress", "criticalkv_press", scorer=SCORER),
     "chunk_kv": _press("ChunkKVPress", "chunkkv_press", scorer=SCORER, chunk_length=11),
     "defensive_kv": Method(DefensiveKV, "gqa", lambda budget: SCORER, note=UNIFORM),

@@ -1,0 +1,94 @@
+"""LagKV (arXiv 2504.04704): entries stay that the next part of the text is unlike."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from baselines.ranking import RankingPolicy
+from buzz.entries import Entries
+from buzz.policy import BudgetBy, Policy, register
+
+
+@register()
+@dataclass(frozen=True, kw_only=True)
+class LagKVPolicy(RankingPolicy):
+    """Keeps of each part of `lag` entries as many that stand out from the next part's range.
+
+    The first `sink` and the last one to two parts are not judged. As NVIDIA/kvpress (8bb29b9c)
+    `lagkv_press`, but in order of time: there an eviction leaves entries in order of falling
+    scores, and the next one makes its parts of that. The cache of the paper's authors keeps a share
+    of every part for ever, so that it grows with the text and has no budget.
+
+    Args:
+        size: entries kept by an eviction, sink and last parts included.
+        sink: first entries, which stay.
+        lag: entries of a part; a budget makes them a quarter of it at most.
+        every: tokens that come between two evictions.
+    """
+
+    needs_rotation: ClassVar[bool] = True
+
+    every: int = 128
+    sink: int = 4
+    lag: int = 128
+
+    def __post_init__(self) -> None:
+        self._at_least(2, "lag")
+        super().__post_init__()
+        self._at_least(self.sink + self.lag, "size")
+
+    @property
+    def protected(self) -> int:
+        return self.lag
+
+    def score(self, entries: Entries) -> Tensor:
+        """Whole numbers: what is not judged is above all else, its newest first."""
+        held, sink, lag = entries.held, self.sink, self.lag
+        keys, values = entries.keys_from_zero, entries.values
+        unjudged = torch.arange(held, 2 * held, device=keys.device, dtype=torch.float32)
+        scores = unjudged.expand(keys.shape[:3]).clone()
+        scores[..., :sink] = torch.inf
+        parts = (held - sink) // lag
+        if parts > 1:
+            within = slice(sink, sink + parts * lag)
+            each = [standing_out(states[:, :, within], lag) for states in (keys, values)]
+            unlike = each[0] + each[1]
+            ranks = unlike.argsort(stable=True).argsort()
+            # Every part has each rank once: of equals the earliest part's comes first.
+            order = ranks * parts - torch.arange(parts - 1, device=keys.device)[:, None]
+            scores[..., sink : sink + (parts - 1) * lag] = order.flatten(2).float()
+        return scores
+
+    def fit(
+        self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
+    ) -> Policy:
+        if "size" in fixed:
+            return self
+        quarter = budget // 4
+        most = {"sink": quarter, "lag": max(2, quarter), "every": max(1, quarter)}
+        own = {name: min(getattr(self, name), most[name]) for name in most.keys() - fixed}
+        every = own.get("every", self.every)
+        size = budget - (every - 1) // (1 if by == "peak" else 2)
+        ends = own.get("sink", self.sink) + own.get("lag", self.lag)
+        self._require(budget, max(1, ends), size=size)
+        return dataclasses.replace(self, **own, size=size)
+
+
+def standing_out(states: Tensor, lag: int) -> Tensor:
+    """How unevenly an entry's numbers lie in the ranges of those of the next part, a share of 1.
+
+    Args:
+        states: [rows, kv_heads, parts * lag, head_dim].
+
+    Returns:
+        float32 [rows, kv_heads, parts - 1, lag].
+    """
+    parts = states.float().unflatten(2, (-1, lag))
+    low, high = parts[:, :, 1:].aminmax(dim=3, keepdim=True)
+    placed = (parts[:, :, :-1] - low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
+    return placed.std(dim=-1).softmax(-1)
