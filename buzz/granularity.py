@@ -35,7 +35,18 @@ PageScore = Literal["mean", "max"]
 Heads = Literal["each", "layer", "all"]
 
 # Parameters that count entries, by the names that methods give them; others `fit` must set.
-SIZES = {"size", "every", "sink", "window", "heavy", "recent", "capacity", "keep", "threshold"}
+SIZES = {
+    "size",
+    "every",
+    "sink",
+    "window",
+    "heavy",
+    "recent",
+    "capacity",
+    "keep",
+    "threshold",
+    "lag",
+}
 PROMPT = 2**20  # tokens of a prompt that no method keeps
 
 
