@@ -126,6 +126,8 @@ BAD = {
     "task=xsum task.data_file=none.jsonl task.words=0": "task.words=0",
     "task=xsum task.headline=bleu": "task.headline='bleu': choose one of rouge1",
     "task=nq10": "task.data_file=None",
+    "task=qa": "task.data_file=None: give a JSON-lines file of context, question and answers",
+    "task=qa task.data_file=none.jsonl": "task.data_file='none.jsonl'",
     "task=nq10 task.data_file=none.jsonl": "task.data_file='none.jsonl'",
     "task=wikitext task.data_file=none.txt": "task.data_file='none.txt'",
     "task=wikitext task.chunk=0": "task.chunk=0",
