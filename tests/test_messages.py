@@ -286,8 +286,9 @@ def test_a_process_that_no_run_started_knows_the_methods() -> None:
     """As workers of launchers, which may import no more than what they unpickle."""
     code = """
 from hydra import compose, initialize_config_dir
+from evals import CONFIGS
 from evals.launch import messages
-with initialize_config_dir(str(messages.CONFIGS), version_base=None):
+with initialize_config_dir(str(CONFIGS), version_base=None):
     print(compose("config", ["method=tova"]).method)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -38,8 +38,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from buzz import kernels
 from buzz.errors import ConfigError
+from evals import CONFIGS
 from evals.run.checkpoints import (
-    ROOT,
     checkpoint,
     gguf_file,
     pretrained,
@@ -51,7 +51,7 @@ from evals.run.console import console
 from evals.run.weights import file_digest, folder_digest
 from evals.tasks.build import KNOWN, validate
 
-NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
+NAMED = {path.stem: path for path in sorted((CONFIGS / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SPECIAL = ("<bos>", "<eos>", "<pad>")
