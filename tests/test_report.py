@@ -54,10 +54,24 @@ def test_a_tables_forms_hold_the_same_numbers(tmp_path: Path) -> None:
     out = report(tmp_path)
     raw = pd.read_csv(out / "tables/summarization.csv")
     assert raw["score"].item() == 20 and raw["score low"].item() < 20 < raw["score high"].item()
-    cell = re.escape("20.00 [")
+    cell = r"20\.00 (\{\\scriptsize )?\["
     for text in ("tables/summarization.md", "tables/summarization.tex", "report.html"):
         assert re.search(cell, (out / text).read_text())
     assert "\\toprule" in (out / "tables/summarization.tex").read_text()
+
+
+def test_a_papers_table_is_narrow_and_says_what_its_lines_have_in_common(tmp_path: Path) -> None:
+    write_row(tmp_path, "full", [10.0, 20.0, 30.0])
+    write_row(tmp_path, "streaming_llm", [9.0, 18.0, 27.0], budget=0.25, kls=[0.5, 0.6, 0.7])
+    report(tmp_path)
+    text = (tmp_path / "out/tables/summarization.tex").read_text()
+    heads = "method & budget & score & score - full & KL & KV MB & KV / full & n"
+    assert heads in text and "\\label{tab:summarization}" in text and "\\centering" in text
+    assert "(task xsum, model llama2\\_7b\\_chat, seed 0, metric rougeL)" in text
+    assert re.search(r"StreamingLLM & 0.25 & 18.00 \{\\scriptsize \[9.*\]\} & -2.000", text)
+    assert "{lrrrrrrr}" in text
+    whole = pd.read_csv(tmp_path / "out/tables/summarization.csv")
+    assert set(whole.method) == {"full", "streaming_llm"} and "wins" in whole
 
 
 def on_page(table: Table) -> str:
@@ -77,6 +91,7 @@ def test_a_column_is_one_line_in_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     columns = views.SPEC["views"]["scores"]["columns"]
     more = columns | {"evictions of it": {"metric": "evictions", "scale": 2}}
     monkeypatch.setitem(views.SPEC["views"]["scores"], "columns", more)
+    monkeypatch.setitem(views.SPEC["views"]["scores"], "narrow", ["evictions of it"])
     out = report(tmp_path)
     assert pd.read_csv(out / "tables/summarization.csv")["evictions of it"].item() == 6
     for text in ("tables/summarization.md", "tables/summarization.tex", "report.html"):
@@ -113,10 +128,10 @@ def test_tables_mark_what_holds_more_than_its_budget(tmp_path: Path) -> None:
         for ending, dagger in (("md", "†"), ("tex", r"\textdagger{}")):
             text = (out / f"tables/{name}.{ending}").read_text()
             marked = [row for row in text.splitlines() if f"0.25{dagger}" in row]
-            assert any("snapkv" in row for row in marked), (name, ending)
+            assert any("SnapKV" in row for row in marked), (name, ending)
             assert f"{dagger} holds over 5" in text, (name, ending)
-            assert re.search(r"snapkv @0.25\S* 1.38x", text), (name, ending)
-            assert not re.search(rf"h2o[ |&@-]*0.25{re.escape(dagger)}", text), (name, ending)
+            assert re.search(r"SnapKV @0.25\S* 1.38x", text), (name, ending)
+            assert not re.search(rf"H2O[ |&@-]*0.25{re.escape(dagger)}", text), (name, ending)
         assert "0.25†" in (out / f"tables/{name}.csv").read_text()
     table = pd.read_csv(out / "tables/summarization.csv").set_index("method")
     assert table.loc["snapkv", "held / budget"] == pytest.approx(1.38)
@@ -442,7 +457,7 @@ def test_every_figure_marks_what_holds_more(tmp_path: Path, monkeypatch) -> None
     assert all((tmp_path / f"{name}.pdf").exists() for name in shown)
     for name, texts in shown.items():
         assert "SnapKV†" in texts.replace("@0.25", "") and "H2O†" not in texts
-        assert "snapkv @0.25† 1.38x" in notes[name], name
+        assert "SnapKV @0.25† 1.38x" in notes[name], name
     assert figures.draw_pareto(load(tmp_path), tmp_path / "one.png")
     assert not figures.draw_pareto(load(tmp_path / "none"), tmp_path / "two.png")
 
