@@ -72,7 +72,8 @@ CONTRASTED = ("streaming_llm", "h2o", "buzz", "snapkv")  # where a picture has r
 
 def order() -> list[str]:
     """All methods that are registered, in the order in which they are shown."""
-    return [*NAMES, *sorted(POLICIES.keys() - NAMES.keys())]
+    known = [name for name in NAMES if name in POLICIES]
+    return [*known, *sorted(POLICIES.keys() - NAMES.keys())]
 
 
 def place(method: str) -> int:
