@@ -7,77 +7,9 @@ docs/sweeps.md; exit statuses and what is written when: docs/faults.md.
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from pathlib import Path
-from unittest.mock import patch
 
-# cuDNN's attention plans anew for every length of a cache that grows: that would slow down the
-# full cache alone. PyTorch reads it once.
-os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from buzz.errors import ConfigError
-from evals.launch import messages
-from evals.launch.sweep import Objectives, ResultsCallback, run_all, run_sweep_job
-from evals.results.folder import RunFailed
-from evals.run.faults import TRACEBACKS, show_tracebacks
-from evals.run.interrupt import Interrupted
-
-
-@hydra.main(version_base=None, config_path="configs", config_name="config")
-def main(cfg: DictConfig) -> list[str] | Objectives:
-    job = HydraConfig.get()
-    overrides = list(job.overrides.task)
-    try:
-        if job.mode is RunMode.MULTIRUN:
-            return run_sweep_job(cfg, overrides, Path(job.sweep.dir))
-        rows = run_all(cfg, overrides)
-        for row in rows:
-            if row.error:
-                raise row.error
-        ResultsCallback.failed = sum(row.outcome.failed > 0 for row in rows)
-        return [str(row.outcome.file.parent) for row in rows]
-    except (ConfigError, RunFailed) as error:
-        if show_tracebacks():
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-    except (HydraException, OmegaConfBaseException) as error:  # of a row, which its job composes
-        if show_tracebacks():
-            raise
-        messages.report(error)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt as error:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        status = error.exit_status if isinstance(error, Interrupted) else 130
-        raise SystemExit(status) from None
-
-
-def cli() -> int:
-    """Runs what the command line asks for; the exit status."""
-    ResultsCallback.failed = 0
-    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    arguments = [sys.argv[0], *messages.arguments_of(sys.argv[1:])]
-    # Else Hydra prints its errors and exits; so what was asked for goes by another name.
-    said = {"HYDRA_FULL_ERROR": "1", TRACEBACKS: str(int(asked))}
-    try:
-        with patch.dict(os.environ, said), patch.object(sys, "argv", arguments):
-            main()
-    except (HydraException, OmegaConfBaseException) as error:
-        if asked:
-            raise
-        messages.report(error)
-        return 2
-    return 1 if ResultsCallback.failed else 0
-
+from evals.launch.command import cli
 
 if __name__ == "__main__":
     sys.exit(cli())

@@ -120,7 +120,7 @@ def imports() -> dict[str, set[str]]:
     for module in sorted(graph.modules - {"evals"}):
         own = folder(module)
         others = {folder(one) for one in graph.find_modules_directly_imported_by(module)}
-        found.setdefault(own, set()).update(others - {own})
+        found.setdefault(own, set()).update(others - {own, "evals"})
     return found
 
 

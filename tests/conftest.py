@@ -68,14 +68,14 @@ def go(tmp_path: Path):
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs the command line in this process; its exit status."""
-    import run
+    from evals.launch import command
 
     def main(*arguments: str) -> int:
         output = [] if "output=" in " ".join(arguments) else [f"output={main.runs}"]
         argv = ["run.py", f"--config-path={ROOT}/configs", *arguments, *output]
         monkeypatch.setattr(sys, "argv", argv)
         try:
-            return run.cli()
+            return command.cli()
         except SystemExit as error:
             return error.code
 

@@ -25,7 +25,8 @@ from evals.tasks.base import Task
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.S)
 WATCH = """
-import sys, types, baselines, run, torch
+import sys, types, baselines, torch
+from evals.launch import command
 from buzz import POLICIES
 from evals.report.methods import order, style_of
 assert POLICIES["spread"] is baselines.SpreadPolicy, POLICIES
@@ -38,14 +39,13 @@ for token in range(200, 1200):
     held = torch.cat([held[index], held[-4:]])
     gaps = torch.cat([held.new_tensor([-1]), held[:-3], held.new_tensor([token - 3])]).diff()
     assert len(held) == 24 and gaps.max() <= 3 * (token - 3) / 20, held
-sys.exit(run.cli())
+sys.exit(command.cli())
 """
 
 
 def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     for name in ("baselines", "buzz", "configs", "evals", "hydra_plugins"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "run.py", tmp_path)
     files = ["baselines/spread.py", "evals/tasks/repeat.py", "configs/task/repeat.yaml"]
     assert [name for name, _ in BLOCKS] == files
     for name, text in BLOCKS:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import run
+import evals.launch
 from evals.results import environment
 from evals.results.environment import Neighbours, busy, machine, process
 
@@ -49,8 +49,8 @@ def test_load_is_what_others_use_since_the_sample_before(monkeypatch) -> None:
 
 
 def test_on_a_card_attention_is_that_of_the_benchmark(monkeypatch) -> None:
-    """Set by run.py for all that it starts, and recorded where it counts."""
-    assert run and os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
+    """Set by the command for all that it starts, and recorded where it counts."""
+    assert evals.launch and os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
     monkeypatch.setattr(environment.torch.cuda, "get_device_name", lambda device: "A card")
     told = environment.environment("cuda:0", 0, 1)
     assert told["cudnn_attention_deprioritized"] == "1" and machine(told) == "A card"

@@ -30,6 +30,7 @@ from evals.tasks.base import Task
 from evals.tasks.data import read_jsonl, read_text
 from evals.tasks.encoding import encode
 from evals.tasks.nq10 import NQ10
+from evals.tasks.qa import QA
 from evals.tasks.summarization import Summarization
 
 TOKENIZER = byte_tokenizer()
@@ -172,6 +173,7 @@ DOCUMENT = {"title": "t", "text": "a b"}
 ROWS: dict[str, dict[str, Any]] = {
     "xsum": {"document": "A long text.", "summary": "Short.", "id": "1"},
     "nq10": {"question": "q", "answers": ["a"], "gold_index": 0, "ctxs": [DOCUMENT, DOCUMENT]},
+    "qa": {"context": "a b", "question": "q", "answers": ["a"]},
     "qasper": {"input": "q", "context": "a b", "answers": ["a"], "all_classes": None, "length": 3},
     "trec": {"input": "q", "context": "c", "answers": ["a"], "all_classes": ["a"], "length": 3},
     "lcc": {"input": "", "context": "c", "answers": ["a"], "all_classes": None, "length": 3},
@@ -212,8 +214,8 @@ def lines(draw: st.DrawFn, row: dict[str, Any]) -> bytes:
 def task_of(name: str, file: Path) -> Task:
     if name == "xsum":
         return Summarization(name=name, hub="none", data_file=str(file))
-    if name == "nq10":
-        return NQ10(name=name, data_file=str(file))
+    if name in ("nq10", "qa"):
+        return {"nq10": NQ10, "qa": QA}[name](name=name, data_file=str(file))
     longbench = pytest.importorskip("evals.tasks.longbench")
     return longbench.LongBench(name="longbench", data_dir=str(file.parent), subsets=[name])
 
@@ -222,7 +224,7 @@ def task_of(name: str, file: Path) -> Task:
 @fuzz(300)
 @given(st.data())
 def test_rows_of_tasks(name, tmp_path, data) -> None:
-    if name not in ("xsum", "nq10"):
+    if name not in ("xsum", "nq10", "qa"):
         pytest.importorskip("lm_eval")
         pytest.importorskip("jieba")
     file = tmp_path / f"{name}.jsonl"

@@ -126,6 +126,8 @@ BAD = {
     "task=xsum task.data_file=none.jsonl task.words=0": "task.words=0",
     "task=xsum task.headline=bleu": "task.headline='bleu': choose one of rouge1",
     "task=nq10": "task.data_file=None",
+    "task=qa": "task.data_file=None: give a JSON-lines file of context, question and answers",
+    "task=qa task.data_file=none.jsonl": "task.data_file='none.jsonl'",
     "task=nq10 task.data_file=none.jsonl": "task.data_file='none.jsonl'",
     "task=wikitext task.data_file=none.txt": "task.data_file='none.txt'",
     "task=wikitext task.chunk=0": "task.chunk=0",
@@ -284,8 +286,9 @@ def test_a_process_that_no_run_started_knows_the_methods() -> None:
     """As workers of launchers, which may import no more than what they unpickle."""
     code = """
 from hydra import compose, initialize_config_dir
+from evals import CONFIGS
 from evals.launch import messages
-with initialize_config_dir(str(messages.CONFIGS), version_base=None):
+with initialize_config_dir(str(CONFIGS), version_base=None):
     print(compose("config", ["method=tova"]).method)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

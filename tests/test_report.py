@@ -12,14 +12,16 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from report_runs import BUZZ, B, Reader, write_row
 from rich.console import Console
 
+from buzz import POLICIES
 from evals.report import embedded, figures, stored, views
 from evals.report.__main__ import main
 from evals.report.claims import CLAIMS, UNDECIDED, Judged, Measurement, at_equal_memory
 from evals.report.claims import table as claims_table
-from evals.report.methods import order
+from evals.report.methods import GREY, HIGHLIGHTED, called, order
 from evals.report.page import page
 from evals.report.table import WIDEST, Table
 from evals.results.frame import Estimate, load
@@ -52,10 +54,24 @@ def test_a_tables_forms_hold_the_same_numbers(tmp_path: Path) -> None:
     out = report(tmp_path)
     raw = pd.read_csv(out / "tables/summarization.csv")
     assert raw["score"].item() == 20 and raw["score low"].item() < 20 < raw["score high"].item()
-    cell = re.escape("20.00 [")
+    cell = r"20\.00 (\{\\scriptsize )?\["
     for text in ("tables/summarization.md", "tables/summarization.tex", "report.html"):
         assert re.search(cell, (out / text).read_text())
     assert "\\toprule" in (out / "tables/summarization.tex").read_text()
+
+
+def test_a_papers_table_is_narrow_and_says_what_its_lines_have_in_common(tmp_path: Path) -> None:
+    write_row(tmp_path, "full", [10.0, 20.0, 30.0])
+    write_row(tmp_path, "streaming_llm", [9.0, 18.0, 27.0], budget=0.25, kls=[0.5, 0.6, 0.7])
+    report(tmp_path)
+    text = (tmp_path / "out/tables/summarization.tex").read_text()
+    heads = "method & budget & score & score - full & KL & KV MB & KV / full & n"
+    assert heads in text and "\\label{tab:summarization}" in text and "\\centering" in text
+    assert "(task xsum, model llama2\\_7b\\_chat, seed 0, metric rougeL)" in text
+    assert re.search(r"StreamingLLM & 0.25 & 18.00 \{\\scriptsize \[9.*\]\} & -2.000", text)
+    assert "{lrrrrrrr}" in text
+    whole = pd.read_csv(tmp_path / "out/tables/summarization.csv")
+    assert set(whole.method) == {"full", "streaming_llm"} and "wins" in whole
 
 
 def on_page(table: Table) -> str:
@@ -75,6 +91,7 @@ def test_a_column_is_one_line_in_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     columns = views.SPEC["views"]["scores"]["columns"]
     more = columns | {"evictions of it": {"metric": "evictions", "scale": 2}}
     monkeypatch.setitem(views.SPEC["views"]["scores"], "columns", more)
+    monkeypatch.setitem(views.SPEC["views"]["scores"], "narrow", ["evictions of it"])
     out = report(tmp_path)
     assert pd.read_csv(out / "tables/summarization.csv")["evictions of it"].item() == 6
     for text in ("tables/summarization.md", "tables/summarization.tex", "report.html"):
@@ -111,10 +128,10 @@ def test_tables_mark_what_holds_more_than_its_budget(tmp_path: Path) -> None:
         for ending, dagger in (("md", "†"), ("tex", r"\textdagger{}")):
             text = (out / f"tables/{name}.{ending}").read_text()
             marked = [row for row in text.splitlines() if f"0.25{dagger}" in row]
-            assert any("snapkv" in row for row in marked), (name, ending)
+            assert any("SnapKV" in row for row in marked), (name, ending)
             assert f"{dagger} holds over 5" in text, (name, ending)
-            assert re.search(r"snapkv @0.25\S* 1.38x", text), (name, ending)
-            assert not re.search(rf"h2o[ |&@-]*0.25{re.escape(dagger)}", text), (name, ending)
+            assert re.search(r"SnapKV @0.25\S* 1.38x", text), (name, ending)
+            assert not re.search(rf"H2O[ |&@-]*0.25{re.escape(dagger)}", text), (name, ending)
         assert "0.25†" in (out / f"tables/{name}.csv").read_text()
     table = pd.read_csv(out / "tables/summarization.csv").set_index("method")
     assert table.loc["snapkv", "held / budget"] == pytest.approx(1.38)
@@ -355,21 +372,32 @@ def test_points_stand_at_the_memory_that_was_measured(tmp_path: Path) -> None:
     figure, note = drawn(figures.pareto, tmp_path)
     axis = figure.axes[0]
     spots = {str(one.get_label()): one for one in axis.lines if one.get_marker() != "None"}
-    assert spots["full"].get_xdata()[0] == 40
-    assert [spots[name].get_xdata()[0] for name in ("streaming_llm", "h2o†", "vatp")] == [10] * 3
-    assert spots["h2o†"].get_markerfacecolor() == "none" and "Hollow" in note
+    assert spots["full cache"].get_xdata()[0] == 40
+    assert [spots[name].get_xdata()[0] for name in ("StreamingLLM", "H2O†", "VATP")] == [10] * 3
+    assert spots["H2O†"].get_markerfacecolor() == "none" and "Hollow" in note
     named = {text.get_text() for text in axis.texts}
-    assert named == {"full", "streaming_llm", "h2o†", "vatp"}
+    assert named == {"full cache", "StreamingLLM", "H2O†", "VATP"}
+    # Three names at one point are written below each other.
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without lines to points
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
     plt.close(figure)
 
 
-def test_at_most_eight_methods_are_in_colour(tmp_path: Path) -> None:
-    for i, name in enumerate(order()[:12]):
+def test_at_most_eight_methods_are_in_colour(tmp_path: Path, monkeypatch) -> None:
+    """The reader's own first; the others are grey, and named in the note."""
+    monkeypatch.setitem(POLICIES, "mine", POLICIES["h2o"])
+    methods = [*order()[:11], "mine"]
+    for i, name in enumerate(methods):
         write_row(tmp_path, name, [0.1 * i, 0.2], kv=1e6 * (i + 1), budget=0.25)
-    figure, _ = drawn(figures.pareto, tmp_path)
+    figure, note = drawn(figures.pareto, tmp_path)
     points = [one for one in figure.axes[0].lines if one.get_marker() != "None"]
-    assert sum(one.get_color() != figures.GREY for one in points) == figures.LABELLED
-    assert len(points) == len(figure.axes[0].texts) == 12
+    grey = [one for one in points if one.get_color() == GREY]
+    assert len(points) == 12 and len(grey) == 12 - HIGHLIGHTED
+    named = {text.get_text() for text in figure.axes[0].texts}
+    assert named == {called(name) for name in ["mine", *methods[: HIGHLIGHTED - 1]]}
+    assert {one.get_label() for one in grey} == {called(name) for name in methods[7:11]}
+    assert f"Grey: {', '.join(map(called, methods[7:11]))}." in note
     plt.close(figure)
 
 
@@ -387,14 +415,18 @@ def test_curves_join_the_means_of_one_setting(tmp_path: Path) -> None:
     write_row(tmp_path, "buzz", [0.0, 0.0] * 3, compress="stream", budget=0.25, **where)
     rows = load(tmp_path)
     full = rows[rows.row == "full"]
-    assert dict(figures.points(full, "question")) == {1: 1.0, 2: pytest.approx(1 / 3)}
-    assert dict(figures.points(full, "length")) == {256: 0.5, 1024: 0.75}
+    found = figures.points(full, "question")
+    assert dict(found.value) == {1: 1.0, 2: pytest.approx(1 / 3)}
+    assert found.low[2] == 0 and found.high[2] == 1
+    assert dict(figures.points(full, "length").value) == {256: 0.5, 1024: 0.75}
     figure, _ = drawn(figures.by_question, tmp_path)
     one, other = sorted(figure.axes, key=lambda axis: axis.get_title())
     assert [len(axis.lines) for axis in (one, other)] == [2, 1]  # never of two settings
     first, second = one.lines
     assert list(second.get_xdata()) == [1, 2] and list(second.get_ydata()) == [1.0, 0.0]
-    assert "compress=stream 64" in other.get_title()
+    told = other.get_title()
+    assert "compress=stream 64" in told and told.endswith("budget 0.25")
+    assert [text.get_text() for text in one.texts] == ["full cache", "BUZZ"]
     assert one.get_xlabel() == "question; 3 samples a point"
     plt.close(figure)
 
@@ -422,9 +454,10 @@ def test_every_figure_marks_what_holds_more(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(Figure, "savefig", keep)
     notes = {one.path.stem: one.note for one in figures.draw_all(load(tmp_path), tmp_path)}
     assert set(shown) == {"pareto", "distance", "map_0"}
+    assert all((tmp_path / f"{name}.pdf").exists() for name in shown)
     for name, texts in shown.items():
-        assert "snapkv†" in texts.replace("@0.25", "") and "h2o†" not in texts
-        assert "snapkv @0.25† 1.38x" in notes[name], name
+        assert "SnapKV†" in texts.replace("@0.25", "") and "H2O†" not in texts
+        assert "SnapKV @0.25† 1.38x" in notes[name], name
     assert figures.draw_pareto(load(tmp_path), tmp_path / "one.png")
     assert not figures.draw_pareto(load(tmp_path / "none"), tmp_path / "two.png")
 
@@ -449,7 +482,7 @@ def test_the_page_is_one_file_that_opens_with_your_scores(tmp_path: Path) -> Non
     pictures = [attributes["src"] or "" for tag, attributes in read.tags if tag == "img"]
     assert len(pictures) == 3  # scores and distance against memory, and the map
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
-    places = [text.index(f'id="{name}"') for name in ("scores", "other_tasks", "memory", "claims")]
+    places = [text.index(f'id="{name}"') for name in ("scores", "other_tasks", "claims")]
     assert places == sorted(places) and text.index("<details class") > places[1]
 
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -16,7 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from evals import CONFIGS
+
 QUOTED = re.compile(r"'([^']*)'")
 HOME = re.compile(r"=([\"']?)~(?=/)")
 # Names in configs/launcher and configs/sweep, and the extras that install what they need.

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from buzz.errors import ConfigError
-from evals.launch import messages
+from evals import CONFIGS
 from evals.report.terminal import print_tables
 from evals.report.views import summary
 from evals.results.folder import InUse, RunFailed, parse
@@ -185,7 +185,7 @@ def _composed(overrides: Sequence[str], known: dict[tuple[str, ...], DictConfig]
 def _compose(overrides: Sequence[str]) -> DictConfig:
     if GlobalHydra.instance().is_initialized():
         return compose("config", list(overrides))
-    folder = str(messages.CONFIGS)
+    folder = str(CONFIGS)
     if HydraConfig.initialized():  # in a process that a launcher started
         sources = HydraConfig.get().runtime.config_sources
         (folder,) = (source.path for source in sources if source.provider == "main")

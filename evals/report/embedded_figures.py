@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from evals.report.figures import RC, legend, panels, plt
-from evals.report.methods import MORE, RIVAL, Style, order, style_of
+from evals.report.figures import RC, legend, name_ends, named_grey, panels, plt
+from evals.report.methods import GREY, MORE, RIVAL, Style, highlighted, order, style_of
 from evals.report.views import SPEC
+from evals.results.frame import interval
 from evals.tasks.types import SPREADS
 
 # Honeycombs that differ in the number of cells alone, and how many they have: one, as H2O, first.
@@ -22,6 +24,7 @@ MEASURES = {
     "kl_to_full": "KL to the full cache (nats)",
     "score": "accuracy",
 }
+GUARDS = {"score": {"span": (0, 1)}}  # of samples that never differ
 
 
 def draw(
@@ -48,25 +51,31 @@ def draw(
 
 
 def _draw_memory(task: str, group: pd.DataFrame, prompt: float, out: Path) -> Path:
-    figure, axes = panels(2, 4.4, 3.6)
-    styles = _styles(group.method.unique())
+    figure, axes = panels(2, 4.6, 4)
+    methods = list(map(str, group.method.unique()))
+    styles, coloured = _styles(methods), highlighted(methods)
+    ends: tuple[list[Any], list[Any]] = ([], [])
     for method, line in group.sort_values("budget").groupby("method", sort=False):
         label, color, marker = styles[str(method)]
-        style = {"color": color, "marker": marker, "ms": 4, "lw": 1, "label": label}
+        color, layer = (color, 3) if method in coloured else (GREY, 2)
+        style = {"color": color, "marker": marker, "ms": 4, "lw": 1, "zorder": layer}
         at = line.entries_mean / prompt
-        axes[0].plot(at, line.kl, **style)
-        axes[0].vlines(at, line.kl_low, line.kl_high, color=color, lw=1, alpha=0.5)
-        axes[1].plot(at, line.kl_median, **style)
-    for axis, what in zip(axes, ("mean, 95% interval", "median"), strict=True):
+        axes[0].vlines(at, line.kl_low, line.kl_high, color=color, lw=1, alpha=0.5, zorder=layer)
+        for axis, values, named in zip(axes, (line.kl, line.kl_median), ends, strict=True):
+            axis.plot(at, values, **style)
+            if method in coloured:
+                named.append((at.iloc[-1], values.iloc[-1], label, color))
+    for axis, what, named in zip(axes, ("mean, 95% interval", "median"), ends, strict=True):
         axis.set(xscale="log", yscale="log", xlabel="entries held, of the prompt")
         axis.set_ylabel(f"KL to full, {what} (nats)")
         if ticks := sorted(one for one in group.budget.unique() if one < 1):  # not of entries
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
             axis.xaxis.set_minor_formatter(lambda value, _: "")
-    legend(figure, axes)
+        name_ends(axis, named)
     least, most = group.n.min(), group.n.max()
     prompts = f"{most}" if least == most else f"{most}, of points without a line {least}"
-    figure.suptitle(f"{task}, n = {prompts}", y=0.0, va="top")
+    told = [f"{task}, n = {prompts}", *wrap(named_grey(methods, coloured), 120)]
+    figure.suptitle("\n".join(told), y=0.0, va="top", fontsize=8)
     return _save(figure, out / f"fidelity_{task}.png")
 
 
@@ -116,6 +125,7 @@ def _draw_sources(chosen: pd.DataFrame, out: Path) -> Path:
 def draw_spread(rows: pd.DataFrame, path: Path) -> Any:
     """A column a task, a row a measure: methods over the three ways to spread five facts."""
     tasks = list(rows.task.unique())
+    coloured = highlighted(list(rows.label.unique()))
     with plt.rc_context(RC):
         figure, axes = panels(len(MEASURES) * len(tasks), height=2.3, most=len(tasks))
         grid: list[tuple[str, Any]] = [(name, task) for name in MEASURES for task in tasks]
@@ -123,13 +133,21 @@ def draw_spread(rows: pd.DataFrame, path: Path) -> Any:
             for method, own in rows[rows.task == task].groupby("label", sort=False):
                 if method == "full" and name == "kl_to_full":
                     continue
-                means = own[name].astype(float).groupby(own.spread).mean()
-                style = style_of(str(method))
-                look = {"color": style.color, "marker": style.marker, "markersize": 4}
-                axis.plot(SPREADS, [means.get(one) for one in SPREADS], label=style.label, **look)
+                values = [own[own.spread == one][name].astype(float) for one in SPREADS]
+                found = [interval(one, **GUARDS.get(name, {"guard": False})) for one in values]
+                style, shown = style_of(str(method)), method in coloured
+                look: dict[str, Any] = {"color": style.color if shown else GREY, "lw": 1}
+                label = style.label if shown else "_"
+                means = [one.value for one in found]
+                axis.plot(SPREADS, means, label=label, marker=style.marker, ms=4, **look)
+                for x, one in zip(SPREADS, found, strict=True):
+                    if one.ends:
+                        axis.vlines(x, *one.ends, alpha=0.4, **look)
             axis.set_title(f"{task}: {MEASURES[name].format(SPEC['facts'].get(task, 'facts'))}")
             axis.set_ylim(bottom=0)
         legend(figure, axes)
+        grey = named_grey(list(rows.label.unique()), coloured)
+        figure.supxlabel("\n".join(wrap(grey, 100)) or None, fontsize=8)
         _save(figure, path)
     return figure
 

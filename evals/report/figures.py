@@ -1,7 +1,7 @@
-"""Figures of a frame of samples, as PNG files.
+"""Figures of a frame of samples, as PNG and PDF files.
 
-Points stand at the memory that was measured, and are named where they stand: at most LABELLED
-methods of a panel in colour, the others grey.
+Points stand at what was measured, with 95 % intervals. At most HIGHLIGHTED methods of a panel are
+in colour, with their names beside their last points; the others are grey, and the note names them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
-from evals.report.methods import place, style_of  # noqa: E402
+from evals.report.methods import GREY, called, highlighted, place, style_of  # noqa: E402
 from evals.report.views import (  # noqa: E402
     SPEC,
     Parts,
@@ -34,6 +34,7 @@ from evals.report.views import (  # noqa: E402
     ran,
     score,
     settings,
+    unknown,
 )
 from evals.results.frame import MARK, REFERENCE, Estimate, estimate, over_parts  # noqa: E402
 
@@ -45,10 +46,9 @@ RC = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
+    "pdf.fonttype": 42,  # letters stay letters
 }
 ROW = 0.18  # inches of a legend's row
-LABELLED = 8  # methods of a panel that have a colour and a name
-GREY = "#BBBBBB"
 CURVES = {"question": "question", "length": "prompt (tokens)"}
 
 
@@ -72,7 +72,7 @@ Settings = dict[str, Parts]
 
 
 def draw_all(rows: pd.DataFrame, folder: Path) -> list[Figure]:
-    """Every figure for which there are rows, as PNG files in `folder`."""
+    """Every figure for which there are rows, as PNG and PDF files in `folder`."""
     kinds = (pareto, distance, maps, by_question, by_length)
     return [
         one for draw in kinds for one in _saved(draw, rows, lambda name: folder / f"{name}.png")
@@ -98,6 +98,7 @@ def _saved(
             path = where(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
+            figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
             plt.close(figure)
             note = f"{note} {over_note(shown)}".strip()
             figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
@@ -132,28 +133,36 @@ def legend(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend([entries[name] for name in names], names, **where)
 
 
-def name_points(axis: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Writes names beside points (x, y, name, color), each where it covers the fewest others."""
-    taken: list[tuple[float, float]] = [axis.transData.transform((x, y)) for x, y, *_ in points]
-    size = axis.figure.dpi * 0.1
-    for x, y, name, color in points:
-        at = axis.transData.transform((x, y))
-        best, least = (6, 3, "left"), np.inf
-        for dx, dy, align in ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right")):
-            ends = at[0] + np.linspace(0, np.sign(dx) * size * 0.55 * len(name), 4)
-            spots = [(end, at[1] + dy * 1.4) for end in ends]
-            near = sum(abs(a - c) < size and abs(b - d) < size for a, b in spots for c, d in taken)
-            outside = axis.bbox.width + axis.bbox.x0 < ends[-1] or ends[-1] < axis.bbox.x0
-            if (cost := near + 5 * outside) < least:
-                best, least, chosen = (dx, dy, align), cost, spots
-        taken += chosen
-        style = {"fontsize": 7, "color": color, "ha": best[2], "annotation_clip": False}
-        axis.annotate(name, (x, y), best[:2], textcoords="offset points", **style)
+def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Writes names to the right of points (x, y, name, color), apart from each other.
+
+    A name that has to move up or down keeps a thin line to its point.
+    """
+    axis.figure.draw_without_rendering()  # which settles where points are
+    pixels = axis.figure.dpi / 72
+    spots = [axis.transData.transform((x, y)) / pixels for x, y, *_ in ends]  # in points
+    wide, high = [4.2 * len(name) for _, _, name, _ in ends], 9.5
+    heights = [float(y) for _, y in spots]
+    apart = sorted(range(len(ends)), key=heights.__getitem__)
+    for _ in range(100):
+        for under, over in ((i, j) for n, i in enumerate(apart) for j in apart[n + 1 :]):
+            first, second = sorted((under, over), key=lambda i: spots[i][0])
+            lack = high - (heights[over] - heights[under])
+            if lack > 0 and spots[second][0] - spots[first][0] < wide[first] + 8:
+                heights[under] -= lack / 2
+                heights[over] += lack / 2
+    for (x, y, name, color), spot, height in zip(ends, spots, heights, strict=True):
+        up = height - float(spot[1])
+        line = {"arrowstyle": "-", "color": color, "lw": 0.4, "shrinkA": 0, "shrinkB": 2}
+        style: dict[str, Any] = {"fontsize": 7, "color": color, "va": "center"}
+        style |= {"arrowprops": line} if abs(up) > 3 else {}
+        axis.annotate(name, (x, y), (7, up), textcoords="offset points", **style)
 
 
-def highlighted(methods: Sequence[str]) -> set[str]:
-    """Those that a panel names in colour: of many, the first by :func:`place`."""
-    return set(sorted(dict.fromkeys(methods), key=place)[:LABELLED])
+def named_grey(methods: Sequence[str], coloured: set[str]) -> str:
+    """Which methods a picture does not name."""
+    others = sorted(set(methods) - coloured, key=place)
+    return f"Grey: {', '.join(map(called, others))}." if others else ""
 
 
 def _chosen(found: Settings, keep: Callable[[pd.DataFrame], Any], least: int = 1) -> Settings:
@@ -230,6 +239,8 @@ def _memory_panels(
         else:
             axis.set_ylabel("KL to full (nats a token)")
             axis.set_ylim(bottom=0)
+    methods = [part.method.iloc[0] for part in shown]
+    note = f"{note} {named_grey(methods, highlighted(methods))}".strip()
     note += " Means of several seeds: 95% intervals over the seeds." if means else ""
     note += " Hollow: more is held than the budget." if any(map(mark, shown)) else ""
     yield name, title, note, figure, shown
@@ -244,27 +255,30 @@ def _against_memory(
     axis: Any, parts: Sequence[pd.DataFrame], values: Sequence[Estimate], title: str
 ) -> None:
     """Points and intervals over KV memory; points of one method at several budgets are joined."""
-    chosen = highlighted([part.method.iloc[0] for part in parts])
-    axis.set_xlim(0, 1.25 * max(map(_memory, parts)) or 1)
-    points, lines = [], {}
+    coloured = highlighted([part.method.iloc[0] for part in parts])
+    axis.set_xlim(0, 1.1 * max(map(_memory, parts)) or 1)
+    lines: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
     for part, found in zip(parts, values, strict=True):
         one, at, value = part.iloc[0], _memory(part), found.value or 0.0
         _, color, marker = style_of(one.method)
-        color = color if one.method in chosen else GREY
+        color, layer = (color, 3) if one.method in coloured else (GREY, 2)
         if found.ends:
-            axis.vlines(at, *found.ends, color=color, lw=1, alpha=0.5)
-        told, fill = f"{one.label}{mark(part)}", "none" if mark(part) else color
-        style = {"ms": 5, "ls": "", "label": told, "markerfacecolor": fill}
-        axis.plot(at, value, marker, color=color, **style)
-        lines.setdefault((one.label, one.method), []).append((at, value, told, color))
-    for spots in lines.values():
-        spots.sort(key=lambda spot: spot[:2])
-        axis.plot(*zip(*[spot[:2] for spot in spots], strict=True), color=spots[0][3], lw=0.6)
-        points += spots[-1:]
+            axis.vlines(at, *found.ends, color=color, lw=1, alpha=0.5, zorder=layer)
+        told = f"{called(one.label)}{mark(part)}"
+        style = {"ms": 5, "ls": "", "label": told, "zorder": layer}
+        fill = "none" if mark(part) else color
+        axis.plot(at, value, marker, color=color, markerfacecolor=fill, **style)
+        lines.setdefault((one.label, one.method), []).append((at, value, told))
+    ends = []
+    for (_, method), spots in lines.items():
+        spots.sort()
+        color = style_of(method).color if method in coloured else GREY
+        axis.plot(*zip(*[spot[:2] for spot in spots], strict=True), color=color, lw=0.6, zorder=1)
+        if method in coloured:
+            ends.append((*spots[-1], color))
     axis.set_title("\n".join(wrap(title, 44)), fontsize=8)
     axis.set_xlabel("KV cache, mean (MB)")
-    axis.figure.draw_without_rendering()
-    name_points(axis, points)
+    name_ends(axis, ends)
 
 
 def front(
@@ -300,7 +314,7 @@ def maps(found: Settings, named: dict[str, str]) -> Drawn:
             axis.set_xticks(range(cells.shape[1]), map(_number, cells.columns))
             axis.set_yticks(range(cells.shape[0]), map(_number, cells.index))
             axis.grid(False)
-            axis.set_title(marked(part), fontsize=8)
+            axis.set_title(called(marked(part)), fontsize=8)
         figure.supxlabel(x_label, fontsize=9)
         figure.supylabel(y_label, fontsize=9)
         rows = -(-len(shown) // most)
@@ -329,33 +343,48 @@ def by_length(found: Settings, named: dict[str, str]) -> Drawn:
     yield from _curves(own, named, "length", "Score by length of the prompt", "Lengths in tokens.")
 
 
-def points(part: pd.DataFrame, key: str) -> pd.Series:
-    """Mean headline by a number in the samples' `meta`, ascending."""
+def points(part: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The headline by a number in the samples' `meta`, ascending, with its interval."""
     told = part.meta.map(lambda meta: meta.get(key) if isinstance(meta, dict) else None)
     known = told.map(lambda one: isinstance(one, int))
-    return part.score[known].astype(float).groupby(told[known].astype(int)).mean()
+    groups = part[known].groupby(told[known].astype(int))
+    found = {number: estimate(own) for number, own in groups}
+    return pd.DataFrame.from_dict(found, orient="index", columns=Estimate._fields)
 
 
 def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: str) -> Drawn:
+    """A panel for each setting and budget, each with the full cache."""
     chosen = _chosen(found, lambda part: len(points(part, key)) > 1)
-    if not chosen:
+    drawn: list[list[pd.DataFrame]] = []
+    for parts in chosen.values():
+        budgets = {row: str(part.budget.iloc[0]) for row, part in parts.items() if row != REFERENCE}
+        for budget in dict.fromkeys(budgets.values()) or [""]:
+            own = [part for row, part in parts.items() if budgets.get(row, budget) == budget]
+            drawn.append(own)
+    if not drawn:
         return
-    figure, axes = panels(len(chosen))
-    for axis, parts in zip(axes, chosen.values(), strict=True):
-        coloured = highlighted([part.method.iloc[0] for part in parts.values()])
-        for under, part in enumerate(parts.values()):
-            method, values = part.method.iloc[0], points(part, key)
-            _, color, marker = style_of(method)
-            # Scores of few samples coincide: a curve under others is wider, so that it shows.
-            width = 1.2 + 4 * under / len(parts)
-            look = {"color": color if method in coloured else GREY, "marker": marker}
-            look |= {"linewidth": width, "markersize": 3 + width, "zorder": 3 - under / len(parts)}
-            look |= {"linestyle": "--"} if method == REFERENCE else {}
-            axis.plot(values.index, values, label=marked(part), clip_on=False, **look)
-        first, fewest = next(iter(parts.values())), min(map(len, parts.values()))
+    figure, axes = panels(len(drawn))
+    for axis, parts in zip(axes, drawn, strict=True):
+        coloured = highlighted([part.method.iloc[0] for part in parts])
+        ends = []
+        for part in parts:
+            one, values = part.iloc[0], points(part, key)
+            _, color, marker = style_of(one.method)
+            color, layer = (color, 3) if one.method in coloured else (GREY, 2)
+            look = {"color": color, "lw": 1, "zorder": layer, "clip_on": False}
+            line = "--" if one.method == REFERENCE else "-"
+            axis.plot(values.index, values.value, marker=marker, ms=4, ls=line, **look)
+            known = values.dropna()
+            axis.vlines(known.index, known.low, known.high, alpha=0.5, **look)
+            if one.method in coloured:
+                told = one.row.partition(",")[2]
+                name = called(one.label) + mark(part) + (f", {told}" if told else "")
+                ends.append((values.index[-1], values.value.iloc[-1], name, color))
+        first, fewest = parts[-1], min(map(len, parts))
         asked = (first.task_settings.iloc[0] or {}).get("asked") if key == "question" else None
-        told = [*wrap(_title(first, named), 44), *([asked] if asked else [])]
-        axis.set_title("\n".join(told), fontsize=8)
+        budget = first.budget.iloc[0]
+        whole = _title(first, named) + ("" if unknown(budget) else f", budget {budget}")
+        axis.set_title("\n".join([*wrap(whole, 44), *([asked] if asked else [])]), fontsize=8)
         axis.set_xlabel(f"{CURVES[key]}; {fewest // len(values)} samples a point")
         axis.set_ylabel(first.headline.iloc[0])
         axis.set_xticks(list(values.index))
@@ -364,5 +393,7 @@ def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: 
             axis.set_xticks(list(values.index), [f"{n:,}" for n in values.index])
             axis.minorticks_off()
         axis.set_ylim(bottom=0)
-    legend(figure, axes)
+        name_ends(axis, ends)
+    methods = [part.method.iloc[0] for part in flat(chosen)]
+    note = f"{note} Bars: 95% intervals. {named_grey(methods, highlighted(methods))}".strip()
     yield f"by_{key}", title, note, figure, flat(chosen)

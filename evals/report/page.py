@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,13 +13,15 @@ from jinja2 import Environment, PackageLoader
 
 from evals.report.claims import FAILS, HOLDS, NOT_RUN, Claim, Judged
 from evals.report.figures import Figure
+from evals.report.methods import called, highlighted, style_of
 from evals.report.table import Table
-from evals.report.views import finished, flat, labels, marked, ran, settings
+from evals.report.views import finished, flat, labels, marked, ran, settings, unknown
+from evals.results.frame import REFERENCE
 
 ANSWERS = 2  # samples shown per setting
 LONGEST = 700  # characters of an answer
 CLASSES = {HOLDS: "holds", FAILS: "fails"}
-FIRST = ("pareto", "distance")  # figures that are not folded away
+FIRST = ("pareto", "distance")  # figures that the page's script draws, if it may run
 COUNTED = {  # how claims stand, as the first lines count them
     HOLDS: "hold on the models that they are about",
     FAILS: "do not hold",
@@ -48,6 +51,7 @@ def page(
     figures, cards = list(figures), list(_cards(judged))
     kinds = [kind for _, kind, _ in cards]
     parts = flat(settings(rows)) if len(rows) else []
+    known = highlighted([part.method.iloc[0] for part in parts])
     return (
         templates()
         .get_template("report.html")
@@ -55,6 +59,13 @@ def page(
             asked=len(parts),
             finished=sum(map(finished, parts)),
             **{name: list(rows[name].dropna().unique()) if len(rows) else [] for name in ASKED},
+            models=list(dict.fromkeys(map(own_name, parts))),
+            methods=list(dict.fromkeys(called(part.label.iloc[0]) for part in parts)),
+            memory=memory(parts),
+            looks={
+                called(one.label): [*style_of(one.method)[1:], one.method in known]
+                for one in (part.iloc[0] for part in parts)
+            },
             scores=[table for table in scores if len(table.frame)],
             notes=notes,
             claims=claims,
@@ -74,7 +85,31 @@ def page(
     )
 
 
-ASKED = ("task", "model", "seed", "label", "machine")
+ASKED = ("task", "seed", "machine")
+
+
+def own_name(part: pd.DataFrame) -> str:
+    """A model by the name of its weights, with the one that it was configured by."""
+    one = part.iloc[0]
+    told = one.model_settings if isinstance(one.model_settings, dict) else {}
+    path = Path(str(told.get("gguf_file") or told.get("name_or_path") or one.model).rstrip("/"))
+    name = path.stem if told.get("gguf_file") else path.name
+    return name if name == one.model else f"{name} ({one.model})"
+
+
+def memory(parts: Sequence[pd.DataFrame]) -> str:
+    """What rows may hold."""
+    found: dict[str, list[str]] = {}
+    for one in (part.iloc[0] for part in parts):
+        if not unknown(one.budget):
+            share = isinstance(one.budget, float)
+            kind = "of the prompt's entries" if share else "entries"
+            own = found.setdefault(f"{kind}{' on average' if one.budget_by == 'mean' else ''}", [])
+            own.append(f"{one.budget:.0%}" if share else f"{one.budget:g}")
+        elif one.method != REFERENCE:
+            found.setdefault("the methods' own sizes", [])
+    told = [f"{', '.join(dict.fromkeys(sizes))} {of}".strip() for of, sizes in found.items()]
+    return "; ".join(told) or "all entries"
 
 
 def templates() -> Environment:
@@ -121,7 +156,7 @@ def _answers(rows: pd.DataFrame) -> Iterator[tuple[str, list[Any]]]:
         for name in whole.id.unique()[:ANSWERS]:
             same = whole[whole.id == name]
             given = [
-                (marked(part), str(part.prediction[part.id == name].iloc[0]))
+                (called(marked(part)), str(part.prediction[part.id == name].iloc[0]))
                 for part in parts.values()
                 if (part.id == name).any()
             ]

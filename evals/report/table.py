@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -13,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from evals.report.methods import called
 from evals.results.frame import MARK
 
 NOT_RUN, NOT_PUBLISHED = "not run", "not published here"
@@ -23,6 +25,8 @@ LATEX = str.maketrans(
     | {"<": r"\textless{}", ">": r"\textgreater{}", MARK: r"\textdagger{}"}
     | {"≥": r"$\geq$", "≤": r"$\leq$"}
 )
+HEADS = ("task", "model", "seed", "method", "settings", "compress", "budget", "metric")
+ENDS = re.compile(r" (\[.*?\])")  # an interval behind a value
 WIDEST = 120  # characters of a table on a terminal; a narrower one wraps
 
 
@@ -35,6 +39,7 @@ class Table:
         note: what a reader must know.
         marks: what stands behind a column's values, line by line.
         sections: of a terminal: what each line belongs to.
+        narrow: columns for a page or a paper, beside those that tell lines apart; none: all.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Table:
     note: str = ""
     marks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sections: Sequence[str] = ()
+    narrow: Sequence[str] = ()
 
     def shown(self) -> pd.DataFrame:
         """The frame as text, with marks and intervals behind the values; without empty columns."""
@@ -66,8 +72,30 @@ class Table:
                 ]
         return pd.DataFrame(columns)
 
-    def markdown(self) -> str:
+    def named(self) -> pd.DataFrame:
+        """As :meth:`shown`, with methods by the names that readers know them by."""
         shown = self.shown()
+        for name in {"method", "run", *shown.columns[:1]} & set(shown):
+            shown[name] = shown[name].map(called)
+        return shown.rename(columns=called)
+
+    def alike(self) -> dict[str, str]:
+        """What all lines have in common, by column."""
+        shown = self.named()
+        same = [name for name in HEADS if name in shown and shown[name].nunique() == 1]
+        return {name: shown[name].iloc[0] for name in same if len(shown) > 1}
+
+    def paper(self) -> list[str]:
+        """The columns of the narrow form."""
+        several = [name for name in self.named() if name not in self.alike()]
+        return [name for name in several if name in (*HEADS, *(self.narrow or several))]
+
+    def told(self) -> str:
+        """What all lines have in common, as words."""
+        return ", ".join(f"{name} {text}" for name, text in self.alike().items() if text)
+
+    def markdown(self) -> str:
+        shown = self.named()
 
         def line(cells: Iterable[str]) -> str:
             return "| " + " | ".join(c.replace("|", r"\|").replace("\n", " ") for c in cells) + " |"
@@ -78,11 +106,20 @@ class Table:
         return f"## {self.title}\n\n" + "\n".join(rows) + note
 
     def latex(self) -> str:
-        """A booktabs table."""
-        shown = self.shown().map(lambda cell: cell.translate(LATEX))
-        names = [name.translate(LATEX) for name in shown]
-        caption = f"{self.title}. {self.note}".translate(LATEX)
-        return shown.to_latex(index=False, header=names, caption=caption)
+        """A booktabs table of the narrow columns, with caption and label; intervals are small."""
+        shown = self.named()[self.paper()]
+        aligned = ["r" if re.match(r"[-\d]", "".join(shown[name])) else "l" for name in shown]
+        shown = shown.map(lambda cell: ENDS.sub(r" {\\scriptsize \1}", cell.translate(LATEX)))
+        told = f" ({self.told()})" if self.told() else ""
+        text = shown.to_latex(
+            index=False,
+            header=[name.translate(LATEX) for name in shown],
+            caption=f"{self.title}{told}. {self.note}".strip().translate(LATEX),
+            label=f"tab:{self.name}",
+            column_format="".join(aligned),
+        )
+        small = "\\centering\n\\small\n\\setlength{\\tabcolsep}{4pt}\n\\begin{tabular}"
+        return text.replace("\\begin{tabular}", small)
 
     def rich(self) -> list[RichTable]:
         """For a terminal: one table, or several below each other where it is too wide for one."""

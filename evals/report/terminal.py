@@ -13,10 +13,8 @@ from rich.markup import escape
 
 from buzz.errors import ConfigError
 from evals.report import views
-from evals.report.table import WIDEST, Table
+from evals.report.table import HEADS, WIDEST, Table
 from evals.results.frame import DIFFERENCE, REFERENCE, estimate, load, partner
-
-HEAD = ("task", "model", "seed", "method", "settings", "compress")
 
 
 def print_tables(folders: Sequence[Path]) -> list[str]:
@@ -55,7 +53,7 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
 def _rows(table: Table, without: str = "") -> Table:
     """Lines by the names of their files, as settings stand above them."""
     table = table.take([i for i, name in enumerate(table.frame["row"]) if name != without])
-    frame = table.frame.drop(columns=[*HEAD, "budget", "row", "n"])
+    frame = table.frame.drop(columns=[*HEADS, "row", "n"])
     frame.insert(0, "", table.frame["row"])
     return replace(table, frame=frame.assign(n=table.frame["n"]))
 

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from buzz.errors import ConfigError
-from evals.report.methods import place
+from evals.report.methods import called, place
 from evals.report.table import NOT_RUN as EMPTY
 from evals.report.table import Table
 from evals.results.frame import (
@@ -248,7 +248,8 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
     note = f"{told.get('note', '')} {spec.get('note', '')}".strip()
     title = told.get("title", spec.get("title", view))
     heads = ["task", "model", "method"]
-    return table(told.get("name", view), title, lines, heads, note, shown, marks, sections)
+    narrow = spec.get("narrow", ())
+    return table(told.get("name", view), title, lines, heads, note, shown, marks, sections, narrow)
 
 
 def table(
@@ -258,11 +259,11 @@ def table(
     heads: Sequence[str],
     note: str = "",
     parts: Iterable[pd.DataFrame] = (),
-    *marks_and_sections: Any,
+    *more: Any,
 ) -> Table:
     """Of lines by column, or of `heads` alone; the note says which `parts` hold too much."""
     frame = pd.DataFrame(lines, columns=None if lines else heads, dtype=object)
-    return Table(name, title, frame, f"{note} {over_note(parts)}".strip(), *marks_and_sections)
+    return Table(name, title, frame, f"{note} {over_note(parts)}".strip(), *more)
 
 
 def length_bin(tokens: pd.Series) -> pd.Series:
@@ -281,6 +282,7 @@ def head(whole: pd.DataFrame, part: pd.DataFrame) -> dict[str, Any]:
         "settings": one.row.partition(",")[2],
         "compress": "" if one.compress == "prompt" or unknown(one.compress) else one.compress,
         "budget": budget_text(part if len(part) else whole),
+        "metric": one.headline,
     }
 
 
@@ -384,7 +386,7 @@ def over_note(parts: Iterable[pd.DataFrame]) -> str:
     over: dict[str, list[float]] = {}
     for part in parts:
         if len(part) and mark(part):
-            name = f"{part.iloc[0].label} @{budget_text(part)}"
+            name = f"{called(part.iloc[0].label)} @{budget_text(part)}"
             over.setdefault(name, []).append(held(part) or 0)
     if not over:
         return ""
@@ -533,7 +535,7 @@ def ablations(rows: pd.DataFrame) -> Table:
                     | {"score": found.value, "score low": found.low, "score high": found.high}
                     | {"answer tokens": tokens, "answer / full": ratio}
                     | {"KV MB": ran(part).kv_nbytes_mean.mean() / 1e6, "held / budget": held(part)}
-                    | {"metric": part.headline.iloc[0], "n": found.n}
+                    | {"n": found.n}
                 )
     note = (
         "Groups of rows that differ in nothing else. Without a budget, other sizes also hold other"

@@ -126,11 +126,16 @@ def cpu_name() -> str:
 
 
 def _git_revision() -> str | None:
-    """The checkout's commit, with ``-dirty`` if files differ from it; None outside git."""
-    root = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The checkout's commit, with ``-dirty`` if files differ from it; None outside git.
+
+    An installed package may lie within a repository that is not its own.
+    """
+    own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        for command in (own, describe):
+            where = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+            result = subprocess.run(command, check=True, **where)
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()

@@ -42,8 +42,10 @@ def source_of(cfg: Mapping[str, Any]) -> str:
     if cfg.get("gguf_file"):
         file = gguf_file(cfg)
         if not file.is_file():
-            how = MAKE.get(file.name)
-            remedy = "there is no such file" + (f"; `{how}` sets it up" if how else "")
+            remedy = "there is no such file"
+            if how := MAKE.get(file.name):
+                another = "model=hf model.name_or_path=NAME takes another model"
+                remedy += f"; `{how}` sets it up in a checkout, {another}"
             raise ConfigError("model.gguf_file", str(file), remedy)
         ready = _converted(file)
         return str(ready if _fresh(ready, file) else file)

@@ -38,8 +38,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from buzz import kernels
 from buzz.errors import ConfigError
+from evals import CONFIGS
 from evals.run.checkpoints import (
-    ROOT,
     checkpoint,
     gguf_file,
     pretrained,
@@ -47,11 +47,11 @@ from evals.run.checkpoints import (
     source_of,
 )
 from evals.run.config import Seed, Text
-from evals.run.console import console
+from evals.run.console import say
 from evals.run.weights import file_digest, folder_digest
 from evals.tasks.build import KNOWN, validate
 
-NAMED = {path.stem: path for path in sorted((ROOT / "configs" / "model").glob("*.yaml"))}
+NAMED = {path.stem: path for path in sorted((CONFIGS / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -239,8 +239,7 @@ def clear_settings(model: PreTrainedModel) -> None:
     model.config.return_dict = True  # a tuple, which config.json may ask for, names nothing
     if had:
         asked = ", ".join(f"{name}={value}" for name, value in had.items())
-        line = f"{model.name_or_path}: its generation_config.json asks for {asked}; not used"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        say(f"{model.name_or_path}: its generation_config.json asks for {asked}; not used")
 
 
 def own_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

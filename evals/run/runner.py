@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 import torch
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines import FullPolicy
@@ -28,7 +27,7 @@ from buzz.errors import ConfigError
 from evals.results.environment import Neighbours, busy, environment, process
 from evals.results.folder import REFERENCE, InUse, RunFailed, SettingFolder, digest
 from evals.results.record import Record
-from evals.run.console import console
+from evals.run.console import progress, say
 from evals.run.faults import LengthMismatch, attempt, fault
 from evals.run.forked import Fidelity, Found, answer_together
 from evals.run.generate import TIMINGS, generate
@@ -157,11 +156,11 @@ class Job:
             for tokens in (min(lengths), max(lengths)):
                 plan.fit(tokens)  # refuse a budget that cannot be met now, not later
             if doubt := plan.doubts(max(lengths)):
-                _say(doubt)
+                say(doubt)
             if again := row.begin(self.prompts):
-                _say(f"{file}: {again} answers scored again: other references, or other metrics")
+                say(f"{file}: {again} answers scored again: other references, or other metrics")
             if there := len(row.done):
-                _say(f"{file}: {there} of {len(self.prompts)} samples are there already")
+                say(f"{file}: {there} of {len(self.prompts)} samples are there already")
         except ConfigError as error:
             row.error = error
         return row
@@ -178,7 +177,7 @@ class Job:
         except ConfigError as error:
             if self.kl:
                 raise ConfigError("kl", True, f"needs the full cache's answers: {error}") from error
-            _say(f"without the full cache: {error}")
+            say(f"without the full cache: {error}")
             return None
         row = self._row(plan, stack)
         if isinstance(row.error, InUse):  # another job writes the same records
@@ -202,18 +201,27 @@ class Job:
             self._untimed(part) for part in self._chosen(parts)
         ):
             self._load()
-            with self._progress() as advance:
-                for group in self._groups(parts):
-                    self._answer(group)
-                    advance(sum(map(len, group)))
-                    stop_here()
-                for row in self.running if room else ():  # each has its own largest batch
+            groups = [(group, self._missing(group)) for group in self._groups(parts)]
+            methods = f"{len(self.rows)} methods"
+            with self._progress(methods, sum(count for _, count in groups)) as advance:
+                for group, count in groups:
+                    if count:
+                        self._answer(group)
+                        advance(count)
+                        stop_here()
+            rows = self.running if room else []  # each has its own largest batch
+            with self._progress(methods, len(rows) * len(self.prompts)) as advance:
+                for row in rows:
                     size = self._largest(row)
                     for part in batches(self.prompts, size) if size else ():
                         self._alone(row, part)
+                        advance(len(part))
                         stop_here()
-                for part in self._chosen(parts):
-                    self._time(part)
+            timed = [(row, part) for part in self._chosen(parts) for row in self._untimed(part)]
+            with self._progress("timings", len(timed)) as advance:
+                for row, part in timed:
+                    self._time(row, part)
+                    advance(1)
                     stop_here()
 
     def _groups(self, parts: Sequence[list[Prompt]]) -> Iterator[list[list[Prompt]]]:
@@ -257,6 +265,11 @@ class Job:
             prompt.sample.id not in row.done or self._uncompared(row, prompt) for prompt in prompts
         )
 
+    def _missing(self, group: list[list[Prompt]]) -> int:
+        """How many prompts of some batches have something missing."""
+        prompts = [prompt for batch in group for prompt in batch]
+        return sum(any(self._lacks(row, [p]) for row in self.running) for p in prompts)
+
     def _uncompared(self, row: Row, prompt: Prompt) -> bool:
         compares = self.kl and self.full is not None and row is not self.full
         return compares and not row.compared(prompt, self.full)
@@ -283,26 +296,15 @@ class Job:
         windows = any(cache.is_sliding) and cache.reads_chunks and not by_length
         return chunk or (WINDOW_CHUNK if windows else None)
 
-    @contextmanager
-    def _progress(self) -> Iterator[Callable[[int], None]]:
-        """Yields a function that takes how many more prompts are done."""
-        columns = (
-            TextColumn("{task.description:>14}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-        )
+    def _progress(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Shows how much of `total` is done, and the last row's mean score."""
         last, headline = self.rows[-1], self.plan.task.headline
-        name = f"{self.plan.task.name}: {len(self.rows)} methods"
 
         def status() -> str:
             ran = [r["scores"][headline] for r in last.of(self.prompts) if r["status"] == "ok"]
             return f"{last.plan.row} {headline} {sum(ran) / len(ran):.3g}" if ran else ""
 
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task(name, total=len(self.prompts), status="")
-            yield lambda count: progress.update(bar, advance=count, status=status())
+        return progress(f"{self.plan.task.name}: {name}", total, status)
 
     def _answer(self, group: list[list[Prompt]]) -> None:
         """Answers batches under every row that lacks them, and compares the answers."""
@@ -400,7 +402,7 @@ class Job:
                 elif isinstance(one, Exception) or "status" in one:
                     row.uncompared += 1
                     reason = one if isinstance(one, Exception) else one["error"]
-                    _say(f"comparison of {prompt.sample.id} under {row.plan.row} failed: {reason}")
+                    say(f"comparison of {prompt.sample.id} under {row.plan.row} failed: {reason}")
                 elif row is not self.full:
                     row.add(known | {name: one[name] for name in FIDELITY & one.keys()})
 
@@ -617,19 +619,18 @@ class Job:
             and len(row.of(batch)) == len(batch)
         ]
 
-    def _time(self, batch: list[Prompt]) -> None:
-        """Times every method alone, in turn, on the same prompts."""
-        for row in self._untimed(batch):
-            if not row.warm:
-                self._warm_up(row)
-            with suppress(LengthMismatch):
-                found = self._attempt(row, batch)
-                conditions = self._conditions()
-                for known, one in zip(row.of(batch), found, strict=True):
-                    if one["status"] == "ok":
-                        names = (*TIMINGS, "allocated_nbytes", "batch_size")
-                        timings = {k: one[k] for k in names if k in one}
-                        row.add(known | timings | {"timed": True} | conditions)
+    def _time(self, row: Row, batch: list[Prompt]) -> None:
+        """Times a method alone; all of them in turn, on the same prompts."""
+        if not row.warm:
+            self._warm_up(row)
+        with suppress(LengthMismatch):
+            found = self._attempt(row, batch)
+            conditions = self._conditions()
+            for known, one in zip(row.of(batch), found, strict=True):
+                if one["status"] == "ok":
+                    names = (*TIMINGS, "allocated_nbytes", "batch_size")
+                    timings = {k: one[k] for k in names if k in one}
+                    row.add(known | timings | {"timed": True} | conditions)
 
     def _warm_up(self, row: Row) -> None:
         """What runs once per process (kernels, allocator pools) must not count in a timing."""
@@ -656,16 +657,12 @@ class Job:
         records, error = row.of(self.prompts), row.error
         failed = [record for record in records if record["status"] == "failed"]
         for record in failed if row.new else ():
-            _say(f"sample {record['id']} failed under {row.plan.row}: {record['error']}")
+            say(f"sample {record['id']} failed under {row.plan.row}: {record['error']}")
         if error is None and records and len(failed) == len(records):
             text = f"all {len(failed)} samples failed, the first with {failed[0]['error']}"
             error = RunFailed(text)
         file = self.folder.file(plan.row, plan.task.shard)
         return Outcome(row.plan, file, records, error, len(failed) + row.uncompared, row.new)
-
-
-def _say(line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 _loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}

@@ -6,25 +6,31 @@ import codecs
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from buzz.errors import ConfigError
 
 
-def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: str | Path,
+    field: str,
+    required: Sequence[str] = (),
+    problem: Callable[[dict[str, Any]], str | None] = lambda row: None,
+) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; blank lines are skipped.
 
     Args:
         path: the file.
         field: the setting that named it, for error messages.
         required: keys that every object must have.
+        problem: says what else is wrong with an object; None: nothing.
 
     Raises:
         ConfigError: naming file and line: the file is missing, empty, not UTF-8 (or UTF-16 with its
-            mark), or a line is not a JSON object, lacks a key, or holds half a surrogate pair
-            (which no tokenizer takes).
+            mark), or a line is not a JSON object, lacks a key, has another problem, or holds half a
+            surrogate pair (which no tokenizer takes).
     """
     path = Path(path)
     if not os.path.isfile(path):  # unlike pathlib, of any name
@@ -46,6 +52,8 @@ def read_jsonl(path: str | Path, field: str, required: Sequence[str] = ()) -> li
             raise _bad_line(field, path, number, "not a JSON object")
         if missing := [key for key in required if key not in row]:
             raise _bad_line(field, path, number, f"lacks {', '.join(missing)}")
+        if wrong := problem(row):
+            raise _bad_line(field, path, number, wrong)
         rows.append(row)
     if not rows:
         raise ConfigError(field, str(path), "the file holds no samples")

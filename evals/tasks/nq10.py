@@ -21,7 +21,7 @@ from evals.results.record import Record
 from evals.tasks.base import Sample, after, means_by_meta
 from evals.tasks.data import are_texts, load_hub, read_jsonl
 from evals.tasks.questions import QuestionsTask
-from evals.tasks.text import as_buzz_writes, is_bare, normalized, word_f1
+from evals.tasks.text import as_buzz_writes, found_answer
 from evals.tasks.types import Grid, template
 
 INSTRUCTION = (
@@ -162,7 +162,9 @@ class NQ10(QuestionsTask):
         )
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:
-        return score(record["prediction"], sample.references[0], sample.references)
+        first, written = sample.references[0], as_buzz_writes(record["prediction"])
+        strict = float(written.strip().lower() == first.strip().lower())
+        return found_answer(record["prediction"], sample.references) | {"strict_match": strict}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """By the gold document's place where the data chose it; else the groups are that."""
@@ -170,21 +172,6 @@ class NQ10(QuestionsTask):
             return self.by_question(records)
         means = means_by_meta(("gold_at",), records, self.headline)["gold_at"]
         return {self.grouped_by: means} | self.by_question(records)
-
-
-def score(prediction: str, first: str, references: Sequence[str]) -> dict[str, float]:
-    """All metrics of one answer, see :class:`NQ10`."""
-    line = prediction.strip().split("\n")[0].strip()
-    plain = normalized(line)
-    expected = [normalized(reference) for reference in references]
-    # A bare article or mark is in every answer: it is found where nothing else is said.
-    found = (one == plain if is_bare(one) else one in plain for one in expected)
-    return {
-        "best_subspan": float(any(found)),
-        "exact_match": float(plain in expected),
-        "f1": max(word_f1(reference, line) for reference in references),
-        "strict_match": float(as_buzz_writes(prediction).strip().lower() == first.strip().lower()),
-    }
 
 
 def _problem(row: dict[str, Any], needed: Sequence[str]) -> str | None:

@@ -7,6 +7,7 @@ import string
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 import regex
@@ -146,3 +147,21 @@ def word_f1(answer: str, prediction: str) -> float:
     expected, found = (spaced(normalized(text)).split() for text in (answer, prediction))
     common = (Counter(expected) & Counter(found)).total()
     return 2 * common / (len(expected) + len(found)) if common else 0.0
+
+
+def found_answer(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """Whether the first line of an answer has a reference, or is one, and its words' F1, 0..1.
+
+    `best_subspan`: any reference stands in it; `exact_match`: it is a reference; `f1`: for the best
+    reference. All in SQuAD's normal form. By Lost in the Middle (arXiv 2307.03172).
+    """
+    line = prediction.strip().split("\n")[0].strip()
+    plain = normalized(line)
+    expected = [normalized(reference) for reference in references]
+    # A bare article or mark is in every answer: it is found where nothing else is said.
+    found = (one == plain if is_bare(one) else one in plain for one in expected)
+    return {
+        "best_subspan": float(any(found)),
+        "exact_match": float(plain in expected),
+        "f1": max(word_f1(reference, line) for reference in references),
+    }
