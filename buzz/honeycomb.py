@@ -59,17 +59,17 @@ class HoneycombPolicy(Policy):
     needs_scores: ClassVar[bool] = True
 
     sink: int = 0
-    window: int = 224
-    keep: int = 273
+    window: int = 84
+    keep: int = 413
     every: int = 64
     attention: float = 0.0
     value: float = 0.6
     observed: float = 0.0
     keydiff: float = 0.4
-    neighbours: int = 1
+    neighbours: int = 7
     cells: int = 1
     fading: float = 1.0
-    layers: str = "flat"
+    layers: str = "late"
     early_window: float | None = None
 
     def __post_init__(self) -> None:

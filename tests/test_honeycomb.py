@@ -12,7 +12,9 @@ from baselines import H2OPolicy, KeyDiffPolicy, SnapKVEveryPolicy, VATPPolicy
 from buzz import Budget, BuzzPolicy, EvictionCache, HoneycombPolicy
 from buzz.errors import ConfigError
 
-ALONE = {"attention": 0.0, "value": 0.0, "observed": 0.0, "keydiff": 0.0}
+ALONE = {"attention": 0.0, "value": 0.0, "observed": 0.0, "keydiff": 0.0, "neighbours": 1} | {
+    "layers": "flat"
+}
 CORNERS = {
     "h2o": (
         H2OPolicy(heavy=15, recent=10),
@@ -151,7 +153,7 @@ def test_neighbours_share_what_keydiff_says_of_them(width) -> None:
     entries = Given(torch.rand(1, 2, 20), torch.randn(1, 2, 20, 8))
     options = {"window": 3, "keep": 5, **ALONE, "keydiff": 1.0}
     alone = HoneycombPolicy(**options).score(entries)
-    pooled = HoneycombPolicy(neighbours=width, **options).score(entries)
+    pooled = HoneycombPolicy(**options | {"neighbours": width}).score(entries)
     for place in range(20):
         low, high = max(0, place - width // 2), place - width // 2 + width
         expected = alone[..., low:high].mean(-1)

@@ -290,7 +290,7 @@ def test_bad_values_are_named(policy, values) -> None:
         (TOVAPolicy(), 0, ""),
         (RandomPolicy(), 0, ""),
         (RKVPolicy(), 1, ""),
-        (HoneycombPolicy(cells=39), 12, ""),
+        (HoneycombPolicy(cells=59), 12, ""),
     ],
     ids=str,
 )
