@@ -5,18 +5,78 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import re
+import shlex
 from pathlib import Path
+from string import Template
+from typing import Any
 
 import pandas as pd
 import pytest
+import test_golden_methods
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from runs import composed
 
 from buzz import POLICIES
+from evals.launch import sweep
+from evals.run import plan
+from hydra_plugins.one_pass import OnePassSweeper
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PICTURE = re.compile(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.*)$", re.MULTILINE)
 PICTURES = [(page, *found) for page in PAGES for found in PICTURE.findall(page.read_text())]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Arguments of every `python run.py` on a page, with the shell's variables filled in."""
+    text = (ROOT / "docs" / page).read_text()
+    code = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    known = {
+        name: value.strip('"') for name, value in re.findall(r'^(\w+)=("[^"]*"|\S+)', code, re.M)
+    }
+    known |= {name: first for name, first in re.findall(r"for (\w+) in (\S+)", code)}
+    found = re.findall(r"^ *python run\.py (.*?)(?: +&.*| +#.*)?$", code, re.M)
+    return [shlex.split(Template(one).substitute(known)) for one in found]
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch):
+    """What a command would run: a list of plans for each job. No model or data is looked at."""
+    for name in ("check_model", "device_of"):
+        monkeypatch.setattr(plan, name, lambda *_: None)
+    monkeypatch.setattr(plan, "complete_model", lambda model: model.setdefault("max_length", 8192))
+    monkeypatch.setattr(plan, "model_digest", lambda model: model["name"])
+    monkeypatch.setattr(plan, "rope_by_length", lambda model: None)
+    build = plan.build
+
+    def without_data(section: str, *rest: Any) -> Any:
+        found = build(section, *rest)
+        if section == "task":
+            found.prepare = lambda: None
+            vars(found).update(dict.fromkeys(vars(found).keys() & {"data_dir", "data_file"}))
+        return found
+
+    monkeypatch.setattr(plan, "build", without_data)
+    monkeypatch.setattr(sweep, "_run", lambda rows: None)
+
+    def rows(arguments: list[str]) -> list[list[plan.Plan]]:
+        overrides = [one for one in arguments if one != "-m" and "launcher" not in one]
+        grid = composed(
+            *[one for one in overrides if one.startswith("+")], return_hydra_config=True
+        )
+        params = grid.hydra.sweeper.params or {}
+        typed = {one.partition("=")[0] for one in overrides}
+        overrides += [f"{name}={value}" for name, value in params.items() if name not in typed]
+        overrides = [one for one in overrides if not one.startswith("+sweep")]
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        (jobs,) = OnePassSweeper.split_arguments(parsed, None)
+        found = [sweep.run_all(composed(*job), job) for job in jobs]
+        assert not [row.error for job in found for row in job if row.error]
+        return [[row.plan for row in job] for job in found]
+
+    return rows
 
 
 @pytest.fixture
@@ -114,3 +174,47 @@ def test_the_page_on_honeycomb_shows_what_was_measured() -> None:
             else:
                 assert cell == f"{own.evictions / rival.evictions:.0%}".replace("%", " %"), method
     assert len(shown) == 8
+
+
+def test_published_numbers_have_commands_that_can_be_run(rows) -> None:
+    """Each row of a table is a row of the command above it, and says that it was not run."""
+    page = (ROOT / "docs/verified.md").read_text().split("## Published numbers")[1]
+    made = [
+        [one.row for job in rows(command) for one in job] for command in commands("verified.md")
+    ]
+    assert [len(each) for each in made] == [2, 1, 5, 1, 1]
+    (pythia, llama, sinks, longbench, ruler) = (rows(one)[0] for one in commands("verified.md"))
+    for one, sink, window in [(pythia[0], 4, 1020), (llama[0], 4, 1020), (sinks[1], 1, 4095)]:
+        policy, held = one.fit(8192)
+        assert (policy.sink, policy.window, held) == (sink, window, sink + window)
+    assert pythia[1].fit(8192)[0].window == 1024
+    assert longbench[0].policy.capacity == 128 and len(longbench[0].task.subsets) == 6
+    assert ruler[0].task.samples * len(ruler[0].task.subtasks or range(13)) == 650
+    tables = [line for line in page.splitlines() if line.startswith("| ") and "bar" not in line]
+    told = [line for line in tables if not line.startswith("| ---")]
+    assert len(told) == 4 + 5 + 6 + 1
+    assert all("not run |" in line or "refused: " in line for line in told)
+
+
+def test_what_was_verified_is_asserted_by_a_test_of_that_name() -> None:
+    page = (ROOT / "docs/verified.md").read_text()
+    named = re.findall(r"`pytest (\S+)::(\w+)`", page)
+    assert len(named) > 12 and page.count("pytest ") == len(named)
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), name
+    golden = ROOT / "tests/golden"
+    traces, methods, longbench, verdicts = (
+        json.loads((golden / f"{name}.json").read_text())
+        for name in ("eviction_traces", "methods", "longbench_scores", "math_scores")
+    )
+    steps = sum(len(case["chunks"]) for case in traces)
+    counts = [f"{len(traces)} recordings, {steps:,} steps", f"{len(longbench)} predictions"]
+    counts += [f"{len(verdicts)} answers", f"{18 * len(test_golden_methods.POLICIES)} recordings"]
+    assert not [count for count in counts if count not in page]
+    presses = {
+        name.split("_grouped")[0].split("_mean")[0]
+        for name, record in methods.items()
+        if any(source["repository"] == "NVIDIA/kvpress" for source in record["sources"])
+    }
+    told = page.split("kvpress's own code made the recordings of")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", told)) == presses - {"h2o"}
