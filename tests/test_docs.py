@@ -19,7 +19,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from runs import composed
 
 from buzz import POLICIES
-from evals.launch import sweep
 from evals.run import plan
 from hydra_plugins.one_pass import OnePassSweeper
 
@@ -41,9 +40,26 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(Template(one).substitute(known)) for one in found]
 
 
+def jobs(arguments: list[str]) -> list[list[list[str]]]:
+    """A command's jobs: for each of their rows the overrides."""
+    overrides = [one for one in arguments if one != "-m" and "launcher" not in one]
+    if named := [one for one in overrides if one.startswith("+sweep=")]:
+        typed = {one.partition("=")[0] for one in overrides}
+        grid = composed(*named, return_hydra_config=True).hydra.sweeper.params
+        overrides += [f"{name}={value}" for name, value in grid.items() if name not in typed]
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides([one for one in overrides if one not in named])
+    found = []
+    for job in OnePassSweeper.split_arguments(parsed, None)[0]:
+        *shared, last = job
+        each = parser.parse_override(last).value() if last.startswith("rows=") else [[last]]
+        found.append([[*shared, *row] for row in each])
+    return found
+
+
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch):
-    """What a command would run: a list of plans for each job. No model or data is looked at."""
+def planned(monkeypatch: pytest.MonkeyPatch):
+    """The plan of a row, checked as far as it can be without a model or data."""
     for name in ("check_model", "device_of"):
         monkeypatch.setattr(plan, name, lambda *_: None)
     monkeypatch.setattr(plan, "complete_model", lambda model: model.setdefault("max_length", 8192))
@@ -59,24 +75,11 @@ def rows(monkeypatch: pytest.MonkeyPatch):
         return found
 
     monkeypatch.setattr(plan, "build", without_data)
-    monkeypatch.setattr(sweep, "_run", lambda rows: None)
-
-    def rows(arguments: list[str]) -> list[list[plan.Plan]]:
-        overrides = [one for one in arguments if one != "-m" and "launcher" not in one]
-        grid = composed(
-            *[one for one in overrides if one.startswith("+")], return_hydra_config=True
-        )
-        params = grid.hydra.sweeper.params or {}
-        typed = {one.partition("=")[0] for one in overrides}
-        overrides += [f"{name}={value}" for name, value in params.items() if name not in typed]
-        overrides = [one for one in overrides if not one.startswith("+sweep")]
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        (jobs,) = OnePassSweeper.split_arguments(parsed, None)
-        found = [sweep.run_all(composed(*job), job) for job in jobs]
-        assert not [row.error for job in found for row in job if row.error]
-        return [[row.plan for row in job] for job in found]
-
-    return rows
+    prefix = "method."
+    return lambda overrides: plan.Plan.of(
+        composed(*overrides),
+        {one.removeprefix(prefix).split("=")[0] for one in overrides if one.startswith(prefix)},
+    )
 
 
 @pytest.fixture
@@ -176,14 +179,12 @@ def test_the_page_on_honeycomb_shows_what_was_measured() -> None:
     assert len(shown) == 8
 
 
-def test_published_numbers_have_commands_that_can_be_run(rows) -> None:
+def test_published_numbers_have_commands_that_can_be_run(planned) -> None:
     """Each row of a table is a row of the command above it, and says that it was not run."""
     page = (ROOT / "docs/verified.md").read_text().split("## Published numbers")[1]
-    made = [
-        [one.row for job in rows(command) for one in job] for command in commands("verified.md")
-    ]
-    assert [len(each) for each in made] == [2, 1, 5, 1, 1]
-    (pythia, llama, sinks, longbench, ruler) = (rows(one)[0] for one in commands("verified.md"))
+    made = [jobs(command) for command in commands("verified.md")]
+    assert [[len(job) for job in one] for one in made] == [[2], [1], [5], [1], [1]]
+    pythia, llama, sinks, longbench, ruler = ([planned(row) for row in job] for (job,) in made)
     for one, sink, window in [(pythia[0], 4, 1020), (llama[0], 4, 1020), (sinks[1], 1, 4095)]:
         policy, held = one.fit(8192)
         assert (policy.sink, policy.window, held) == (sink, window, sink + window)
@@ -218,3 +219,26 @@ def test_what_was_verified_is_asserted_by_a_test_of_that_name() -> None:
     }
     told = page.split("kvpress's own code made the recordings of")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", told)) == presses - {"h2o"}
+
+
+def test_the_hours_are_of_the_rows_that_the_commands_have(planned) -> None:
+    page = (ROOT / "docs/reproduce.md").read_text()
+    found, alone = [], 0
+    for command in commands("reproduce.md"):
+        made = jobs(command)
+        assert len(made) == (4 if any("0/4,1/4" in one for one in command) else 1)
+        assert planned(made[-1][-1]).folder
+        asked = [" ".join(row) for row in made[-1]]
+        scaled = [row for row in asked if re.search(r"logn_base: *\d", row)]
+        alone += len(scaled)
+        # The full cache is one row; a stride of 2 keeps everything, which meets no budget.
+        unlike = {*asked} - {*scaled}
+        found.append(1 + sum("method=full" not in x and "stride=2" not in x for x in unlike))
+    steps, ablations = found[6:20], found[20:26]  # after the pilot, and before four cards
+    table = re.findall(r"^\| (\d)\. .*\| (\d+)(?:, alone)? \| [\d.]+ \| [\d.]+ \|$", page, re.M)
+    told = {step: {int(n) for at, n in table if at == step} for step, _ in table}
+    assert told == {"1": {*steps[:5]}, "2": {*steps[5:9]}, "3": {steps[9]}, "4": {*steps[10:]}} | {
+        "5": {alone + sum(ablations) - 5}  # the full cache is there after the first
+    }
+    first, *others = ablations
+    assert f"(R = {', '.join(map(str, [first, *(one - 1 for one in others)]))})" in page
