@@ -242,3 +242,20 @@ def test_the_hours_are_of_the_rows_that_the_commands_have(planned) -> None:
     }
     first, *others = ablations
     assert f"(R = {', '.join(map(str, [first, *(one - 1 for one in others)]))})" in page
+
+
+def anchors(page: Path) -> set[str]:
+    """What headings of a page can be linked by."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    plain = (re.sub(r"\[([^\]]+)\]\([^)]*\)|`", r"\1", title) for title in titles)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", one).strip().lower()) for one in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text())
+    for file, _, anchor in (link.partition("#") for link in links):
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), file
+        if anchor and "--8<--" not in target.read_text():  # which takes another page in
+            assert anchor in anchors(target), f"{file}#{anchor}"
