@@ -212,13 +212,15 @@ def test_what_was_verified_is_asserted_by_a_test_of_that_name() -> None:
     counts = [f"{len(traces)} recordings, {steps:,} steps", f"{len(longbench)} predictions"]
     counts += [f"{len(verdicts)} answers", f"{18 * len(test_golden_methods.POLICIES)} recordings"]
     assert not [count for count in counts if count not in page]
-    presses = {
-        name.split("_grouped")[0].split("_mean")[0]
-        for name, record in methods.items()
-        if any(source["repository"] == "NVIDIA/kvpress" for source in record["sources"])
-    }
+    by_method: dict[str, set[str]] = {}
+    for name, record in methods.items():
+        own = by_method.setdefault(re.sub("_(grouped|max|mean|unsorted)$", "", name), set())
+        own |= {source["repository"] for source in record["sources"]}
+    repositories = set().union(*by_method.values())
+    assert f"{len(by_method)} methods of {len(repositories)} repositories" in page
+    presses = {name for name, own in by_method.items() if "NVIDIA/kvpress" in own} - {"h2o"}
     told = page.split("kvpress's own code made the recordings of")[1].split("\n\n")[0]
-    assert set(re.findall(r"`(\w+)`", told)) == presses - {"h2o"}
+    assert set(re.findall(r"`(\w+)`", told)) == presses
 
 
 def test_the_hours_are_of_the_rows_that_the_commands_have(planned) -> None:
