@@ -39,7 +39,10 @@ def served(name: str, granularity: str, heads: str) -> Constrained | None:
     """A method at 24 entries under constraints, or None if its layers cannot agree."""
     if heads == "all" and name == "pyramid_kv":
         return None
-    policy = constrained(EVICTING[name], granularity, heads=heads)
+    method = EVICTING[name]
+    if heads == "all" and isinstance(method, HoneycombPolicy):
+        method = dataclasses.replace(method, layers="flat")
+    policy = constrained(method, granularity, heads=heads)
     assert isinstance(policy, Constrained)
     return policy
 
