@@ -15,6 +15,7 @@ from transformers import MiMoV2FlashConfig, SmolLM3Config
 import buzz.kernels
 from baselines import FullPolicy
 from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache, repetition
+from buzz.store import Store
 
 TOKENS = 60
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -390,3 +391,29 @@ def test_a_refused_step_of_a_mixed_model_can_be_given_again() -> None:
     with pytest.raises(ConfigError, match="position_ids"):
         model(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[7]]))
     assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_prompt_is_evicted_to_where_its_layers_decode(monkeypatch) -> None:
+    """One buffer for the layers of each row, none for a layer alone, and again for the next prompt.
+
+    A method that keeps all has its prompt where the model wrote it, until the first token.
+    """
+    made, unwritten = [], Store.unwritten
+
+    def counting(other, capacity, rows):
+        made.append(rows)
+        return unwritten(other, capacity, rows)
+
+    monkeypatch.setattr(Store, "unwritten", counting)
+    model, names = tiny("llama"), ("h2o", "tova", "snapkv", "full")
+    cache = ForkedCache(model, [[METHODS[name] for name in names]] * 2)
+    later = prompt(2, batch=8, seed=1)
+    for expected in ([3] * 6, []):
+        made.clear()
+        inputs = padded([prompt(TOKENS)] * 2)
+        feed(model, cache, inputs, [TOKENS])
+        assert made == expected
+        feed(model, cache, continued(inputs, cache.prompts, later), [1, 1])
+        assert made == [*expected, 3, 3]
+        cache.reset()
