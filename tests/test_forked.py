@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods import METHODS
-from tiny import SHAPE, from_config, prompt, tiny
+from tiny import SHAPE, feed, from_config, padded, prompt, tiny
 from transformers import MiMoV2FlashConfig, SmolLM3Config
 
 import buzz.kernels
@@ -44,29 +44,6 @@ UNEVEN = [
 def fitted(budget: float = 0.5) -> list:
     """Every registered method that meets a budget of a short prompt."""
     return [Budget(budget).policy(cls(), TOKENS)[0] for _, cls in sorted(POLICIES.items())]
-
-
-def padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prompts [1, n] as one left-padded batch, with its mask and positions."""
-    longest = max(ids.shape[1] for ids in prompts)
-    ids = torch.cat([F.pad(own, (longest - own.shape[1], 0)) for own in prompts])
-    mask = (ids != 0).long()
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
-
-
-def feed(model, cache, inputs: dict[str, torch.Tensor], steps: list[int]) -> torch.Tensor:
-    """Logits of all tokens, fed in steps of so many."""
-    logits, seen = [], cache.get_seq_length()
-    for new in steps:
-        own = {name: given[:, seen : seen + new] for name, given in inputs.items()}
-        own["attention_mask"] = inputs["attention_mask"][:, : seen + new]
-        logits.append(model(**own, past_key_values=cache).logits)
-        seen += new
-    return torch.cat(logits, dim=1)
 
 
 def continued(inputs: dict[str, torch.Tensor], rows: list[int], later: torch.Tensor) -> dict:
