@@ -331,7 +331,8 @@ class ForkedLayer(SelfAttending):
                 lead.store.owned = False
             shared = Shared()
             for row in sorted(rows, key=lambda row: -self.layers[row].observed):
-                self.rows.reserve(row, self.forks[row], self.layers[row])
+                if kernels.steps_rows(query):  # else nothing is stacked
+                    self.rows.reserve(row, self.forks[row], self.layers[row])
                 output[own, fresh] = attention(
                     query[own, :, fresh],
                     *entries,
