@@ -70,6 +70,24 @@ def test_batch_budget_is_that_of_the_shortest_row(go) -> None:
         assert {record[name] for record in records} == {round(0.5 * shortest)}
 
 
+def test_a_killed_run_goes_on_where_it_stopped(go) -> None:
+    file = go("method=buzz")
+    whole, records = file.read_text(), read(file)
+    first, second, *_ = whole.splitlines(keepends=True)
+    file.write_text(first + second[: len(second) // 2])
+    assert go("method=buzz") == file and file.read_text().startswith(first)
+    assert [r["prediction"] for r in read(file)] == [r["prediction"] for r in records]
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_records_of_other_prompts_are_not_reused(go) -> None:
+    file = go("method=buzz")
+    first, *others = read(file)
+    write_lines(file, [first | {"prompt_sha256": "0" * 16}, *others])
+    with pytest.raises(ConfigError, match="another prompt"):
+        go("method=buzz")
+
+
 def test_repeated_run_generates_nothing(go, monkeypatch) -> None:
     file = go("method=buzz")
     before = [path.read_bytes() for path in (file, full_of(file))]

@@ -12,7 +12,7 @@ from methods import (
     generate,
     in_turn,
 )
-from tiny import FAMILIES, SHAPE, VOCAB, from_config, prompt, tiny
+from tiny import FAMILIES, SHAPE, VOCAB, from_config, gpt2, prompt, tiny
 from transformers import (
     DeepseekV3Config,
     DynamicCache,
@@ -257,6 +257,10 @@ class TestRefusals:
     def test_attention_that_is_more_than_keys_per_head(self, config, reason) -> None:
         with pytest.raises(ConfigError, match=reason):
             EvictionCache(from_config(config), METHODS["buzz"])
+
+    def test_no_rope(self) -> None:
+        with pytest.raises(ConfigError, match="GPT2.*RoPE"):
+            EvictionCache(gpt2(), METHODS["buzz"])
 
     def test_only_sliding_layers(self) -> None:
         config = MistralConfig(**{**FAMILIES["mistral"].to_dict(), "sliding_window": 32})

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma3TextConfig,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -159,6 +160,11 @@ def checkpoint(folder: Path, tokenizer: Any = None, **shape: Any) -> Path:
     from_config(config).save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def gpt2() -> PreTrainedModel:
+    """A model that marks positions by a learned table."""
+    return from_config(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=64))
 
 
 def padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
