@@ -31,7 +31,7 @@ from buzz.inputs import check_mask, hides_more, on, padding_of
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 from buzz.queries import QueryLog
-from buzz.store import Store
+from buzz.store import Store, with_spare
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Rows:
         stacks: what holds the forks' entries while they decode token by token.
         seats: of each layer that evicts, by its index: for each fork its stack, and where in that.
         listening: the forks whose policies ask for queries.
+        reserved: by fork and kind of layer, where those to come evict their prompt to.
     """
 
     prompts: list[int]
@@ -55,6 +56,7 @@ class Rows:
     stacks: list[Stack] = field(default_factory=list)
     seats: dict[int, list[tuple[Stack, int]]] = field(default_factory=dict)
     listening: list[int] = field(default_factory=list)
+    reserved: dict[Any, list[Store]] = field(default_factory=dict)
 
     def of_step(self) -> list[int]:
         """The prompt of each row of a step."""
@@ -80,6 +82,21 @@ class Rows:
                 for number, index in enumerate(indices):
                     self.seats.setdefault(index, []).append((stack, number))
 
+    def reserve(self, row: int, fork: EvictionCache, layer: EvictionLayer) -> None:
+        """Have a fork's layer evict its prompt to a row of what it will be stacked in."""
+        after, store, policy = layer._plan(), layer.store, layer.policy
+        assert store is not None
+        if after is None or after[0][0] == layer.longest or layer.idle is not None:
+            return
+        places = self.reserved.setdefault((row, kind_of(layer)), [])
+        if not places:
+            alike = [own for own in fork.evicting if kind_of(own)[:3] == kind_of(layer)[:3]]
+            sums = policy.needs_scores and policy.score_rule != "step"
+            like = replace(store, scores=store.positions.float() if sums else None)
+            whole = Store.unwritten(like, with_spare(after[0][0]), len(alike))
+            places += [whole.row(number) for number in range(len(alike))]
+        layer.idle = places.pop(0)
+
     def part(self) -> None:
         """Have every layer go on by itself."""
         for stack in self.stacks:
@@ -89,8 +106,8 @@ class Rows:
 
 def kind_of(layer: EvictionLayer) -> Any:
     """What layers of one stack have in common."""
-    assert layer.store is not None
-    shapes = layer.store.keys.shape[1::2], layer.store.values.shape[3]
+    store = layer.store
+    shapes = None if store is None else (store.keys.shape[1::2], store.values.shape[3])
     return layer.policy, id(layer.rope), id(layer.rotation), shapes
 
 
@@ -120,8 +137,7 @@ class Stack(EvictionLayer):
             group.source_positions = torch.cat([one.source_positions for one in each])
         self.groups = [group]
         self.log = QueryLog.stacked([layer.log for layer in layers])
-        held = [[layer.view(one) for one in layer.store.tensors()] for layer in layers]
-        self.store = Store.stacked(held)
+        self.store = Store.joined([layer.store for layer in layers], group.held)
         self.told = each[0]  # the group of every layer
         self.lent: list[Tensor] = []  # the buffers that the layers have views of
         self.sees_layers = False  # whether the policy asks which layer it looks at
@@ -315,6 +331,8 @@ class ForkedLayer(SelfAttending):
                 lead.store.owned = False
             shared = Shared()
             for row in sorted(rows, key=lambda row: -self.layers[row].observed):
+                if kernels.steps_rows(query):  # else nothing is stacked
+                    self.rows.reserve(row, self.forks[row], self.layers[row])
                 output[own, fresh] = attention(
                     query[own, :, fresh],
                     *entries,
@@ -610,7 +628,7 @@ class ForkedCache(EvictionCache):
         other = copy.copy(self)
         stock = adapter.copied(self.stock)
         other.forks = [fork._copy(stock) for fork in self.forks]
-        other._rows = replace(self._rows, stacks=[], seats={})  # other lists do not change
+        other._rows = replace(self._rows, stacks=[], seats={}, reserved={})  # other lists stay
         other._join(self.get_seq_length())
         return other
 
@@ -621,7 +639,7 @@ class ForkedCache(EvictionCache):
                 fork.reset()
             except ConfigError as error:  # of one fork; all are to be empty
                 faults.append(error)
-        self._rows.forked = False
+        self._rows.forked, self._rows.reserved = False, {}
         self._join()
         if faults:
             raise faults[0]

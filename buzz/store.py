@@ -53,6 +53,7 @@ class Store:
         end: one past the newest entry's slot.
         owned: False while a prompt lies where the model wrote it, or a copy reads it, too.
         least: entries that other buffers in its place have room for, however few there are.
+        whole: the store of several rows that this one is a row of, if it is.
     """
 
     keys: Tensor
@@ -62,16 +63,17 @@ class Store:
     end: int = 0
     owned: bool = True
     least: int = 0
+    whole: Store | None = None
 
     @classmethod
-    def like(cls, other: Store, capacity: int) -> Store:
-        """An empty store for the same batch, heads and types.
+    def unwritten(cls, other: Store, capacity: int, rows: int) -> Store:
+        """A store of so many rows, for the same heads and types, in memory that is not zeroed yet.
 
-        Zeroed, because slots before a short row's start are read (and masked) by attention.
+        To be :meth:`cleared`, row by row, before it is used.
         """
 
         def empty(tensor: Tensor) -> Tensor:
-            return tensor.new_zeros(*tensor.shape[:2], capacity, *tensor.shape[3:])
+            return tensor.new_empty(rows, tensor.shape[1], capacity, *tensor.shape[3:])
 
         with writable():
             scores = None if other.scores is None else empty(other.scores)
@@ -79,26 +81,29 @@ class Store:
             return cls(*tensors, least=other.least)
 
     @classmethod
-    def stacked(cls, held: Sequence[Sequence[Tensor]]) -> Store:
-        """One store for what several hold, equally much each, with spare capacity.
+    def like(cls, other: Store, capacity: int) -> Store:
+        """An empty store for the same batch, heads and types."""
+        return cls.unwritten(other, capacity, len(other.keys)).cleared()
 
-        Args:
-            held: of each its keys, values, positions and scores, if any, [rows, kv_heads, held,
-                ...].
+    @classmethod
+    def joined(cls, stores: Sequence[Store], held: int) -> Store:
+        """One store of what several of one row hold, the last `held` slots before each one's end.
+
+        If they are all rows of one, in order, and nobody else reads them, then it is that one.
         """
-
-        def joined(parts: tuple[Tensor, ...]) -> Tensor:
-            rows, heads, entries, *rest = parts[0].shape
-            size = rows * len(parts), heads, with_spare(entries), *rest
-            buffer = parts[0].new_zeros(size)
-            for own, part in zip(buffer.split(rows), parts, strict=True):
-                own[:, :, :entries] = part
-            return buffer
-
-        with writable():
-            tensors = [joined(parts) for parts in zip(*held, strict=True)]
-        scores = tensors[3] if len(tensors) > 3 else None
-        return cls(tensors[0], tensors[1], tensors[2], scores, held[0][0].shape[2])
+        whole = stores[0].whole
+        if whole is not None and len(stores) == len(whole.keys):
+            rows = [whole.row(number) for number in range(len(stores))]
+            alike = all(own.owned and own.end == stores[0].end for own in stores)
+            if alike and all(map(Store.lies_in, stores, rows)):
+                whole.end = stores[0].end
+                return whole
+        target = cls.unwritten(stores[0], with_spare(held), len(stores)).cleared()
+        target.end = held
+        for number, own in enumerate(stores):
+            for source, buffer in zip(own.tensors(), target.tensors(), strict=True):
+                buffer[number, :, :held] = source[0, :, own.end - held : own.end]
+        return target
 
     @property
     def capacity(self) -> int:
@@ -115,14 +120,22 @@ class Store:
     def row(self, number: int) -> Store:
         """One row, in the same buffers."""
         keys, values, positions, *scores = (t[number : number + 1] for t in self.tensors())
-        return Store(keys, values, positions, scores[0] if scores else None, self.end)
+        return Store(keys, values, positions, scores[0] if scores else None, self.end, whole=self)
+
+    def lies_in(self, other: Store) -> bool:
+        """Whether both have the same buffers."""
+        own, others = self.tensors(), other.tensors()
+        return [t.data_ptr() for t in own] == [t.data_ptr() for t in others]
 
     def nbytes(self) -> int:
         """Bytes of all buffers, spare capacity included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def cleared(self) -> Store:
-        """This store, empty and zeroed as a new one is: no number of an earlier prompt is left."""
+        """This store, empty and zeroed: no number of an earlier prompt is left.
+
+        And attention reads (and masks) the slots before a short row's start.
+        """
         for tensor in self.tensors():
             tensor.zero_()
         self.end = 0

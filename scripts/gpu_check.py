@@ -17,10 +17,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # cuDNN's attention plans anew for every length of a cache that grows; step 8 measures with it.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
@@ -145,20 +145,6 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def require_memory(gigabytes: float) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes * 1e9:
@@ -232,7 +218,7 @@ def same_tokens() -> dict[str, Any]:
     for method in METHODS:
         found = []
         for kernels in ("triton", "reference"):
-            with environment(BUZZ_KERNELS=kernels):
+            with patch.dict(os.environ, BUZZ_KERNELS=kernels):
                 cache = cache_of(model, method, sizes=SMALL.get(method, {}))
                 tokens = model.generate(
                     ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=TOKENS, min_new_tokens=TOKENS,
@@ -252,7 +238,7 @@ def half_precision() -> dict[str, Any]:
     for method in METHODS:
         found = []
         for kernels in ("triton", "reference"):
-            with environment(BUZZ_KERNELS=kernels):
+            with patch.dict(os.environ, BUZZ_KERNELS=kernels):
                 cache = cache_of(model, method, sizes=SMALL.get(method, {}))
                 step(model, cache, ids)
                 first = step(model, cache, ids[:, :1]).float()

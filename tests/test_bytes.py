@@ -8,7 +8,6 @@ import pytest
 import torch
 from methods import METHODS
 from tiny import FAMILIES, from_config, prompt, tiny
-from transformers import DynamicCache
 
 from baselines import FullPolicy, H2OPolicy, PyramidKVPolicy
 from buzz import EvictionCache, Policy
@@ -70,15 +69,6 @@ def test_a_cache_counts_all_its_layers(policy: Policy, tokens: int) -> None:
         assert twin.nbytes() == together.nbytes() and twin.lengths == together.lengths
     together.reset()
     assert together.nbytes() == 0 and together.lengths == [0, 0, 0]
-
-
-def test_of_the_full_cache_they_are_stocks() -> None:
-    for kinds in (["full"] * 3, ["sliding", "full", "sliding"]):
-        model, ids = gemma(24, *kinds), prompt(60, 2)
-        stock, full = DynamicCache(config=model.config), EvictionCache(model, FullPolicy())
-        for cache in (stock, full):
-            model(ids, past_key_values=cache)
-        assert full.nbytes() == sum(one.keys.nbytes + one.values.nbytes for one in stock.layers)
 
 
 @pytest.mark.parametrize("policy", [H2OPolicy(heavy=64, recent=64), FullPolicy()], ids=str)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from baselines import (
     KVzipPolicy,
 )
-from buzz import EvictionCache, ForkedCache
+from buzz import EvictionCache
 
 KINDS = ("full", "streaming_llm", "h2o", "snapkv", "buzz", "expected_attention")
 
@@ -128,23 +128,6 @@ def test_copies_of_a_copy() -> None:
     copies.append(copies[0].copy())
     found = [feed(model, one, question, 0) for one in (*copies, cache)]
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def test_forks_are_copied_together() -> None:
-    model, ids = tiny(), prompt(40)
-    forked = ForkedCache(model, [METHODS["h2o"], METHODS["buzz"]])
-    model(ids, past_key_values=forked)
-    found = []
-    for seed in (1, 2):
-        question = prompt(5, seed=seed)
-        logits = model(question.expand(2, -1), past_key_values=forked.copy()).logits[:, -1]
-        for row, method in enumerate(("h2o", "buzz")):
-            cache = EvictionCache(model, METHODS[method])
-            model(ids, past_key_values=cache)
-            own = model(question, past_key_values=cache).logits[0, -1]
-            torch.testing.assert_close(logits[row], own, atol=1e-4, rtol=1e-4)
-        found.append(logits)
-    assert not torch.equal(*found) and forked.get_seq_length() == 40
 
 
 def test_a_prompt_that_is_to_be_read_twice_belongs_to_one_of_them() -> None:

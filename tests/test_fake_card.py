@@ -227,12 +227,6 @@ def test_a_sweep_over_lengths_makes_few_capacities() -> None:
         assert 64 + entries // 8 <= spare <= 1.3 * (64 + entries // 4)
 
 
-def test_what_cannot_be_captured_is_refused() -> None:
-    """Layers with a window of their own keep it outside of any graph."""
-    with pytest.raises(ConfigError, match=r"model\.compile.*window of their own"):
-        EvictionCache(tiny("gemma3-mixed"), METHODS["buzz"], compiled=True)
-
-
 def test_which_cards_and_types_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_card.card(80):
         tensor = torch.empty(1, 2, 3, 16, device="cuda:0")

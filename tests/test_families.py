@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-import torch.nn.functional as F
-from tiny import VOCAB, from_config, prompt
+from tiny import VOCAB, from_config, padded, prompt
 from torch import Tensor
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -345,31 +345,9 @@ def options_of(family: str) -> dict[str, Any]:
     return {"positions": "true"} if family in TRUE_ALONE else {}
 
 
-def inputs_of(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Rows [1, n] as one left-padded batch."""
-    longest = max(row.shape[1] for row in rows)
-    ids = torch.cat([F.pad(row, (longest - row.shape[1], 0)) for row in rows])
-    mask = (ids != 0).long()
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
-
-
 @torch.no_grad()
-def feed(
-    model: PreTrainedModel, cache: Any, rows: list[Tensor], steps: list[int], **options: Any
-) -> Tensor:
-    """Logits [rows, sum(steps), vocab] of rows whose first tokens the cache has seen."""
-    inputs, found = inputs_of(rows), []
-    seen = cache.get_seq_length()
-    for new in steps:
-        own = {name: tensor[:, seen : seen + new] for name, tensor in inputs.items()}
-        own["attention_mask"] = inputs["attention_mask"][:, : seen + new]
-        found.append(model(**own, past_key_values=cache, **options).logits)
-        seen += new
-    return torch.cat(found, 1)
+def feed(model: PreTrainedModel, cache: Any, rows: list[Tensor], *rest: Any, **more: Any) -> Tensor:
+    return tiny.feed(model, cache, padded(rows), *rest, **more)
 
 
 def turns(family: str) -> list[int]:
@@ -494,7 +472,7 @@ def test_rows_change_places_and_beams_are_as_in_transformers(family: str) -> Non
     expected = feed(model, fresh, [rows[i] for i in order], steps)
     close(feed(model, cache, [rows[i] for i in order], steps[2:]), expected[:, 25:])
 
-    given = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False, **inputs_of(rows)}
+    given = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False, **padded(rows)}
     given["position_ids"] = None
     beams = [
         model.generate(**given, past_key_values=one)

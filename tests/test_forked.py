@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods import METHODS
-from tiny import SHAPE, from_config, prompt, tiny
+from tiny import SHAPE, feed, from_config, padded, prompt, tiny
 from transformers import MiMoV2FlashConfig, SmolLM3Config
 
 import buzz.kernels
 from baselines import FullPolicy
 from buzz import POLICIES, Budget, ConfigError, EvictionCache, ForkedCache, repetition
+from buzz.store import Store
 
 TOKENS = 60
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -43,29 +44,6 @@ UNEVEN = [
 def fitted(budget: float = 0.5) -> list:
     """Every registered method that meets a budget of a short prompt."""
     return [Budget(budget).policy(cls(), TOKENS)[0] for _, cls in sorted(POLICIES.items())]
-
-
-def padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prompts [1, n] as one left-padded batch, with its mask and positions."""
-    longest = max(ids.shape[1] for ids in prompts)
-    ids = torch.cat([F.pad(own, (longest - own.shape[1], 0)) for own in prompts])
-    mask = (ids != 0).long()
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
-
-
-def feed(model, cache, inputs: dict[str, torch.Tensor], steps: list[int]) -> torch.Tensor:
-    """Logits of all tokens, fed in steps of so many."""
-    logits, seen = [], cache.get_seq_length()
-    for new in steps:
-        own = {name: given[:, seen : seen + new] for name, given in inputs.items()}
-        own["attention_mask"] = inputs["attention_mask"][:, : seen + new]
-        logits.append(model(**own, past_key_values=cache).logits)
-        seen += new
-    return torch.cat(logits, dim=1)
 
 
 def continued(inputs: dict[str, torch.Tensor], rows: list[int], later: torch.Tensor) -> dict:
@@ -390,3 +368,29 @@ def test_a_refused_step_of_a_mixed_model_can_be_given_again() -> None:
     with pytest.raises(ConfigError, match="position_ids"):
         model(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[7]]))
     assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_prompt_is_evicted_to_where_its_layers_decode(monkeypatch) -> None:
+    """One buffer for the layers of each row, none for a layer alone, and again for the next prompt.
+
+    A method that keeps all has its prompt where the model wrote it, until the first token.
+    """
+    made, unwritten = [], Store.unwritten
+
+    def counting(other, capacity, rows):
+        made.append(rows)
+        return unwritten(other, capacity, rows)
+
+    monkeypatch.setattr(Store, "unwritten", counting)
+    model, names = tiny("llama"), ("h2o", "tova", "snapkv", "full")
+    cache = ForkedCache(model, [[METHODS[name] for name in names]] * 2)
+    later = prompt(2, batch=8, seed=1)
+    for expected in ([3] * 6, []):
+        made.clear()
+        inputs = padded([prompt(TOKENS)] * 2)
+        feed(model, cache, inputs, [TOKENS])
+        assert made == expected
+        feed(model, cache, continued(inputs, cache.prompts, later), [1, 1])
+        assert made == [*expected, 3, 3]
+        cache.reset()

@@ -35,27 +35,6 @@ def start(model, policy=BUZZ, tokens: int = 40, padding: tuple[int, ...] = (0, 6
 class TestMasks:
     """A mask that hides more than a prompt's padding is refused, whenever it comes."""
 
-    @pytest.mark.parametrize("new", [1, 5])
-    @pytest.mark.parametrize(
-        "changed",
-        [
-            (0, slice(5, 20)),  # past tokens of a row
-            (1, slice(6, 7)),  # the first one behind the padding
-            (0, slice(0, 6)),  # padding that the prompt did not have
-            (1, slice(0, 6)),  # padding that is shown
-            (0, slice(40, 41)),  # the token that comes
-        ],
-        ids=lambda changed: f"{changed[0]}-{changed[1].start}-{changed[1].stop}",
-    )
-    def test_after_the_prompt(self, llama, new, changed) -> None:
-        cache, recorder = start(llama)
-        mask = recorder.mask(new)
-        mask[changed] = 1 - mask[changed]
-        with pytest.raises(ConfigError, match="attention_mask.*serves no other mask"):
-            recorder.step(prompt(new, 2), attention_mask=mask)
-        recorder.step(prompt(new, 2), attention_mask=recorder.mask(new))  # nothing had happened
-        recorder.check("llama")
-
     @pytest.mark.parametrize("new", [1, 3])
     @pytest.mark.parametrize(
         "mask",

@@ -138,14 +138,6 @@ def test_samples_of_one_unit_are_drawn_together() -> None:
     assert interval(np.tile(right, 4)).ends != once.ends
 
 
-def test_units_that_lack_a_group_leave_the_others_groups_alone() -> None:
-    """Of questions asked at two places the score is the mean over places, whatever is missing."""
-    score = [1.0, 1.0, 0.0, 0.0]
-    found = interval(score, group=["0", "0", "0", "9"], unit=["a", "b", "c", "a"])
-    assert found.value == pytest.approx((2 / 3 + 0) / 2)
-    assert found.ends and found.ends[0] <= found.value <= found.ends[1]
-
-
 def test_perplexities_are_compared_through_their_logarithms() -> None:
     rng = np.random.default_rng(0)
     losses = rng.normal(3, 0.5, (1000, 200, 1)) + rng.normal([0.1, 0], 0.1, (1000, 200, 2))

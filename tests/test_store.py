@@ -122,3 +122,21 @@ def test_rows_that_evict_as_one_hold_what_each_would_alone(name: str, dtype: tor
         for tensor, due in zip(batch.store.tensors(), own.store.tensors(), strict=True):
             got = batch.view(tensor)[row, :, -own.lengths[0] :]
             torch.testing.assert_close(got, own.view(due)[0], atol=1e-6, rtol=1e-6)
+
+
+def test_rows_of_one_store_are_joined_without_a_copy_unless_somebody_else_reads_them() -> None:
+    def store(*held: float) -> Store:
+        entries = torch.tensor(held)[None, None, :, None]
+        return Store(entries, entries, entries[..., 0].int(), None, len(held))
+
+    whole = Store.unwritten(store(0.0), 8, rows=2)
+    rows = [whole.row(0).cleared(), whole.row(1).cleared()]
+    for row, own in zip(rows, ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]), strict=True):
+        row.append(*store(*own).tensors())
+    due = [[[2.0, 3.0]], [[5.0, 6.0]]]
+    joined = Store.joined(rows, 2)
+    assert joined is whole and whole.keys[:, :, 1 : whole.end, 0].tolist() == due
+    copies = [Store.joined(rows[::-1], 2), Store.joined([rows[0].shared(), rows[1]], 2)]
+    assert copies[0].keys[:, :, :2, 0].tolist() == due[::-1]
+    assert copies[1] is not whole and copies[1].keys[:, :, :2, 0].tolist() == due
+    assert copies[1].end == 2 and not copies[1].keys[:, :, 2:].any()

@@ -146,11 +146,6 @@ def from_config(
     return model.eval()
 
 
-def gpt2() -> PreTrainedModel:
-    """A model that marks positions by a learned table."""
-    return from_config(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=64))
-
-
 def prompt(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids, int64 [batch, tokens], none of them padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -165,3 +160,37 @@ def checkpoint(folder: Path, tokenizer: Any = None, **shape: Any) -> Path:
     from_config(config).save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def gpt2() -> PreTrainedModel:
+    """A model that marks positions by a learned table."""
+    return from_config(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+
+
+def padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts [1, n] as one left-padded batch, with its mask and positions."""
+    longest = max(ids.shape[1] for ids in prompts)
+    ids = torch.cat([torch.nn.functional.pad(own, (longest - own.shape[1], 0)) for own in prompts])
+    mask = (ids != 0).long()
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
+
+
+def feed(
+    model: PreTrainedModel,
+    cache: Any,
+    inputs: dict[str, torch.Tensor],
+    steps: list[int],
+    **more: Any,
+) -> torch.Tensor:
+    """Logits of all tokens, fed in steps of so many."""
+    logits, seen = [], cache.get_seq_length()
+    for new in steps:
+        own = {name: given[:, seen : seen + new] for name, given in inputs.items()}
+        own["attention_mask"] = inputs["attention_mask"][:, : seen + new]
+        logits.append(model(**own, past_key_values=cache, **more).logits)
+        seen += new
+    return torch.cat(logits, dim=1)

@@ -78,11 +78,12 @@ class Plan:
         config["task"] = with_lists(config["task"])
         if config["model"].get("compile") is False:  # what runs had before it could be said
             del config["model"]["compile"]
+        size = config["budget"]
         plan = cls(
             policy=policy_of("method", config["method"]),
             task=like.task if like else build("task", config["task"], Task),
             logger=like.logger if like else build("logger", config["logger"], Logger),
-            budget=_budget(config),
+            budget=None if size is None else Budget(size, config["budget_by"]),
             fixed=frozenset(fixed),
             config=config,
         )
@@ -153,10 +154,6 @@ class Plan:
             "fixed": self.config["fixed"],
             "cache": self.config["cache"] | self.variant,
         }
-
-    @property
-    def is_reference(self) -> bool:
-        return self.row == REFERENCE
 
     def reference(self) -> Plan:
         """The full cache under the same setting.
@@ -290,8 +287,13 @@ class Plan:
             )
 
     def doubts(self, prompt_tokens: int) -> str | None:
-        """What is odd about the budget beside a prompt of this length, in a line."""
-        return None if self.budget is None else percent_or_entries(self.budget.size, prompt_tokens)
+        """A remark on a budget in entries that looks like one in percent; None of others."""
+        size = self.budget and self.budget.size
+        if not isinstance(size, int) or size > 100 or prompt_tokens < 10 * size:
+            return None
+        fraction = f"; budget={size / 100:g} is {size} % of it" if size < 100 else ""
+        share = f"{size / prompt_tokens:.1%} of a prompt of {prompt_tokens:,} tokens"
+        return f"budget={size} is {size} entries, {share}{fraction}"
 
     @property
     def fits(self) -> bool:
@@ -371,13 +373,12 @@ class Plan:
 
 def _defaults(kind: type[Task]) -> dict[str, Any]:
     """A task's settings that have a default, as plain data."""
-    found = {}
-    for field in dataclasses.fields(kind):
-        if field.default is not dataclasses.MISSING:
-            found[field.name] = (
-                list(field.default) if isinstance(field.default, tuple) else field.default
-            )
-    return found
+    values = ((field.name, field.default) for field in dataclasses.fields(kind))
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values
+        if value is not dataclasses.MISSING
+    }
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
@@ -424,21 +425,6 @@ def policy_of(section: str, method: dict[str, Any]) -> Policy:
     if found is None:
         raise ConfigError(f"{section}.name", name, f"choose one of {', '.join(POLICIES)}")
     return construct(section, found, {k: v for k, v in method.items() if k != "name"})
-
-
-def percent_or_entries(size: float | int, prompt_tokens: int) -> str | None:
-    """A remark on a budget in entries that looks like one in percent; None of others."""
-    if not isinstance(size, int) or size > 100 or prompt_tokens < 10 * size:
-        return None
-    fraction = f"; budget={size / 100:g} is {size} % of it" if size < 100 else ""
-    share = f"{size / prompt_tokens:.1%} of a prompt of {prompt_tokens:,} tokens"
-    return f"budget={size} is {size} entries, {share}{fraction}"
-
-
-def _budget(config: dict[str, Any]) -> Budget | None:
-    if config["budget"] is None:
-        return None
-    return Budget(config["budget"], config["budget_by"])
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -482,12 +482,10 @@ class Job:
     def _attempt(self, row: Row, batch: list[Prompt]) -> list[Record]:
         """The batch's records. Rows that are run again in a smaller one keep the batch's budget."""
         policy, _ = row.plan.fit(min(prompt.context for prompt in batch))
-        make = self._read_texts if row.plan.task.mode == "read" else self._generate
-        make = self._measure if row.plan.task.timed else make
 
         def results(prompts: list[Prompt]) -> list[Record]:
             with self._cache(row, policy) as cache:
-                found = make(row, prompts, policy, batch, cache)
+                found = self._made(row, prompts, policy, batch, cache)
             others = [other.cache for other in self.rows if other is not row]
             beside = sum(cache.nbytes(allocated=True) for cache in others if cache is not None)
             for prompt, record in zip(prompts, found, strict=True):
@@ -523,7 +521,7 @@ class Job:
         cache.hold_until = 0
         row.cache = cache
 
-    def _generate(
+    def _made(
         self,
         row: Row,
         batch: list[Prompt],
@@ -531,13 +529,22 @@ class Job:
         together: list[Prompt],
         cache: EvictionCache | None,
     ) -> list[Record]:
-        """Records of a batch's answers. Of a conversation, all that is asked is answered again.
+        """Records of a batch that is timed, read or answered.
 
         Args:
-            together: the whole batch, of which some prompts may run by themselves.
+            together: the whole batch, of which some prompts may run by themselves. Of a
+                conversation all that is asked is answered again.
             cache: an empty one; None: a new one.
         """
         task, options = row.plan.task, row.plan.cache_options
+        every, new = [prompt.ids for prompt in batch], batch[0].max_new_tokens
+        if task.timed:
+            (measured,) = measure(self.model, every, [self._method(row, policy, cache)], new)
+            if isinstance(measured, Exception):
+                raise measured
+            return measured
+        if task.mode == "read":
+            return [self._read(row, prompt, policy, cache) for prompt in batch]
         if batch[0].sample.shared:
             asked = together if task.conversation else batch
             rest = policy, options, task.conversation, self.chunk, cache
@@ -547,9 +554,9 @@ class Job:
         made = generate(
             self.model,
             self.tokenizer,
-            [prompt.ids for prompt in batch],
+            every,
             policy,
-            batch[0].max_new_tokens,
+            new,
             batch[0].sample.stop,
             options,
             batch[0].later,
@@ -559,38 +566,16 @@ class Job:
         )
         return [one.record() for one in made]
 
-    def _read_texts(
-        self,
-        row: Row,
-        batch: list[Prompt],
-        policy: Policy,
-        together: list[Prompt],
-        cache: EvictionCache | None,
-    ) -> list[Record]:
-        task, options = row.plan.task, row.plan.cache_options
-        found = []
-        for prompt in batch:
-            if cache is not None:
-                cache.reset()
-            rest = task.chunk, options, prompt.sample.starts, cache
-            measured, losses = read(self.model, prompt.ids, policy, *rest)
-            blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
-            found.append(NO_ANSWER | measured.record() | {"losses": losses, "blocks": blocks})
-        return found
-
-    def _measure(
-        self,
-        row: Row,
-        batch: list[Prompt],
-        policy: Policy,
-        together: list[Prompt],
-        cache: EvictionCache | None,
-    ) -> list[Record]:
-        prompts, new = [prompt.ids for prompt in batch], batch[0].max_new_tokens
-        (found,) = measure(self.model, prompts, [self._method(row, policy, cache)], new)
-        if isinstance(found, Exception):
-            raise found
-        return found
+    def _read(
+        self, row: Row, prompt: Prompt, policy: Policy, cache: EvictionCache | None
+    ) -> Record:
+        if cache is not None:
+            cache.reset()
+        task = row.plan.task
+        rest = task.chunk, row.plan.cache_options, prompt.sample.starts, cache
+        measured, losses = read(self.model, prompt.ids, policy, *rest)
+        blocks = [float(block.mean()) for block in np.array_split(losses, task.blocks)]
+        return NO_ANSWER | measured.record() | {"losses": losses, "blocks": blocks}
 
     @staticmethod
     def _method(row: Row, policy: Policy, cache: EvictionCache | None) -> Method:
