@@ -24,7 +24,7 @@ from evals.report.claims import table as claims_table
 from evals.report.methods import GREY, HIGHLIGHTED, called, order
 from evals.report.page import page
 from evals.report.table import WIDEST, Table
-from evals.results.frame import Estimate, load
+from evals.results.frame import SAME, Estimate, load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -660,3 +660,25 @@ def test_tables_of_answers_say_how_long_they_are(tmp_path: Path) -> None:
     assert {1.5, 2.5} <= set(sets.loc["answers: tokens / full"])
     assert set(views.make("terminal", rows).frame["answer tokens"]) == {"8", "12", "20"}
     assert set(views.make("against", rows).frame["answer /full"]) == {"-", "1.50", "2.50"}
+
+
+def test_a_sign_test_is_the_binomials() -> None:
+    assert embedded.sign_test(5, 10) == 1.0
+    assert embedded.sign_test(0, 10) == pytest.approx(2 / 2**10)
+    assert embedded.sign_test(9, 10) == embedded.sign_test(1, 10) == pytest.approx(22 / 2**10)
+
+
+def test_sign_tests_are_corrected_over_the_methods_of_a_budget() -> None:
+    """Of two rivals on 20 prompts: the smaller p counts twice, the other is not below it."""
+    lines = []
+    for label, farther in (("h2o", 0), ("near", 4), ("far", 18)):
+        for number in range(20):
+            kl = 1.0 if label == "h2o" else 1.5 if number < farther else 0.5
+            line = dict.fromkeys(SAME, "") | {"setting": "nq10", "id": str(number)}
+            line |= {"budget": 0.25, "budget_by": "peak", "status": "ok"}
+            lines.append(line | {"label": label, "row": label, "kl_to_full": kl})
+    (table,) = embedded.signs(pd.DataFrame(lines))
+    found = table.frame.set_index("method")
+    assert list(found.nearer) == [2, 16] and list(found.index) == ["far", "near"]
+    far, near = (embedded.sign_test(fewer, 20) for fewer in (2, 16))
+    assert list(found["p, Holm"]) == pytest.approx([2 * far, max(2 * far, near)])

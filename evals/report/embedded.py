@@ -11,6 +11,7 @@ figures into PICTURES (docs/img).
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ OUT, PICTURES = Path("results/embedded"), Path("docs/img")
 SAMPLES = "samples.csv.gz"
 SAME = ["task", "sample", "budget", "budget_by"]  # of comparisons that are paired
 BUDGET = 0.25  # at which an answer's source is looked at
-ENOUGH = 20  # answers, for the interval of a ratio
+ENOUGH = 20  # answers, for the interval of a ratio, or for a sign test
 OVER = (
     f"{MARK}: held more than {TOLERANCE:.0%} above the budget on average, while the full cache's"
     " answer was read, as methods do that evict after the prompt alone."
@@ -54,12 +55,13 @@ def gather(out: Path, runs: Path, beside: Path | None = None) -> None:
     """
     rows = load(runs)
     full = partner(rows).score
-    chosen = rows[rows.kl_to_full.notna() & (rows.row != REFERENCE)] if len(rows) else rows
+    known = rows.kl_to_full.notna() | rows.score.notna() if len(rows) else []
+    chosen = rows[known & (rows.row != REFERENCE)] if len(rows) else rows
     if chosen.empty:
-        raise ConfigError("runs", str(runs), "no distance is there; run with kl=true first")
+        raise ConfigError("runs", str(runs), "no method's records are there; run some first")
     named = chosen.group.where(chosen.group != "", chosen.task)
     if chosen.seed.nunique() > 1:
-        named += "-seed-" + chosen.seed.astype(str)
+        chosen = chosen.assign(id=chosen.seed.astype(str) + "/" + chosen.id)
     how = chosen.compress.str.replace(" ", "-").where(chosen.compress != "prompt", "")
     found = chosen.drop(columns="task").assign(
         task=named + how.map(lambda told: f"-{told}" if told else ""), full_score=full[chosen.index]
@@ -175,7 +177,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 def every(rows: pd.DataFrame, summary: pd.DataFrame) -> list[Table]:
     several = swept(summary)
     found = divergence(several) + contrasts(summary if several.empty else several)
-    return found + answers(summary) + quality(summary) + sources(rows)
+    return found + signs(rows) + answers(summary) + quality(summary) + sources(rows)
 
 
 def swept(frame: pd.DataFrame) -> pd.DataFrame:
@@ -244,6 +246,41 @@ def contrasts(summary: pd.DataFrame) -> list[Table]:
         f" over all columns; n: prompts of a column. {OVER}"
     )
     return [Table("contrasts", "Beside H2O", wide.reset_index(drop=True), note)]
+
+
+def signs(rows: pd.DataFrame) -> list[Table]:
+    """Sign tests of KL beside H2O's, as means are made by a few prompts; corrected over methods.
+
+    The p of Holm (1979) is that of "no method of this data set and budget differs".
+    """
+    beside = partner(rows, RIVAL).kl_to_full.astype(float)
+    less = (rows.kl_to_full.astype(float) - beside)[rows.label != RIVAL].dropna()
+    every = rows.loc[less.index].assign(less=less)
+    lines = []
+    for (task, budget), group in every.groupby(["setting", "budget"]):
+        own = []
+        for method, d in group.groupby("label").less:
+            nearer, n = int((d < 0).sum()), int((d != 0).sum())
+            if len(d) >= ENOUGH:
+                own.append([method, d.median(), nearer, len(d), sign_test(nearer, n)])
+        own.sort(key=lambda line: line[-1])
+        corrected = np.maximum.accumulate([line[-1] * (len(own) - i) for i, line in enumerate(own)])
+        for line, p in zip(own, corrected, strict=True):
+            lines.append([task, budget, *line, min(1.0, p)])
+    if not lines:
+        return []
+    columns = ["task", "budget", "method", "median", "nearer", "n", "p", "p, Holm"]
+    note = (
+        "KL less H2O's on the same prompts: its median, on how many prompts it is below 0, the sign"
+        " test's p, and p corrected for all methods of the data set and budget (Holm)."
+    )
+    return [Table("signs", "Sign tests beside H2O", pd.DataFrame(lines, columns=columns), note)]
+
+
+def sign_test(fewer: int, n: int) -> float:
+    """The chance of a split of `n` as uneven as this, or more, if both signs are as likely."""
+    tail = sum(math.comb(n, k) for k in range(min(fewer, n - fewer) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def answers(summary: pd.DataFrame) -> list[Table]:
