@@ -64,7 +64,7 @@ class CompactorPolicy(PromptPolicy):
         pooled = avg_pool1d(received, 3, 1, 1)
         apart = leverage(entries.unrotated[:, :, middle], self._sketch(entries))
         # A kept share of the prompt from which the capacity comes out when it is rounded down.
-        dropped = 1 - (self.capacity + 0.5) / entries.held
+        dropped = max(0.0, 1 - (self.capacity + 0.5) / entries.held)
         scores = dropped * standardized(apart) + standardized(pooled)
         return pad(scores, (self.sink, self.window), value=torch.inf)
 

@@ -8,6 +8,7 @@ from typing import get_args
 from buzz.errors import ConfigError
 from buzz.policy import BudgetBy, Policy
 
+LAYERS = 30  # of a model that a budget is tried on
 SLACK = 0.01  # of a budget; and at least one entry, as sizes are whole numbers
 
 
@@ -65,6 +66,8 @@ class Budget:
         else:
             _, peak, mean = fitted.footprint()
             reached = mean if self.by == "mean" else peak
+        for index in (0, LAYERS - 1):
+            fitted.for_layer(index, LAYERS)  # refuses now, and not when a cache is made
         slack = max(1.0, SLACK * budget)
         unfilled = slack if fitted.page == 1 else max(slack, 2 * fitted.page)
         if not budget - unfilled <= reached <= budget + slack * (self.by == "mean"):

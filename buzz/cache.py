@@ -644,10 +644,10 @@ def _make_layers(
             continue
         assert finding is not None
         if isinstance(finding, str) and (positions == "cache" or policy.needs_rotation):
-            remedy = f"layer {index} {finding}"
-            raise ConfigError(
-                "model", name, f"{remedy}; set cache.positions=true, which moves none"
-            )
+            remedy = "set cache.positions=true, which moves none"
+            if positions != "cache":
+                remedy = f"{policy.name} turns vectors as the model does, so take another method"
+            raise ConfigError("model", name, f"layer {index} {finding}; {remedy}")
         if finding not in ropes:
             ropes[finding] = Rope(None) if isinstance(finding, str) else finding.rope()
         # At true positions no key moves, as in a layer without RoPE.

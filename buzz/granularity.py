@@ -80,6 +80,8 @@ class Constrained(Policy):
         if self.heads == "all" and self.method.for_layer(0, 2) != self.method:
             name = self.method.name
             remedy = f"layers of {name} hold different numbers of entries; choose each or layer"
+            if hasattr(self.method, "layers"):
+                remedy += ", or method.layers=flat"
             raise ConfigError("cache.heads", "all", remedy)
 
     @property
@@ -175,8 +177,12 @@ class Constrained(Policy):
         if budget < self.page:
             remedy = f"a page exceeds the budget of {budget} entries; take smaller pages"
             raise ConfigError("cache.granularity", self.granularity, remedy)
-        sizes = {name: -(-size // self.page) for name, size in _sizes(self.method).items()}
         room = budget // self.page
+        least = {"lag": 2, "size": room, "capacity": room}  # what `fit` sets must first be valid
+        sizes = {
+            name: max(-(-size // self.page), 0 if name in fixed else least.get(name, 0))
+            for name, size in _sizes(self.method).items()
+        }
         try:
             whole = dataclasses.replace(self.method, **sizes)
             if by == "peak" or self.method.evicts == "prompt":
@@ -189,12 +195,11 @@ class Constrained(Policy):
 
     def _by_mean(self, whole: Policy, budget: int, fixed: frozenset[str]) -> Policy:
         """The most pages whose entries are within the budget on average."""
-        count = budget // self.page + 3
-        while True:
+        for count in range(budget // self.page + 3, 0, -1):
             pages = whole.fit(count, fixed, "mean")
             if dataclasses.replace(self, pages=pages).footprint().mean <= budget:
-                return pages
-            count -= 1
+                break
+        return pages  # where `fixed` lets none be small enough, the budget's check says so
 
 
 def _forwarded(name: str) -> property:

@@ -44,7 +44,8 @@ class HoneycombPolicy(Policy):
         every: tokens between two evictions; a fitted budget lowers it to a tenth of itself.
         attention: share of the accumulated attention (H2O's score).
         value: share of the accumulated attention times the L1 norm of the value (VATP's).
-        observed: share of the attention of the last 16 queries, pooled over 5 (SnapKV's).
+        observed: share of the attention of the last 16 queries, pooled over 5 (SnapKV's); of as
+            many as came since the last eviction, if those are fewer.
         keydiff: share of keys unlike the mean key (KeyDiff's).
         neighbours: entries over which `keydiff` is averaged, so that what stands together (the
             digits of a number) stays together; 1: each by itself, as KeyDiff.
@@ -109,14 +110,14 @@ class HoneycombPolicy(Policy):
         return (held if held < kept + self.every else kept), 0
 
     def for_layer(self, index: int, layers: int) -> Policy:
-        if self.layers == "flat":
+        if self.layers == "flat" or layers == 1:
             return self
         early = max(1, round(EARLY * layers))
         if self.layers == "rising":
             share = 0.5 + index / max(1, layers - 1)
         else:
             share = LESS if index < early else (layers - LESS * early) / max(1, layers - early)
-        sized = self.sized(round(share * self.peak))
+        sized = self.sized(max(1 + self.sink, round(share * self.peak)))
         if self.early_window is None or self.layers != "late" or index >= early:
             return sized
         return sized.sized(sized.peak, self.early_window)
@@ -140,7 +141,7 @@ class HoneycombPolicy(Policy):
             window_share = self.window / (self.peak - self.sink)
         window = round(window_share * room)
         if self.window:
-            window = max(1, window)
+            window = min(max(1, window), room - 1)
         every = max(1, min(self.every, (room - window) // 2))
         keep = room - window - (every - 1)
         keep -= keep % self.cells if self.cells else 0
@@ -212,4 +213,7 @@ class HoneycombPolicy(Policy):
         every = self.every if "every" in fixed else max(1, min(self.every, budget // RARELY))
         share = self.window / (self.peak - self.sink)
         own = dataclasses.replace(self, every=every)
-        return own.sized(budget + (every // 2 if by == "mean" else 0), share)
+        sized = own.sized(budget + (every // 2 if by == "mean" else 0), share)
+        if "every" in fixed and sized.every != every:
+            self._require(budget, 1, keep=1 - every)
+        return sized

@@ -278,6 +278,14 @@ class Policy(ABC):
                 )
 
 
+def parameters(policy: Policy) -> dict[str, Any]:
+    """A method's parameters by name, without what it has measured of a model or a tokenizer."""
+    known = POLICIES.get(policy.name)
+    kind = known if known and isinstance(policy, known) else type(policy)
+    own = {field.name: getattr(policy, field.name) for field in dataclasses.fields(kind)}
+    return {k: parameters(v) if isinstance(v, Policy) else v for k, v in own.items()}
+
+
 @lru_cache(maxsize=4096)
 def _footprint(policy: Policy, prompt: int) -> Footprint:
     """Follows the length recurrence until it comes back to a state, which closes a cycle."""

@@ -346,3 +346,24 @@ def test_rows_of_a_command_are_of_one_setting(go) -> None:
             assert told["heads"] == heads and told["page_score"] == "mean"
             held = record["kv_entries_peak"]
             assert held <= 0.25 * record["prompt_tokens"] + 1
+
+
+@pytest.mark.parametrize("name", ["tova", "streaming_llm", "lag_kv", "honeycomb"])
+def test_by_mean_a_size_that_was_set_and_exceeds_the_budget_is_refused(name) -> None:
+    sizes = frozenset(vars(POLICIES[name]())) & {"size", "window"}
+    with pytest.raises(ConfigError, match="leave out method"):
+        Budget(100, "mean").policy(constrained(POLICIES[name](), "page:16"), 2000, sizes)
+
+
+@pytest.mark.parametrize("budget", [48, 64, 100, 250])
+@pytest.mark.parametrize("page", [16, 128])
+def test_pages_leave_every_layer_room_or_are_refused_with_the_budget(budget, page) -> None:
+    """Layers of small budgets of their own, and sizes that pages make small."""
+    for name in ("honeycomb", "pyramid_kv", "lag_kv", "compactor"):
+        try:
+            policy, _ = Budget(budget).policy(constrained(POLICIES[name](), f"page:{page}"), 2000)
+        except ConfigError as error:
+            assert error.field == "cache.granularity", error
+            continue
+        for index in range(30):
+            assert max(policy.for_layer(index, 30).lengths([2000, *[1] * 40])) > 0

@@ -114,8 +114,7 @@ def test_its_cells_of_one_are_those_of_buzz() -> None:
 def test_layers_share_one_budget(layers, number) -> None:
     policy, _ = Budget(400).policy(HoneycombPolicy(layers=layers, early_window=0.8), 4000)
     each = [policy.for_layer(index, number) for index in range(number)]
-    if number > 1:
-        assert sum(one.peak for one in each) / number == pytest.approx(400, rel=0.01)
+    assert sum(one.peak for one in each) / number == pytest.approx(400, rel=0.01)
     for one in each:
         assert max(one.lengths([4000] + [1] * 300)) <= one.peak
     assert (len({one.peak for one in each}) > 1) == (layers != "flat" and number > 1)
@@ -158,3 +157,10 @@ def test_neighbours_share_what_keydiff_says_of_them(width) -> None:
         low, high = max(0, place - width // 2), place - width // 2 + width
         expected = alone[..., low:high].mean(-1)
         torch.testing.assert_close(pooled[..., place], expected)
+
+
+def test_tokens_between_evictions_that_were_set_stay_or_are_refused() -> None:
+    policy, _ = Budget(400).policy(HoneycombPolicy(), 4000, frozenset({"every"}))
+    assert policy.every == 64
+    with pytest.raises(ConfigError, match="budget=100"):
+        Budget(100).policy(HoneycombPolicy(), 4000, frozenset({"every"}))

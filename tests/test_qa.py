@@ -11,6 +11,7 @@ from runs import read, ready, refused, run_tiny, shown, stub_generate, write_lin
 from evals.report.views import sections
 from evals.results.frame import load
 from evals.run.models import byte_tokenizer
+from evals.tasks.base import Sample
 from evals.tasks.qa import METRICS, QA
 
 TOKENIZER = byte_tokenizer()
@@ -122,3 +123,16 @@ def test_readings_count_the_same_in_every_table(tmp_path: Path) -> None:
     assert task.breakdown(records)["score"]["f1"] == 0.75
     apart = [record | {"unit": ""} for record in records]
     assert task.breakdown(apart)["score"]["f1"] == 0.625
+
+
+def test_an_answer_is_found_as_whole_words() -> None:
+    task = QA(name="qa", data_file="none.jsonl")
+    for answer, reference, found in (
+        ("I do not know.", "no", 0.0),
+        ("16 walls", "6", 0.0),
+        ("It has 6 walls.", "6", 1.0),
+        ("The Hive", "hive", 1.0),
+    ):
+        sample = Sample(id="0", prompt="p", references=[reference])
+        scores = task.score(sample, {"prediction": answer})
+        assert scores["best_subspan"] == found, answer

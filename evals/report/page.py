@@ -105,7 +105,7 @@ def memory(parts: Sequence[pd.DataFrame]) -> str:
             share = isinstance(one.budget, float)
             kind = "of the prompt's entries" if share else "entries"
             own = found.setdefault(f"{kind}{' on average' if one.budget_by == 'mean' else ''}", [])
-            own.append(f"{one.budget:.0%}" if share else f"{one.budget:g}")
+            own.append(f"{100 * one.budget:g}%" if share else f"{one.budget:g}")
         elif one.method != REFERENCE:
             found.setdefault("the methods' own sizes", [])
     told = [f"{', '.join(dict.fromkeys(sizes))} {of}".strip() for of, sizes in found.items()]

@@ -87,6 +87,8 @@ class Table:
 
     def paper(self) -> list[str]:
         """The columns of the narrow form."""
+        if self.frame.empty:
+            return list(self.named())
         several = [name for name in self.named() if name not in self.alike()]
         return [name for name in several if name in (*HEADS, *(self.narrow or several))]
 

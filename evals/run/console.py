@@ -33,7 +33,7 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
             TextColumn("{task.description:>14}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as bars:

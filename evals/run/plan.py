@@ -18,6 +18,7 @@ from buzz import POLICIES, Budget, Policy
 from buzz.compiled import check_policy as check_compiled
 from buzz.errors import ConfigError
 from buzz.granularity import constrained
+from buzz.policy import parameters
 from evals.results.folder import REFERENCE, digest, row_name
 from evals.results.record import Setting
 from evals.run.config import check_config
@@ -117,7 +118,7 @@ class Plan:
         defaults = {field.name: field.default for field in dataclasses.fields(self.policy)}
         own: dict[str, Any] = {}
         if self.config["label"] is None:
-            values = dataclasses.asdict(self.policy)
+            values = parameters(self.policy)
             own = {name: value for name, value in values.items() if value != defaults[name]}
             if same := [name for name in self.config["fixed"] if name not in own]:
                 own["fixed"] = "+".join(same)
@@ -148,7 +149,7 @@ class Plan:
             "row": self.row,
             "method": self.config["method"]["name"],
             "label": self.label,
-            "parameters": dataclasses.asdict(self.policy),
+            "parameters": parameters(self.policy),
             "budget": self.config["budget"] if self.fits else None,
             "budget_by": self.config["budget_by"] if self.fits else None,
             "fixed": self.config["fixed"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from buzz import EvictionCache
 from buzz.errors import ConfigError
+from buzz.policy import parameters
 from evals.results.folder import SettingFolder, sha256
 from evals.results.record import FORMAT, Record
 from evals.run.plan import Plan
@@ -124,7 +124,7 @@ class Row:
             "format": FORMAT,
             **self.plan.identity,
             **of_sample(prompt),
-            "policy": dataclasses.asdict(policy),
+            "policy": parameters(policy),
             "budget_entries": entries,
             "rows": 1,
             "batch_size": 1,

@@ -14,7 +14,7 @@ from evals.results.record import Record
 from evals.tasks.base import Sample, means_by
 from evals.tasks.data import are_texts, read_jsonl
 from evals.tasks.questions import QuestionsTask
-from evals.tasks.text import found_answer, rouge
+from evals.tasks.text import found_answer, normalized, rouge
 from evals.tasks.types import template
 
 METRICS = ("best_subspan", "exact_match", "f1", "rouge1", "rouge2", "rougeL")
@@ -98,7 +98,10 @@ class QA(QuestionsTask):
         answer, references = record["prediction"], sample.references
         rouges = [rouge(reference, answer) for reference in references]
         best = {name: max(one[name] for one in rouges) for name in rouges[0]}
-        return found_answer(answer, references) | best
+        # As whole words, unlike nq10's: "no" does not stand in "I do not know".
+        line = f" {normalized(answer.strip().split(chr(10))[0])} "
+        whole = any(f" {normalized(one)} " in line for one in references)
+        return found_answer(answer, references) | {"best_subspan": float(whole)} | best
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
         """All scores beside each other, and the headline by question number."""
