@@ -44,6 +44,7 @@ def draw(
             for task, group in swept.groupby("task", sort=True)
         ]
         paths += [_draw_sources(sourced, out)] if len(sourced) else []
+        paths += _draw_both(rows, out)
         if len(spread):
             draw_spread(spread, out / "spread.png")
             paths.append(out / "spread.png")
@@ -77,6 +78,47 @@ def _draw_memory(task: str, group: pd.DataFrame, prompt: float, out: Path) -> Pa
     told = [f"{task}, n = {prompts}", *wrap(named_grey(methods, coloured), 120)]
     figure.suptitle("\n".join(told), y=0.0, va="top", fontsize=8)
     return _save(figure, out / f"fidelity_{task}.png")
+
+
+def _draw_both(rows: pd.DataFrame, out: Path) -> list[Path]:
+    """Passkeys found against KL to the full cache, at 0.25; none where only one was measured.
+
+    KL is the mean of the data sets' means. Methods that lack a data set are left out.
+    """
+    rows = rows[(rows.budget == 0.25) & (rows.status == "ok")]
+    keys = rows.setting.str.contains("niah_single_1 at")
+    texts = rows[~keys & rows.kl_to_full.notna()]
+    if not keys.any() or texts.empty:
+        return []
+    sets = texts.groupby("label").setting.nunique()
+    methods = sets.index[sets == texts.setting.nunique()]
+    texts = texts[texts.label.isin(methods)]
+    known = texts.groupby(["setting", "id"]).label.transform("nunique")
+    texts = texts[known == len(methods)]  # prompts that all have
+    figure, axes = panels(2, 4.6, 4)
+    for axis, unseen in zip(axes, (False, True), strict=True):
+        found = rows[keys & (rows.setting.str.endswith("-context") == unseen)]
+        ends = []
+        for method in methods:
+            label, color, mark = _styles([method])[method]
+            kl = texts[texts.label == method]
+            own = found[found.label == method].score.astype(float)
+            if own.empty:
+                continue
+            x = interval(kl.kl_to_full, group=kl.setting, unit=kl.setting + kl.id)
+            y = interval(own, span=(0, 100))
+            color = color if method in order() else GREY
+            at = (x.value, y.value)
+            axis.plot(*at, marker=mark, color=color, ms=7, ls="")
+            axis.hlines(at[1], x.low, x.high, color=color, lw=1, alpha=0.5)
+            axis.vlines(at[0], y.low, y.high, color=color, lw=1, alpha=0.5)
+            name = label if method in order() else f"honeycomb, {method.replace('_', ' ')}"
+            ends.append((at[0], at[1] + 2.6, name, color))  # above its interval
+        name_ends(axis, ends)
+        axis.set(xlabel="KL to the full cache, nats a token", ylabel="passkeys found (%)")
+        axis.set(ylim=(-4, 106), xlim=(0, None))
+        axis.set_title("compressed before the question" if unseen else "question in sight")
+    return [_save(figure, out / "both.png")]
 
 
 def _styles(methods: Sequence[str]) -> dict[str, Style]:
