@@ -89,7 +89,9 @@ def docs(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_image_is_looked_at() -> None:
-    assert len(PICTURES) == sum(page.read_text().count("![") for page in PAGES) > 10
+    texts = [page.read_text() for page in PAGES]
+    badges = sum(text.count("[![") for text in texts)
+    assert len(PICTURES) == sum(text.count("![") for text in texts) - badges > 10
 
 
 @pytest.mark.parametrize(("page", "image", "below"), PICTURES, ids=lambda value: str(value)[-40:])
