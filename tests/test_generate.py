@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from methods import (
@@ -291,8 +293,9 @@ def test_trace_shows_length_and_evictions_of_every_step(llama, policy) -> None:
     assert list(seen) == list(range(50, 90))
     assert list(held) == policy.for_layer(0, 3).lengths([50] + [1] * 39)
     assert evictions[-1] == cache.evictions[0]
-    pace = [(b - a, d - c) for a, b, c, d in zip(held, held[1:], evictions, evictions[1:])]
-    changes = sum(one != two for one, two in zip(pace, pace[1:]))
+    states = zip(held, evictions, strict=True)
+    pace = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(states)]
+    changes = sum(one != two for one, two in pairwise(pace))
     assert len(cache._trace._runs) <= changes + 2  # a note a change of pace, not a note a step
     cache.reset()
     assert cache.trace() == []
