@@ -66,8 +66,12 @@ class Budget:
         else:
             _, peak, mean = fitted.footprint()
             reached = mean if self.by == "mean" else peak
-        for index in (0, LAYERS - 1):
-            fitted.for_layer(index, LAYERS)  # refuses now, and not when a cache is made
+        for index in (0, LAYERS - 1):  # refused now, and not when a cache is made
+            try:
+                fitted.for_layer(index, LAYERS)
+            except ConfigError as error:
+                remedy = f"leaves a layer of {fitted.name} too little ({error}); give more"
+                raise ConfigError("budget", self.size, remedy) from error
         slack = max(1.0, SLACK * budget)
         unfilled = slack if fitted.page == 1 else max(slack, 2 * fitted.page)
         if not budget - unfilled <= reached <= budget + slack * (self.by == "mean"):

@@ -164,3 +164,8 @@ def test_tokens_between_evictions_that_were_set_stay_or_are_refused() -> None:
     assert policy.every == 64
     with pytest.raises(ConfigError, match="budget=100"):
         Budget(100).policy(HoneycombPolicy(), 4000, frozenset({"every"}))
+
+
+def test_a_budget_that_leaves_a_layer_too_little_is_refused_by_its_own_number() -> None:
+    with pytest.raises(ConfigError, match="budget=40: leaves a layer of honeycomb too little"):
+        Budget(40).policy(HoneycombPolicy(cells=7), 4000)
