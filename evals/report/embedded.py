@@ -66,6 +66,8 @@ def gather(out: Path, runs: Path, beside: Path | None = None) -> None:
     found = chosen.drop(columns="task").assign(
         task=named + how.map(lambda told: f"-{told}" if told else ""), full_score=full[chosen.index]
     )
+    budgeted = (found.budget_entries / found.budget).astype(float)  # tokens that a share is of
+    found["context_tokens"] = found.prompt_tokens.where(found.compress == "prompt", budgeted)
     names = {column: name for name, column in STORED.items()}
     found = found.drop(columns="method").rename(columns={**names, "label": "method"})
     lasting = [
