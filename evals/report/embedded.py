@@ -20,6 +20,7 @@ import pandas as pd
 
 from buzz import Budget, BuzzPolicy
 from buzz.errors import ConfigError
+from evals.report import serving
 from evals.report.methods import CONTRASTED, RIVAL
 from evals.report.table import Table
 from evals.results.folder import SettingFolder
@@ -68,8 +69,8 @@ def gather(out: Path, runs: Path, beside: Path | None = None) -> None:
     )
     budgeted = (found.budget_entries / found.budget).astype(float)  # tokens that a share is of
     found["context_tokens"] = found.prompt_tokens.where(found.compress == "prompt", budgeted)
-    names = {column: name for name, column in STORED.items()}
-    found = found.drop(columns="method").rename(columns={**names, "label": "method"})
+    found["method"] = found.row.str.replace(r"@[^,]*", "", regex=True)  # with what constrains it
+    found = found.rename(columns={column: name for name, column in STORED.items()})
     lasting = [
         *("task", "prompt_tokens", "context_tokens", "answer_tokens", "full_score", "method")
     ]
@@ -112,9 +113,12 @@ def build(out: Path, pictures: Path) -> list[Path]:
     summary = summarize(rows)
     summary.to_csv(out / "fidelity.csv", index=False, float_format="%.5g")
     (out / "tables").mkdir(exist_ok=True)
-    for table in every(rows, summary):
+    served = not serving.constrained(rows).empty
+    for table in serving.tables(rows) if served else every(rows, summary):
         (out / "tables" / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
     pictures.mkdir(parents=True, exist_ok=True)
+    if served:
+        return serving.draw(rows, pictures)
     from evals.report.embedded_figures import draw  # with matplotlib, which is slow to import
 
     return draw(rows, swept(summary), sourced(rows), spread, pictures)

@@ -1,0 +1,124 @@
+"""What pages and agreeing heads cost a method, from committed samples: two tables and a figure.
+
+A row's label tells its method and what constrained it: `h2o,granularity=page16,heads=layer`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import pandas as pd
+
+from evals.report.figures import RC, name_ends, named_grey, panels, plt
+from evals.report.methods import GREY, highlighted, style_of
+from evals.report.table import Table
+from evals.results.frame import DIFFERENCE, NOTHING, REFERENCE, interval
+
+LABEL = r"^(?P<of>[^,]+)(?:,granularity=page(?P<page>\d+))?(?:,heads=(?P<heads>layer|all))?$"
+PASSKEYS = "niah_single_1"  # in the name of a setting whose score counts the passkeys found
+FREE = "token, each"
+UNITS, HEADS = ("token", "page 16", "page 64"), ("each", "layer", "all")
+CONSTRAINTS = [f"{unit}, {heads}" for unit in UNITS for heads in HEADS]
+
+
+def constrained(rows: pd.DataFrame) -> pd.DataFrame:
+    """Methods' rows with `of`, the method, and `constraint`, one of :data:`CONSTRAINTS`.
+
+    Empty unless some row is constrained.
+    """
+    found = rows[rows.row != REFERENCE]
+    parts = found.label.str.extract(LABEL)
+    unit = parts.page.map("page {}".format).where(parts.page.notna(), "token")
+    found = found.assign(of=parts.of, constraint=unit + ", " + parts.heads.fillna("each"))
+    return found[parts.of.notna() & (found.constraint != FREE).any()]
+
+
+def tables(rows: pd.DataFrame) -> list[Table]:
+    """KL under each constraint, KL less the unconstrained method's, and passkeys found."""
+    everything, rows = rows[rows.row == REFERENCE], constrained(rows)
+    keys = rows.setting.str.contains(PASSKEYS)
+    texts = complete(rows[~keys & rows.kl_to_full.notna()])
+    found = []
+    if not texts.empty:
+        kl = by_constraint(texts).sort_values(FREE)
+        order = pd.DataFrame([kl.corr("spearman")[FREE]], index=["order (Spearman)"])
+        counts = texts[texts.constraint == FREE].groupby("setting").id.nunique()
+        told = ", ".join(f"{name} {n}" for name, n in counts.items())
+        note = (
+            "KL(full || method) in nats a token on the full cache's own answer, mean of the data"
+            f" sets' means; prompts: {told}. The last line: rank correlation with the first column."
+        )
+        frame = pd.concat([kl, order]).rename_axis("method").reset_index()
+        found.append(Table("serving", "KL under a server's constraints", frame, note))
+        lines = []
+        for method, own in texts.groupby("of", sort=False):
+            wide = own.pivot_table("kl_to_full", ["setting", "id"], "constraint")
+            line: dict[str, Any] = {"method": method}
+            for name in CONSTRAINTS[1:]:
+                less = NOTHING
+                if name in wide:
+                    pair = wide[[name, FREE]].to_numpy()
+                    less = interval(
+                        pair, DIFFERENCE, group=wide.index.get_level_values(0), guard=False
+                    )
+                line |= {name: less.value, f"{name} low": less.low, f"{name} high": less.high}
+            lines.append(line)
+        frame = pd.DataFrame(lines).set_index("method").loc[kl.index].reset_index()
+        note = (
+            "KL under the constraint less KL of the same method where each head keeps entries of"
+            f" its own choice, paired by prompt, with its 95% interval; prompts: {told}."
+        )
+        found.append(Table("serving_cost", "What a constraint adds", frame, note))
+    for setting, group in rows[keys].groupby("setting"):
+        share = group.pivot_table("score", "of", "constraint").reindex(columns=CONSTRAINTS)
+        share.loc[REFERENCE, FREE] = everything[everything.setting == setting].score.mean()
+        frame = share.sort_values(FREE, ascending=False).rename_axis("method").reset_index()
+        n = group.groupby("label").id.nunique()
+        note = f"Passkeys found, in percent, of {n.min()} to {n.max()} prompts."
+        name = f"serving_{setting}".replace(" ", "_")
+        found.append(Table(name, f"Passkeys under the constraints, {setting}", frame, note))
+    return found
+
+
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """The prompts that every row of the data set answered: means are of the same prompts."""
+    rows = rows[rows.status == "ok"]
+    of = rows.groupby(["setting", "id"]).label.transform("nunique")
+    return rows[of == rows.groupby("setting").label.transform("nunique")]
+
+
+def by_constraint(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean of the data sets' mean KL, [methods, constraints]."""
+    means = rows.groupby(["of", "constraint", "setting"]).kl_to_full.mean()
+    return means.groupby(level=[0, 1]).mean().unstack().reindex(columns=CONSTRAINTS)
+
+
+def draw(rows: pd.DataFrame, out: Path) -> list[Path]:
+    """A line per method over the constraints, from free choice to whole pages for all heads."""
+    rows = constrained(rows)
+    texts = complete(rows[~rows.setting.str.contains(PASSKEYS) & rows.kl_to_full.notna()])
+    kl = by_constraint(texts)
+    methods = list(kl.index)
+    coloured = highlighted(methods)
+    with plt.rc_context(RC):
+        figure, (axis,) = panels(1, 7.2, 4.4)
+        ends = []
+        for method, line in kl.iterrows():
+            label, color, marker = style_of(str(method))
+            color, layer = (color, 3) if method in coloured else (GREY, 2)
+            places = [i for i, value in enumerate(line) if pd.notna(value)]
+            axis.plot(places, line.iloc[places], color=color, marker=marker, ms=4, zorder=layer)
+            if method in coloured:
+                ends.append((places[-1], line.iloc[places[-1]], label, color))
+        axis.set(yscale="log", ylabel="KL to the full cache (nats a token)")
+        axis.set_xticks(range(len(CONSTRAINTS)), [c.replace(", ", "\n") for c in CONSTRAINTS])
+        axis.set_xlabel("what is kept as a unit; heads that agree")
+        name_ends(axis, ends)
+        grey = named_grey(methods, coloured)
+        figure.suptitle("\n".join(wrap(grey, 110)), y=0.0, va="top", fontsize=8)
+        path = out / "serving.png"
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+        plt.close(figure)
+    return [path]
