@@ -1,8 +1,8 @@
 """Writes the tables of docs/configuration.md: python docs/configuration.py
 
 What follows a line `<!-- configs FOLDER -->` becomes a table of each YAML file there, its comments
-the descriptions; a file that sets others' settings is shown as it is. `<!-- configs methods -->` is
-a table of each method's parameters, described by its docstring.
+the descriptions. A file that sets others' settings is shown as it is, or named if it is long.
+`<!-- configs methods -->` is a table of each method's parameters, described by its docstring.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from buzz import POLICIES, Policy
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 GLOBAL = "@package _global_"  # what such a file begins with
+LONGEST = 25  # lines of such a file that are shown
+# What the page says once for all tasks.
+EVERY_TASK = {"shard": "null", "batch_size": "1", "chat_template": "true"}
 PLACE = re.compile(r"^(<!-- configs (\S+) -->)\n.*?(<!-- /configs -->)$", re.MULTILINE | re.DOTALL)
 HEADS = ["| setting | default | |", "| --- | --- | --- |"]
 ARGUMENT = re.compile(r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", re.MULTILINE)  # of a docstring
@@ -44,15 +47,17 @@ def section(file: Path) -> str:
     lines = [line[2:] for line in comment.splitlines()]
     shown = [f"`{line.strip()}`" if line.startswith("  ") else line for line in lines]
     parts = [" ".join(line for line in shown if line != GLOBAL)]
-    if GLOBAL in lines:
+    if GLOBAL in lines and body.count("\n") > LONGEST:
+        parts.append(f"The file: `{file.relative_to(ROOT)}`.")
+    elif GLOBAL in lines:
         parts.append(f"```yaml\n{body}```")
-    elif rows := list(settings(text)):
+    elif rows := list(settings(text, EVERY_TASK if file.parent.name == "task" else {})):
         parts.append("\n".join([*HEADS, *rows]))
     return "\n\n".join([f"### {file.stem}", *filter(None, parts)]) if any(parts) else ""
 
 
-def settings(text: str) -> Iterator[str]:
-    """A table row for each value; Hydra's own sections are left out."""
+def settings(text: str, known: dict[str, str]) -> Iterator[str]:
+    """A table row for each value; Hydra's own sections and known defaults are left out."""
     flat = set(dotted(yaml.safe_load(text)))
     above: list[str] = []
     for line in text.splitlines():
@@ -60,6 +65,8 @@ def settings(text: str) -> Iterator[str]:
             continue
         above = [*above[: len(match["indent"]) // 2], match["key"]]
         name = ".".join(above)
+        if known.get(name) == match["value"]:
+            continue
         if name in flat and above[0] not in ("defaults", "hydra", "name", "_target_"):
             note = (match["note"] or "").replace("|", "\\|")
             yield f"| `{name}` | `{match['value']}` | {note} |"
@@ -71,14 +78,25 @@ def methods() -> str:
 
 
 def parameters(name: str, method: type[Policy]) -> str:
+    """A table of the parameters; those of the method that it builds on are named below."""
     summary = inspect.cleandoc(method.__doc__ or "").partition("\n\n")[0]
-    parts, notes = [f"### {name}", in_markdown(summary)], meanings(method)
-    rows = [
-        f"| `{field}` | `{value if isinstance(value, str) else json.dumps(value)}` |"
+    parts = [f"### {name}", in_markdown(summary)]
+    base = next((own for own in POLICIES.items() if own[1] in method.__mro__[1:]), None)
+    rows, shared = table_rows(method), table_rows(base[1]) if base else {}
+    if own := [row for field, row in rows.items() if row != shared.get(field)]:
+        parts.append("\n".join([*HEADS, *own]))
+    if base and (same := [f"`{field}`" for field, row in rows.items() if row == shared.get(field)]):
+        parts.append(f"As in [{base[0]}](#{base[0]}): {', '.join(same)}.")
+    return "\n\n".join(parts)
+
+
+def table_rows(method: type[Policy]) -> dict[str, str]:
+    notes = meanings(method)
+    return {
+        field: f"| `{field}` | `{value if isinstance(value, str) else json.dumps(value)}` |"
         f" {notes.get(field, '')} |"
         for field, value in dataclasses.asdict(method()).items()
-    ]
-    return "\n\n".join([*parts, *(["\n".join([*HEADS, *rows])] if rows else [])])
+    }
 
 
 def meanings(method: type[Policy]) -> dict[str, str]:
