@@ -263,3 +263,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), file
         if anchor and "--8<--" not in target.read_text():  # which takes another page in
             assert anchor in anchors(target), f"{file}#{anchor}"
+
+
+def test_one_version_and_date_everywhere() -> None:
+    pyproject, citation, changes = (
+        (ROOT / name).read_text() for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")
+    )
+    version, day = re.search(r"^## (\S+) \(([\d-]+)\)$", changes, re.M).groups()
+    assert f'\nversion = "{version}"\n' in pyproject
+    assert f"\nversion: {version}\ndate-released: {day}\n" in citation
+
+
+def test_agents_are_told_of_files_that_are_there() -> None:
+    page = (ROOT / "AGENTS.md").read_text()
+    paths = re.findall(r"\b(?:docs|tests|baselines|buzz|evals|configs)/[\w/.]*|\b[A-Z]+\.md", page)
+    assert len(paths) > 10 and not [path for path in paths if not (ROOT / path).exists()]
