@@ -1,10 +1,12 @@
 """What pages and agreeing heads cost a method, from committed samples: two tables and a figure.
 
 A row's label tells its method and what constrained it: `h2o,granularity=page16,heads=layer`.
+A page's score is the mean of its tokens' scores, unless `page_score=max` follows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -16,7 +18,10 @@ from evals.report.methods import GREY, highlighted, style_of
 from evals.report.table import Table
 from evals.results.frame import DIFFERENCE, NOTHING, REFERENCE, interval
 
-LABEL = r"^(?P<of>[^,]+)(?:,granularity=page(?P<page>\d+))?(?:,heads=(?P<heads>layer|all))?$"
+LABEL = (
+    r"^(?P<of>[^,]+)(?:,granularity=page(?P<page>\d+))?(?:,heads=(?P<heads>layer|all))?"
+    r"(?:,page_score=(?P<score>max))?$"
+)
 PASSKEYS = "niah_single_1"  # in the name of a setting whose score counts the passkeys found
 FREE = "token, each"
 UNITS, HEADS = ("token", "page 16", "page 64"), ("each", "layer", "all")
@@ -26,12 +31,15 @@ CONSTRAINTS = [f"{unit}, {heads}" for unit in UNITS for heads in HEADS]
 def constrained(rows: pd.DataFrame) -> pd.DataFrame:
     """Methods' rows with `of`, the method, and `constraint`, one of :data:`CONSTRAINTS`.
 
-    Empty unless some row is constrained.
+    `, max` follows a constraint whose pages count by their highest score. Empty unless some row is
+    constrained.
     """
     found = rows[rows.row != REFERENCE]
     parts = found.label.str.extract(LABEL)
     unit = parts.page.map("page {}".format).where(parts.page.notna(), "token")
-    found = found.assign(of=parts.of, constraint=unit + ", " + parts.heads.fillna("each"))
+    by_max = parts.score.map({"max": ", max"}).fillna("")
+    name = unit + ", " + parts.heads.fillna("each") + by_max
+    found = found.assign(of=parts.of, constraint=name)
     return found[parts.of.notna() & (found.constraint != FREE).any()]
 
 
@@ -52,25 +60,24 @@ def tables(rows: pd.DataFrame) -> list[Table]:
         )
         frame = pd.concat([kl, order]).rename_axis("method").reset_index()
         found.append(Table("serving", "KL under a server's constraints", frame, note))
-        lines = []
-        for method, own in texts.groupby("of", sort=False):
-            wide = own.pivot_table("kl_to_full", ["setting", "id"], "constraint")
-            line: dict[str, Any] = {"method": method}
-            for name in CONSTRAINTS[1:]:
-                less = NOTHING
-                if name in wide:
-                    pair = wide[[name, FREE]].to_numpy()
-                    less = interval(
-                        pair, DIFFERENCE, group=wide.index.get_level_values(0), guard=False
-                    )
-                line |= {name: less.value, f"{name} low": less.low, f"{name} high": less.high}
-            lines.append(line)
-        frame = pd.DataFrame(lines).set_index("method").loc[kl.index].reset_index()
         note = (
             "KL under the constraint less KL of the same method where each head keeps entries of"
             f" its own choice, paired by prompt, with its 95% interval; prompts: {told}."
         )
+        pairs = {name: FREE for name in CONSTRAINTS[1:]}
+        frame = differences(texts, pairs, list(kl.index))
         found.append(Table("serving_cost", "What a constraint adds", frame, note))
+        pairs = {f"{name}, max": name for name in CONSTRAINTS}
+        pairs = {name: other for name, other in pairs.items() if name in set(texts.constraint)}
+        if pairs:
+            known = texts[texts.constraint.isin(pairs)]
+            some = known.drop_duplicates(["setting", "id"]).groupby("setting").id.size()
+            note = (
+                "KL where a page counts by its highest score less KL where it counts by its mean,"
+                f" with its 95% interval; prompts: {dict(some)}."
+            )
+            frame = differences(texts, pairs, [name for name in kl.index if name in set(known.of)])
+            found.append(Table("serving_max", "Pages by their highest score", frame, note))
     for setting, group in rows[keys].groupby("setting"):
         share = group.pivot_table("score", "of", "constraint").reindex(columns=CONSTRAINTS)
         share.loc[REFERENCE, FREE] = everything[everything.setting == setting].score.mean()
@@ -89,10 +96,28 @@ def complete(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[of == rows.groupby("setting").label.transform("nunique")]
 
 
+def differences(
+    rows: pd.DataFrame, pairs: Mapping[str, str], methods: Sequence[str]
+) -> pd.DataFrame:
+    """KL under a constraint less KL under another one, prompt by prompt: a column for each pair."""
+    lines = []
+    for method in methods:
+        wide = rows[rows.of == method].pivot_table("kl_to_full", ["setting", "id"], "constraint")
+        line: dict[str, Any] = {"method": method}
+        for name, other in pairs.items():
+            less = NOTHING
+            if name in wide and other in wide:
+                sets = wide.index.get_level_values(0)
+                less = interval(wide[[name, other]], DIFFERENCE, group=sets, guard=False)
+            line |= {name: less.value, f"{name} low": less.low, f"{name} high": less.high}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def by_constraint(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean of the data sets' mean KL, [methods, constraints]."""
-    means = rows.groupby(["of", "constraint", "setting"]).kl_to_full.mean()
-    return means.groupby(level=[0, 1]).mean().unstack().reindex(columns=CONSTRAINTS)
+    """Mean of the data sets' mean KL, [methods, constraints]; blank where a data set lacks it."""
+    means = rows.groupby(["of", "constraint", "setting"]).kl_to_full.mean().unstack()
+    return means.mean(axis=1, skipna=False).unstack().reindex(columns=CONSTRAINTS)
 
 
 def draw(rows: pd.DataFrame, out: Path) -> list[Path]:
