@@ -9,6 +9,7 @@ Where outputs and scores come from:
   PyTorch's sdpa (on the CPU), the same kernels that others run;
 - with scores, under sdpa and flash attention: :mod:`buzz.kernels`, which choose by device;
 - with scores, under eager: the plain torch version of the same kernels;
+- entries of int8: :mod:`buzz.kernels` or its plain version, with scores and without;
 - models with attention sinks, which sdpa does not know and which are loaded with eager for that:
   :mod:`buzz.kernels`, with scores and without.
 
@@ -104,11 +105,12 @@ def attend(
     sinks = sinks_of(kwargs)
     scorer = kernels.reference if backend == "eager" and sinks is None else kernels
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    int8 = key.dtype == torch.int8  # which no stock backend reads
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None = None
     ) -> Scored:
-        if not observed and not _outruns_stock(backend, sinks, query):
+        if not observed and not _outruns_stock(backend, sinks, query) and not int8:
             mask = _mask(backend, query, key, starts)
             return stock(module, query, key, value, mask, **kwargs)[0].transpose(1, 2), None
         if query.shape[2] == 1:
@@ -180,7 +182,7 @@ def _by_group(
     if len(layer.groups) == 1 and not layer.groups[0].padding:
         return attention(query, key, value)
     batch, heads, new, _ = query.shape
-    output = value.new_zeros(batch, heads, new, value.shape[-1])
+    output = query.new_zeros(batch, heads, new, kernels.width(value))
     received = torch.zeros(key.shape[:3], device=key.device) if layer.wants_scores else None
     for group in layer.groups:
         fresh = slice(new - min(new, group.seen), new)

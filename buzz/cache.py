@@ -34,6 +34,7 @@ from buzz.rope import Rope
 from buzz.trace import Trace
 
 Positions = Literal["cache", "true"]
+DType = Literal["int8"]
 
 LONGROPE = (
     "the text grows past the {} tokens of its short context: keys that are in the cache keep the"
@@ -84,6 +85,9 @@ class EvictionCache(adapter.StatefulCache):
         hold_until: evict nothing before this many tokens, padding included, have been seen, and
             judge them as one step then: set it to the prompt's length, and a prompt in chunks gives
             what it gives in one piece.
+        dtype: ``int8``: hold keys and values so, with a scale for each entry and KV head, from when
+            the prompt (all up to `hold_until`), as it came, was attended; only at true positions.
+            None: as the model computes them.
         compiled: decode by one graph of torch.compile, made at the first token (and on CUDA
             replayed): the same tokens, sooner. Prompts and chunks run as ever.
 
@@ -106,6 +110,7 @@ class EvictionCache(adapter.StatefulCache):
         logn_base: float | None = None,
         logn_clamp: bool = False,
         hold_until: int = 0,
+        dtype: DType | None = None,
         compiled: bool = False,
     ) -> None:
         if not isinstance(policy, Policy):
@@ -115,9 +120,12 @@ class EvictionCache(adapter.StatefulCache):
         check_clamp(logn_base, logn_clamp)
         self.policy = policy = policy.for_model(model)
         self._positions = positions_of(positions)
+        check_dtype(dtype, self._positions)
         self._trace = Trace()
         for device in {weights.device for weights in model.parameters() if weights.is_cuda}:
             kernels.implementation(torch.empty(0, dtype=model.dtype, device=device))
+            if dtype == "int8":
+                kernels.implementation(torch.empty(0, dtype=torch.int8, device=device))
         decoder = adapter.install(model, attend, _announce, _overhear)
         kinds = adapter.layers_of(model)
         found = probe.findings(model, decoder, kinds)
@@ -150,6 +158,7 @@ class EvictionCache(adapter.StatefulCache):
         self.hold_until = hold_until
         for layer in self.evicting:
             layer.logn_base, layer.logn_clamp = logn_base, logn_clamp
+            layer.int8 = dtype == "int8"
         self._replay = _replay(decoder, model, layers, self.plain, policy) if compiled else None
         if compiled:
             for layer in self.evicting:
@@ -609,6 +618,15 @@ def check_clamp(logn_base: float | None, logn_clamp: bool) -> None:
     if logn_clamp and logn_base is None:
         remedy = "bounds the scale by log n, and there is none: set cache.logn_base too, e.g. 512"
         raise ConfigError("cache.logn_clamp", logn_clamp, remedy)
+
+
+def check_dtype(dtype: Any, positions: Positions) -> None:
+    """Raises ConfigError if entries cannot be held in this type."""
+    if dtype not in (None, "int8"):
+        raise ConfigError("cache.dtype", dtype, "choose int8, or null for the model's own")
+    if dtype == "int8" and positions == "cache":
+        remedy = "keys that are turned would be rounded again each time: set cache.positions=true"
+        raise ConfigError("cache.dtype", dtype, remedy)
 
 
 def _may_wait(device: torch.device, new: int) -> bool:

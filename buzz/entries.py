@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, max_pool1d, normalize, pad
 
-from buzz import adapter
+from buzz import adapter, kernels
 from buzz.errors import ConfigError
 from buzz.inputs import on
 from buzz.queries import Moments, QueryLog
@@ -99,15 +100,18 @@ class Entries:
             raise _undeclared("received", "needs_scores = True")
         return self._received
 
-    @property
+    @cached_property
     def keys(self) -> Tensor:
-        """[rows, kv_heads, held, head_dim], rotated as the step's queries attended them."""
-        return self._view(self._store.keys)
+        """[rows, kv_heads, held, head_dim], rotated as the step's queries attended them.
 
-    @property
+        Those of int8 widened to float32, as :attr:`values`.
+        """
+        return kernels.widened(self._view(self._store.keys))
+
+    @cached_property
     def values(self) -> Tensor:
         """[rows, kv_heads, held, head_dim]."""
-        return self._view(self._store.values)
+        return kernels.widened(self._view(self._store.values))
 
     @property
     def positions(self) -> Tensor:

@@ -92,6 +92,8 @@ class Rows:
         if not places:
             alike = [own for own in fork.evicting if kind_of(own)[:3] == kind_of(layer)[:3]]
             sums = policy.needs_scores and policy.score_rule != "step"
+            if layer.int8:
+                store = store.quantized(store.end)  # of none: to tell types and shapes
             like = replace(store, scores=store.positions.float() if sums else None)
             whole = Store.unwritten(like, with_spare(after[0][0]), len(alike))
             places += [whole.row(number) for number in range(len(alike))]
@@ -156,7 +158,12 @@ class Stack(EvictionLayer):
             self.tell()  # the layers' views of old buffers need not outlive this
         self.received, self.queries = self.scores_of_step(), []
         bounds = store.end - group.held, store.end + 1, group.seen
-        rest = store.capacity, *bounds, self.received is store.scores
+        rest = (
+            store.capacity,
+            *bounds,
+            self.received is store.scores,
+            store.keys.dtype == torch.int8,
+        )
         buffers = store.keys, store.values, store.positions, self.received
         at = [0 if one is None else one.data_ptr() for one in buffers]
         step = [0 if one is None else one.stride(0) * one.element_size() for one in buffers]
@@ -384,7 +391,7 @@ class ForkedLayer(SelfAttending):
             and kernels.steps_rows(query)
             and not self.forks[0].shares_entries
             and not any(layer.holds_back for layer in layers)
-            and all(layer.store.keys.dtype == query.dtype for layer in layers)
+            and all(layer.store.keys.dtype in (query.dtype, torch.int8) for layer in layers)
             and all(layer.rope.static and layer.logn_base is None for layer in layers)
             and all(
                 fork.evicting[0].council is None or len(set(map(kind_of, fork.evicting))) == 1
@@ -442,7 +449,8 @@ class ForkedCache(EvictionCache):
     go by the length of the text.
 
     Args:
-        model, options: as of :class:`buzz.EvictionCache`.
+        model, options: as of :class:`buzz.EvictionCache`; a list of `dtype` has that of each method
+            for one prompt.
         policies: the methods for one prompt, or a list of methods for each of several prompts; one
             may be there several times.
 
@@ -464,7 +472,16 @@ class ForkedCache(EvictionCache):
             raise ConfigError("policies", policies, "give at least one, for each prompt")
         if options.get("compiled"):
             raise ConfigError("compiled", True, "rows of different lengths are no graph; leave out")
-        self.forks = [EvictionCache(model, policy, **options) for own in several for policy in own]
+        dtypes: Any = options.pop("dtype", None)
+        if not isinstance(dtypes, list):
+            dtypes = [dtypes] * max(map(len, several))
+        if any(len(own) > len(dtypes) for own in several):
+            raise ConfigError("cache.dtype", dtypes, "give one for each method")
+        self.forks = [
+            EvictionCache(model, policy, dtype=dtype, **options)
+            for own in several
+            for policy, dtype in zip(own, dtypes, strict=False)
+        ]
         self._rows = Rows([i for i, own in enumerate(several) for _ in own], [0] * len(several))
         self._replay = None
         first = self.forks[0]

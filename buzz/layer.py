@@ -36,6 +36,7 @@ class EvictionLayer(CacheLayerMixin):
 
     Attributes:
         hold_until, logn_base, logn_clamp: as of the cache.
+        int8: whether keys and values are held so once their prompt, as it came, was attended.
         least: entries that every buffer has room for, so that all prompts take the same ones.
         readers: how many layers of the model attend these entries, too. They do so after this one
             in each step, and only then entries leave, by what this layer's own attention gave them.
@@ -60,6 +61,7 @@ class EvictionLayer(CacheLayerMixin):
         self.index = index
         self.module = None if module is None else weakref.ref(module)
         self.hold_until = self.least = 0
+        self.int8 = False
         self.logn_base: float | None = None
         self.logn_clamp = False
         self.faults: dict[str, Tensor] = {}  # by input, whether a step's was wrong: then NaN
@@ -411,6 +413,10 @@ class EvictionLayer(CacheLayerMixin):
             scores: float32 [batch, kv_heads, held].
             later: see :func:`buzz.eviction.evict`.
         """
+        store = self.store
+        assert store is not None
+        if self.int8 and store.keys.dtype != torch.int8 and not self.holds_back:
+            self.store = store.quantized(self.start)
         after = self._plan()
         if after is None:
             return

@@ -47,7 +47,8 @@ class Store:
     """The entries of one layer, slot by slot.
 
     Attributes:
-        keys, values: [batch, kv_heads, capacity, head_dim].
+        keys, values: [batch, kv_heads, capacity, head_dim]; or of int8, with each entry's scale
+            behind it (:func:`buzz.kernels.quantized`).
         positions: int32 [batch, kv_heads, capacity], index of each entry's token in its own row.
         scores: float32 [batch, kv_heads, capacity], attention received; None if nobody reads it.
         end: one past the newest entry's slot.
@@ -178,6 +179,7 @@ class Store:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Write a step's entries, [batch, kv_heads, new, ...], into spare slots."""
+        keys, values = self._as_held(keys, values)
         slots = slice(self.end, self.end + keys.shape[2])
         self.keys[:, :, slots] = keys
         self.values[:, :, slots] = values
@@ -186,6 +188,19 @@ class Store:
             self.scores[:, :, slots] = 0
         self.end = slots.stop
 
+    def _as_held(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys.dtype != torch.int8:
+            return keys, values
+        return kernels.quantized(keys), kernels.quantized(values)
+
+    def quantized(self, start: int) -> Store:
+        """What is held from slot `start` on, with keys and values of int8."""
+        keys, values, *rest = (t[:, :, start : self.end] for t in self.tensors())
+        pair = kernels.quantized(keys), kernels.quantized(values)
+        scores = rest[1] if len(rest) > 1 else None
+        held = self.end - start
+        return Store(*pair, rest[0], scores, held, owned=False, least=self.least)
+
     def shared(self) -> Store:
         """The same entries once more, in the same buffers: who appends first moves out of them."""
         self.owned = False
@@ -193,6 +208,7 @@ class Store:
 
     def append_token(self, key: Tensor, value: Tensor, token: int, padding: Tensor | None) -> None:
         """Write one entry of each row, see :func:`buzz.kernels.append`."""
+        key, value = self._as_held(key, value)
         kernels.append(self.tensors(), key, value, self.end, token, padding)
         self.end += 1
 

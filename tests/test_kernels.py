@@ -409,7 +409,7 @@ def test_moves_of_several_stores_are_one_call(strided: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @with_sinks
 def test_a_token_of_rows_that_lie_apart(dtype: torch.dtype, sunk: bool) -> None:
-    """Each row as a step of its own buffers, of its own length, with and without scores."""
+    """Each row as a step of its own buffers, of its own length and type; some without scores."""
     random, bounds = seeded(2), [(0, 1), (3, 20), (0, 40), (11, 33)]
     sinks = drawn_sinks(sunk, heads=6)
     query = torch.randn(4, 6, 1, 16, generator=random).to(dtype)
@@ -418,6 +418,8 @@ def test_a_token_of_rows_that_lie_apart(dtype: torch.dtype, sunk: bool) -> None:
     for row, (start, end) in enumerate(bounds):
         capacity = end + row
         store = [torch.randn(1, 2, capacity, dim, generator=random).to(dtype) for dim in (16, 8)]
+        if is_int8 := row in (1, 3):
+            store = [kernels.quantized(tensor) for tensor in store]
         store += [torch.zeros(1, 2, capacity, dtype=torch.int32), torch.rand(1, 2, capacity)]
         own, adds = slice(row, row + 1), row != 2
         expected = [tensor.clone() for tensor in store]
@@ -429,7 +431,7 @@ def test_a_token_of_rows_that_lie_apart(dtype: torch.dtype, sunk: bool) -> None:
         want.append(step)
         address = 0 if row == 1 else store[3].data_ptr()
         places = [tensor.data_ptr() for tensor in store[:3]]
-        rows.append((*places, address, capacity, start, end, 70 + row, adds))
+        rows.append((*places, address, capacity, start, end, 70 + row, adds, is_int8))
         stores.append((store, expected, start, end))
     found = kernels.step_rows(query, key, value, rows, 0.25, sinks)
     close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}

@@ -8,6 +8,8 @@ The one place that chooses an implementation (:func:`implementation`):
 ``reference`` all else (other devices, float64, gradients): plain PyTorch, slower
 ============  ==========================================================================
 
+On the CPU, and by ``reference``, entries may be of int8 (:func:`quantized`), beside any queries.
+
 A card older than sm_80, whose multiprocessors hold less than the kernels take, is refused by name.
 
 The environment variable ``BUZZ_KERNELS`` set to one of the three names forces it for every call.
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from buzz.errors import ConfigError
 from buzz.kernels import cpu, reference
-from buzz.kernels.reference import Leading, Move
+from buzz.kernels.reference import Leading, Move, widened, width
 
 NAMES = ("triton", "cpu", "reference")
 __all__ = [
@@ -42,11 +44,14 @@ __all__ = [
     "move_all",
     "originals",
     "outruns_stock",
+    "quantized",
     "scored_decode",
     "scored_prefill",
     "step",
     "step_rows",
     "steps_rows",
+    "widened",
+    "width",
 ]
 
 
@@ -81,8 +86,11 @@ def implementation(tensor: Tensor) -> ModuleType:
         return reference
     if forced not in ("", *NAMES):
         raise ConfigError("BUZZ_KERNELS", forced, f"write one of {', '.join(NAMES)}, or unset it")
+    if tensor.dtype == torch.int8 and tensor.is_cuda:
+        remedy = "the kernels of CUDA read floats alone; leave it out, or set device=cpu"
+        raise ConfigError("cache.dtype", "int8", remedy)
     differentiable = torch.is_grad_enabled() and tensor.requires_grad
-    if tensor.dtype in cpu.DTYPES and not differentiable:
+    if tensor.dtype in (*cpu.DTYPES, torch.int8) and not differentiable:
         if tensor.is_cuda and forced in ("", "triton") and (module := _triton()):
             if capability(tensor.device) < (8, 0):
                 raise _too_old(tensor.device)
@@ -94,6 +102,23 @@ def implementation(tensor: Tensor) -> ModuleType:
             "BUZZ_KERNELS", forced, f"cannot serve {tensor.dtype} on {tensor.device}; unset it"
         )
     return reference
+
+
+def quantized(x: Tensor) -> Tensor:
+    """Keys or values as entries of int8, each with a scale of its own.
+
+    Symmetric, by the largest number of each vector: that is 127 times the scale, and no number is
+    off by more than half of it. The scale moves and is copied with its entry.
+
+    Args:
+        x: [B, H, n, D].
+
+    Returns:
+        int8 [B, H, n, D + 4]: the numbers, and behind them the four bytes of the float32 that they
+        are times.
+    """
+    own = reference if torch.compiler.is_compiling() else implementation(x)
+    return cpu.quantized(x) if own is cpu else reference.quantized(x)
 
 
 def outruns_stock(query: Tensor) -> bool:
@@ -125,7 +150,7 @@ def scored_prefill(
 
     Args:
         query: [B, Hq, q, D], q >= 1.
-        key: [B, Hkv, n, D], n >= q.
+        key: [B, Hkv, n, D], n >= q; or of int8, as all keys and values here (:func:`quantized`).
         value: [B, Hkv, n, Dv].
         scale: factor of the logits, usually ``D ** -0.5``.
         observe: only the last ``observe`` queries count in what is received, 0: none; None: all.
@@ -271,7 +296,7 @@ def step_rows(
         rows: for each row the addresses of its keys [Hkv, C, D], values, positions (int32) and
             scores (float32; 0: nobody asks), all dense; C; its first slot and one past its last,
             which takes the new entry; the index of the new token; and whether scores grow by what
-            was received, or become it.
+            was received, or become it; and whether its entries are of int8.
         scale: factor of the logits.
         sinks: as of :func:`scored_prefill`.
 
@@ -282,7 +307,10 @@ def step_rows(
 
 
 def move_all(moves: Sequence[Move]) -> None:
-    """Several of :func:`move`, of tensors of one device and dtype; in any order."""
+    """Several of :func:`move`, of tensors of one device, in any order.
+
+    And of one dtype, or else nothing turns.
+    """
     if moves and _mover(moves[0]) is cpu and all(_is_dense(one) for one in moves):
         cpu.move_all(moves)
     else:
@@ -371,7 +399,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> N
     batch, heads, queries, dim = query.shape
     if (
         key.shape[0] != batch
-        or key.shape[3] != dim
+        or width(key) != dim
         or value.shape[:3] != key.shape[:3]
         or heads % key.shape[1]
         or not 1 <= queries <= key.shape[2]
@@ -411,7 +439,7 @@ def _(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    output = query.new_empty(batch, queries, heads, width(value)).transpose(1, 2)
     return output, query.new_empty(key.shape[:3], dtype=torch.float32)
 
 

@@ -1,4 +1,5 @@
-// Attention that also yields what every key received, for float32 and bfloat16 on the CPU.
+// Attention that also yields what every key received, for float32 and bfloat16 on the CPU, and for
+// entries of int8.
 //
 // Plain C++ behind a C interface: no PyTorch headers, so that it compiles in seconds and does not
 // depend on the version of PyTorch. GCC and Clang vector types serve every instruction set.
@@ -22,7 +23,7 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -42,6 +43,7 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -67,11 +69,21 @@ static inline vec load(const float* p) { return *(const loose*)p; }
 static inline vec load(const bfloat16* p) {
     return (vec)(__builtin_convertvector(*(const halves*)p, ivec) << 16);
 }
+static inline vec load(const int8_t* p) {
+#if defined(__AVX512F__)  // GCC 12 would convert each half of the vector by itself
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    return __builtin_convertvector(*(const bytes*)p, vec);
+#endif
+}
 static inline void store(float* p, vec x) { *(loose*)p = x; }
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 
 static inline float sum(vec x) {
-    // Halving within the vector; compilers turn it into shuffles.
+    // Halving within the vector.
+#if defined(__AVX512F__)  // by shuffles; GCC 12 would go through memory
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     float lane[LANES];
     store(lane, x);
     for (int width = LANES / 2; width; width /= 2)
@@ -97,6 +109,37 @@ static inline vec exp(vec x) {
     return x < -87.f ? vec{} : p;
 }
 
+// An entry of int8 has its numbers, from -127 to 127, and behind them the float that they are times.
+template <class K>
+constexpr bool IS_INT8 = std::is_same<K, int8_t>::value;
+template <class K>
+constexpr int64_t BEHIND = IS_INT8<K> ? sizeof(float) : 0;
+
+template <class K>
+static inline float scale_of(const K* entry, int64_t dim) {
+    float scale = 1;
+    if (IS_INT8<K>) std::memcpy(&scale, entry + dim, sizeof scale);
+    return scale;
+}
+
+// Write the vector of a new entry.
+template <class T>
+static inline void write(const T* x, int64_t dim, T* entry) {
+    std::copy_n(x, dim, entry);
+}
+template <class T>
+static inline void write(const T* x, int64_t dim, int8_t* entry) {
+    float top = 0, odd = 0;
+    for (int64_t d = 0; d < dim; d++) {
+        top = std::max(top, std::fabs(float(x[d])));
+        odd += float(x[d]) * 0;  // NaN if any is no number, and then all are to be
+    }
+    const float scale = top / 127 + odd;
+    for (int64_t d = 0; d < dim; d++)
+        entry[d] = scale > 0 ? int8_t(std::nearbyint(float(x[d]) / scale)) : 0;
+    std::memcpy(entry + dim, &scale, sizeof scale);
+}
+
 struct Strides {  // in elements; the last dimension is dense
     int64_t batch, head, token;
 };
@@ -104,6 +147,8 @@ struct Strides {  // in elements; the last dimension is dense
 struct Shape {
     int64_t batch, heads, kv_heads, queries, keys, dim, value_dim, observe;
 };
+
+enum Kind { FLOAT, HALF, INT8 };  // of what is read; queries beside INT8 are floats
 
 // --- prefill -------------------------------------------------------------------------------------
 
@@ -170,8 +215,8 @@ static void add_values(const E* v, int64_t step, int64_t depth, const E* p, floa
         for (int c = 0; c < COLS; c++) store(out + i * BLOCK + c * LANES, acc[i][c]);
 }
 
-// Keys and values of a tile, laid out for the products.
-template <class T>
+// Keys and values of a tile, laid out for the products; K: as they are held.
+template <class T, class K>
 struct Tile {
     typedef typename Operand<T>::type E;
     int64_t dim, value_dim, depth;
@@ -180,6 +225,17 @@ struct Tile {
     Tile(int64_t dim, int64_t value_dim)
         : dim(dim), value_dim(value_dim), depth((dim + SUMMED<E> - 1) / SUMMED<E>),
           keys(TILE * depth), values(TILE * value_dim) {}
+
+    void read(const int8_t* k, int64_t k_step, const int8_t* v, int64_t v_step, int64_t size) {
+        const auto widen = [&](const int8_t* entry, int64_t width, float* to) {
+            const float scale = scale_of(entry, width);
+            for (int64_t d = 0; d < width; d++) to[d] = entry[d] * scale;
+        };
+        for (int64_t j = 0; j < size; j++, k += k_step, v += v_step) {
+            widen(k, dim, &keys[j * dim]);
+            widen(v, value_dim, &values[j * value_dim]);
+        }
+    }
 
     void read(const T* k, int64_t k_step, const T* v, int64_t v_step, int64_t size) {
         for (int64_t j = 0; j < size; j++, k += k_step)
@@ -215,7 +271,7 @@ static inline const uint32_t* as_operand(const float* weights, int64_t size,
 }
 
 // A block of queries of one head on its way through the keys.
-template <class T>
+template <class T, class K>
 struct Block {
     typedef typename Operand<T>::type E;
     int64_t count, visible, keys;  // queries; keys of the first of them; of the last
@@ -228,7 +284,7 @@ struct Block {
     // `count` queries from `q` on, the first of which sees `visible` keys and each further one more.
     // `sink`: a logit that takes part in the softmax and has no value; -inf: none.
     void begin(const T* q, int64_t step, int64_t count_, int64_t visible_, bool keeps_, float sink,
-               const Tile<T>& tile) {
+               const Tile<T, K>& tile) {
         count = count_, visible = visible_, keys = visible + count - 1, keeps = keeps_;
         query.assign(tile.depth * BLOCK, 0);
         for (int64_t i = 0; i < count; i++, q += step)
@@ -242,7 +298,7 @@ struct Block {
     }
 
     // Attend the tile's keys, the first of which is key `from`.
-    void attend(const Tile<T>& tile, int64_t from, float scale) {
+    void attend(const Tile<T, K>& tile, int64_t from, float scale) {
         if (from >= keys) return;
         const int64_t size = std::min(TILE, keys - from), depth = tile.depth;
         const int64_t free = std::min(size, visible - from);  // keys that all of these queries see
@@ -326,8 +382,8 @@ static void reduce_received(const std::vector<float>& partial, int64_t lists, in
         received[i / (lists * keys) * keys + i % keys] += partial[i];
 }
 
-template <class T>
-static void scored_prefill(const T* query, const T* key, const T* value, T* out, float* received,
+template <class T, class K>
+static void scored_prefill(const T* query, const K* key, const K* value, T* out, float* received,
                            const float* sinks, const Shape& shape, const Strides* strides,
                            float scale, int threads, float decay) {
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
@@ -342,16 +398,16 @@ static void scored_prefill(const T* query, const T* key, const T* value, T* out,
     std::vector<float> partial(shape.observe ? rows * split * shape.keys : 0);
 #pragma omp parallel num_threads(threads)
     {
-        Tile<T> tile(shape.dim, shape.value_dim);
-        Block<T> side[SIDE];
+        Tile<T, K> tile(shape.dim, shape.value_dim);
+        Block<T, K> side[SIDE];
         std::unique_ptr<float, decltype(&std::free)> weights(
             (float*)std::aligned_alloc(64, SIDE * kept * BLOCK * 4), &std::free);
         for (int64_t s = 0; s < SIDE; s++) side[s].weights = weights.get() + s * kept * BLOCK;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < rows * split; task++) {
             const int64_t b = task / split / shape.kv_heads, g = task / split % shape.kv_heads;
-            const T* k = key + b * sk.batch + g * sk.head;
-            const T* v = value + b * sv.batch + g * sv.head;
+            const K* k = key + b * sk.batch + g * sk.head;
+            const K* v = value + b * sv.batch + g * sv.head;
             for (int64_t n = task % split * SIDE; n < blocks; n += split * SIDE) {
                 const int64_t together = std::min(SIDE, blocks - n);
                 const auto head = [&](int64_t s) { return g * group + (n + s) % group; };
@@ -382,8 +438,11 @@ static void scored_prefill(const T* query, const T* key, const T* value, T* out,
 extern "C" void buzz_scored_prefill(const void* query, const void* key, const void* value,
                                     void* out, float* received, const float* sinks,
                                     const Shape* shape, const Strides* strides, float scale,
-                                    int threads, int half, float decay) {
-    if (half)
+                                    int threads, int kind, float decay) {
+    if (kind == INT8)
+        scored_prefill((const float*)query, (const int8_t*)key, (const int8_t*)value, (float*)out,
+                       received, sinks, *shape, strides, scale, threads, decay);
+    else if (kind == HALF)
         scored_prefill((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
                        (bfloat16*)out, received, sinks, *shape, strides, scale, threads, decay);
     else
@@ -393,16 +452,42 @@ extern "C" void buzz_scored_prefill(const void* query, const void* key, const vo
 
 // --- decoding ------------------------------------------------------------------------------------
 
-template <class T>
-static inline float dot(const float* a, const T* b, int64_t size) {
-    vec acc[4] = {};
+// Heads of a group that read an entry together: it is loaded, and widened, once for all of them. With
+// less than 32 registers their accumulators would lie in memory.
+constexpr int TOGETHER = LANES == 16 ? 4 : 1;
+
+template <class F>
+static inline void in_parts(int64_t group, const F& attend) {
+    for (int64_t h = 0; h < group; h += TOGETHER)
+        switch (std::min<int64_t>(TOGETHER, group - h)) {
+            case 1: attend(std::integral_constant<int, 1>(), h); break;
+            case 2: attend(std::integral_constant<int, 2>(), h); break;
+            case 3: attend(std::integral_constant<int, 3>(), h); break;
+            default: attend(std::integral_constant<int, TOGETHER>(), h);
+        }
+}
+
+// p[h * step] = scale * sum_d q[h][d] k[d] for H heads.
+template <int H, class K>
+static inline void dot(const float* q, const K* k, int64_t size, float scale, float* p,
+                       int64_t step) {
+    vec acc[H][4] = {};
     int64_t d = 0;
     for (; d + 4 * LANES <= size; d += 4 * LANES)
-        for (int c = 0; c < 4; c++) acc[c] += load(a + d + c * LANES) * load(b + d + c * LANES);
-    for (; d + LANES <= size; d += LANES) acc[0] += load(a + d) * load(b + d);
-    float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-    for (; d < size; d++) total += a[d] * b[d];
-    return total;
+        for (int c = 0; c < 4; c++) {
+            const vec own = load(k + d + c * LANES);
+            for (int h = 0; h < H; h++) acc[h][c] += load(q + h * size + d + c * LANES) * own;
+        }
+    for (; d + LANES <= size; d += LANES) {
+        const vec own = load(k + d);
+        for (int h = 0; h < H; h++) acc[h][0] += load(q + h * size + d) * own;
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+        float total = sum((acc[h][0] + acc[h][1]) + (acc[h][2] + acc[h][3]));
+        for (int64_t rest = d; rest < size; rest++) total += q[h * size + rest] * k[rest];
+        p[h * step] = scale * total;
+    }
 }
 
 // In place and over whole vectors (the tail must hold -inf); leaves p unnormalised, returns 1 / sum.
@@ -420,20 +505,26 @@ static float softmax(float* p, int64_t padded, float sink) {
     return 1.f / (sum(total) + (sink > -INF ? std::exp(sink - highest) : 0.f));
 }
 
-// out[0:C*LANES] += sum_j p[j] v[j][0:C*LANES], the accumulators in registers.
-template <int C, class T>
-static void add_weighted(const float* p, const T* v, int64_t step, int64_t keys, float* out) {
-    vec acc[C];
-    for (int c = 0; c < C; c++) acc[c] = load(out + c * LANES);
+// out[h][0:C*LANES] += sum_j p[h * padded + j] v[j][0:C*LANES] for H heads, the accumulators in registers.
+template <int H, int C, class K>
+static void add_weighted(const float* p, int64_t padded, const K* v, int64_t step, int64_t keys,
+                         float* out, int64_t width) {
+    vec acc[H][C];
+    for (int h = 0; h < H; h++)
+        for (int c = 0; c < C; c++) acc[h][c] = load(out + h * width + c * LANES);
     for (int64_t j = 0; j < keys; j++)
-        for (int c = 0; c < C; c++) acc[c] += p[j] * load(v + j * step + c * LANES);
-    for (int c = 0; c < C; c++) store(out + c * LANES, acc[c]);
+        for (int c = 0; c < C; c++) {
+            const vec own = load(v + j * step + c * LANES);
+            for (int h = 0; h < H; h++) acc[h][c] += p[h * padded + j] * own;
+        }
+    for (int h = 0; h < H; h++)
+        for (int c = 0; c < C; c++) store(out + h * width + c * LANES, acc[h][c]);
 }
 
 // One query of each head of a group, all of which share the `keys` entries from k and v on; what those
 // receive is added to `share` (nullptr: nobody asks). `sinks`: of the group's heads, or nullptr.
-template <class T>
-static void decode_group(const T* q, const T* k, const T* v, T* o, float* share,
+template <class T, class K>
+static void decode_group(const T* q, const K* k, const K* v, T* o, float* share,
                          const float* sinks, int64_t group, int64_t keys, float scale, Strides sq,
                          Strides sk, Strides sv, Strides so, const Shape& shape) {
     const int64_t padded = (keys + LANES - 1) / LANES * LANES, width = shape.value_dim;
@@ -441,37 +532,46 @@ static void decode_group(const T* q, const T* k, const T* v, T* o, float* share,
     float* out = &wide[group * shape.dim];
     for (int64_t h = 0; h < group; h++)
         for (int64_t d = 0; d < shape.dim; d++) wide[h * shape.dim + d] = q[h * sq.head + d];
-    for (int64_t j = 0; j < keys; j++)
-        for (int64_t h = 0; h < group; h++)
-            p[h * padded + j] = scale * dot(&wide[h * shape.dim], k + j * sk.token, shape.dim);
+    for (int64_t j = 0; j < keys; j++, k += sk.token) {
+        const float own = scale * scale_of(k, shape.dim);
+        in_parts(group, [&](auto heads, int64_t h) {
+            dot<heads>(&wide[h * shape.dim], k, shape.dim, own, &p[h * padded + j], padded);
+        });
+    }
     for (int64_t h = 0; h < group; h++) {
         float* row = &p[h * padded];
         const float norm = softmax(row, padded, sinks ? sinks[h] : -INF);
         for (int64_t j = 0; j < keys; j++) row[j] *= norm;
         for (int64_t j = 0; share && j < keys; j++) share[j] += row[j];
     }
+    for (int64_t j = 0; IS_INT8<K> && j < keys; j++) {
+        const float own = scale_of(v + j * sv.token, width);
+        for (int64_t h = 0; h < group; h++) p[h * padded + j] *= own;
+    }
     for (int64_t t = 0; t < keys; t += STRETCH)
-        for (int64_t h = 0; h < group; h++) {
+        in_parts(group, [&](auto heads, int64_t h) {
             const float* row = &p[h * padded + t];
-            const T* values = v + t * sv.token;
-            const int64_t size = std::min(STRETCH, keys - t);
+            const K* values = v + t * sv.token;
+            const int64_t size = std::min(STRETCH, keys - t), step = sv.token;
             float* mixed = out + h * width;
             int64_t d = 0;
             for (; d + 4 * LANES <= width; d += 4 * LANES)
-                add_weighted<4>(row, values + d, sv.token, size, mixed + d);
+                add_weighted<heads, 4>(row, padded, values + d, step, size, mixed + d, width);
             for (; d + LANES <= width; d += LANES)
-                add_weighted<1>(row, values + d, sv.token, size, mixed + d);
+                add_weighted<heads, 1>(row, padded, values + d, step, size, mixed + d, width);
             for (; d < width; d++)
-                for (int64_t j = 0; j < size; j++) mixed[d] += row[j] * values[j * sv.token + d];
-        }
+                for (int i = 0; i < heads; i++)
+                    for (int64_t j = 0; j < size; j++)
+                        mixed[i * width + d] += row[i * padded + j] * values[j * step + d];
+        });
     for (int64_t h = 0; h < group; h++)
         for (int64_t d = 0; d < width; d++) o[h * so.head + d] = out[h * width + d];
 }
 
 // One query a head. A task is one row and key head: K and V pass once for its group of queries.
 // A row that holds less than the longest begins at its entry of `starts`.
-template <class T>
-static void scored_decode(const T* query, const T* key, const T* value, T* out, float* received,
+template <class T, class K>
+static void scored_decode(const T* query, const K* key, const K* value, T* out, float* received,
                           const float* sinks, const int64_t* starts, const Shape& shape,
                           const Strides* strides, float scale, int threads) {
     const Strides sq = strides[0], sk = strides[1], sv = strides[2], so = strides[3];
@@ -493,8 +593,11 @@ static void scored_decode(const T* query, const T* key, const T* value, T* out, 
 extern "C" void buzz_scored_decode(const void* query, const void* key, const void* value,
                                    void* out, float* received, const float* sinks,
                                    const int64_t* starts, const Shape* shape,
-                                   const Strides* strides, float scale, int threads, int half) {
-    if (half)
+                                   const Strides* strides, float scale, int threads, int kind) {
+    if (kind == INT8)
+        scored_decode((const float*)query, (const int8_t*)key, (const int8_t*)value, (float*)out,
+                      received, sinks, starts, *shape, strides, scale, threads);
+    else if (kind == HALF)
         scored_decode((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
                       (bfloat16*)out, received, sinks, starts, *shape, strides, scale, threads);
     else
@@ -504,17 +607,17 @@ extern "C" void buzz_scored_decode(const void* query, const void* key, const voi
 
 // A token of one row and key head: the new entry is written into slot `end - 1`, then attended with all
 // others from `start` on; scores (nullptr: nobody asks) grow by what was received, or become it.
-template <class T>
-static void step_head(const T* query, const T* key, const T* value, T* keys, T* values,
+template <class T, class K>
+static void step_head(const T* query, const T* key, const T* value, K* keys, K* values,
                       int32_t* positions, float* scores, T* out, const float* sinks, int64_t start,
                       int64_t end, int64_t token, bool adds, int64_t group, float scale, Strides sq,
                       Strides sk, Strides sv, Strides so, const Shape& shape) {
     const int64_t slot = end - 1;
-    std::copy_n(key, shape.dim, keys + slot * sk.token);
-    std::copy_n(value, shape.value_dim, values + slot * sv.token);
+    write(key, shape.dim, keys + slot * sk.token);
+    write(value, shape.value_dim, values + slot * sv.token);
     positions[slot] = token;
     if (scores) std::fill(scores + (adds ? slot : start), scores + end, 0.f);
-    decode_group<T>(query, keys + start * sk.token, values + start * sv.token, out,
+    decode_group<T, K>(query, keys + start * sk.token, values + start * sv.token, out,
                     scores ? scores + start : nullptr, sinks, group, end - start, scale, sq, sk, sv,
                     so, shape);
 }
@@ -522,8 +625,8 @@ static void step_head(const T* query, const T* key, const T* value, T* keys, T* 
 // A decoding step in one call.
 // bounds: [3][batch], first slot, one past the last, index of the new token.
 // least: multiplications that are worth waking other threads for.
-template <class T>
-static void decode_step(const T* query, const T* key, const T* value, T* keys, T* values,
+template <class T, class K>
+static void decode_step(const T* query, const T* key, const T* value, K* keys, K* values,
                         int32_t* positions, float* scores, T* out, const int64_t* bounds,
                         const float* sinks, const Shape& shape, const Strides* strides, float scale,
                         int adds, int threads, int64_t least) {
@@ -548,9 +651,13 @@ static void decode_step(const T* query, const T* key, const T* value, T* keys, T
 extern "C" void buzz_step(const void* query, const void* key, const void* value, void* keys,
                           void* values, int32_t* positions, float* scores, void* out,
                           const int64_t* bounds, const float* sinks, const Shape* shape,
-                          const Strides* strides, float scale, int adds, int threads, int half,
+                          const Strides* strides, float scale, int adds, int threads, int kind,
                           int64_t least) {
-    if (half)
+    if (kind == INT8)
+        decode_step((const float*)query, (const float*)key, (const float*)value, (int8_t*)keys,
+                    (int8_t*)values, positions, scores, (float*)out, bounds, sinks, *shape, strides,
+                    scale, adds, threads, least);
+    else if (kind == HALF)
         decode_step((const bfloat16*)query, (const bfloat16*)key, (const bfloat16*)value,
                     (bfloat16*)keys, (bfloat16*)values, positions, scores, (bfloat16*)out, bounds,
                     sinks, *shape, strides, scale, adds, threads, least);
@@ -565,7 +672,7 @@ struct Row {
     void *keys, *values;
     int32_t* positions;
     float* scores;
-    int64_t capacity, start, end, token, adds;
+    int64_t capacity, start, end, token, adds, int8;
 };
 
 // A decoding step of rows that each have buffers and a length of their own.
@@ -575,18 +682,24 @@ static void step_rows(const T* query, const T* key, const T* value, T* out, cons
                       int threads) {
     const Strides sq = strides[0], nk = strides[1], nv = strides[2], so = strides[3];
     const int64_t group = shape.heads / shape.kv_heads;
+    const auto attend = [&](const Row& row, int64_t b, int64_t g, auto* keys, auto* values) {
+        const int64_t slots = g * row.capacity, behind = BEHIND<std::decay_t<decltype(*keys)>>;
+        const Strides sk{0, 0, shape.dim + behind}, sv{0, 0, shape.value_dim + behind};
+        step_head(query + b * sq.batch + g * group * sq.head, key + b * nk.batch + g * nk.head,
+                  value + b * nv.batch + g * nv.head, keys + slots * sk.token,
+                  values + slots * sv.token, row.positions + slots,
+                  row.scores ? row.scores + slots : nullptr,
+                  out + b * so.batch + g * group * so.head, sinks ? sinks + g * group : nullptr,
+                  row.start, row.end, row.token, row.adds, group, scale, sq, sk, sv, so, shape);
+    };
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < shape.batch * shape.kv_heads; task++) {
         const int64_t b = task / shape.kv_heads, g = task % shape.kv_heads;
         const Row& row = rows[b];
-        const Strides sk{0, 0, shape.dim}, sv{0, 0, shape.value_dim};
-        const int64_t slots = g * row.capacity;
-        step_head(query + b * sq.batch + g * group * sq.head, key + b * nk.batch + g * nk.head,
-                  value + b * nv.batch + g * nv.head, (T*)row.keys + slots * shape.dim,
-                  (T*)row.values + slots * shape.value_dim, row.positions + slots,
-                  row.scores ? row.scores + slots : nullptr,
-                  out + b * so.batch + g * group * so.head, sinks ? sinks + g * group : nullptr,
-                  row.start, row.end, row.token, row.adds, group, scale, sq, sk, sv, so, shape);
+        if (row.int8)
+            attend(row, b, g, (int8_t*)row.keys, (int8_t*)row.values);
+        else
+            attend(row, b, g, (T*)row.keys, (T*)row.values);
     }
 }
 
@@ -599,6 +712,19 @@ extern "C" void buzz_step_rows(const void* query, const void* key, const void* v
     else
         step_rows((const float*)query, (const float*)key, (const float*)value, (float*)out, sinks,
                   rows, *shape, strides, scale, threads);
+}
+
+// Vectors, each as a dense entry of int8.
+extern "C" void buzz_quantized(const void* from, int8_t* entries, const Shape* shape,
+                               const Strides* strides, int threads, int half) {
+    const int64_t heads = shape->kv_heads, keys = shape->keys, dim = shape->dim;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < shape->batch * heads * keys; n++) {
+        const int64_t at = n / keys / heads * strides->batch + n / keys % heads * strides->head +
+                           n % keys * strides->token;
+        int8_t* to = entries + n * (dim + BEHIND<int8_t>);
+        half ? write((const bfloat16*)from + at, dim, to) : write((const float*)from + at, dim, to);
+    }
 }
 
 // --- moving --------------------------------------------------------------------------------------

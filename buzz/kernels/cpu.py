@@ -6,9 +6,10 @@ carries a hash of the source, the compiler and the instruction set, so that mach
 home directory do not load each other's code. Two processes may build at once: each writes a file
 of its own and renames it.
 
-float32 and bfloat16 are read as they are, float16 is widened first. Sums, the softmax and scores
-are float32. Of bfloat16, a prompt's logits are exact products, added in float32; its weights are
-rounded once they are counted, as stock attention rounds them.
+float32 and bfloat16 are read as they are, float16 is widened first. Entries of int8 are widened in
+registers, for a prompt a tile at a time. Sums, the softmax and scores are float32. Of bfloat16, a
+prompt's logits are exact products, added in float32; its weights are rounded once they are counted,
+as stock attention rounds them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from buzz.kernels import reference
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF, INT8 = 1, 2  # kinds of what the library reads, beside 0 for float32
 
 
 def _cache() -> Path:
@@ -146,13 +148,14 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Call one of the two kernels; only decoding's takes `starts`, and only the other `decay`."""
     dtype = query.dtype
-    half = dtype == torch.bfloat16
-    read = dtype if half else torch.float32
-    query, key, value = (_dense(tensor, read) for tensor in (query, key, value))
+    kind = INT8 if key.dtype == torch.int8 else dtype == torch.bfloat16
+    read = dtype if kind == HALF else torch.float32
+    held = torch.int8 if kind == INT8 else read
+    query, key, value = _dense(query, read), _dense(key, held), _dense(value, held)
     sinks = None if sinks is None else _dense(sinks)
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
-    value_dim = value.shape[-1]
+    value_dim = reference.width(value)
     # [B, q, Hq, Dv] in memory, as models want it; zeros for rows that hold nothing.
     output = query.new_zeros(batch, queries, heads, value_dim).transpose(1, 2)
     received = torch.zeros(batch, kv_heads, keys, device=query.device)
@@ -164,10 +167,26 @@ def _attend(
         _strides(query, key, value, output),
         ctypes.c_float(scale),
         _threads(batch * heads * queries * keys * dim),
-        half,
+        kind,
         *([] if decay is None else [ctypes.c_float(decay)]),
     )
     return output.to(dtype), received
+
+
+def quantized(x: Tensor) -> Tensor:
+    """See :func:`buzz.kernels.quantized`."""
+    x = _dense(x, x.dtype if x.dtype == torch.bfloat16 else torch.float32)
+    *rows, dim = x.shape
+    entries = x.new_empty(*rows, dim + reference.BEHIND, dtype=torch.int8)
+    shape = (rows[0], 0, rows[1], 0, rows[2], dim, 0, 0)
+    _function("buzz_quantized")(
+        *map(_pointer, (x, entries)),
+        (ctypes.c_int64 * len(shape))(*shape),
+        _strides(x),
+        _threads(x.numel()),
+        x.dtype == torch.bfloat16,
+    )
+    return entries
 
 
 def scored_prefill(
@@ -212,8 +231,9 @@ def step(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`buzz.kernels.step`; float16 through the plain version of what is held."""
-    half = keys.dtype == torch.bfloat16
-    if not half and keys.dtype != torch.float32:
+    dtype, is_int8 = query.dtype, keys.dtype == torch.int8
+    kind = INT8 if is_int8 else keys.dtype == torch.bfloat16
+    if not kind and keys.dtype != torch.float32:
         first, last = int(bounds[0].min()), int(bounds[1, 0])
         keys, values, positions = (t[:, :, first:last] for t in (keys, values, positions))
         scores = None if scores is None else scores[:, :, first:last]
@@ -221,7 +241,8 @@ def step(
         return reference.step(
             query, key, value, keys, values, positions, scores, low, scale, adds, sinks
         )
-    query, key, value = (_dense(tensor, keys.dtype) for tensor in (query, key, value))
+    read = torch.float32 if is_int8 else keys.dtype
+    query, key, value = (_dense(tensor, read) for tensor in (query, key, value))
     sinks = None if sinks is None else _dense(sinks)
     batch, heads, _, dim = query.shape
     output = query.new_zeros(batch, 1, heads, value.shape[-1]).transpose(1, 2)
@@ -234,10 +255,10 @@ def step(
         ctypes.c_float(scale),
         adds,
         torch.get_num_threads(),
-        half,
+        kind,
         ctypes.c_int64(_least()),
     )
-    return output
+    return output.to(dtype)
 
 
 def step_rows(

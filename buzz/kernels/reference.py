@@ -46,10 +46,33 @@ class Move:
 
 
 BLOCK = 64  # queries whose scores exist at one time
+BEHIND = 4  # bytes of an entry's scale, behind its numbers
+
+
+def quantized(x: Tensor) -> Tensor:
+    """See :func:`buzz.kernels.quantized`."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    numbers = (x / scale).nan_to_num(0, 0, 0).round().to(torch.int8)  # 0 / 0, where all are 0
+    own = scale.clone(memory_format=torch.contiguous_format)
+    return torch.cat([numbers, own.view(torch.int8)], -1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """See :func:`buzz.kernels.widened`."""
+    if x.dtype != torch.int8:
+        return x
+    scale = x[..., -BEHIND:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return x[..., :-BEHIND] * scale
+
+
+def width(x: Tensor) -> int:
+    """See :func:`buzz.kernels.width`."""
+    return x.shape[-1] - (BEHIND if x.dtype == torch.int8 else 0)
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else widened(x)
 
 
 def softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
@@ -82,7 +105,7 @@ def scored_prefill(
     first_observed = 0 if observe is None else queries - observe
 
     # Laid out as models want it: [B, q, Hq, Dv] in memory.
-    output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    output = query.new_empty(batch, queries, heads, width(value)).transpose(1, 2)
     received = torch.zeros(batch, kv_heads, keys, device=query.device)
     # One key head at a time, so that its block of scores stays in the processor's cache.
     for head in range(kv_heads):
@@ -160,6 +183,8 @@ def step(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`buzz.kernels.step`; over the whole capacity: nothing waits for `bounds`."""
+    if keys.dtype == torch.int8:
+        key, value = quantized(key), quantized(value)
     start, end, token = bounds[:, :, None, None]
     slots = torch.arange(keys.shape[2], device=keys.device)
     new = slots == end - 1

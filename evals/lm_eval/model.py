@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import baselines  # noqa: F401  (registers its methods)
 from buzz import CACHE_ARGUMENT, POLICIES, Budget, ConfigError, EvictionCache, Policy
-from buzz.cache import positions_of
+from buzz.cache import check_dtype, positions_of
 from buzz.granularity import constrained
 from buzz.policy import BudgetBy
 from evals.run.models import (
@@ -64,6 +64,7 @@ class EvictionLM(HFLM):
         chunk: scored tokens fed per step. More than 1 is faster; evictions then happen after each
             chunk, whose tokens all see what its first one saw.
         positions, logn_base, logn_clamp: as in :class:`buzz.EvictionCache`.
+        cache_dtype: its `dtype`; that of HFLM is the model's.
         granularity, page_score, heads: as in :class:`buzz.Constrained`.
         batch_size: a number; `auto` is refused.
         kwargs: the method's parameters, and HFLM's own arguments; `device` is CUDA where there is
@@ -83,6 +84,7 @@ class EvictionLM(HFLM):
         positions: Any = "cache",
         logn_base: float | None = None,
         logn_clamp: bool = False,
+        cache_dtype: str | None = None,
         granularity: str = "token",
         page_score: str = "mean",
         heads: str = "each",
@@ -96,7 +98,9 @@ class EvictionLM(HFLM):
             "positions": positions_of(positions),
             "logn_base": logn_base,
             "logn_clamp": logn_clamp,
+            "dtype": cache_dtype,
         }
+        check_dtype(cache_dtype, self.cache_options["positions"])
         if not isinstance(chunk, int) or chunk < 1:
             raise ConfigError("chunk", chunk, "give a whole number of at least 1")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:

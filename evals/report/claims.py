@@ -227,7 +227,7 @@ def is_papers(part: pd.DataFrame) -> bool:
         return False
     own = parameters_of(one)
     paper = dataclasses.asdict(BuzzPolicy())
-    paper |= {"logn_base": None, "logn_clamp": False, "positions": "cache"}
+    paper |= {"logn_base": None, "logn_clamp": False, "positions": "cache", "dtype": None}
     paper |= {"granularity": "token", "page_score": "mean", "heads": "each"}
     if not unknown(one.budget):
         if own.get("compact") == "widen":

@@ -519,7 +519,8 @@ def parameters_of(one: pd.Series) -> dict[str, Any]:
 
 
 PARAMETERS: tuple[str, ...] = ("history", "compact", "stride", "window", "sink", "threshold")
-PARAMETERS += ("positions", "logn_base", "logn_clamp", "granularity", "page_score", "heads")
+PARAMETERS += ("positions", "logn_base", "logn_clamp", "dtype")
+PARAMETERS += ("granularity", "page_score", "heads")
 
 
 def ablations(rows: pd.DataFrame) -> Table:

@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     positions: Required[Literal["cache", "true"]]
     logn_base: Required[float | None]
     logn_clamp: bool
+    dtype: Literal["int8"] | None
     granularity: str
     page_score: str
     heads: str

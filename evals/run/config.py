@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstraints
 
-from buzz.cache import check_clamp, positions_of
+from buzz.cache import check_clamp, check_dtype, positions_of
 from buzz.errors import ConfigError
 from buzz.granularity import check as check_granularity
 from evals.run.compress import Compress
@@ -36,6 +36,7 @@ class Cache(BaseModel):
     positions: Literal["cache", "true", True]  # what YAML reads `true` as
     logn_base: Annotated[float, Field(gt=1)] | None
     logn_clamp: bool
+    dtype: str | None
     granularity: str
     page_score: str
     heads: str
@@ -81,4 +82,5 @@ def check_config(config: dict[str, Any]) -> None:
         raise ConfigError("budget_by", "mean", "says what a budget is of; give budget, too")
     config["cache"]["positions"] = positions_of(config["cache"]["positions"])
     check_clamp(config["cache"]["logn_base"], config["cache"]["logn_clamp"])
+    check_dtype(config["cache"]["dtype"], config["cache"]["positions"])
     check_granularity(*(config["cache"][name] for name in ("granularity", "page_score", "heads")))

@@ -17,7 +17,9 @@ from baselines import FullPolicy
 from buzz import CACHE_ARGUMENT, EvictionCache
 from buzz.adapter import entries_of
 
-_read: weakref.WeakKeyDictionary[PreTrainedModel, EvictionCache] = weakref.WeakKeyDictionary()
+_read: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, EvictionCache]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def reset_memory_peak(device: torch.device) -> None:
@@ -52,7 +54,7 @@ def free_nbytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def row_nbytes(model: PreTrainedModel, held: int, seen: int) -> int:
+def row_nbytes(model: PreTrainedModel, held: int, seen: int, dtype: Any = None) -> int:
     """Bytes of a row's keys, values and recurrent states over all layers.
 
     The model reads one token, once: layers may differ, and nothing else tells what each takes.
@@ -60,10 +62,13 @@ def row_nbytes(model: PreTrainedModel, held: int, seen: int) -> int:
     Args:
         held: entries of each layer that evicts.
         seen: tokens read, of which other layers hold what their windows leave.
+        dtype: of entries, see :class:`buzz.EvictionCache`.
     """
-    cache = _read.get(model)
+    known = _read.setdefault(model, {})
+    cache = known.get(dtype)
     if cache is None:
-        cache = _read[model] = EvictionCache(model, FullPolicy(), positions="true")
+        cache = EvictionCache(model, FullPolicy(), positions="true", dtype=dtype)
+        known[dtype] = cache
         given: dict[str, Any] = {CACHE_ARGUMENT: cache}
         with torch.inference_mode():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **given)

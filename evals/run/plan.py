@@ -44,7 +44,12 @@ ONLY_TIMED = {StockPolicy.name: StockPolicy}  # methods of task=throughput alone
 
 OF_SETTING = ("task", "model", "model_digest", "rope_by_length")
 # What a cache does if it is told nothing; the latter half is of the method that it follows.
-USUAL: dict[str, Any] = {"positions": "cache", "logn_base": None, "logn_clamp": False}
+USUAL: dict[str, Any] = {
+    "positions": "cache",
+    "logn_base": None,
+    "logn_clamp": False,
+    "dtype": None,
+}
 UNCONSTRAINED: dict[str, Any] = {"granularity": "token", "page_score": "mean", "heads": "each"}
 VERSION = 3  # of settings; raise it with a default that changes, and earlier folders stay apart
 
@@ -197,9 +202,10 @@ class Plan:
         if self.policy.name in ONLY_TIMED and not self.task.timed:
             remedy = "is for speed, with task=throughput; write method=full"
             raise ConfigError("method.name", self.policy.name, remedy)
-        if self.policy.name in ONLY_TIMED and self.config["cache"]["logn_base"]:
-            remedy = "transformers' own cache scales nothing; leave it out"
-            raise ConfigError("cache.logn_base", self.config["cache"]["logn_base"], remedy)
+        for name, does in (("logn_base", "scales nothing"), ("dtype", "holds the model's type")):
+            if self.policy.name in ONLY_TIMED and (value := self.config["cache"][name]):
+                remedy = f"transformers' own cache {does}; leave it out"
+                raise ConfigError(f"cache.{name}", value, remedy)
         if self.config["compress"] == "stream" and self.policy.evicts == "prompt":
             raise ConfigError("method.name", self.config["method"]["name"], NOT_OF_STREAMS)
         self._check_rope()

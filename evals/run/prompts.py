@@ -92,7 +92,8 @@ def batch_size(plan: Plan, prompts: Sequence[Prompt], model: PreTrainedModel) ->
     prompt = prompts[0]
     policy, _ = plan.fit(prompt.context)
     steps = [len(prompt.ids)] + [1] * (prompt.max_new_tokens - 1)
-    each = row_nbytes(model, max(policy.lengths(steps)), sum(steps))
+    dtype = plan.cache_options["dtype"]
+    each = row_nbytes(model, max(policy.lengths(steps)), sum(steps), dtype)
     rows = room // each
     if not rows:
         raise ConfigError("task.kv_limit", f"{room:,} bytes", f"a single row takes {each:,}")

@@ -361,10 +361,13 @@ class Job:
         """
         longest = max(prompts, key=lambda prompt: len(prompt.ids))
         steps = [len(longest.ids)] + [1] * longest.max_new_tokens
-        held = max(max(row.plan.fit(longest.context)[0].lengths(steps)) for row in rows)
+        held: dict[Any, int] = {}  # by the type of entries
+        for row in rows:
+            dtype, policy = row.plan.cache_options["dtype"], row.plan.fit(longest.context)[0]
+            held[dtype] = max(held.get(dtype, 0), *policy.lengths(steps))
         vocabulary = self.model.config.get_text_config().vocab_size
         logits, seen = 16 * vocabulary, sum(steps)
-        each = row_nbytes(self.model, held, seen) + logits
+        each = max(row_nbytes(self.model, n, seen, kind) for kind, n in held.items()) + logits
         whole = row_nbytes(self.model, seen, seen) + logits
         if self.kl:  # copies are fed the full cache's answer
             each, whole = 2 * each, 2 * whole
@@ -428,7 +431,10 @@ class Job:
             self.tokenizer,
             prompts,
             [[row.plan.fit(context)[0] for row in everyone] for context in contexts],
-            {"positions": rows[-1].plan.cache_options["positions"]},
+            {
+                "positions": rows[-1].plan.cache_options["positions"],
+                "dtype": [row.plan.cache_options["dtype"] for row in everyone],
+            },
             [self.plan.task.sampling([prompt.sample]) for prompt in prompts],
             [self.full.answer(prompt) if self.full else None for prompt in prompts],
             own=own,

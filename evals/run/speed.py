@@ -204,7 +204,8 @@ class _Run:
         """Refuses a cache that keeps everything and would not fit."""
         rows, device = len(self.ids), self.model.device
         if self.method.policy.evicts == "never" and device.type == "cpu":
-            needed = rows * row_nbytes(self.model, self.most, self.most)
+            dtype = self.method.options.get("dtype")
+            needed = rows * row_nbytes(self.model, self.most, self.most, dtype)
             if needed > (free := free_nbytes(device)):
                 free_gb = f"{free / 1e9:.1f} GB are free"
                 raise MemoryError(f"can't allocate {needed} bytes of keys and values: {free_gb}")
