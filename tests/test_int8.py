@@ -10,6 +10,7 @@ from methods import METHODS
 from runs import HEAD_DIM, KV_HEADS, LAYERS, read, refused
 from tiny import padded, prompt, tiny
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from baselines import FullPolicy, H2OPolicy, KeyDiffPolicy, StreamingLLMPolicy
 from buzz import EvictionCache, ForkedCache, Policy, kernels
@@ -292,5 +293,7 @@ def test_what_cannot_be_is_refused_in_one_line(go) -> None:
         EvictionCache(tiny(), FullPolicy(), positions="true", dtype="int4")
     with refused("cache.dtype", "one for each"):
         ForkedCache(tiny(), [FullPolicy()] * 2, positions="true", dtype=["int8"])
+    with FakeTensorMode(allow_non_fake_inputs=True), refused("cache.dtype", "kernels of CUDA"):
+        kernels.implementation(torch.empty(0, dtype=torch.int8, device="cuda"))
     with refused("cache.dtype", "set cache.positions=true"):
         go("method=h2o", "cache.dtype=int8")

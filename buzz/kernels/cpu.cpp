@@ -83,12 +83,13 @@ static inline float sum(vec x) {
     // Halving within the vector.
 #if defined(__AVX512F__)  // by shuffles; GCC 12 would go through memory
     return _mm512_reduce_add_ps((__m512)x);
-#endif
+#else
     float lane[LANES];
     store(lane, x);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lane[i] += lane[i + width];
     return lane[0];
+#endif
 }
 
 // e^x for x <= 0 to about 2 ulp: 2^k e^r with |r| <= ln(2)/2 and the Taylor series of e^r up to
