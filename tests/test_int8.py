@@ -232,17 +232,6 @@ def test_bytes_are_those_of_the_numbers_and_their_scales() -> None:
     assert cache.nbytes() == 16 * entry
 
 
-def test_a_scale_of_another_head_is_seen() -> None:
-    """What the tests above would not let through."""
-    vectors = drawn(1, 2, 8, 16)
-    entries = reference.quantized(vectors)
-    mixed = torch.cat([entries[..., :-4], entries.flip(1)[..., -4:]], -1)
-    query = drawn(1, 4, 1, 16, seed=1) / 50
-    right, wrong = (reference.scored_decode(query, t, t, 0.1) for t in (entries, mixed))
-    assert (right[0] - wrong[0]).abs().max() > 1e-2
-    assert not torch.allclose(kernels.widened(mixed), vectors, rtol=0.1)
-
-
 def test_a_policy_reads_widened_vectors() -> None:
     keys, values = drawn(1, 2, 9, 16), drawn(1, 2, 9, 16, seed=1)
     positions = torch.arange(9, dtype=torch.int32).expand(1, 2, 9)
