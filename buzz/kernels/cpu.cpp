@@ -194,8 +194,9 @@ static inline __attribute__((always_inline)) void multiply(
 }
 
 template <int R, class E>
-static void score_rows(const E* k, int64_t depth, const E* query, float scale, float* scores,
-                       vec (&top)[COLS]) {
+static inline __attribute__((always_inline)) void score_rows(const E* k, int64_t depth,
+                                                             const E* query, float scale,
+                                                             float* scores, vec (&top)[COLS]) {
     vec acc[R][COLS] = {};
     multiply<R>(acc, k, depth, 1, query, depth);
     for (int i = 0; i < R; i++)
@@ -207,7 +208,9 @@ static void score_rows(const E* k, int64_t depth, const E* query, float scale, f
 }
 
 template <int R, class E>
-static void add_values(const E* v, int64_t step, int64_t depth, const E* p, float* out) {
+static inline __attribute__((always_inline)) void add_values(const E* v, int64_t step,
+                                                             int64_t depth, const E* p,
+                                                             float* out) {
     vec acc[R][COLS];
     for (int i = 0; i < R; i++)
         for (int c = 0; c < COLS; c++) acc[i][c] = load(out + i * BLOCK + c * LANES);
@@ -299,7 +302,7 @@ struct Block {
     }
 
     // Attend the tile's keys, the first of which is key `from`.
-    void attend(const Tile<T, K>& tile, int64_t from, float scale) {
+    __attribute__((always_inline)) void attend(const Tile<T, K>& tile, int64_t from, float scale) {
         if (from >= keys) return;
         const int64_t size = std::min(TILE, keys - from), depth = tile.depth;
         const int64_t free = std::min(size, visible - from);  // keys that all of these queries see
@@ -508,8 +511,10 @@ static float softmax(float* p, int64_t padded, float sink) {
 
 // out[h][0:C*LANES] += sum_j p[h * padded + j] v[j][0:C*LANES] for H heads, the accumulators in registers.
 template <int H, int C, class K>
-static void add_weighted(const float* p, int64_t padded, const K* v, int64_t step, int64_t keys,
-                         float* out, int64_t width) {
+static inline __attribute__((always_inline)) void add_weighted(const float* p, int64_t padded,
+                                                               const K* v, int64_t step,
+                                                               int64_t keys, float* out,
+                                                               int64_t width) {
     vec acc[H][C];
     for (int h = 0; h < H; h++)
         for (int c = 0; c < C; c++) acc[h][c] = load(out + h * width + c * LANES);
