@@ -2,6 +2,7 @@
 
     python scripts/show_kept.py --text FILE --methods full,streaming_llm,h2o,buzz --budget 0.25
     python scripts/show_kept.py --text FILE --paper    # also OUT.pdf and OUT.svg, a column wide
+    python scripts/show_kept.py --text FILE --granularity page:16 --heads layer
 
 Every method continues the same prompt by the same number of tokens at the same budget. What its
 cache holds then is drawn to OUT.png, layer by layer and KV head by KV head. OUT.html has the text
@@ -37,10 +38,12 @@ from buzz import (
     POLICIES,
     Budget,
     ConfigError,
+    Constrained,
     EvictionCache,
     ForkedCache,
     Policy,
 )
+from buzz.granularity import Heads, PageScore, constrained
 from buzz.policy import BudgetBy
 from evals.report.kept import HISTORY, SINK, WINDOW, Kept, Pieces, draw, draw_for_paper, page
 from evals.run.models import NAMED, complete_model, load_model, named_config
@@ -115,7 +118,9 @@ def _note_dropped(
 def _kept(
     cache: EvictionCache, dropped: dict[int, np.ndarray], answer: list[int], ids: list[int]
 ) -> Kept:
-    seen = cache.get_seq_length()
+    seen, policy = cache.get_seq_length(), cache.policy
+    sized = policy.pages or policy.method if isinstance(policy, Constrained) else policy
+    sink = getattr(sized, "sink", 0) * policy.page
     kinds = []
     for index in dropped:
         layer: Any = cache.layers[index]
@@ -123,12 +128,12 @@ def _kept(
         # What an eviction has judged, and spared; the rest waits its turn, or always stays.
         judged = layer.groups[0].cut - layer.policy.protected
         kind = np.where(positions < judged, HISTORY, WINDOW)
-        kind[:, : getattr(cache.policy, "sink", 0)] = SINK
+        kind[:, :sink] = SINK
         own = np.zeros((len(positions), seen), dtype=np.uint8)
         np.put_along_axis(own, positions, kind.astype(np.uint8), axis=1)
         kinds.append(own)
     return Kept(
-        policy=cache.policy,
+        policy=policy,
         kinds=np.concatenate(kinds),
         dropped=np.concatenate(list(dropped.values())),
         layers=list(dropped),
@@ -189,7 +194,8 @@ def show(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: something in `args` cannot be served.
     """
-    methods = [method_of(name) for name in args.methods.split(",")]
+    constraints = args.granularity, args.page_score, args.heads
+    methods = [constrained(method_of(name), *constraints) for name in args.methods.split(",")]
     budget = Budget(args.budget if args.budget % 1 else int(args.budget), args.budget_by)
     if args.new_tokens < 1:
         raise ConfigError("new-tokens", args.new_tokens, "give a whole number of at least 1")
@@ -237,6 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument(
         "--positions", default="cache", help="of kept entries: in the cache, or true ones"
+    )
+    parser.add_argument("--granularity", default="token", help="what leaves: token, or page:16")
+    parser.add_argument("--page-score", choices=get_args(PageScore), default="mean")
+    parser.add_argument(
+        "--heads", choices=get_args(Heads), default="each", help="which heads keep the same tokens"
     )
     parser.add_argument("--paper", action="store_true", help="also a PDF and an SVG, a column wide")
     parser.add_argument("--out", default="results/figures/kept", help="files without .png, .html")
