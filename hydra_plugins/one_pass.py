@@ -11,6 +11,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
+from evals.run.console import command
+
 # Overrides of these tell rows of one table apart; all others make another setting.
 ROW = ("method", "budget", "budget_by", "cache", "label")
 TIMED = (
@@ -38,6 +40,7 @@ class OnePassSweeper(BasicSweeper):
             shared = tuple(one for one in job if one not in own)
             settings.setdefault(shared, []).append(own)
         jobs = [[*shared, *of_rows(rows)] for shared, rows in settings.items()]
+        command.jobs = len(jobs)  # in this process: workers of a launcher run theirs side by side
         return list(BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size))
 
 

@@ -1,7 +1,7 @@
 """What choosing survivors costs against the size of the cache: is it O(n), who is faster where?
 
     python scripts/eviction_cost.py  # a few minutes; writes results/embedded and docs/img
-    python scripts/eviction_cost.py --methods lag_kv triattention compactor --out FILE --picture FILE
+    python scripts/eviction_cost.py --methods lag_kv compactor --out FILE --picture FILE
 
 Times :meth:`buzz.Policy.score` and :meth:`buzz.Policy.select` on one KV head of 64 dimensions, with
 random keys, values, queries and attention. Two evictions are timed: one of steady decoding (of H2O

@@ -23,6 +23,7 @@ from evals import CONFIGS
 from evals.launch import messages
 from evals.launch.sweep import Objectives, ResultsCallback, run_all, run_sweep_job
 from evals.results.folder import RunFailed
+from evals.run.console import command
 from evals.run.faults import TRACEBACKS, show_tracebacks
 from evals.run.interrupt import Interrupted
 
@@ -33,6 +34,7 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
     overrides = list(job.overrides.task)
     try:
         if job.mode is RunMode.MULTIRUN:
+            command.job = job.job.num
             return run_sweep_job(cfg, overrides, Path(job.sweep.dir))
         rows = run_all(cfg, overrides)
         for row in rows:

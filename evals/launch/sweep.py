@@ -32,6 +32,7 @@ from evals.report.terminal import print_tables
 from evals.report.views import summary
 from evals.results.folder import InUse, RunFailed, parse
 from evals.results.frame import load
+from evals.run.console import begin_command, command
 from evals.run.plan import Plan, expand
 from evals.run.runner import Outcome, run_job
 
@@ -116,7 +117,9 @@ def run_all(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Asked]:
                 row.error = error
                 if error.field == "model.name_or_path":
                     _missing[model] = error
-    for rows in settings.values():
+    command.of = command.jobs * len(settings)
+    for number, rows in enumerate(settings.values(), start=1):
+        command.number = command.job * len(settings) + number
         _run(rows)
     return asked
 
@@ -258,6 +261,7 @@ class ResultsCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuses an output that cannot be written, in which Hydra makes a folder first of all."""
+        begin_command()
         try:
             Path(f"{config.output}/.hydra").mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:

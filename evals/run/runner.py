@@ -210,13 +210,15 @@ class Job:
                         advance(count)
                         stop_here()
             rows = self.running if room else []  # each has its own largest batch
-            with self._progress(methods, len(rows) * len(self.prompts)) as advance:
+            with self._progress(methods, sum(self._unanswered(row) for row in rows)) as advance:
                 for row in rows:
-                    size = self._largest(row)
+                    left, size = self._unanswered(row), self._largest(row)
                     for part in batches(self.prompts, size) if size else ():
                         self._alone(row, part)
-                        advance(len(part))
+                        advance(left - self._unanswered(row))
+                        left = self._unanswered(row)
                         stop_here()
+                    advance(left)  # of a row that has no room for one
             timed = [(row, part) for part in self._chosen(parts) for row in self._untimed(part)]
             with self._progress("timings", len(timed)) as advance:
                 for row, part in timed:
@@ -264,6 +266,9 @@ class Job:
         return any(
             prompt.sample.id not in row.done or self._uncompared(row, prompt) for prompt in prompts
         )
+
+    def _unanswered(self, row: Row) -> int:
+        return sum(prompt.sample.id not in row.done for prompt in self.prompts)
 
     def _missing(self, group: list[list[Prompt]]) -> int:
         """How many prompts of some batches have something missing."""
