@@ -13,12 +13,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
-from runs import ROOT, composed
+from runs import ROOT, composed, run
 
 import evals.launch.sweep as sweep
 from buzz.errors import ConfigError
 from evals.results.frame import NOT_RUN, load
-from evals.run.runner import run
 from hydra_plugins.one_pass import OnePassSweeper
 
 CONFIGS = ROOT / "configs"

@@ -1,4 +1,4 @@
-"""Where progress and remarks go: not into what a program reads."""
+"""Progress and remarks, on stderr."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
 
     Args:
         name: of what is counted.
-        status: what else is to be said.
+        status: gives what else the line says.
 
     Yields:
         A function that takes how many more are done.
@@ -124,7 +124,7 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
 
 
 def say(line: str) -> None:
-    """A line as it is."""
+    """Prints a line as it is."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
