@@ -1,4 +1,4 @@
-"""What choosing survivors costs against the size of the cache: is it O(n), who is faster where?
+"""The time of choosing survivors against the size of the cache: is it O(n)? Which is faster?
 
     python scripts/eviction_cost.py  # a few minutes; writes results/embedded and docs/img
     python scripts/eviction_cost.py --methods lag_kv compactor --out FILE --picture FILE
@@ -49,7 +49,7 @@ TIMED = [  # the others read what a model makes as it decodes, or evict nothing
 
 
 def evicting(policy: Policy, entries: int) -> tuple[int, int, float]:
-    """A steady eviction of decoding: what it is given, and how often one comes.
+    """A steady eviction of decoding: its arguments, and how often one comes.
 
     Returns:
         Entries held, the state, and evictions for each token.
@@ -64,7 +64,7 @@ def evicting(policy: Policy, entries: int) -> tuple[int, int, float]:
 
     fill()
     held, state = policy.survivors(held + 1, state)
-    fill()  # from here on every one comes as soon
+    fill()  # from here on evictions are equally far apart
     return held + 1, state, 1 / since
 
 
