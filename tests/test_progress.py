@@ -98,7 +98,7 @@ def test_batches_of_each_methods_size_are_counted_exactly(go, monkeypatch) -> No
     room = ["task=throughput", "task.lengths=[100]", "task.max_new_tokens=8"]
     room += ["task.batch_size=max", "task.kv_limit=0.5MB", "task.samples=9"]
     file = go(*room, "method=full", needle=False)
-    assert ("throughput: 1 methods", 9, 9) in counted
+    assert ("throughput: 1 method", 9, 9) in counted
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:7]))
     counted.clear()
     with pytest.raises(ConfigError, match="32 rows fit"):

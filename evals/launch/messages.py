@@ -124,11 +124,6 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """The overrides of a command line, without its flags."""
-    return [one for one in arguments if not one.startswith("-")]
-
-
 def arguments_of(given: Sequence[str]) -> list[str]:
     """A command line with `-m` in front, where Hydra wants it, and `~/` written out."""
     several = [one for one in given if one in ("-m", "--multirun")]
@@ -138,4 +133,5 @@ def arguments_of(given: Sequence[str]) -> list[str]:
 
 
 def report(error: Exception) -> None:
-    print(f"error: {in_one_line(error, overrides_of(sys.argv[1:]))}", file=sys.stderr)
+    overrides = [one for one in sys.argv[1:] if not one.startswith("-")]
+    print(f"error: {in_one_line(error, overrides)}", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -152,8 +152,10 @@ class Ends:
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
     ) -> Ends:
         """Of a model. A stop string acts through its last token, as in LongBench."""
+        own = model.generation_config.eos_token_id
+        eos = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
         last = (tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop)
-        return cls(frozenset(eos_ids(model, tokenizer)), frozenset(last))
+        return cls(frozenset(token for token in eos if token is not None), frozenset(last))
 
     @property
     def all(self) -> frozenset[int]:
@@ -244,53 +246,33 @@ def read(
 
     Args:
         inputs: of :func:`left_padded`.
-        later, chunk: as of :func:`read_context`.
+        later: tokens of the steps behind the first; if there are none, that is the last.
+        chunk: tokens of the chunks in which the first step is read, as if they were one; None: in
+            one piece, as it is if a whole chunk would be padding.
         cache: an empty one to read them with; None: a new one.
     """
-    device = model.device
+    device, (ids, mask) = model.device, inputs
     if cache is None:
         cache = EvictionCache(model, policy, **(cache_options or {}))
     lengths = Lengths(cache, policy)
-    reset_memory_peak(device)
-    synchronize(device)
-    start = time.perf_counter()
-    read_context(model, cache, *inputs, later, lengths.note, chunk)
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    tokens = inputs[1].sum(-1).tolist()
-    steps = [[row - sum(later), *later[:-1]] if later else [] for row in tokens]
-    return Reading(cache, lengths, steps, seconds, memory_peak(device))
-
-
-def read_context(
-    model: PreTrainedModel,
-    cache: EvictionCache,
-    ids: Tensor,
-    mask: Tensor,
-    later: Sequence[int],
-    note: Callable[[], None] = lambda: None,
-    chunk: int | None = None,
-) -> None:
-    """Feeds a prompt up to its last step, or in chunks up to that step's last chunk.
-
-    Args:
-        ids, mask: int64 [rows, longest], with padding on the left.
-        later: tokens of the steps behind the first; if there are none, that is the last.
-        note: called after each step.
-        chunk: tokens of the chunks in which the first step is read, as if they were one; None: it
-            is read as one, as it is if a whole chunk would be padding.
-    """
     first = ids.shape[1] - sum(later)
     chunked = chunk and chunk < first and mask[:, chunk - 1].all()
     chunks = range(chunk, first, chunk) if chunked else ()
     if chunks:
         cache.hold_until = first
-    start = 0
+    reset_memory_peak(device)
+    synchronize(device)
+    start, done = time.perf_counter(), 0
     for end in [*chunks, *(accumulate(later[:-1], initial=first) if later else ())]:
-        forward(model, cache, ids[:, start:end], mask[:, :end], 1)
+        forward(model, cache, ids[:, done:end], mask[:, :end], 1)
         if end >= first:
-            note()
-        start = end
+            lengths.note()
+        done = end
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    tokens = mask.sum(-1).tolist()
+    steps = [[row - sum(later), *later[:-1]] if later else [] for row in tokens]
+    return Reading(cache, lengths, steps, seconds, memory_peak(device))
 
 
 def forward(
@@ -426,7 +408,7 @@ def answer_questions(
     Raises:
         LengthMismatch, NotFinite: as :func:`generate`.
     """
-    ids, eos = prompts[0].ids, eos_ids(model, tokenizer)
+    ids, eos = prompts[0].ids, Ends.of(model, tokenizer).eos
     inputs = left_padded([ids], tokenizer.pad_token_id).to(model.device)
     of_all = cache if conversation else None
     reading = read(model, inputs, policy, prompts[0].later, cache_options, chunk, of_all)
@@ -479,13 +461,6 @@ def without_settings(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer."""
-    eos = model.generation_config.eos_token_id
-    ids = eos if isinstance(eos, list) else [eos]
-    return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
 
 
 def synchronize(device: torch.device) -> None:

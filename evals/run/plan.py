@@ -84,7 +84,11 @@ class Plan:
         Raises:
             ConfigError: a setting in `cfg` cannot be served.
         """
-        config = _plain(cfg)
+        try:
+            config: Any = OmegaConf.to_container(cfg, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError("config", error.full_key, str(error).splitlines()[0]) from error
+        check_config(config)
         config["task"] = with_lists(config["task"])
         if config["model"].get("compile") is False:  # what runs had before it could be said
             del config["model"]["compile"]
@@ -416,14 +420,10 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     return single
 
 
-def store_methods() -> None:
-    """Registers every method with Hydra: its dataclass is its configuration."""
-    for name, method in (POLICIES | ONLY_TIMED).items():
-        defaults = dataclasses.asdict(method())
-        ConfigStore.instance().store(name, {"name": name, **defaults}, group="method")
-
-
-store_methods()
+# Hydra's configuration of a method is its dataclass.
+for _name, _method in (POLICIES | ONLY_TIMED).items():
+    _node = {"name": _name, **dataclasses.asdict(_method())}
+    ConfigStore.instance().store(_name, _node, group="method")
 
 
 def policy_of(section: str, method: dict[str, Any]) -> Policy:
@@ -436,13 +436,3 @@ def policy_of(section: str, method: dict[str, Any]) -> Policy:
     if found is None:
         raise ConfigError(f"{section}.name", name, f"choose one of {', '.join(POLICIES)}")
     return construct(section, found, {k: v for k, v in method.items() if k != "name"})
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain data, checked."""
-    try:
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError("config", error.full_key, str(error).splitlines()[0]) from error
-    check_config(config)
-    return config

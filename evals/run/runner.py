@@ -177,7 +177,7 @@ class Job:
         ):
             self._load()
             groups = [(group, self._missing(group)) for group in self._groups(parts)]
-            methods = f"{len(self.rows)} methods"
+            methods = f"{len(self.rows)} method{'s' * (len(self.rows) > 1)}"
             with self._progress(methods, sum(count for _, count in groups)) as advance:
                 for group, count in groups:
                     if count:
