@@ -11,7 +11,7 @@ from runs import MODEL
 from buzz import ConfigError
 from evals.results.folder import RunFailed
 from evals.run import console
-from evals.run.console import begin_command, command, progress
+from evals.run.console import Command, begin_command, command, progress
 
 
 class Clock:
@@ -82,6 +82,10 @@ def test_jobs_and_tasks_of_a_sweep_are_counted(main, monkeypatch) -> None:
     seen.clear()
     assert main(*model, "task=suite") == 1 and main(*model) == 1
     assert seen == [(1, 2), (2, 2), (1, 1)]
+    seen.clear()  # a worker of a launcher knows its own jobs alone
+    monkeypatch.setattr("hydra_plugins.one_pass.command", Command())
+    assert main("-m", *model, "task=suite", "seed=0,1", "method=h2o") == 1
+    assert seen == [(1, 2), (2, 2)] * 2
 
 
 def test_batches_of_each_methods_size_are_counted_exactly(go, monkeypatch) -> None:

@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
     overrides = list(job.overrides.task)
     try:
         if job.mode is RunMode.MULTIRUN:
-            command.job = job.job.num
+            command.job = job.job.num % command.jobs  # 0 where this process does not know them all
             return run_sweep_job(cfg, overrides, Path(job.sweep.dir))
         rows = run_all(cfg, overrides)
         for row in rows:
