@@ -51,7 +51,7 @@ def test_a_line_says_what_is_done_and_left(monkeypatch, capsys) -> None:
 
 
 def test_a_line_says_which_setting_it_is_and_how_long_all_take(monkeypatch, capsys) -> None:
-    """The first took 10 minutes, the second was there already; this one takes 6, and two follow."""
+    """The first took 10 minutes, the second was done before; this one takes 6, and two follow."""
     clock = Clock(monkeypatch, capsys)
     begin_command()
     command.number, command.of = 1, 5
@@ -64,7 +64,7 @@ def test_a_line_says_which_setting_it_is_and_how_long_all_take(monkeypatch, caps
         said = clock.line(1.5)
     begin_command()
     start = "setting 3 of 5, needle: 2 methods: 1 of 4 done in 2 min, 3 left, about 4 min; "
-    assert said == start + "all settings in about 20 min; full accuracy 1"
+    assert said == start + "all settings done in about 20 min; full accuracy 1"
 
 
 def test_jobs_and_tasks_of_a_sweep_are_counted(main, monkeypatch) -> None:

@@ -79,7 +79,7 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
     def said() -> str:
         whole = ""
         if done and command.of > 1:
-            whole = f"all settings in about {_duration(command.left(here()))}"
+            whole = f"all settings done in about {_duration(command.left(here()))}"
         return "; ".join(filter(None, [whole, status()]))
 
     if console.is_terminal:
