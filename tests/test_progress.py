@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import contextmanager
 
@@ -83,7 +84,8 @@ def test_jobs_and_tasks_of_a_sweep_are_counted(main, monkeypatch) -> None:
     assert main(*model, "task=suite") == 1 and main(*model) == 1
     assert seen == [(1, 2), (2, 2), (1, 1)]
     seen.clear()  # a worker of a launcher knows its own jobs alone
-    monkeypatch.setattr("hydra_plugins.one_pass.command", Command())
+    plugin = sys.modules["hydra_plugins.one_pass"]  # loaded by Hydra
+    monkeypatch.setattr(plugin, "command", Command())
     assert main("-m", *model, "task=suite", "seed=0,1", "method=h2o") == 1
     assert seen == [(1, 2), (2, 2)] * 2
 
