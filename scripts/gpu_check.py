@@ -1,9 +1,9 @@
-"""What a card must show in its first ten minutes: fifteen steps, each with its figures.
+"""Checks a GPU in ten minutes: fifteen steps, each with its figures.
 
     make gpu-check            # writes results/hardware/<card>-check.json
 
-A step passes, fails, or is left out. Without a card, what Triton's interpreter can run is run, and
-nothing else is claimed. Exit status: 0 if nothing failed, 1 otherwise.
+A step passes, fails, or is left out. Without a card, only the kernels are checked, in Triton's
+interpreter. Exit status: 0 if nothing failed, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# cuDNN's attention plans anew for every length of a cache that grows; step 8 measures with it.
+# cuDNN's attention makes a new plan for every length of a growing cache; step 8 measures its cost.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 import torch
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 import baselines  # noqa: F401  (registers its policies)
 from buzz import CACHE_ARGUMENT, POLICIES, EvictionCache
 from buzz.kernels.reference import Leading
+from evals.run.models import SHAPE, named_config
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("full", "local", "streaming_llm", "h2o", "buzz", "buzz_strided", "buzz_fast", "tova")
@@ -43,14 +44,7 @@ SMALL: dict[str, dict[str, int]] = {
     **{name: {"sink": 2, "window": 24, "stride": 5, "threshold": 24}
        for name in ("buzz", "buzz_strided", "buzz_fast")},
 }  # fmt: skip
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
+LLAMA_7B = {k: v for k, v in named_config("llama2_7b_random").items() if k in SHAPE}
 TINY = LLAMA_7B | {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -61,11 +55,11 @@ TINY = LLAMA_7B | {
 }
 
 
-TOKENS = 200  # of a text that must not differ
-STEADY = 40  # steps after which nothing is new
+TOKENS = 200  # of answers that must be equal
+STEADY = 40  # steps after which no buffer grows
 CACHES = 200  # short ones, one after the other
-# What Llama-2-7B's attention should take of a layer, by what cards are sold for: milliseconds of
-# FlashAttention-2 over a prompt, column sums as a share of it, microseconds of a decoding step.
+# Estimates for one layer of Llama-2-7B, from data sheets: milliseconds of FlashAttention-2 over a
+# prompt, column sums as a share of that, microseconds of a decoding step.
 ESTIMATED = {
     ("A100", 4096): {"flash_ms": 0.72, "column_sums": [0.30, 0.47], "decode_us": 33},
     ("A100", 32768): {"flash_ms": 46, "column_sums": [0.30, 0.47], "decode_us": 267},
@@ -105,6 +99,13 @@ def step(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1]
 
 
+def answer(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Exactly TOKENS tokens, greedily."""
+    length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    given = {CACHE_ARGUMENT: cache, **length}
+    return model.generate(ids, **given, do_sample=False, pad_token_id=0)
+
+
 def read_and_decode(
     model: Any, cache: Any, prompt: int, new: int, chunk: int = 0
 ) -> tuple[float, float]:
@@ -138,7 +139,7 @@ def bandwidth() -> float:
 
 
 def free_bytes() -> int:
-    """Of the device, of whatever the driver and this process's caches hold."""
+    """Free bytes of the device, after this process's own cached blocks are released."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -220,10 +221,7 @@ def same_tokens() -> dict[str, Any]:
         for kernels in ("triton", "reference"):
             with patch.dict(os.environ, BUZZ_KERNELS=kernels):
                 cache = cache_of(model, method, sizes=SMALL.get(method, {}))
-                tokens = model.generate(
-                    ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=TOKENS, min_new_tokens=TOKENS,
-                    do_sample=False, pad_token_id=0,
-                )  # fmt: skip
+                tokens = answer(model, ids, cache)
                 found.append((tokens, cache.lengths, cache.kept_positions(2)))
         (tokens, lengths, kept), want = found
         expect(torch.equal(tokens, want[0]), f"{method}: other tokens than the plain kernels")
@@ -289,7 +287,7 @@ def cudnn_first() -> dict[str, Any]:
         expect(done.returncode == 0, done.stderr[-500:])
         found[name] = float(done.stdout.split()[-1])
     apart = found["cudnn_first_ms"] / found["cudnn_last_ms"]
-    # What the first costs is told, not asked for: all of this project's figures are of the second.
+    # The first is measured for information only: all of this project's figures are of the second.
     return {**found, "apart": apart, "within_10_percent": abs(apart - 1) <= 0.1}
 
 
@@ -365,15 +363,9 @@ def compiled_decoding() -> dict[str, Any]:
     ids = torch.randint(3, 97, (2, 120), device="cuda")
     for method in METHODS:
         tokens = [
-            tiny.generate(
-                ids,
-                **{CACHE_ARGUMENT: cache_of(
-                    tiny, method, sizes=SMALL.get(method, {}), compiled=on
-                )},
-                max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
-            )
+            answer(tiny, ids, cache_of(tiny, method, sizes=SMALL.get(method, {}), compiled=on))
             for on in (False, True)
-        ]  # fmt: skip
+        ]
         expect(torch.equal(*tokens), f"{method}: other tokens than the eager cache's")
     return found
 
@@ -473,7 +465,7 @@ STEPS: tuple[Callable[[], dict[str, Any]], ...] = (
 
 
 def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A step's verdict and figures; whatever it raises fails it and no other."""
+    """A step's verdict and figures. An exception fails this step, and no other."""
     start = time.perf_counter()
     try:
         with torch.no_grad():

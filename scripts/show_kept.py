@@ -2,6 +2,7 @@
 
     python scripts/show_kept.py --text FILE --methods full,streaming_llm,h2o,buzz --budget 0.25
     python scripts/show_kept.py --text FILE --paper    # also OUT.pdf and OUT.svg, a column wide
+    python scripts/show_kept.py --text FILE --granularity page:16 --heads layer
 
 Every method continues the same prompt by the same number of tokens at the same budget. What its
 cache holds then is drawn to OUT.png, layer by layer and KV head by KV head. OUT.html has the text
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import os
 
-# Steps of one token are short: threads that wait for each other by spinning take nine times the
-# time that computing takes where another process has a core. Read when torch is imported.
+# Steps of one token are short. If another process uses a core, threads that spin while they wait
+# take nine times as long as the computation. This must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -37,10 +38,12 @@ from buzz import (
     POLICIES,
     Budget,
     ConfigError,
+    Constrained,
     EvictionCache,
     ForkedCache,
     Policy,
 )
+from buzz.granularity import Heads, PageScore, constrained
 from buzz.policy import BudgetBy
 from evals.report.kept import HISTORY, SINK, WINDOW, Kept, Pieces, draw, draw_for_paper, page
 from evals.run.models import NAMED, complete_model, load_model, named_config
@@ -56,13 +59,13 @@ def keep(
     new_tokens: int,
     positions: str = "cache",
 ) -> list[Kept]:
-    """Continue a prompt by `new_tokens`, greedily, and look into each method's cache at every step.
+    """Continues a prompt greedily, and looks into each method's cache at every step.
 
-    The prompt is read once for all methods, where all layers of the model evict.
+    If all layers of the model evict, the prompt is read once for all methods.
 
     Args:
         ids: the prompt's token ids.
-        new_tokens: never fewer, so that methods are compared at the same length.
+        new_tokens: exactly so many, so that methods are compared at the same length.
         positions: of kept entries, as in :class:`buzz.EvictionCache`.
     """
     first = EvictionCache(model, policies[0], positions=positions)
@@ -80,7 +83,7 @@ def _follow(
     forks: Sequence[EvictionCache],
     new_tokens: int,
 ) -> list[Kept]:
-    """Each fork is a row of `cache` from the first token on."""
+    """Decodes all forks as rows of `cache`."""
     end = getattr(model.generation_config, "eos_token_id", None)
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     dropped: list[dict[int, np.ndarray]] = [{} for _ in forks]
@@ -101,7 +104,7 @@ def _follow(
 def _note_dropped(
     cache: EvictionCache, dropped: dict[int, np.ndarray], step: int, tokens: int
 ) -> None:
-    """Writes step + 1 where a token that was seen is no longer held, by evicting layer."""
+    """For each layer that evicts, writes step + 1 for tokens that are no longer held."""
     for index, layer in enumerate(cache.layers):
         if layer in cache.evicting:
             positions = cache.kept_positions(index)[0].cpu().numpy()
@@ -115,20 +118,22 @@ def _note_dropped(
 def _kept(
     cache: EvictionCache, dropped: dict[int, np.ndarray], answer: list[int], ids: list[int]
 ) -> Kept:
-    seen = cache.get_seq_length()
+    seen, policy = cache.get_seq_length(), cache.policy
+    sized = policy.pages or policy.method if isinstance(policy, Constrained) else policy
+    sink = getattr(sized, "sink", 0) * policy.page
     kinds = []
     for index in dropped:
         layer: Any = cache.layers[index]
         positions = cache.kept_positions(index)[0].cpu().numpy()
-        # What an eviction has judged, and spared; the rest waits its turn, or always stays.
+        # History was kept by an eviction; the window always stays, or came after the last eviction.
         judged = layer.groups[0].cut - layer.policy.protected
         kind = np.where(positions < judged, HISTORY, WINDOW)
-        kind[:, : getattr(cache.policy, "sink", 0)] = SINK
+        kind[:, :sink] = SINK
         own = np.zeros((len(positions), seen), dtype=np.uint8)
         np.put_along_axis(own, positions, kind.astype(np.uint8), axis=1)
         kinds.append(own)
     return Kept(
-        policy=cache.policy,
+        policy=policy,
         kinds=np.concatenate(kinds),
         dropped=np.concatenate(list(dropped.values())),
         layers=list(dropped),
@@ -142,13 +147,13 @@ def _kept(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Pieces:
-    """The text of each token, where necessary of a few that make one character only together."""
+    """The text of each token, or of a few tokens that make one character together."""
     found = []
-    before = start = 0  # the token that decoding begins with, for spaces to come out; the piece's
+    before = start = 0  # first tokens of the piece before, whose end shows spaces, and of the piece
     for end in range(1, len(ids) + 1):
         known = tokenizer.decode(ids[before:start], clean_up_tokenization_spaces=False)
         text = tokenizer.decode(ids[before:end], clean_up_tokenization_spaces=False)
-        # A character has at most 4 bytes; a longer wait would be for one that is no character.
+        # A character has at most 4 bytes: more tokens make no character either.
         if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
             continue
         found.append((text[len(known) :], end - start))
@@ -157,7 +162,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Pieces:
 
 
 def method_of(name: str) -> Policy:
-    """A method with its own defaults, as run.py has it.
+    """A method with its defaults, as in run.py.
 
     Raises:
         ConfigError: there is no such method.
@@ -168,7 +173,7 @@ def method_of(name: str) -> Policy:
 
 
 def model_settings(name: str) -> dict[str, Any]:
-    """Those of a file in configs/model, or of a folder that holds a model.
+    """The model config of a name in configs/model, or of a folder that holds a model.
 
     Raises:
         ConfigError: it is neither.
@@ -185,11 +190,13 @@ def model_settings(name: str) -> dict[str, Any]:
 
 
 def show(args: argparse.Namespace) -> None:
-    """
+    """Draws what the command line asks for.
+
     Raises:
-        ConfigError: something in `args` cannot be served.
+        ConfigError: an argument cannot be served.
     """
-    methods = [method_of(name) for name in args.methods.split(",")]
+    constraints = args.granularity, args.page_score, args.heads
+    methods = [constrained(method_of(name), *constraints) for name in args.methods.split(",")]
     budget = Budget(args.budget if args.budget % 1 else int(args.budget), args.budget_by)
     if args.new_tokens < 1:
         raise ConfigError("new-tokens", args.new_tokens, "give a whole number of at least 1")
@@ -237,6 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument(
         "--positions", default="cache", help="of kept entries: in the cache, or true ones"
+    )
+    parser.add_argument("--granularity", default="token", help="what leaves: token, or page:16")
+    parser.add_argument("--page-score", choices=get_args(PageScore), default="mean")
+    parser.add_argument(
+        "--heads", choices=get_args(Heads), default="each", help="which heads keep the same tokens"
     )
     parser.add_argument("--paper", action="store_true", help="also a PDF and an SVG, a column wide")
     parser.add_argument("--out", default="results/figures/kept", help="files without .png, .html")

@@ -47,7 +47,12 @@ def composed(*overrides: str, configs: Path = ROOT / "configs", **options: Any) 
 def run_tiny(output: Path, *overrides: str, needle: bool = True) -> Path:
     """Runs the tiny model with some overrides; the file of the method's records."""
     task = NEEDLE if needle else []
-    (row,) = run_all(composed(*MODEL, *task, f"output={output}", *overrides), [])
+    return run(composed(*MODEL, *task, f"output={output}", *overrides))
+
+
+def run(cfg: DictConfig) -> Path:
+    """Runs a configuration of one row; the file of the method's records."""
+    (row,) = run_all(cfg)
     if row.error:
         raise row.error
     return row.outcome.file

@@ -12,11 +12,9 @@ from transformers import DynamicCache
 from baselines import FullPolicy
 from buzz import ConfigError, EvictionCache
 from evals.results.folder import sha256
-from evals.run.compress import steps_before
 from evals.run.generate import generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
-from evals.run.prompt import Prompt
-from evals.run.prompts import batches
+from evals.run.prompts import Prompt, batches, steps_before
 from evals.tasks.base import Sample
 from evals.tasks.encoding import encode_prompt
 

@@ -29,8 +29,7 @@ from buzz import BuzzPolicy, ConfigError, EvictionCache
 from evals.results.folder import RunFailed, SettingFolder, digest, sha256
 from evals.results.frame import load
 from evals.run.models import byte_tokenizer
-from evals.run.prompt import Prompt
-from evals.run.prompts import batches
+from evals.run.prompts import Prompt, batches
 from evals.tasks.encoding import encode
 from evals.tasks.needle import FILLER
 

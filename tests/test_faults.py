@@ -21,8 +21,7 @@ import torch
 from runs import MODEL, NEEDLE, read, shown, summary_of
 from tiny import FAMILIES
 
-import evals.launch.loggers
-import evals.run.logger
+import evals.run.loggers
 import evals.run.runner
 from baselines import TOVAPolicy
 from buzz import ConfigError, EvictionCache
@@ -376,7 +375,7 @@ def test_weights_and_biases_never_fails_a_run(go, monkeypatch, call: str, hangs:
     over, wandb = threading.Event(), MagicMock()
     wandb.configure_mock(**{f"{call}.side_effect": fail})
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(evals.run.logger, "PATIENCE", 0.5)
+    monkeypatch.setattr(evals.run.loggers, "PATIENCE", 0.5)
     reason = "no answer within 0.5 s" if hangs else "network unreachable"
     with pytest.warns(UserWarning, match=f"not logged to Weights & Biases: {reason}"):
         folder = go("method=full", "logger=wandb")
@@ -386,11 +385,11 @@ def test_weights_and_biases_never_fails_a_run(go, monkeypatch, call: str, hangs:
 
 def test_tensorboard_never_fails_a_run(go, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(evals.launch.loggers, "find_spec", lambda name: None)
+        patch.setattr(evals.run.loggers, "find_spec", lambda name: None)
         patch.setattr(evals.run.runner, "load_model", None)
         with pytest.raises(ConfigError, match="logger='tensorboard': is not installed: pip"):
             go("method=full", "logger=tensorboard")
-    monkeypatch.setattr(evals.launch.loggers, "find_spec", lambda name: name)
+    monkeypatch.setattr(evals.run.loggers, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.warns(UserWarning, match="not logged to TensorBoard"):
         folder = go("method=full", "logger=tensorboard")

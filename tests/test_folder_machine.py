@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from runs import MODEL, composed, stub_generate, write_lines
+from runs import MODEL, composed, run, stub_generate, write_lines
 
 import evals.run.runner
 from buzz import ConfigError
@@ -247,7 +247,7 @@ class Folders(RuleBasedStateMachine):
             task.append(f"task.shard='{shard}'")
         budget = [] if method == "full" else ["budget=40"]
         chosen = [f"method={method}", *budget, f"kl={str(kl).lower()}", f"output={self.root}/runs"]
-        return evals.run.runner.run(composed(*MODEL, *task, *chosen))
+        return run(composed(*MODEL, *task, *chosen))
 
     def _files(self) -> list[Path]:
         return sorted(self.root.glob("runs/*/*.jsonl"))

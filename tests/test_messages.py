@@ -49,7 +49,6 @@ ONCE = [name for name, policy in POLICIES.items() if policy.evicts == "prompt"]
         ("+method.windw=2", ["method.windw=2", "no such setting", "threshold, window"]),
         ("+task.length=2", ["task.length=2", "no such setting", "lengths, "]),
         ("+nothing.token=2", ["nothing={'token': 2}: no such setting", "budget, budget_by,"]),
-        ("cache.logn_clamp=true", ["cache.logn_clamp=True", "logn_base"]),
         ("task.needles=3", ["task.needles=3", "task.variant=multikey"]),
         ("compress_chunk=64", ["compress_chunk=64", "compress=stream"]),
         ("compress=context compress_chunk=64", ["compress_chunk=64", "compress=stream"]),

@@ -18,10 +18,9 @@ from baselines import FullPolicy, H2OPolicy
 from buzz import POLICIES, Budget, EvictionCache, Policy
 from evals.launch.sweep import run_all
 from evals.run.forked import answer_together
-from evals.run.generate import generate
+from evals.run.generate import answer_questions, generate
 from evals.run.models import byte_tokenizer
-from evals.run.prompt import Prompt
-from evals.run.questions import answer
+from evals.run.prompts import Prompt
 from evals.run.sampling import Sampling
 from evals.tasks.base import Sample
 
@@ -214,7 +213,7 @@ def test_questions_on_one_context_are_answered_from_copies(model) -> None:
     prompts = [asked([*context, *q], (48,), shared="c") for q in questions]
     found = together(model, prompts, policies)
     for row, policy in enumerate(policies):
-        alone = answer(model, TOKENIZER, prompts, policy, {}, conversation=False)
+        alone = answer_questions(model, TOKENIZER, prompts, policy, {}, conversation=False)
         for made, one in zip(found, alone, strict=True):
             assert made[row]["tokens"] == one.tokens, policy.name
             assert made[row]["trace"] == one.record()["trace"], policy.name

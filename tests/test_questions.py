@@ -11,11 +11,9 @@ from runs import read, shown, write_lines
 from tiny import prompt, tiny
 
 from buzz import ConfigError, EvictionCache
-from evals.run.generate import generate
+from evals.run.generate import answer_questions, generate
 from evals.run.models import byte_tokenizer, load_tokenizer, named_config
-from evals.run.prompt import Prompt
-from evals.run.prompts import batches
-from evals.run.questions import answer, follow_up, share_contexts
+from evals.run.prompts import Prompt, batches, follow_up, share_contexts
 from evals.tasks.base import Sample
 from evals.tasks.needle import Needle
 from evals.tasks.nq10 import NQ10
@@ -52,7 +50,7 @@ def asked(context: int, *questions: int) -> list[Prompt]:
 @pytest.mark.parametrize("policy", ["h2o", "buzz"])
 def test_copies_answer_as_if_each_question_were_the_only_one(model, policy: str) -> None:
     prompts = asked(60, 9, 5, 12)
-    found = answer(model, TOKENIZER, prompts, METHODS[policy], {}, conversation=False)
+    found = answer_questions(model, TOKENIZER, prompts, METHODS[policy], {}, conversation=False)
     for one, own in zip(prompts, found, strict=True):
         arguments = METHODS[policy], 5, (), {}, one.later
         (alone,) = generate(model, TOKENIZER, [one.ids], *arguments)
@@ -65,7 +63,7 @@ def test_copies_answer_as_if_each_question_were_the_only_one(model, policy: str)
 def test_a_conversation_is_one_cache(model, policy: str) -> None:
     """By a plain loop: context, question, answer, what follows it, and so on."""
     prompts = asked(60, 9, 5)
-    found = answer(model, TOKENIZER, prompts, METHODS[policy], {}, conversation=True)
+    found = answer_questions(model, TOKENIZER, prompts, METHODS[policy], {}, conversation=True)
     cache = EvictionCache(model, METHODS[policy])
 
     def feed(ids: list[int]) -> int:

@@ -8,7 +8,8 @@ from tiny import prompt, tiny
 from torch.nn.functional import cross_entropy
 
 from baselines import FullPolicy, LocalPolicy
-from evals.run.read import fed_and_scored, read, reading_steps
+from evals.run.plan import reading_steps
+from evals.run.read import fed_and_scored, read
 
 
 @pytest.fixture(scope="module")

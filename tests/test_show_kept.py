@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from baselines import FullPolicy, H2OPolicy, StreamingLLMPolicy
-from buzz import BuzzPolicy, Policy
+from buzz import Budget, BuzzPolicy, Policy
+from buzz.granularity import constrained
 from evals.report.kept import EVICTED, HISTORY, SINK, WINDOW, Kept, draw, draw_for_paper, page
 from evals.run.models import byte_tokenizer
 from evals.run.plan import Plan
@@ -76,6 +77,18 @@ def test_every_method_can_be_shown(name):
     assert (held == held[:, :1]).all() and held.mean() == pytest.approx(kept.entries)
     if name not in ("full", "local", "streaming_llm", "vatp"):  # all but sink and window
         assert (kept.kinds == HISTORY).any()
+
+
+@pytest.mark.parametrize("name", ["h2o", "buzz", "streaming_llm"])
+def test_whole_pages_leave_and_heads_agree(name):
+    policy = constrained(METHODS[name], "page:4", heads="layer")
+    kept = look(Budget(20).policy(policy, TOKENS)[0])
+    held = (kept.kinds != EVICTED)[:, : SEEN - SEEN % 4].reshape(3, 2, -1, 4)
+    assert (held == held[..., :1]).all() and (held == held[:, :1]).all()
+    assert 0 < held.mean() < 1
+    assert (kept.kinds[:, :4] == SINK).all() == (name != "h2o")
+    assert kept.described.endswith("granularity=page:4 heads=layer")
+    assert kept.parameters.endswith("granularity=page:4, heads=layer")
 
 
 @pytest.mark.parametrize(
@@ -196,10 +209,14 @@ def test_command_writes_both_files(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("bees & <hives> " * 12, encoding="utf-8")
     arguments = f"--text {text} --model llama_random --methods full,buzz_strided --new-tokens 4"
-    assert main([*arguments.split(), "--budget", "48", "--paper", "--out", str(out)]) == 0
+    constraints = ["--granularity", "page:8", "--heads", "layer"]
+    rest = ["--budget", "48", "--paper", "--out", str(out), *constraints]
+    assert main([*arguments.split(), *rest]) == 0
     assert out.with_suffix(".pdf").exists() and out.with_suffix(".svg").exists()
     assert out.with_suffix(".png").stat().st_size > 10_000
-    assert "bees" not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "bees" not in said.err
+    assert said.out.count("granularity=page:8 heads=layer") == 1  # the full cache has no pages
     content = out.with_suffix(".html").read_text(encoding="utf-8")
     assert "".join(data_of(content)["prompt"]["texts"]).startswith("bees & <hives> bees")
 
@@ -226,6 +243,7 @@ def test_a_model_may_be_a_folder(tmp_path, capsys):
         (["--budget", "0"], "budget"),
         (["--budget", "nan"], "budget"),
         (["--budget", "12.5"], "budget"),
+        (["--granularity", "page:0"], "cache.granularity"),
         (["--new-tokens", "0"], "new-tokens"),
         (["--new-tokens", "100000"], "new-tokens"),
         (["--text", "no/such/file"], "text"),

@@ -15,9 +15,9 @@ from buzz import BuzzPolicy
 from evals.report.stored import benchmarks
 from evals.run import speed
 from evals.run.faults import NotFinite
-from evals.run.plan import Plan
+from evals.run.plan import Plan, StockPolicy
 from evals.run.runner import run_job
-from evals.run.speed import Method, StockPolicy, measure
+from evals.run.speed import Method, measure
 
 ENTRY = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # bytes
 PROMPT, NEW = 120, 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
-from runs import ROOT, composed
+from runs import ROOT, composed, run
 
 import evals.launch.sweep as sweep
 from buzz.errors import ConfigError
 from evals.results.frame import NOT_RUN, load
-from evals.run.runner import run
 from hydra_plugins.one_pass import OnePassSweeper
 
 CONFIGS = ROOT / "configs"
@@ -79,6 +79,15 @@ def test_every_sweep_composes_and_names_itself(path: Path) -> None:
     for name in cfg.hydra.sweeper.params:
         group, _, field = name.partition(".")
         assert group in cfg and (not field or field in cfg[group])
+
+
+@pytest.mark.parametrize("group", ["sweep", "experiment"])
+def test_the_page_names_every_file(group: str) -> None:
+    page = (ROOT / "docs/sweeps.md").read_text()
+    table = page.split(f"\n| `+{group}=` |", 1)[1].split("\n\n", 1)[0]
+    first = [line.split("|")[1] for line in table.splitlines()[2:]]
+    named = re.findall(r"`(\w+)`", " ".join(first))
+    assert sorted(named) == sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

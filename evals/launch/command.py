@@ -23,6 +23,7 @@ from evals import CONFIGS
 from evals.launch import messages
 from evals.launch.sweep import Objectives, ResultsCallback, run_all, run_sweep_job
 from evals.results.folder import RunFailed
+from evals.run.console import command
 from evals.run.faults import TRACEBACKS, show_tracebacks
 from evals.run.interrupt import Interrupted
 
@@ -33,6 +34,7 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
     overrides = list(job.overrides.task)
     try:
         if job.mode is RunMode.MULTIRUN:
+            command.job = job.job.num % command.jobs  # 0 where this process does not know them all
             return run_sweep_job(cfg, overrides, Path(job.sweep.dir))
         rows = run_all(cfg, overrides)
         for row in rows:
@@ -45,7 +47,7 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-    except (HydraException, OmegaConfBaseException) as error:  # of a row, which its job composes
+    except (HydraException, OmegaConfBaseException) as error:  # in the overrides of one row
         if show_tracebacks():
             raise
         messages.report(error)
@@ -59,15 +61,16 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
 def cli() -> int:
     """Runs what the command line asks for; the exit status."""
     ResultsCallback.failed = 0
-    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     arguments = [sys.argv[0], *messages.arguments_of(sys.argv[1:])]
-    # Else Hydra prints its errors and exits; so what was asked for goes by another name.
-    said = {"HYDRA_FULL_ERROR": "1", TRACEBACKS: str(int(asked))}
+    # Hydra raises its errors only with HYDRA_FULL_ERROR=1, and otherwise prints them and exits. So
+    # it is always set here, and what the user wants is in a variable of this project.
+    variables = {"HYDRA_FULL_ERROR": "1", TRACEBACKS: str(int(in_full))}
     try:
-        with patch.dict(os.environ, said), patch.object(sys, "argv", arguments):
+        with patch.dict(os.environ, variables), patch.object(sys, "argv", arguments):
             main()
     except (HydraException, OmegaConfBaseException) as error:
-        if asked:
+        if in_full:
             raise
         messages.report(error)
         return 2

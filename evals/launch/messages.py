@@ -1,4 +1,4 @@
-"""Hydra's own errors, which take a screen, in one line that names the choices."""
+"""Turns Hydra's errors, which fill a screen, into one line that names the choices."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _unknown(key: str, overrides: Sequence[str]) -> str:
 
 
 def _composed(overrides: Iterable[str]) -> DictConfig:
-    """The configuration without what is wrong, as far as it can be had."""
+    """The configuration without the wrong override; of the others as many as can be composed."""
     plain = [one for one in overrides if not one.startswith("hydra") and "," not in one]
     groups = [one for one in plain if "." not in _key(one) and not one.startswith("~")]
     for tried in (plain, groups, []):
@@ -102,7 +102,7 @@ def _composed(overrides: Iterable[str]) -> DictConfig:
         try:
             with initialize_config_dir(str(CONFIGS), version_base=None):
                 return compose("config", overrides=list(tried))
-        except Exception:  # another of them is wrong too
+        except Exception:  # another override is wrong, too
             continue
     return OmegaConf.create()
 
@@ -124,11 +124,6 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """What of a command line are overrides and no flags."""
-    return [one for one in arguments if not one.startswith("-")]
-
-
 def arguments_of(given: Sequence[str]) -> list[str]:
     """A command line with `-m` in front, where Hydra wants it, and `~/` written out."""
     several = [one for one in given if one in ("-m", "--multirun")]
@@ -138,4 +133,5 @@ def arguments_of(given: Sequence[str]) -> list[str]:
 
 
 def report(error: Exception) -> None:
-    print(f"error: {in_one_line(error, overrides_of(sys.argv[1:]))}", file=sys.stderr)
+    overrides = [one for one in sys.argv[1:] if not one.startswith("-")]
+    print(f"error: {in_one_line(error, overrides)}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""From a command to jobs: rows of one setting share a job, and what cannot run stops no other.
+"""Turns a command into jobs. Rows of one setting share a job; one that fails stops no other.
 
-Each job of a sweep adds a line for each of its rows to `jobs.jsonl` in the sweep's folder, in
-whatever process or machine it ran, so that the process that launched them can tell in the end what
-became of all.
+Each job of a sweep adds a line per row to `jobs.jsonl` in the sweep's folder, whatever process or
+machine it runs in. From these lines the process that launched the jobs tells at the end what became
+of all rows.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from evals.report.terminal import print_tables
 from evals.report.views import summary
 from evals.results.folder import InUse, RunFailed, parse
 from evals.results.frame import load
+from evals.run.console import begin_command, command
 from evals.run.plan import Plan, expand
 from evals.run.runner import Outcome, run_job
 
 JOBS = "jobs.jsonl"
-# A setting of these that cannot be served is a combination to leave out of the grid.
 SHARED = ["task", "model", "logger", "seed", "device", "output", "compress", "compress_chunk"]
-VALUES = ("budget", "budget_by", "label")  # settings that choose no others
+VALUES = ("budget", "budget_by", "label")  # settings on which no other setting depends
+# An error in one of these fields means a combination that a grid may have: it is skipped.
 COMBINED = ("method.", "budget", "cache.")
 
-# Why a model cannot be had, by its section: other jobs need not wait for it again.
+# Models that could not be loaded, by their section: later jobs do not try again.
 _missing: dict[str, ConfigError] = {}
 
 Objectives = float | list[float] | None
@@ -65,13 +66,13 @@ class Asked:
     def status(self) -> str:
         if self.error is None:
             return "complete"
-        # Two jobs may come to the same row.
+        # A row that is in use is that of another job.
         combined = isinstance(self.error, ConfigError) and self.error.field.startswith(COMBINED)
         return "skipped" if combined or isinstance(self.error, InUse) else "failed"
 
     @property
     def line(self) -> dict[str, Any]:
-        """What the sweep's folder says of it."""
+        """Its line in `jobs.jsonl`."""
         known: dict[str, Any] = {"overrides": self.overrides, "status": self.status}
         if self.error is not None:
             known["reason"] = _first_line(self.error)
@@ -82,19 +83,19 @@ class Asked:
 
 
 def run_all(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Asked]:
-    """Runs what a configuration asks for: its rows under its tasks, those of one setting together.
+    """Runs the rows of a configuration under its tasks, those of one setting together.
 
     Args:
         cfg: the composed configuration.
-        overrides: what it was composed from; a budget leaves the method's parameters among them
-            alone.
+        overrides: what it was composed from. A method's parameters among them are fixed: no budget
+            changes them.
 
     Returns:
         What became of each row.
     """
     asked: list[Asked] = []
     settings: dict[str, list[Asked]] = {}
-    known: dict[str, Plan] = {}  # by all that rows of one setting share
+    known: dict[str, Plan] = {}  # by the sections of SHARED
     for config, own, fixed in _rows(cfg, overrides):
         try:
             every = expand(config)
@@ -116,7 +117,9 @@ def run_all(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Asked]:
                 row.error = error
                 if error.field == "model.name_or_path":
                     _missing[model] = error
-    for rows in settings.values():
+    command.of = command.jobs * len(settings)
+    for number, rows in enumerate(settings.values(), start=1):
+        command.number = command.job * len(settings) + number
         _run(rows)
     return asked
 
@@ -124,7 +127,7 @@ def run_all(cfg: DictConfig, overrides: Sequence[str] = ()) -> list[Asked]:
 def _run(rows: Sequence[Asked]) -> None:
     """Runs the rows of one setting."""
     try:
-        for row, outcome in zip(rows, run_job([row.plan for row in rows if row.plan]), strict=True):
+        for row, outcome in zip(rows, run_job([row.plan for row in rows]), strict=True):
             row.outcome, row.error = outcome, outcome.error
             if outcome.new and not outcome.error:
                 plan = outcome.plan
@@ -167,12 +170,13 @@ def _composed(overrides: Sequence[str], known: dict[tuple[str, ...], DictConfig]
     """The configuration of one row.
 
     Args:
-        known: those of other rows without what :data:`VALUES` sets, which is quick to set.
+        known: configurations composed so far, without what :data:`VALUES` sets. Composing takes
+            long, setting these values does not.
     """
     values = [one for one in overrides if one.partition("=")[0].lstrip("+") in VALUES]
     found = OverridesParser.create().parse_overrides(values)
     if any(one.is_sweep_override() or one.is_add() for one in found):
-        return _compose(overrides)  # which says what is wrong with it
+        return _compose(overrides)  # which raises the error
     rest = tuple(one for one in overrides if one not in values)
     if rest not in known:
         known[rest] = _compose(rest)
@@ -194,14 +198,14 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def run_sweep_job(cfg: DictConfig, overrides: list[str], folder: Path) -> Objectives:
-    """Runs one job of a sweep, and notes what became of its rows.
+    """Runs one job of a sweep, and adds its rows to `jobs.jsonl`.
 
     Args:
         folder: the sweep's.
 
     Returns:
-        What `cfg.objectives` names, row after row: a number if there is one objective and one row.
-        None if there are no objectives, or a row did not finish a sample.
+        The values of `cfg.objectives`, row after row; a number if there is one objective and one
+        row. None if there are no objectives, or a row did not finish any sample.
     """
     rows = run_all(cfg, overrides)
     with open(folder / JOBS, "a", encoding="utf-8") as file:
@@ -244,10 +248,10 @@ def _first_line(error: Exception) -> str:
 
 
 class ResultsCallback(Callback):
-    """Prints the table when a run or all jobs of a sweep are over, and what was skipped or failed.
+    """Prints the table at the end of a run or of a sweep's jobs, and what was skipped or failed.
 
     Args:
-        picture: where a sweep's scores are drawn against their memory; None: nowhere.
+        picture: file for a plot of a sweep's scores against their memory; None: no plot.
     """
 
     failed = 0  # of this process's runs; decides its exit status
@@ -257,7 +261,8 @@ class ResultsCallback(Callback):
         self.folders: list[Path] = []
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuses an output that cannot be written, in which Hydra makes a folder first of all."""
+        """Refuses an output that cannot be written: Hydra makes a folder there first of all."""
+        begin_command()
         try:
             Path(f"{config.output}/.hydra").mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
@@ -296,7 +301,7 @@ class ResultsCallback(Callback):
         print(", ".join(f"{count} {status}" for status, count in counts.items()))
         lacking = sum(r["status"] == "complete" and r.get("failed", 0) > 0 for r in rows)
         if lacking:
-            print(f"{lacking} of the complete ones with samples that failed")
+            print(f"{lacking} complete, but with samples that failed")
         ResultsCallback.failed = counts["failed"] + lacking
         if self.picture and done:
             from evals.report.figures import draw_pareto  # with matplotlib, which is slow to import
@@ -313,7 +318,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(parse(line))
-        except ValueError:  # its process was killed as it wrote
+        except ValueError:  # its process was killed while writing
             torn = {"overrides": [], "status": "failed", "reason": f"{path}:{number} is torn"}
             rows.append(torn)
     return rows

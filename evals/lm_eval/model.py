@@ -48,17 +48,17 @@ Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token wa
 class EvictionLM(HFLM):
     """lm-eval's Hugging Face model, with an evicting cache in every forward pass.
 
-    Generation is stock `model.generate` with the cache. A continuation is scored as decoding would
-    produce it: its context but for the last token is one step, after which the method evicts; from
-    that last token on, every step feeds one token and yields the probability of the next. So each
-    scored token, the first included, sees a thinned cache and is scored before it can influence an
-    eviction. A text to score as a whole (`loglikelihood_rolling`) goes through one cache likewise.
+    Generation is stock `model.generate` with the cache. A continuation is scored as in decoding:
+    one step reads its context without the last token, then the method evicts; from that last token
+    on, every step feeds one token and gives the probability of the next. So every scored token,
+    also the first, sees a thinned cache, and is scored before it can influence an eviction. A text
+    that is scored as a whole (`loglikelihood_rolling`) goes through one cache in the same way.
 
     Args:
         pretrained: a name in configs/model (`smollm2` is the embedded model), else what HFLM takes.
         method: a name in :data:`buzz.POLICIES`; its parameters are arguments of their own.
         budget: KV entries, or a fraction of the prompt, as in `run.py`. It sets the parameters that
-            are not given. A batch has one budget, that of its shortest prompt (for
+            are not given. The budget of a batch is that of its shortest prompt (for
             `loglikelihood_rolling`, text).
         budget_by: as in :class:`buzz.Budget`.
         chunk: scored tokens fed per step. More than 1 is faster; evictions then happen after each
@@ -117,7 +117,7 @@ class EvictionLM(HFLM):
             pretrained, kwargs["tokenizer"] = load_model(settings, kwargs.pop("device"))
             kwargs.setdefault("max_length", settings["max_length"])
         super().__init__(pretrained, batch_size=int(batch_size), **kwargs)
-        if pretrained is not self.model:  # load_model has seen to it
+        if pretrained is not self.model:  # else load_model has done so
             clear_settings(self.model)
         set_date(self.tokenizer)
         self.policy = self.policy.for_tokenizer(self.tokenizer)
@@ -153,7 +153,7 @@ class EvictionLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Scored]:
-        # Without the beginning of a context that is too long for the model, as HFLM cuts it.
+        # A context that is too long for the model loses its beginning, as in HFLM.
         rooms = (max(1, self.max_length + 1 - len(target)) for *_, target in requests)
         pairs = [(c[-room:], t) for (_, c, t), room in zip(requests, rooms, strict=True)]
         lengths = [len(context) for context, _ in pairs]
@@ -183,10 +183,10 @@ class EvictionLM(HFLM):
     # --- scoring ------------------------------------------------------------------------------
 
     def _windows(self, tokens: list[int]) -> list[Pair]:
-        """What is scored with one cache: the text, behind the prefix token.
+        """The parts of a text that are each scored with one cache, after the prefix token.
 
-        Only if the method would attend more entries than the model has positions (as a full cache
-        does), or at true positions, a text longer than that is cut into HFLM's windows.
+        A text is one part, unless it is longer than the model's context and the method would attend
+        more entries than that, or positions are the true ones: then parts are HFLM's windows.
         """
         limit = self.max_length
         if len(tokens) > limit and self.cache_options["positions"] == "cache":
@@ -200,12 +200,12 @@ class EvictionLM(HFLM):
     def _score(
         self, pairs: list[Pair], prompt_tokens: list[int], name: str, disable_tqdm: bool
     ) -> list[Scored]:
-        """Scores in the order of `pairs`; equal contexts come into one batch as far as it goes.
+        """Scores in the order of `pairs`. Equal contexts are put into one batch where possible.
 
         Args:
-            prompt_tokens: what a fractional budget is a fraction of, per pair.
+            prompt_tokens: tokens that a fractional budget is a fraction of, per pair.
         """
-        # Longest first, so that memory runs out at once if it does. Contexts of one token have no
+        # Longest first: if memory runs out, it does so at once. Contexts of one token have no
         # prompt step, so they never share a batch with longer ones.
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i]))
         scores: dict[int, Scored] = {}
@@ -234,7 +234,7 @@ class EvictionLM(HFLM):
             cache.batch_select_indices(rows)
             mask = mask[rows]
 
-        # A row that has come to its end goes on with padding, which nobody reads.
+        # Rows that have ended are fed padding, and the result is ignored.
         inputs, _ = self._padded([[*c[-1:], *target[:-1]] for c, target in pairs], side="right")
         targets, counts = self._padded([target for _, target in pairs], side="right")
         total = torch.zeros(len(pairs), dtype=torch.float64, device=self.device)
@@ -286,7 +286,7 @@ class EvictionLM(HFLM):
 
 
 def _make_policy(method: str, arguments: dict[str, Any]) -> tuple[Policy, frozenset[str]]:
-    """The policy, whose parameters are taken out of `arguments`, and the names of those given."""
+    """The policy, and the names of its parameters that were given: taken out of `arguments`."""
     if method not in POLICIES:
         raise ConfigError("method", method, f"choose one of {', '.join(POLICIES)}")
     names = {name: [f.name for f in dataclasses.fields(cls)] for name, cls in POLICIES.items()}

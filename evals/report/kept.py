@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from buzz import POLICIES, Policy
+from buzz import Constrained, Policy
+from buzz.policy import parameters
 from evals.report.figures import plt
 from evals.report.methods import style_of
 from evals.report.page import templates
@@ -77,16 +77,22 @@ class Kept:
 
     @property
     def parameters(self) -> str:
-        own = (field.name for field in dataclasses.fields(POLICIES[self.policy.name]))
-        return ", ".join(f"{name}={getattr(self.policy, name)}" for name in own)
+        """Those of the method, and what constrains it."""
+        own = parameters(self.policy)
+        if isinstance(self.policy, Constrained):
+            own = own.pop("method") | {name: own[name] for name in ("granularity", "heads")}
+        return ", ".join(f"{name}={value}" for name, value in own.items())
 
     @property
     def described(self) -> str:
         """How much is held at the end, in words."""
         evictions = f"{self.evictions} eviction{'' if self.evictions == 1 else 's'}"
+        policy, under = self.policy, ""
+        if isinstance(policy, Constrained):
+            under = f", granularity={policy.granularity} heads={policy.heads}"
         return (
             f"{self.entries:g} of {self.kinds.shape[1]} entries, {self.nbytes / 1e6:.1f} MB of KV,"
-            f" {self.nbytes / self.full_nbytes:.2f} of full, {evictions}"
+            f" {self.nbytes / self.full_nbytes:.2f} of full, {evictions}{under}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a model lies: a name of the hub, a folder, or a GGUF file, which is unpacked once."""
+"""Finds a model: a hub name, a folder, or a GGUF file, which is unpacked once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAKE = {  # what sets up the GGUF files of configs/model
     "SmolLM2-135M-Instruct.Q4_1.gguf": "make model",
     "gemma-3-270m-q4_k_m.gguf": "make model-gemma",
 }
-SOURCE = "converted_from"  # of a converted GGUF file: what it was made from and what it was then
+SOURCE = "converted_from"  # file beside a converted checkpoint: digests of its source and of itself
 
 
 def source_of(cfg: Mapping[str, Any]) -> str:
@@ -71,7 +71,7 @@ def gguf_file(cfg: Mapping[str, Any]) -> Path:
 
 def _folder(given: str) -> Path:
     folder = Path(given).expanduser()
-    # The embedded model lies in the checkout, wherever the harness is started.
+    # The embedded model is in the checkout, wherever the harness is started.
     return next((p for p in (folder, ROOT / folder) if p.exists()), folder)
 
 
@@ -80,7 +80,7 @@ def _converted(gguf: Path) -> Path:
 
 
 def _fresh(ready: Path, gguf: Path) -> bool:
-    """Whether a folder holds what was converted from this very file, and as it was then."""
+    """Whether a folder was converted from this very file, and has not changed since."""
     source = ready / SOURCE
     return source.is_file() and source.read_text() == _stamp(ready, gguf)
 
@@ -90,7 +90,7 @@ def _stamp(ready: Path, gguf: Path) -> str:
 
 
 def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
-    """GGUF to a float32 safetensors checkpoint with tokenizer, complete or not there at all."""
+    """Converts GGUF to a float32 safetensors checkpoint with tokenizer, complete or not at all."""
     target = _converted(gguf)
     folder, options = str(gguf.parent), {"gguf_file": gguf.name}
     config = pretrained(AutoConfig, cfg, folder, **options)
@@ -98,7 +98,7 @@ def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
     tokenizer = pretrained(AutoTokenizer, cfg, folder, **options)
     options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     unpacked = pretrained(AutoModelForCausalLM, cfg, folder, **options)
-    # A model that came from GGUF refuses to be saved, though its weights are plain by now.
+    # A model from GGUF cannot be saved, even if its weights are no longer quantized.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(unpacked.state_dict(), assign=True)
@@ -109,7 +109,7 @@ def _convert(cfg: Mapping[str, Any], gguf: Path) -> Path:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
         (part / SOURCE).write_text(_stamp(part, gguf))
-        if not _fresh(target, gguf):  # or another process was faster
+        if not _fresh(target, gguf):  # else another process was faster
             shutil.rmtree(target, ignore_errors=True)
             os.replace(part, target)
     return target
@@ -120,10 +120,10 @@ def pretrained(auto: Any, cfg: Mapping[str, Any], source: str, **options: Any) -
     try:
         with _quiet():
             local = Path(source).exists()
-            # Left unsaid, a checkpoint with code of its own would make transformers ask.
+            # Unless this is set, transformers asks about a checkpoint with code of its own.
             options |= {"local_files_only": local, "trust_remote_code": False}
             return auto.from_pretrained(source, **options)
-    except Exception as error:  # of the hub's client, or of half a file: any kind
+    except Exception as error:  # the hub's client and damaged files raise any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         remedy = f"{reason} (give a local folder, or a hub name that this machine can reach)"
         raise ConfigError("model.name_or_path", cfg["name_or_path"], remedy) from error
@@ -131,7 +131,7 @@ def pretrained(auto: Any, cfg: Mapping[str, Any], source: str, **options: Any) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings and progress bars of transformers and the hub's client."""
+    """Silences warnings and progress bars of transformers and the hub's client."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     of_hub = hub_logging.get_verbosity()
     logging.disable_progress_bar()

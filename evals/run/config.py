@@ -1,4 +1,4 @@
-"""The types of a configuration, checked by pydantic without any conversion: `no` is no boolean."""
+"""The types of a configuration, checked by pydantic without conversion: `no` is not a boolean."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstr
 from buzz.cache import check_clamp, check_dtype, positions_of
 from buzz.errors import ConfigError
 from buzz.granularity import check as check_granularity
-from evals.run.compress import Compress
 from evals.tasks.build import KNOWN, STRICT, validate
 
-# Run folders are named by these, and must stay inside `output`.
+# Names of folders, which must stay inside `output`.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+@-]{1,60}$")]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Compress = Literal["prompt", "context", "stream"]  # see evals.run.prompts
 
-
-CHUNK = 512  # compress_chunk, where nobody gives another
+CHUNK = 512  # default of compress_chunk
 
 
 class Group(BaseModel):
@@ -70,16 +69,16 @@ class Config(BaseModel):
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raises ConfigError unless a configuration has all of :class:`Config`, and a scale to clamp.
+    """Raises ConfigError unless a configuration has all of :class:`Config`, and they fit together.
 
-    `cache.positions` is written as the name that it stands for, so that equal ones are equal.
+    A `cache.positions` of true, as YAML reads it, becomes the name that it stands for.
     """
     validate(Config, config)
     chunk = config["compress_chunk"]
     if chunk != CHUNK and config["compress"] != "stream":
-        raise ConfigError("compress_chunk", chunk, "is of a stream; write compress=stream, too")
+        raise ConfigError("compress_chunk", chunk, "applies to compress=stream; write that, too")
     if config["budget_by"] == "mean" and config["budget"] is None:
-        raise ConfigError("budget_by", "mean", "says what a budget is of; give budget, too")
+        raise ConfigError("budget_by", "mean", "says what the budget limits; give budget, too")
     config["cache"]["positions"] = positions_of(config["cache"]["positions"])
     check_clamp(config["cache"]["logn_base"], config["cache"]["logn_clamp"])
     check_dtype(config["cache"]["dtype"], config["cache"]["positions"])

@@ -1,10 +1,11 @@
-"""Where progress and remarks go: not into what a program reads."""
+"""Progress and remarks, on stderr."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import Event, Thread
 
 from rich.console import Console
@@ -14,13 +15,52 @@ console = Console(stderr=True)
 MINUTE = 60.0  # seconds between lines where there is no terminal
 
 
+@dataclass
+class Command:
+    """How far a command is whose settings this process runs one after another.
+
+    Attributes:
+        job, jobs: the number of the sweep's job, from 0, and how many this process runs.
+        number, of: the setting under way, and how many there are.
+        start: when the command began, by :func:`time.monotonic`.
+        worked: numbers of the settings that had something to do.
+    """
+
+    job: int = 0
+    jobs: int = 1
+    number: int = 1
+    of: int = 1
+    start: float = field(default_factory=lambda: time.monotonic())
+    worked: set[int] = field(default_factory=set)
+
+    def left(self, here: float) -> float:
+        """Seconds to the end of all settings.
+
+        Those to come are taken to need what the others have needed on average.
+
+        Args:
+            here: seconds that the one under way needs yet.
+        """
+        each = (time.monotonic() - self.start + here) / len(self.worked)
+        return here + each * (self.of - self.number)
+
+
+command = Command()
+
+
+def begin_command() -> None:
+    vars(command).update(vars(Command()))
+
+
 @contextmanager
 def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Callable[[int], None]]:
-    """A bar, or without a terminal a line a minute: what is done, what is left, how long it takes.
+    """A bar, or a line a minute without a terminal: what is done, what is left, how long it takes.
+
+    Of a command with several settings also which this is, and how long all of them take.
 
     Args:
         name: of what is counted.
-        status: what else is to be said.
+        status: gives what else the line says.
 
     Yields:
         A function that takes how many more are done.
@@ -28,6 +68,20 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
     if not total:
         yield lambda count: None
         return
+    done, start, over = 0, time.monotonic(), Event()
+    command.worked.add(command.number)
+    if command.of > 1:
+        name = f"setting {command.number} of {command.of}, {name}"
+
+    def here() -> float:
+        return (time.monotonic() - start) / done * (total - done)
+
+    def said() -> str:
+        whole = ""
+        if done and command.of > 1:
+            whole = f"all settings done in about {_duration(command.left(here()))}"
+        return "; ".join(filter(None, [whole, status()]))
+
     if console.is_terminal:
         columns = (
             TextColumn("{task.description:>14}"),
@@ -38,9 +92,14 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
         )
         with Progress(*columns, console=console) as bars:
             bar = bars.add_task(name, total=total, status="")
-            yield lambda count: bars.update(bar, advance=count, status=status())
+
+            def update(count: int) -> None:
+                nonlocal done
+                done += count
+                bars.update(bar, advance=count, status=said())
+
+            yield update
         return
-    done, start, over = 0, time.monotonic(), Event()
 
     def advance(count: int) -> None:
         nonlocal done
@@ -48,12 +107,12 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
 
     def report() -> None:
         while not over.wait(MINUTE):
-            seconds = time.monotonic() - start
             left = f"{total - done} left"
             if done:
-                left += f", about {_duration(seconds / done * (total - done))}"
-            line = f"{name}: {done} of {total} done in {_duration(seconds)}, {left}"
-            say("; ".join(filter(None, [line, status()])))
+                left += f", about {_duration(here())}"
+            spent = _duration(time.monotonic() - start)
+            line = f"{name}: {done} of {total} done in {spent}, {left}"
+            say("; ".join(filter(None, [line, said()])))
 
     thread = Thread(target=report, daemon=True)
     thread.start()
@@ -65,7 +124,7 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
 
 
 def say(line: str) -> None:
-    """A line as it is."""
+    """Prints a line as it is."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 

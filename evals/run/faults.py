@@ -1,4 +1,4 @@
-"""A sample that fails costs no other: its memory is given back and its record says what it was."""
+"""Samples that fail: the others go on, memory is freed, and the record says what went wrong."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ from evals.run.memory import memory_in_use
 
 Row = TypeVar("Row")
 
-# What running out of memory is called where it has no exception of its own.
+# Messages of out-of-memory errors that have no exception class of their own.
 SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]iB)")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-# The environment variable by which a command line asks for them.
-TRACEBACKS = "BUZZ_TRACEBACKS"
+TRACEBACKS = "BUZZ_TRACEBACKS"  # environment variable: 1 if the user wants tracebacks
 
 
 def show_tracebacks() -> bool:
-    """Whether HYDRA_FULL_ERROR=1 was given: what went wrong is shown in full."""
+    """Whether the user gave HYDRA_FULL_ERROR=1."""
     return os.environ.get(TRACEBACKS) == "1"
 
 
 class LengthMismatch(RuntimeError):
-    """The cache did not do what its policy says: the measurements would be of something else."""
+    """A cache held another number of entries than its policy's length recurrence says."""
 
 
 class NotFinite(ArithmeticError):
-    """NaN or infinite logits, of which greedy decoding would make some token all the same."""
+    """NaN or infinite logits. Greedy decoding would choose a token all the same."""
 
     def __init__(self, what: str, step: int, dtype: torch.dtype) -> None:
         remedy = "; try bfloat16 or float32" if dtype == torch.float16 else ""
@@ -51,14 +50,14 @@ def attempt(
 ) -> list[Record]:
     """Records of all rows; a batch that fails is tried again in halves, down to single rows.
 
-    That takes less memory, and finds the row that is to blame. A row that fails alone gets
-    :func:`fault` for a record.
+    Halves take less memory, and in the end the row that causes the failure is alone. Its record is
+    that of :func:`fault`.
 
     Args:
         work: makes the rows' records.
 
     Raises:
-        ConfigError, LengthMismatch, RunFailed: which no smaller batch would mend.
+        ConfigError, LengthMismatch, RunFailed: a smaller batch would not help.
     """
     try:
         return work(rows)
@@ -68,7 +67,7 @@ def attempt(
         found = fault(error, device)
         if show_tracebacks():
             traceback.print_exc()
-    # The exception held the cache, by its traceback; only out here is it gone.
+    # The exception's traceback held the cache; it is gone only here, outside of the except block.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -79,7 +78,7 @@ def attempt(
 
 
 def fault(error: Exception, device: torch.device) -> Record:
-    """What went wrong, to be called while the failed attempt still holds its memory.
+    """The fields of a record that failed; call it while the attempt still holds its memory.
 
     Returns:
         status: ``oom`` or ``failed``; error: type and first line of the message; of out-of-memory
@@ -97,12 +96,12 @@ def fault(error: Exception, device: torch.device) -> Record:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is what an exception means."""
+    """Whether an exception means that memory ran out."""
     kinds = (torch.cuda.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(sign in str(error) for sign in SIGNS)
 
 
 def asked_nbytes(error: Exception) -> int | None:
-    """The bytes that could not be had, where the message of torch or NumPy tells."""
+    """The bytes that could not be allocated, where the message of torch or NumPy says so."""
     match = ASKED.search(str(error))
     return round(float(match[1]) * UNITS[match[2]]) if match else None

@@ -1,7 +1,7 @@
-"""One pass for several methods: one prefill a prompt, then every method is a row of one batch.
+"""One pass for several methods: each prompt is read once, then every method is a row of one batch.
 
-Every row answers by itself; beside that, a copy of all rows may be fed the full cache's answer,
-token by token, so that their next-token distributions can be compared with the full cache's.
+Every row gives its own answer. With KL, a copy of all rows is fed the full cache's answer token by
+token (teacher forcing), and next-token distributions are compared with the full cache's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,29 +18,29 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buzz import CACHE_ARGUMENT, ForkedCache, Policy
+from buzz import ForkedCache, Policy
 from evals.results.folder import sha256
 from evals.results.record import Record
 from evals.run.faults import LengthMismatch, NotFinite
-from evals.run.generate import Ends, Generation, left_padded
+from evals.run.generate import Ends, Generation, forward, left_padded
 from evals.run.lengths import Lengths
-from evals.run.prompt import Prompt
+from evals.run.prompts import Prompt
 from evals.run.sampling import Sampling
 
-Found = Record | Exception  # what became of one row
+Found = Record | Exception  # the fields of one row's record, or its error
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a method's next-token distributions are to the full cache's, on one answer of its.
+    """KL divergence and top-1 agreement with the full cache, on the full cache's own answer.
 
-    Over the answer's tokens but the first, which is predicted before any eviction; where the
-    context is compressed before the question is read, over all. None if there is none of these.
+    The answer's first token does not count, as it is predicted before any eviction, unless the
+    context was compressed before the question. None if no token counts.
 
     Attributes:
         kl_to_full, kl_median: KL(full || method) in nats, mean and median over the tokens.
         top1_to_full: share of tokens where both have the same likeliest one.
-        kl_tokens: KL of each, to four digits.
+        kl_tokens: KL of each token, to four digits.
     """
 
     kl_to_full: float | None
@@ -51,7 +50,10 @@ class Fidelity:
 
     @classmethod
     def of(cls, kl: Sequence[float], same: Sequence[float], dtype: torch.dtype) -> Fidelity:
-        """Over the positions of one answer.
+        """Of one answer.
+
+        Args:
+            kl, same: of each of its tokens.
 
         Raises:
             NotFinite: a divergence is NaN or infinite.
@@ -71,7 +73,7 @@ class Rows:
     Attributes:
         cache: of all rows; `cache.forks[i]` is row i's: the methods on the first prompt, then those
             on the second.
-        padding: of each prompt, before its first token.
+        padding: tokens before each prompt's first.
         logits: of the last token read, [rows, vocab], or [prompts, vocab] while methods agree.
     """
 
@@ -81,7 +83,11 @@ class Rows:
         policies: Sequence[Sequence[Policy]],
         options: dict[str, Any],
     ) -> None:
-        """Of policies for each prompt, of the same methods in the same order."""
+        """
+        Args:
+            policies: for each prompt, of the same methods in the same order.
+            options: of the cache, see :class:`buzz.ForkedCache`.
+        """
         self.model = model
         self.cache = ForkedCache(model, policies, **options)
         each = [policy for own in policies for policy in own]
@@ -93,7 +99,7 @@ class Rows:
         self._mask: Tensor | None = None  # of what was fed, [prompts, seen], if there is padding
 
     def copy(self) -> Rows:
-        """Rows that go on from here by themselves."""
+        """Rows that continue from here independently."""
         other = copy.copy(self)
         other.cache = self.cache.copy()
         pairs = zip(self.lengths, other.cache.forks, strict=True)
@@ -110,14 +116,14 @@ class Rows:
         """Feeds every method the tokens of each prompt.
 
         Args:
-            ids: of each prompt as many, but for the first step, in which shorter ones are padded.
+            ids: equally many of each prompt; in the first step shorter ones are padded.
             chunk: tokens of the chunks in which the first step is read, as if they were one.
         """
         tokens, mask = left_padded(ids, 0).to(self.model.device)
         if not self._steps and not mask.all():
             self.padding, self._mask = (1 - mask).sum(-1).tolist(), mask[:, :0]
         chunked = not self._steps and chunk and tokens.shape[1] > chunk
-        chunked = chunked and mask[:, chunk - 1].all()  # else a row has nothing to begin with
+        chunked = chunked and mask[:, chunk - 1].all()  # else a row's first chunk is padding alone
         if chunked:
             self.cache.hold_until = tokens.shape[1]
         self._step(tokens, mask, chunk if chunked else None)
@@ -127,20 +133,15 @@ class Rows:
         prompts = self.cache.prompts
         if self._steps and len(ids) < len(prompts):
             ids = ids[prompts]
-        given: dict[str, Any] = {CACHE_ARGUMENT: self.cache}
         whole, seen = None, sum(self._steps)
         if self._mask is not None:
             fresh = self._mask.new_ones(len(self._mask), ids.shape[1]) if mask is None else mask
             self._mask = torch.cat([self._mask, fresh], dim=1)
             whole = self._mask[prompts] if self._steps else self._mask
-        with torch.inference_mode():
-            for part in ids.split(chunk or ids.shape[1], dim=1):
-                seen += part.shape[1]
-                if whole is not None:
-                    given["attention_mask"] = whole[:, :seen]
-                    places = (whole[:, :seen].cumsum(-1) - 1).clamp(min=0)  # without padding
-                    given["position_ids"] = places[:, -part.shape[1] :]
-                self.logits = self.model(part, **given, logits_to_keep=1).logits[:, -1]
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            seen += part.shape[1]
+            padded = None if whole is None else whole[:, :seen]
+            self.logits = forward(self.model, self.cache, part, padded, 1)[:, -1]
         self._steps.append(ids.shape[1])
         for held in self.lengths:
             held.note()
@@ -150,15 +151,15 @@ class Rows:
     ) -> tuple[list[list[int]], list[int | None]]:
         """Every row's own answer.
 
-        Rows that ended are fed on until the last one has; nobody looks at that.
+        Rows that have ended are still fed until the last one has; what they give then is ignored.
 
         Args:
             tokens: at most.
             sampling: None: the likeliest tokens; else with a seed for each row.
 
         Returns:
-            The answers, each with the token that ended it; and by row the first of its tokens that
-            was made of NaN or infinite logits, or None.
+            The answers, each with the token that ended it; and for each row the first of its tokens
+            whose logits were NaN or infinite, or None.
         """
         rows, device = len(self.lengths), self.logits.device
         processors = [] if sampling is None else sampling.processors(device)
@@ -185,24 +186,24 @@ class Rows:
         ]
         return answers, wrong
 
-    def forced(
+    def teacher_forced(
         self, answers: Sequence[Sequence[int]]
     ) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
-        """Feeds every method the full cache's answers, which is the first, token by token.
+        """Feeds every method the full cache's answers token by token. The full cache is method 0.
 
-        Where all methods have the same logits still, as behind prompts that were read as one, there
-        is nothing to compare.
+        Tokens for which all methods still have the same logits are left out, as is the first one
+        after prompts that were read in one step.
 
         Args:
-            answers: to each prompt one.
+            answers: one to each prompt.
 
         Returns:
-            Of each prompt and method, by token: KL(full || method) in nats, and whether both find
-            the same token the likeliest (0 or 1).
+            For each prompt and method, by token: KL(full || method) in nats, and whether both have
+            the same likeliest token (0 or 1).
         """
         prompts, found = len(answers), []
         for number in range(max(map(len, answers))):
-            if number:  # behind an answer's end whatever is there: nobody looks at that
+            if number:  # after an answer's end its last token again, which is ignored
                 fed = [[answer[min(number, len(answer)) - 1]] for answer in answers]
                 self._step(torch.tensor(fed, device=self.logits.device))
             if len(self.logits) > prompts:
@@ -213,7 +214,7 @@ class Rows:
                 found.append(torch.stack([kl, full.argmax(-1) == own.argmax(-1)]))  # [2, p, m]
         shape = 2, prompts, len(self.lengths) // prompts, 0
         kls, same = (torch.stack(found, dim=-1) if found else torch.empty(shape)).tolist()
-        agreed = max(map(len, answers)) - len(found)  # tokens of which nothing was compared
+        agreed = max(map(len, answers)) - len(found)  # tokens that were left out
         for values in (kls, same):
             for answer, of_prompt in zip(answers, values, strict=True):
                 of_prompt[:] = [tokens[: max(0, len(answer) - agreed)] for tokens in of_prompt]
@@ -246,7 +247,7 @@ def answer_together(
         chunk: as of :meth:`Rows.feed`.
 
     Returns:
-        For each prompt and policy the fields of a record, or what was wrong with that row.
+        For each prompt and policy the fields of a record, or the error of that row.
     """
     shared = bool(prompts[0].sample.shared)
     read = prompts[:1] if shared else prompts
@@ -270,10 +271,10 @@ def _answers(
     own: bool,
     kl: bool,
 ) -> list[list[Found]]:
-    """What :func:`answer_together` returns, of prompts that have been read.
+    """The result of :func:`answer_together`, for prompts that have been read.
 
     Args:
-        asked: each with its sampling, and the full cache's answer, if it is there.
+        asked: each with its sampling, and the full cache's answer, if there is one.
         methods: how many there are.
     """
     forced = rows.copy() if own and kl else rows
@@ -294,7 +295,7 @@ def _answers(
     if kl:
         given = [reference for reference in references if reference is not None]
         assert len(given) == len(asked)
-        kls, same = forced.forced(given)
+        kls, same = forced.teacher_forced(given)
         for number, answer in enumerate(given):
             for method in range(1, methods):
                 distance = kls[number][method], same[number][method]
@@ -314,26 +315,20 @@ def _record(
     ends: Ends,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Found:
-    """What a row's record has of its answer and what it took."""
+    """The fields of a row's record: its answer, and what it took."""
     try:
         if wrong is not None:
             raise NotFinite("the logits were", wrong, rows.model.dtype)
-        fork, before = rows.cache.forks[row], len(prompt.before)
+        before = len(prompt.before)
         steps = rows.steps(row)[: before + len(answer)]
         earlier = max(0, before - 1)  # steps before the one that ends the context
-        held = rows.lengths[row]
-        lengths = held.verified(0, steps)[earlier:]
         return Generation(
             text=tokenizer.decode(answer, skip_special_tokens=True),
             tokens=answer,
             prompt_tokens=len(prompt.ids),
             generated_tokens=len(answer),
             stop_reason=ends.reason(answer),
-            lengths=lengths,
-            evictions=held.evictions(0, len(steps)),
-            entry_nbytes=fork.entry_nbytes,
-            window_nbytes=[fork.window_nbytes(seen) for seen in accumulate(steps)][earlier:],
-            allocated_nbytes=held.allocated(len(steps)),
+            **rows.lengths[row].measured(0, steps, earlier),
         ).record()
     except (NotFinite, LengthMismatch) as error:
         return error
@@ -347,7 +342,7 @@ def _compared(
     same: list[float],
     answer: list[int],
 ) -> Found:
-    """A row's record with its distance to the full cache."""
+    """A row's record with its distance from the full cache."""
     if isinstance(found, Exception):
         return found
     try:

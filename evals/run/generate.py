@@ -7,16 +7,17 @@ k tokens the cache has seen the prompt and k - 1 of them: the last is never fed 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -30,41 +31,41 @@ from transformers import (
 from buzz import CACHE_ARGUMENT, EvictionCache, Policy
 from evals.results.folder import arithmetic_runs
 from evals.results.record import Record
-from evals.run.compress import read_context
 from evals.run.faults import NotFinite
 from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
+from evals.run.prompts import Prompt
 from evals.run.sampling import Sampling
 
-# Of a record whose context was read before its question.
+# Fields of records whose context was read before the question.
 OF_QUESTIONS = ("question_s", "context_peak_nbytes", "question_peak_nbytes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What it cost to answer a prompt, or to read a text.
+    """What it took to answer a prompt, or to read a text.
+
+    Timings and memory peaks are None for a method that shared its pass with others.
 
     Attributes:
         prompt_tokens: without padding.
-        lengths: cache entries per layer and KV head after each step of this row, of a prompt that
-            is read in several from the one that ends its context on; of a method whose layers hold
-            different numbers, their mean.
-        evictions: steps that evicted, over the whole batch's decoding.
+        lengths: cache entries per layer and KV head after each step, from the one that completes
+            the context; the mean over layers where they hold different numbers.
+        evictions: steps that evicted.
         entry_nbytes: bytes of K and V of one entry over the layers that evict.
-        window_nbytes: bytes after each step of what no eviction thins: windows, chunks, recurrent
-            states.
-        allocated_nbytes: a row's share of the most that the batch's buffers took after any step:
+        window_nbytes: after each step, bytes of layers that no method evicts from: windows, chunks,
+            recurrent states.
+        allocated_nbytes: the most that buffers took after any step, as a row's share of the batch:
             keys and values, with positions, scores, kept originals and spare slots.
-        ttft_s: seconds to the first token, the batch's prefill included; None, as are all timings
-            and memory peaks, of a method that shared its pass with others.
+        ttft_s: seconds to the first token, the batch's prefill included.
         decode_tokens_per_s: of this row alone; None for answers of one token.
         itl_p50_ms, itl_p95_ms: inter-token latency percentiles.
         memory_peak_nbytes: device memory allocated at the peak (CUDA) or resident memory of the
             process (CPU), model included.
-        question_s: of a prompt whose context is compressed before its question is read: seconds
-            from then to the first token.
-        context_peak_nbytes, question_peak_nbytes: the memory peak, likewise, of reading the
-            context, and from the question on.
+        question_s: seconds from the question to the first token, if the context was compressed
+            before.
+        context_peak_nbytes, question_peak_nbytes: memory peaks while the context is read, and from
+            the question on.
     """
 
     prompt_tokens: int
@@ -85,8 +86,8 @@ class Measurements:
     def record(self) -> Record:
         """The fields of a record that were measured.
 
-        Bytes are those of all layers; those of the layers that evict, which a budget is of, are
-        there too if not all do.
+        Bytes are of all layers. If some layers do not evict, those of the others, to which a budget
+        applies, are added.
         """
         record = dataclasses.asdict(self)
         missing = OF_QUESTIONS if self.question_s is None else ()
@@ -109,7 +110,7 @@ class Measurements:
         }
 
 
-# Of a record whose method ran alone.
+# Fields of records whose method ran alone.
 TIMINGS = tuple(one.name for one in dataclasses.fields(Measurements) if one.default is None)
 
 
@@ -150,16 +151,18 @@ class Ends:
     def of(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
     ) -> Ends:
-        """As LongBench does: a stop string acts through its last token."""
+        """Of a model. A stop string acts through its last token, as in LongBench."""
+        own = model.generation_config.eos_token_id
+        eos = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
         last = (tokenizer.encode(text, add_special_tokens=False)[-1] for text in stop)
-        return cls(frozenset(eos_ids(model, tokenizer)), frozenset(last))
+        return cls(frozenset(token for token in eos if token is not None), frozenset(last))
 
     @property
     def all(self) -> frozenset[int]:
         return self.eos | self.stop
 
     def cut(self, tokens: list[int]) -> list[int]:
-        """Up to the token that ends them, that one included."""
+        """The tokens up to the one that ends them, inclusive."""
         end = next((i for i, token in enumerate(tokens) if token in self.all), len(tokens))
         return tokens[: end + 1]
 
@@ -170,15 +173,13 @@ class Ends:
 
 
 class Trace(StoppingCriteria):
-    """Never stops; notes the time and the cache lengths of each step."""
+    """Records the time and the cache lengths of each step; never stops the generation."""
 
     def __init__(self, lengths: Lengths) -> None:
         self.times: list[float] = []
         self.lengths = lengths
 
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         synchronize(input_ids.device)
         self.times.append(time.perf_counter())
         self.lengths.note()
@@ -186,27 +187,27 @@ class Trace(StoppingCriteria):
 
 
 class _Finite(LogitsProcessor):
-    """Changes nothing; notes, on the device, which rows' likeliest token has a finite logit.
+    """Records, on the device, whether each row's highest logit is finite; changes nothing.
 
-    The maximum is NaN if any logit is; single logits of -inf are how tokens are forbidden.
+    The maximum is NaN if any logit is NaN. Single logits of -inf are allowed: they forbid tokens.
     """
 
     def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
+        self.steps: list[Tensor] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.steps.append(scores.amax(-1).isfinite())
         return scores
 
 
 @dataclass
 class Reading:
-    """A cache that has read the beginning of a prompt, or nothing yet, and what that took.
+    """A cache that has read the beginning of prompts, if anything, and what that took.
 
     Attributes:
         lengths: what it held after each step.
-        steps: by row, tokens fed by each step.
-        seconds, peak: time, and bytes of memory at the peak.
+        steps: of each row, tokens fed by each step.
+        seconds, peak: time, and memory in bytes at the peak.
     """
 
     cache: EvictionCache
@@ -221,7 +222,12 @@ class Reading:
         return Reading(cache, self.lengths.of_copy(cache), steps, self.seconds, self.peak)
 
     def go_on(self, prompt: int, answer: int) -> None:
-        """Count in a prompt of one row, with what was read before, and all but its answer's end."""
+        """Adds the steps of a question and its answer, whose last token is not fed.
+
+        Args:
+            prompt: tokens of the prompt, with all that was read before.
+            answer: tokens of the answer.
+        """
         (steps,) = self.steps
         steps += [prompt - sum(steps)] + [1] * (answer - 1)
         self.seconds = 0.0
@@ -229,33 +235,60 @@ class Reading:
 
 def read(
     model: PreTrainedModel,
-    inputs: torch.Tensor,
+    inputs: Tensor,
     policy: Policy,
     later: Sequence[int],
     cache_options: dict[str, Any] | None = None,
     chunk: int | None = None,
     cache: EvictionCache | None = None,
 ) -> Reading:
-    """Reads prompts up to their last step, or its last chunk.
+    """Reads prompts up to their last step, or up to that step's last chunk.
 
     Args:
         inputs: of :func:`left_padded`.
-        later, chunk: as of :func:`evals.run.compress.read_context`.
+        later: tokens of the steps behind the first; if there are none, that is the last.
+        chunk: tokens of the chunks in which the first step is read, as if they were one; None: in
+            one piece, as it is if a whole chunk would be padding.
         cache: an empty one to read them with; None: a new one.
     """
-    device = model.device
+    device, (ids, mask) = model.device, inputs
     if cache is None:
         cache = EvictionCache(model, policy, **(cache_options or {}))
     lengths = Lengths(cache, policy)
+    first = ids.shape[1] - sum(later)
+    chunked = chunk and chunk < first and mask[:, chunk - 1].all()
+    chunks = range(chunk, first, chunk) if chunked else ()
+    if chunks:
+        cache.hold_until = first
     reset_memory_peak(device)
     synchronize(device)
-    start = time.perf_counter()
-    read_context(model, cache, *inputs, later, lengths.note, chunk)
+    start, done = time.perf_counter(), 0
+    for end in [*chunks, *(accumulate(later[:-1], initial=first) if later else ())]:
+        forward(model, cache, ids[:, done:end], mask[:, :end], 1)
+        if end >= first:
+            lengths.note()
+        done = end
     synchronize(device)
     seconds = time.perf_counter() - start
-    tokens = inputs[1].sum(-1).tolist()
+    tokens = mask.sum(-1).tolist()
     steps = [[row - sum(later), *later[:-1]] if later else [] for row in tokens]
     return Reading(cache, lengths, steps, seconds, memory_peak(device))
+
+
+def forward(
+    model: PreTrainedModel, cache: EvictionCache, ids: Tensor, mask: Tensor | None, keep: int
+) -> Tensor:
+    """Logits [rows, keep, vocab] of a step's last tokens.
+
+    Args:
+        ids: int64 [rows, new].
+        mask: int64 [rows, seen + new], 0 in padding; None if there is none.
+    """
+    given: dict[str, Any] = {CACHE_ARGUMENT: cache}
+    if mask is not None:
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with torch.inference_mode():
+        return model(ids, attention_mask=mask, **given, logits_to_keep=keep).logits
 
 
 def generate(
@@ -275,16 +308,16 @@ def generate(
     """Answers to a batch of token ids, left-padded, through an :class:`EvictionCache`.
 
     Args:
-        later: tokens of the steps behind the first in which every prompt is read, see
-            :mod:`evals.run.compress`; none: it is read as one.
-        reading: a cache that has read the prompts' beginning, instead of a new one.
+        later: tokens of the steps behind the first in which every prompt is read; none: it is read
+            in one step.
+        reading: a cache that has read the beginning of the prompts; None: a new one.
         sampling: None: the likeliest tokens.
         chunk: tokens of the chunks in which a prompt is read; None: it is read as one.
         cache: an empty one to answer with; None: a new one.
 
     Raises:
-        LengthMismatch: the cache held another number of entries than the policy's recurrence says.
-        NotFinite: an answer was made of NaN or infinite logits.
+        LengthMismatch: the cache held another number of entries than the length recurrence says.
+        NotFinite: logits behind an answer were NaN or infinite.
     """
     device = model.device
     finite = _Finite()
@@ -327,8 +360,6 @@ def generate(
         before = reading.steps[row]
         steps = [*before, len(prompt) - sum(before)] + [1] * (count - 1)
         earlier = max(0, len(before) - 1)  # steps before the one that ends the context
-        lengths = trace.lengths.verified(row, steps)[earlier:]
-        seen = list(itertools.accumulate(steps))[earlier:]
         latencies = np.diff(trace.times[:count])
         p50, p95 = np.percentile(latencies, [50, 95]) * 1e3 if count > 1 else (None, None)
         generations.append(
@@ -338,11 +369,7 @@ def generate(
                 prompt_tokens=len(prompt),
                 generated_tokens=count,
                 stop_reason=ends.reason(answer),
-                lengths=lengths,
-                evictions=cache.evictions[row],
-                entry_nbytes=cache.entry_nbytes,
-                window_nbytes=[cache.window_nbytes(tokens) for tokens in seen],
-                allocated_nbytes=trace.lengths.allocated() // len(prompts),
+                **trace.lengths.measured(row, steps, earlier),
                 ttft_s=reading.seconds + trace.times[0] - asked,
                 decode_tokens_per_s=float(1 / latencies.mean()) if count > 1 else None,
                 itl_p50_ms=p50,
@@ -356,7 +383,65 @@ def generate(
     return generations
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int | None) -> torch.Tensor:
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    cache_options: dict[str, Any],
+    conversation: bool,
+    chunk: int | None = None,
+    cache: EvictionCache | None = None,
+) -> list[Generation]:
+    """Answers to the questions on one context, which is read and compressed once.
+
+    In a `conversation` they follow each other on one cache: what an earlier question and its answer
+    made a method evict is gone for the later ones. Otherwise each is put to a copy of the cache.
+
+    `ttft_s` counts the reading of the context, once for every copy; in a conversation only with
+    its first question.
+
+    Args:
+        chunk: tokens of the chunks in which the context is read; None: it is read as one.
+        cache: an empty one for a conversation, or whose buffers copies use; None: new ones.
+
+    Raises:
+        LengthMismatch, NotFinite: as :func:`generate`.
+    """
+    ids, eos = prompts[0].ids, Ends.of(model, tokenizer).eos
+    inputs = left_padded([ids], tokenizer.pad_token_id).to(model.device)
+    of_all = cache if conversation else None
+    reading = read(model, inputs, policy, prompts[0].later, cache_options, chunk, of_all)
+    found: list[Generation] = []
+    for prompt in prompts:
+        if not conversation:
+            ids, own = prompt.ids, reading.copy()
+            if cache is not None:
+                own.cache.take_buffers(cache)
+        else:
+            own = reading
+            if found:
+                said, turn = found[-1].tokens, list(prompt.turn)
+                if said[-1] in eos and turn[:1] == said[-1:]:
+                    turn = turn[1:]  # the template ends an answer, too
+                ids = [*ids, *said, *turn]
+        found += generate(
+            model,
+            tokenizer,
+            [ids],
+            policy,
+            prompt.max_new_tokens,
+            prompt.sample.stop,
+            reading=own,
+        )
+        if conversation:
+            reading.go_on(len(ids), found[-1].generated_tokens)
+        elif cache is not None:
+            cache.take_buffers(own.cache)
+    return found
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int | None) -> Tensor:
     """Token ids and attention mask, stacked: int64 [2, rows, longest]."""
     longest = max(map(len, prompts))
     ids = [[*[pad or 0] * (longest - len(prompt)), *prompt] for prompt in prompts]
@@ -366,9 +451,9 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int | None) -> torch.Tens
 
 @contextmanager
 def without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """`model.generate` does what it is told, whatever the model's own generation settings are.
+    """Hides a model's own generation settings from `model.generate`.
 
-    They fill in all that a call leaves unsaid: penalties, biases, beams, time limits.
+    It would take from them whatever a call does not set: penalties, biases, beams, time limits.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -378,14 +463,7 @@ def without_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer."""
-    eos = model.generation_config.eos_token_id
-    ids = eos if isinstance(eos, list) else [eos]
-    return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
-
-
 def synchronize(device: torch.device) -> None:
-    """Waits for what the device has been given to do, so that the clock can be read."""
+    """Waits until the device has done its work, so that the clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -13,7 +13,7 @@ NOTICE = b"\nstopping after the sample in flight; once more stops at once\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked for an end. As with Ctrl-C, only the outermost caller should handle it.
+    """A signal asked to stop. As with Ctrl-C, only the outermost caller should handle it.
 
     Attributes:
         exit_status: 128 plus the signal's number, as shells have it.
@@ -29,7 +29,7 @@ def deferred_signals() -> Iterator[Callable[[], None]]:
     """Holds the first SIGINT or SIGTERM back; a second one acts at once.
 
     Yields:
-        A function to call where it is safe to stop: it raises what was held back.
+        A function to call where it is safe to stop: it raises a signal that was held back.
 
     Raises:
         Interrupted: a signal came. It is raised at the end of the block at the latest.
@@ -44,7 +44,7 @@ def deferred_signals() -> Iterator[Callable[[], None]]:
     def hold(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         restore()
-        os.write(2, NOTICE)  # a print could meet itself, half-way through another one
+        os.write(2, NOTICE)  # print is not reentrant, and a signal may come within one
 
     def stop_here() -> None:
         if caught:
@@ -52,7 +52,7 @@ def deferred_signals() -> Iterator[Callable[[], None]]:
 
     if threading.current_thread() is threading.main_thread():  # others never get signals
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as a job in the background has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # which jobs in the background have
                 before[number] = signal.signal(number, hold)
     try:
         yield stop_here

@@ -1,16 +1,18 @@
-"""Entries that a cache holds after each step, held against what its methods prescribe."""
+"""Entries that a cache holds after each step, compared with its methods' length recurrences."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 from buzz import EvictionCache, Policy
 from evals.run.faults import LengthMismatch
 
 
 class Lengths:
-    """Notes what a cache holds, in layers that evict, and what is allocated for it.
+    """Notes after each step what the layers that evict hold, and what is allocated for all.
 
     Layers under the same policy hold the same, so only one of each is looked at in every step, and
     all of them at the end.
@@ -24,7 +26,7 @@ class Lengths:
         self._policy = policy
         self._layers = cache.distinct
         self._count = Counter(layer.policy for layer in cache.evicting)
-        self._allocated: list[int] = []  # by step
+        self._allocated: list[int] = []  # by step, without idle buffers of an earlier prompt
         self._steps: list[list[list[int]]] = []  # by step and layer: entries of each row
         self._evictions: list[list[int]] = []  # by step: evictions so far of each row
 
@@ -45,16 +47,25 @@ class Lengths:
             now += (layer.nbytes(allocated=True) - waiting) * self._count[layer.policy]
         self._allocated.append(now)
 
-    def allocated(self, steps: int | None = None) -> int:
-        """The most bytes of buffers, of all layers, that one of so many first steps left; of all.
+    def measured(self, row: int, steps: Sequence[int], skip: int = 0) -> dict[str, Any]:
+        """What :class:`evals.run.generate.Measurements` says of a row's cache.
 
-        Without those of an earlier prompt that wait to be used again.
+        Args:
+            steps: tokens fed by each of the row's steps.
+            skip: first steps whose lengths are left out.
+
+        Raises:
+            LengthMismatch: as :meth:`verified`.
         """
-        return max(self._allocated[:steps], default=0)
-
-    def evictions(self, row: int, steps: int) -> int:
-        """Steps of a row that evicted, of its first so many."""
-        return self._evictions[steps - 1][row]
+        cache, count = self._cache, len(steps)
+        seen = list(accumulate(steps))[skip:]
+        return {
+            "lengths": self.verified(row, steps)[skip:],
+            "evictions": self._evictions[count - 1][row],
+            "entry_nbytes": cache.entry_nbytes,
+            "window_nbytes": [cache.window_nbytes(tokens) for tokens in seen],
+            "allocated_nbytes": max(self._allocated[:count]) // len(self._evictions[0]),
+        }
 
     def verified(self, row: int, steps: Sequence[int]) -> list[float]:
         """Entries per layer and KV head after each of a row's steps, on average over the layers.
@@ -70,9 +81,15 @@ class Lengths:
         for number, layer in enumerate(self._layers):
             measured = [step[number][row] for step in self._steps[: len(steps)]]
             told = self._policy and self._policy.for_layer(layer.index, len(self._cache.evicting))
-            verify_lengths(told or layer.policy, steps, measured)
-            for step, held in enumerate(measured):
-                totals[step] += held * self._count[layer.policy]
+            policy = told or layer.policy
+            for step, due in enumerate(policy.lengths(steps)):
+                if measured[step] != due:
+                    raise LengthMismatch(
+                        f"{policy.name}: after step {step}, with {sum(steps[: step + 1])} tokens"
+                        f" read, the cache holds {measured[step]} entries, the method's own"
+                        f" recurrence says {due}"
+                    )
+                totals[step] += due * self._count[layer.policy]
         by_policy = {layer.policy: layer.lengths for layer in self._layers}
         for layer in self._cache.evicting:
             if layer.lengths != by_policy[layer.policy]:
@@ -82,22 +99,3 @@ class Lengths:
                 )
         layers = len(self._cache.evicting)
         return [total / layers if total % layers else total // layers for total in totals]
-
-
-def verify_lengths(policy: Policy, steps: Sequence[int], measured: Sequence[int]) -> None:
-    """Compares measured lengths of a layer with its policy's own recurrence, step by step.
-
-    Args:
-        steps: tokens fed by each step.
-        measured: entries held after each step.
-
-    Raises:
-        LengthMismatch: naming the step and both numbers.
-    """
-    expected = policy.lengths(steps)
-    for step, (found, due) in enumerate(zip(measured, expected, strict=True)):
-        if found != due:
-            raise LengthMismatch(
-                f"{policy.name}: after step {step}, with {sum(steps[: step + 1])} tokens read, the"
-                f" cache holds {found} entries, the method's own recurrence says {due}"
-            )

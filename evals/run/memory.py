@@ -27,8 +27,8 @@ def reset_memory_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # Linux: VmHWM starts again from the present resident size (proc(5)). Elsewhere the peak is
-        # the process's own, over all its samples.
+        # On Linux VmHWM starts again from the present resident size (proc(5)). Elsewhere the peak
+        # is that of the process over all its samples.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -37,18 +37,22 @@ def memory_peak(device: torch.device) -> int:
     """Bytes allocated on the device (CUDA), or resident in this process (CPU), at the peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _of_process("VmHWM:")
+    with contextlib.suppress(OSError, IndexError):  # elsewhere than on Linux
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def memory_in_use(device: torch.device) -> int:
-    """As :func:`memory_peak`, now; where there is no /proc, the process's peak."""
+    """As :func:`memory_peak`, now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _of_process("VmRSS:")
+    return int(psutil.Process().memory_info().rss)
 
 
 def free_nbytes(device: torch.device) -> int:
-    """Bytes that can still be had on the device (CUDA), or on this machine (CPU)."""
+    """Bytes that can still be allocated on the device (CUDA), or on this machine (CPU)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
@@ -57,7 +61,7 @@ def free_nbytes(device: torch.device) -> int:
 def row_nbytes(model: PreTrainedModel, held: int, seen: int, dtype: Any = None) -> int:
     """Bytes of a row's keys, values and recurrent states over all layers.
 
-    The model reads one token, once: layers may differ, and nothing else tells what each takes.
+    The model reads one token, once per model, to find the bytes of each layer: layers may differ.
 
     Args:
         held: entries of each layer that evicts.
@@ -79,14 +83,3 @@ def row_nbytes(model: PreTrainedModel, held: int, seen: int, dtype: Any = None) 
         for tensor in entries_of(layer)
     ]
     return held * cache.entry_nbytes + sum(windows) + cache.window_nbytes(seen=0)
-
-
-def _of_process(name: str) -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -55,13 +55,13 @@ NAMED = {path.stem: path for path in sorted((CONFIGS / "model").glob("*.yaml"))}
 DTYPES = {t: getattr(torch, t) for t in ("float32", "bfloat16", "float16")}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 SPECIAL = ("<bos>", "<eos>", "<pad>")
-# What chat templates are told today is: one that asks would make other prompts tomorrow.
+# The date that chat templates get: with the real one, prompts would change from day to day.
 TODAY = date(2024, 7, 26)
-CLOCK = "strftime_now"  # a function of theirs
-# Of strftime, `%-d` and its like before `%d`.
+CLOCK = "strftime_now"  # the templates' function
+# Of strftime; `%-d` and the like come before `%d`.
 DIRECTIVES = ("-d", "-m", "-H", "-I", *"aAwdebBmyYHIpMSfjUWcxXDFTR%")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-SETTINGS = "unused_generation_settings"  # of a model: what its generation_config.json asked for
+SETTINGS = "unused_generation_settings"  # attribute of a model: its generation_config.json
 # The shortest context that a model was trained on before a linear RoPE stretched it.
 LEAST_CONTEXT = 2048
 
@@ -110,13 +110,24 @@ def complete_model(cfg: dict[str, Any]) -> None:
     if "hidden_size" in cfg or cfg.get("max_length") is not None:
         return
     validate(Model, cfg | {"max_length": 1}, "model")
-    source = source_of(cfg)
-    gguf = source.endswith(".gguf")
-    limit = None if gguf else context_length(pretrained(AutoConfig, cfg, source))
+    config = config_of(cfg)
+    limit = context_length(config) if config else None
     if limit is None:
-        where = "a GGUF file" if gguf else "its config.json"
+        where = "its config.json" if config else "a GGUF file"
         raise ConfigError("model.max_length", None, f"{where} does not say it; give the tokens")
     cfg["max_length"] = limit
+
+
+def config_of(cfg: Mapping[str, Any]) -> PretrainedConfig | None:
+    """A model's config.json; None for random weights, and for GGUF files (checked when unpacked).
+
+    Raises:
+        ConfigError: there is no such model, or none that can be read.
+    """
+    source = "" if "hidden_size" in cfg else source_of(cfg)
+    if not source or source.endswith(".gguf"):
+        return None
+    return pretrained(AutoConfig, cfg, source)
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -138,10 +149,10 @@ def rope_by_length(cfg: Mapping[str, Any]) -> str | None:
 
     None where all texts of the model config's `max_length` have the same.
     """
-    source = "" if "hidden_size" in cfg else source_of(cfg)
-    if not source or source.endswith(".gguf"):
+    whole = config_of(cfg)
+    if whole is None:
         return None
-    config = pretrained(AutoConfig, cfg, source).get_text_config()
+    config = whole.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(one for one in ropes.values() if isinstance(one, dict))):
         kind = rope.get("rope_type", "default")
@@ -171,14 +182,11 @@ def check_model(cfg: Mapping[str, Any]) -> None:
             raise ConfigError("model.dtype", "float32", "flash_attention_2 needs bfloat16/float16")
     if "hidden_size" in cfg:
         _random_config(cfg)
-    else:
-        source = source_of(cfg)
-        if not source.endswith(".gguf"):  # a GGUF file is checked when it is converted
-            config = pretrained(AutoConfig, cfg, source)
-            require_supported(cfg, config)
-            if (limit := context_length(config)) is not None and cfg["max_length"] > limit:
-                remedy = f"the model has {limit:,} positions, by its config.json; give at most that"
-                raise ConfigError("model.max_length", cfg["max_length"], remedy)
+    elif config := config_of(cfg):
+        require_supported(cfg, config)
+        if (limit := context_length(config)) is not None and cfg["max_length"] > limit:
+            remedy = f"the model has {limit:,} positions, by its config.json; give at most that"
+            raise ConfigError("model.max_length", cfg["max_length"], remedy)
 
 
 def load_model(
@@ -194,12 +202,10 @@ def load_model(
         ConfigError: as :func:`check_model`; also unreadable weights and a missing device, or a card
             that the kernels do not serve.
     """
-    device = device_of(device)
-    check_model(cfg)
+    device, tokenizer = device_of(device), load_tokenizer(cfg)
     dtype, attention = DTYPES[cfg["dtype"]], cfg["attn_implementation"]
     if device.type == "cuda":
         kernels.implementation(torch.empty(0, dtype=dtype, device=device))
-    tokenizer = load_tokenizer(cfg)
     if "hidden_size" in cfg:
         # Only the model draws from this seed; the caller's random state is left as it was.
         with torch.random.fork_rng(), device:
@@ -222,10 +228,10 @@ def load_model(
 
 
 def clear_settings(model: PreTrainedModel) -> None:
-    """Leaves a model no generation settings but its special tokens, and names those it had.
+    """Removes a model's generation settings but its special tokens, and prints those it had.
 
-    `generate` would take penalties, biases, beams or time limits from them, and the likeliest token
-    would no longer be the answer's.
+    `generate` would take penalties, biases, beams or time limits from them, so that answers would
+    no longer be greedy.
     """
     usual = GenerationConfig._get_default_generation_params()
     usual |= dict.fromkeys(("output_attentions", "output_hidden_states"), False)
@@ -243,7 +249,7 @@ def clear_settings(model: PreTrainedModel) -> None:
 
 
 def own_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a checkpoint asked for and was not given, or was told, for the record."""
+    """For the record: generation settings that were removed, and the date that templates get."""
     told = {"template_date": TODAY.isoformat()} if CLOCK in str(tokenizer.chat_template) else {}
     had = getattr(model, SETTINGS, None)
     return told | ({SETTINGS: had} if had else {})
@@ -268,7 +274,7 @@ def load_tokenizer(cfg: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def set_date(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tells chat templates that it is :data:`TODAY`, which they ask `strftime_now` for."""
+    """Makes chat templates take :data:`TODAY` for the date, which they ask `strftime_now` for."""
     steps = "".join(f"|replace('%{one}', {TODAY.strftime(f'%{one}')!r})" for one in DIRECTIVES)
     clock = f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}"
 
@@ -296,12 +302,12 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def model_digest(cfg: Mapping[str, Any]) -> str | None:
-    """Names the weights that a checked model config stands for, without loading them.
+    """Names the weights of a checked model config, without loading them.
 
     Returns:
-        Of a folder or a GGUF file the digest of its content (:mod:`evals.run.weights`), of random
-        weights that of shape and seed, of a hub model the commit of its snapshot in the local
-        cache, None if the cache does not tell.
+        For a folder or a GGUF file the digest of its content (:mod:`evals.run.weights`), for random
+        weights that of shape and seed, for a hub model the commit of its snapshot in the local
+        cache (None if the cache does not have it).
     """
     if "hidden_size" in cfg:
         shape = [cfg[name] for name in (*SHAPE, "max_length", "seed")]
@@ -331,7 +337,8 @@ def _random_config(cfg: Mapping[str, Any]) -> LlamaConfig:
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """
+    """A device by its name.
+
     Args:
         device: "auto" is CUDA where there is one, else the CPU.
 

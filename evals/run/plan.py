@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-import baselines  # noqa: F401  (registers its methods)
+from baselines import FullPolicy
 from buzz import POLICIES, Budget, Policy
 from buzz.compiled import check_policy as check_compiled
 from buzz.errors import ConfigError
@@ -22,7 +22,7 @@ from buzz.policy import parameters
 from evals.results.folder import REFERENCE, digest, row_name
 from evals.results.record import Setting
 from evals.run.config import check_config
-from evals.run.logger import Logger
+from evals.run.loggers import Logger
 from evals.run.models import (
     check_model,
     complete_model,
@@ -30,8 +30,6 @@ from evals.run.models import (
     model_digest,
     rope_by_length,
 )
-from evals.run.read import reading_steps
-from evals.run.speed import StockPolicy
 from evals.tasks.base import Task
 from evals.tasks.build import build, check_fields, construct, with_lists
 
@@ -40,10 +38,21 @@ NOT_OF_STREAMS = (
     " compress=context, or take another method"
 )
 
+
+@dataclass(frozen=True, kw_only=True)
+class StockPolicy(FullPolicy):
+    """Transformers' own cache on the model's own attention, for `task=throughput` alone.
+
+    It grows with every token; compiled, it has room for all of them from the start.
+    """
+
+    name: ClassVar[str] = "stock"
+
+
 ONLY_TIMED = {StockPolicy.name: StockPolicy}  # methods of task=throughput alone
 
 OF_SETTING = ("task", "model", "model_digest", "rope_by_length")
-# What a cache does if it is told nothing; the latter half is of the method that it follows.
+# Defaults of a cache's options, and of the constraints on its method.
 USUAL: dict[str, Any] = {
     "positions": "cache",
     "logn_base": None,
@@ -51,7 +60,7 @@ USUAL: dict[str, Any] = {
     "dtype": None,
 }
 UNCONSTRAINED: dict[str, Any] = {"granularity": "token", "page_score": "mean", "heads": "each"}
-VERSION = 3  # of settings; raise it with a default that changes, and earlier folders stay apart
+VERSION = 3  # of settings; raise it when a default changes, so that earlier folders stay apart
 
 
 @dataclass(frozen=True)
@@ -72,15 +81,19 @@ class Plan:
 
     @classmethod
     def of(cls, cfg: DictConfig, fixed: Iterable[str] = (), like: Plan | None = None) -> Plan:
-        """Builds and checks what `cfg` asks for.
+        """Builds and checks a configuration.
 
         Args:
-            like: another plan of the same setting, whose task, data and model serve this one too.
+            like: a plan of the same setting, whose task, data and model are used for this one, too.
 
         Raises:
-            ConfigError: something in `cfg` cannot be served.
+            ConfigError: a setting in `cfg` cannot be served.
         """
-        config = _plain(cfg)
+        try:
+            config: Any = OmegaConf.to_container(cfg, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError("config", error.full_key, str(error).splitlines()[0]) from error
+        check_config(config)
         config["task"] = with_lists(config["task"])
         if config["model"].get("compile") is False:  # what runs had before it could be said
             del config["model"]["compile"]
@@ -94,7 +107,7 @@ class Plan:
             config=config,
         )
         config["task_version"] = plan.task.version
-        # Without a budget all parameters are as set, by whomever.
+        # Without a budget no parameter changes, so it does not matter who set it.
         own = {field.name for field in dataclasses.fields(plan.policy)} if plan.fits else set()
         config["fixed"] = sorted(own & plan.fixed)
         if like is None:
@@ -119,7 +132,7 @@ class Plan:
 
     @property
     def row(self) -> str:
-        """Names this method among those of its setting: its file, and its line in tables."""
+        """The row's name within its setting: of its file, and in tables."""
         defaults = {field.name: field.default for field in dataclasses.fields(self.policy)}
         own: dict[str, Any] = {}
         if self.config["label"] is None:
@@ -129,7 +142,7 @@ class Plan:
                 own["fixed"] = "+".join(same)
         usual = USUAL | UNCONSTRAINED
         cache = self.config["cache"]
-        if self.policy.evicts == "never":  # no entry ever moves, or leaves
+        if self.policy.evicts == "never":  # these options change nothing
             cache = cache | {"positions": "cache"} | UNCONSTRAINED
         own |= {name: cache[name] for name in usual if cache[name] != usual[name]}
         if "granularity" in own:
@@ -140,7 +153,7 @@ class Plan:
 
     @property
     def variant(self) -> dict[str, Any]:
-        """What else tells rows apart where they are timed; of other tasks it makes two settings."""
+        """Settings that tell rows of a timed task apart; in other tasks they make two settings."""
         if not self.task.timed:
             return {}
         known = {"compile": self.config["model"].get("compile")}
@@ -162,10 +175,10 @@ class Plan:
         }
 
     def reference(self) -> Plan:
-        """The full cache under the same setting.
+        """The plan of the full cache under the same setting.
 
         Raises:
-            ConfigError: it cannot be served, as where it would outgrow the model's positions.
+            ConfigError: it cannot be served, e.g. as it would outgrow the model's positions.
         """
         config = self.config | {
             "method": {"name": REFERENCE},
@@ -186,7 +199,7 @@ class Plan:
         return full
 
     def _shared(self, section: str) -> dict[str, Any]:
-        """The task's or the model's settings without what tells timed rows apart."""
+        """The task's or the model's settings, without those that tell timed rows apart."""
         usual, variant = _defaults(type(self.task)), self.variant
         return {
             name: usual[name] if name in variant else value
@@ -200,7 +213,7 @@ class Plan:
         if self.budget is None:
             policy.survivors(1, 0)  # raises if pages are too large for its sizes
         if self.policy.name in ONLY_TIMED and not self.task.timed:
-            remedy = "is for speed, with task=throughput; write method=full"
+            remedy = "is for task=throughput alone; write method=full"
             raise ConfigError("method.name", self.policy.name, remedy)
         for name, does in (("logn_base", "scales nothing"), ("dtype", "holds the model's type")):
             if self.policy.name in ONLY_TIMED and (value := self.config["cache"][name]):
@@ -246,18 +259,18 @@ class Plan:
                 self.check_reading(task.tokens)
 
     def _check_rope(self) -> None:
-        """Refuses what would make an answer depend on other texts than its prompt."""
+        """Refuses settings under which an answer depends on other texts than its prompt."""
         kind = self.config["rope_by_length"]
         if kind is None:
             return
-        several = f"the model's RoPE ({kind}) goes by the longest text that it has read"
+        several = f"the model's RoPE ({kind}) depends on the longest text that it has read"
         if self.task.batch_size != 1:
-            remedy = f"{several}, in a batch too; write 1"
+            remedy = f"{several}, also in a batch; write 1"
             raise ConfigError("task.batch_size", self.task.batch_size, remedy)
         if chunk := self.config["prefill_chunk"]:
-            raise ConfigError("prefill_chunk", chunk, f"{several}, a chunk too; leave it out")
+            raise ConfigError("prefill_chunk", chunk, f"{several}, even a chunk; leave it out")
         if self.config["kl"]:
-            raise ConfigError("kl", True, f"{several}, by any cache in a pass; leave it out")
+            raise ConfigError("kl", True, f"{several}, with any cache of a pass; leave it out")
         questions = getattr(self.task, "questions", 1)
         if questions > 1 and kind != "longrope":  # which goes by the text at hand
             raise ConfigError("task.questions", questions, f"{several}; write 1")
@@ -275,7 +288,7 @@ class Plan:
             self.fit(longest)
 
     def check_reading(self, tokens: int) -> None:
-        """Refuses a text during which the cache outgrows the model's positions."""
+        """Refuses a text that is so long that the cache outgrows the model's positions."""
         policy, _ = self.fit(tokens)
         most = max(policy.lengths(reading_steps(tokens, self.task.chunk)))
         context = self.config["model"]["max_length"]
@@ -294,7 +307,7 @@ class Plan:
             )
 
     def doubts(self, prompt_tokens: int) -> str | None:
-        """A remark on a budget in entries that looks like one in percent; None of others."""
+        """A remark if a budget in entries looks like one in percent, else None."""
         size = self.budget and self.budget.size
         if not isinstance(size, int) or size > 100 or prompt_tokens < 10 * size:
             return None
@@ -318,14 +331,14 @@ class Plan:
         return self.budget.policy(self._constrained(), prompt_tokens, self.fixed)
 
     def _constrained(self) -> Policy:
-        """The method, of which whole pages leave, or whose heads agree, if so asked."""
+        """The method under the constraints on pages and heads, if there are any."""
         return constrained(
             self.policy, **{name: self.config["cache"][name] for name in UNCONSTRAINED}
         )
 
     @property
     def cache_options(self) -> dict[str, Any]:
-        """Of the method's cache, whether it answers, reads a text, or is compared."""
+        """The options of the method's cache, see :class:`buzz.EvictionCache`."""
         own = {name: self.config["cache"][name] for name in USUAL}
         return {**own, "compiled": bool(self.config["model"].get("compile"))}
 
@@ -354,27 +367,22 @@ class Plan:
     def folder(self) -> Path:
         """Named by what rows must share for their scores to be compared.
 
-        The hash is of what differs from the defaults, so that a setting which is new to the code
-        changes no folder's name. Not of the device: a model answers alike on all, but for rounding.
-        Where speed is what a task is run for, the device counts.
+        The hash covers what differs from the defaults, so that a setting that is new to the code
+        changes no folder's name. It covers the device only for timed tasks: elsewhere answers
+        differ between devices by no more than rounding.
         """
-        task, model = self._shared("task"), self._shared("model")
-        usual = _defaults(type(self.task)) | {"shard": task.get("shard"), "name": task["name"]}
-        known: dict[str, Any] = {
-            "version": VERSION,
-            "task": {k: v for k, v in task.items() if k not in usual or usual[k] != v},
-            "task_version": self.task.version,
-            "model": model,
-            "model_digest": self.config["model_digest"],
-            "seed": self.config["seed"],
-        }
+        shared, task = self.setting, self.setting["task"]
+        usual = _defaults(type(self.task)) | {"shard": None, "name": task["name"]}
+        names = ("version", "task_version", "model", "model_digest", "seed")
+        known: dict[str, Any] = {name: shared[name] for name in names}
+        known["task"] = {k: v for k, v in task.items() if k not in usual or usual[k] != v}
         if self.config["compress"] != "prompt":
             known["compress"] = self.config["compress"]
         if self.config["compress"] == "stream":
             known["compress_chunk"] = self.config["compress_chunk"]
         if self.task.timed:
             known["device"] = self.config["device"]
-        name = f"{task['name']}-{model['name']}-{digest(known)}"
+        name = f"{task['name']}-{shared['model']['name']}-{digest(known)}"
         return Path(self.config["output"]) / name
 
 
@@ -388,8 +396,14 @@ def _defaults(kind: type[Task]) -> dict[str, Any]:
     }
 
 
+def reading_steps(tokens: int, chunk: int) -> list[int]:
+    """Tokens fed by each step of reading a text: its last token is not fed."""
+    whole, rest = divmod(tokens - 1, chunk)
+    return [chunk] * whole + [rest] * bool(rest)
+
+
 def expand(cfg: DictConfig) -> list[DictConfig]:
-    """One configuration per task: of a suite (configs/task/suite.yaml) those that it names.
+    """One configuration per task; a suite (configs/task/suite.yaml) names several tasks.
 
     Raises:
         ConfigError: the suite has no settings for a task, or names none.
@@ -412,14 +426,10 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     return single
 
 
-def store_methods() -> None:
-    """Tells Hydra of every registered method: its dataclass is its configuration."""
-    for name, method in (POLICIES | ONLY_TIMED).items():
-        defaults = dataclasses.asdict(method())
-        ConfigStore.instance().store(name, {"name": name, **defaults}, group="method")
-
-
-store_methods()
+# Hydra's configuration of a method is its dataclass.
+for _name, _method in (POLICIES | ONLY_TIMED).items():
+    _node = {"name": _name, **dataclasses.asdict(_method())}
+    ConfigStore.instance().store(_name, _node, group="method")
 
 
 def policy_of(section: str, method: dict[str, Any]) -> Policy:
@@ -432,13 +442,3 @@ def policy_of(section: str, method: dict[str, Any]) -> Policy:
     if found is None:
         raise ConfigError(f"{section}.name", name, f"choose one of {', '.join(POLICIES)}")
     return construct(section, found, {k: v for k, v in method.items() if k != "name"})
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain data, with all that every one has."""
-    try:
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError("config", error.full_key, str(error).splitlines()[0]) from error
-    check_config(config)
-    return config

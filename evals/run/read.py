@@ -1,8 +1,7 @@
-"""Texts that are read through an evicting cache, and how likely it found each token."""
+"""Texts that are read through an evicting cache, and the log-likelihood of each token."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -15,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from buzz import EvictionCache, Policy
-from evals.run.compress import forward
 from evals.run.faults import NotFinite
-from evals.run.generate import Measurements, synchronize
+from evals.run.generate import Measurements, forward, synchronize
 from evals.run.lengths import Lengths
 from evals.run.memory import memory_peak, reset_memory_peak
+from evals.run.plan import reading_steps
 
 
 def read(
@@ -33,16 +32,17 @@ def read(
 ) -> tuple[Measurements, list[float]]:
     """Reads a text, or several one after another, in steps of `chunk` tokens with one cache.
 
-    A token is scored by the step before the one that feeds it, so before it can influence which
-    entries predict it; tokens of one step attend each other and whatever the cache held before.
+    A token is scored by the step before the one that feeds it, so it cannot influence which entries
+    predict it. Tokens of one step attend each other and what the cache held before.
 
     Args:
         starts: places in `ids` where a text begins, see :func:`fed_and_scored`.
         cache: an empty one to read with; None: a new one.
 
     Returns:
-        Measurements (`ttft_s` is the first step's time, a latency is a step's, tokens per second
-        are those read), and the negative log-likelihood in nats of each token but a text's first.
+        Measurements (`ttft_s` is the time of the first step, a latency that of a step, tokens per
+        second are tokens read), and the negative log-likelihood in nats of each token but the first
+        of a text.
 
     Raises:
         LengthMismatch: the cache held another number of entries than the policy's recurrence says.
@@ -67,7 +67,7 @@ def read(
         lengths.note()
         synchronize(device)
         times.append(time.perf_counter())
-    held = lengths.verified(0, steps)
+    held = lengths.measured(0, steps)
     values = torch.cat(losses).tolist()
     if wrong := [token for token, loss in enumerate(values, start=1) if not math.isfinite(loss)]:
         raise NotFinite("the loss was", wrong[0], model.dtype)
@@ -75,11 +75,7 @@ def read(
     p50, p95 = np.percentile(latencies, [50, 95]) * 1e3
     measured = Measurements(
         prompt_tokens=len(ids),
-        lengths=held,
-        evictions=cache.evictions[0],
-        entry_nbytes=cache.entry_nbytes,
-        window_nbytes=[cache.window_nbytes(seen) for seen in itertools.accumulate(steps)],
-        allocated_nbytes=lengths.allocated(),
+        **held,
         ttft_s=float(latencies[0]),
         decode_tokens_per_s=position / (times[-1] - times[0]),
         itl_p50_ms=p50,
@@ -98,9 +94,3 @@ def fed_and_scored(ids: Sequence[int], starts: Sequence[int] = (0,)) -> tuple[li
     ends = [*starts[1:], len(ids)]
     texts = [ids[start:end] for start, end in zip(starts, ends, strict=True)]
     return [i for text in texts for i in text[:-1]], [i for text in texts for i in text[1:]]
-
-
-def reading_steps(tokens: int, chunk: int) -> list[int]:
-    """Tokens fed by each step: the last has no successor to predict and is not fed."""
-    whole, rest = divmod(tokens - 1, chunk)
-    return [chunk] * whole + [rest] * bool(rest)

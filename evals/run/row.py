@@ -1,4 +1,4 @@
-"""One row of a job under way: a method under a setting, and what of its records is there."""
+"""The state of one row of a job: a method under a setting, and its records so far."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from buzz.policy import parameters
 from evals.results.folder import SettingFolder, sha256
 from evals.results.record import FORMAT, Record
 from evals.run.plan import Plan
-from evals.run.prompt import Prompt
+from evals.run.prompts import Prompt
 
 
 @dataclass
 class Row:
-    """
+    """A method under a setting.
+
     Attributes:
-        file: where its records go; None: nowhere, as another process is writing them.
-        records: by sample id, those of other data among them.
+        file: where its records are written; None: nowhere, as another process writes them.
+        records: by sample id, including those of other data.
         done: ids of the samples that need no answer.
-        error: why it ran no further.
-        warm: whether it ran alone in this process before.
+        error: why it stopped.
+        warm: whether it has run alone in this process.
         new: whether a record was added.
         uncompared: comparisons with the full cache that failed.
         cache: an empty one that its next batch may use again.
@@ -43,15 +44,15 @@ class Row:
     cache: EvictionCache | None = None
 
     def begin(self, prompts: Iterable[Prompt]) -> int:
-        """Finds out what is there; answers whose references or scoring changed are scored again.
+        """Finds the samples that are done. Scores answers again if references or scoring changed.
 
-        Losses of a text that was read are not on file: it is read again.
+        A text that was read is read again then, as its losses are not stored.
 
         Returns:
             How many were scored again.
 
         Raises:
-            ConfigError: a sample was asked another prompt.
+            ConfigError: a sample's record is of another prompt.
         """
         again = 0
         for prompt in prompts:
@@ -79,7 +80,7 @@ class Row:
         if record["status"] == "ok":
             try:
                 record["scores"] = self.score(prompt, record)
-            except Exception:  # it is run again, and recorded as what it then is
+            except Exception:  # the sample runs again, and that is recorded
                 self.done.remove(prompt.sample.id)
                 return False
         self.add(record)
@@ -106,19 +107,22 @@ class Row:
         return record.get("tokens") if prompt.sample.id in self.done else None
 
     def compared(self, prompt: Prompt, full: Row) -> bool:
-        """Whether there is nothing to compare with the full cache's answer that was not."""
+        """Whether the sample was compared with the full cache's answer, as far as both have one."""
         own, theirs = self.records.get(prompt.sample.id, {}), full.answer(prompt)
         if own.get("status", "ok") != "ok" or prompt.sample.id in full.done and not theirs:
             return True
         return theirs is not None and own.get("reference_sha256") == sha256(theirs)
 
     def of(self, prompts: Iterable[Prompt]) -> list[Record]:
-        """The records that are there of some prompts, in their order."""
+        """The existing records of some prompts, in their order."""
         names = (prompt.sample.id for prompt in prompts)
         return [self.records[name] for name in names if name in self.records]
 
     def frame(self, prompt: Prompt, batch: Iterable[Prompt]) -> dict[str, Any]:
-        """A record's row and sample. A batch has the budget of its shortest prompt."""
+        """The fields of a record that name row and sample.
+
+        The budget of a batch is that of its shortest prompt.
+        """
         policy, entries = self.plan.fit(min(one.context for one in batch))
         return {
             "format": FORMAT,
@@ -132,7 +136,7 @@ class Row:
 
 
 def of_sample(prompt: Prompt) -> Record:
-    """The fields of a record that say what it is of."""
+    """The fields of a record that name its sample."""
     sample = prompt.sample
     return {
         "id": sample.id,

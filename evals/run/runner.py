@@ -1,8 +1,8 @@
-"""A job: one setting and one or more methods. What is missing is answered, scored and recorded.
+"""A job: one setting and one or more methods. Missing samples are answered, scored and recorded.
 
-The full cache is always among them: it is what the others are compared with. Methods share one pass
-(:mod:`evals.run.forked`); one that is run for itself, or cannot share, runs alone
-(:mod:`evals.run.generate`), and so does every method on a few samples, in turn, for its timings.
+The full cache is always one of the methods: the others are compared with it. Methods share one pass
+(:mod:`evals.run.forked`). A method runs alone (:mod:`evals.run.generate`) if it is the only one, or
+cannot share a pass; and every method does so on a few samples, in turn, for its timings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines import FullPolicy
@@ -30,14 +29,12 @@ from evals.results.record import Record
 from evals.run.console import progress, say
 from evals.run.faults import LengthMismatch, attempt, fault
 from evals.run.forked import Fidelity, Found, answer_together
-from evals.run.generate import TIMINGS, generate
+from evals.run.generate import TIMINGS, answer_questions, generate
 from evals.run.interrupt import deferred_signals
 from evals.run.memory import free_nbytes, row_nbytes
 from evals.run.models import load_model, load_tokenizer, own_settings
 from evals.run.plan import Plan
-from evals.run.prompt import Prompt
-from evals.run.prompts import batch_size, batches, load_prompts
-from evals.run.questions import answer
+from evals.run.prompts import Prompt, batch_size, batches, load_prompts
 from evals.run.read import read
 from evals.run.row import Row
 from evals.run.sampling import Sampling
@@ -46,25 +43,25 @@ from evals.tasks.throughput import Throughput
 
 FIDELITY = {field.name for field in dataclasses.fields(Fidelity)} | {"reference_sha256"}
 NO_ANSWER = {"prediction": "", "tokens": [], "generated_tokens": 0, "stop_reason": "end"}
-WINDOW_CHUNK = 1024  # tokens; a prompt read as one has a mask of all pairs in layers with a window
-# Bytes in use, of whatever is in the process.
+WINDOW_CHUNK = 1024  # tokens; in one step, layers with a window need a mask of all token pairs
+# Memory in use, by all that is in the process.
 PEAKS = {f"{name}_nbytes" for name in ("memory_peak", "memory_before")}
 PEAKS |= {f"{name}_peak_nbytes" for name in ("context", "question")}
-# Prompts share a pass up to so many rows, prompts and tokens: few rows leave linear layers idle.
+# Few rows leave linear layers idle, so prompts share a pass, up to so many rows, prompts, tokens.
 ROWS, PROMPTS, TOKENS = 128, 4, 2**14
 ROOM = 0.7  # of the free memory, for the rows of a pass
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one method of a job.
+    """The outcome of one method of a job.
 
     Attributes:
         file: its records.
         records: of the setting's samples, in their order.
-        error: why it is not complete; None if it is.
+        error: why it is incomplete; None if it is complete.
         failed: samples, and comparisons with the full cache, that failed.
-        new: whether anything of it was run, or scored again, now.
+        new: whether any sample was run, or scored again.
     """
 
     plan: Plan
@@ -75,33 +72,11 @@ class Outcome:
     new: bool = False
 
 
-def run(cfg: DictConfig, fixed: Iterable[str] = ()) -> Path:
-    """Runs what is still missing of one configured method, and of the full cache beside it.
-
-    Args:
-        cfg: the composed configuration.
-        fixed: names of the method's parameters that the user set, which a budget leaves alone.
-
-    Returns:
-        The file of the method's records.
-
-    Raises:
-        ConfigError: a setting cannot be served.
-        RunFailed: the cache did not do what the method says, no sample could be run, or nothing
-            can be written. A sample that fails beside others that don't is only recorded.
-        Interrupted: by a signal, after the sample in flight.
-    """
-    (outcome,) = run_job([Plan.of(cfg, fixed)])
-    if outcome.error:
-        raise outcome.error
-    return outcome.file
-
-
 def run_job(plans: Sequence[Plan]) -> list[Outcome]:
     """Runs what is still missing of several methods under one setting.
 
     Returns:
-        What became of each, in their order. One that cannot be served takes no other along.
+        The outcome of each, in their order. A method that cannot be served stops no other.
 
     Raises:
         ConfigError: the setting cannot be served.
@@ -119,10 +94,10 @@ class Job:
     """One setting and its rows.
 
     Attributes:
-        plan: of one of the rows, for all that they share.
+        plan: of one of the rows, for what they share.
         prompts: in the task's order.
-        asked: the rows that the user wants, by name.
-        full: the full cache's row, asked for or not; None where it cannot be served.
+        asked: the rows that the user asked for, by name.
+        full: the full cache's row, asked for or not; None if it cannot be served.
         rows: all of them, the full cache's first.
     """
 
@@ -146,7 +121,7 @@ class Job:
             self.folder.ask(loaded.stored, loaded.order)
 
     def _row(self, plan: Plan, stack: ExitStack) -> Row:
-        """A method's row, held for this process, with what is there; or why it cannot run."""
+        """A method's row, locked for this process, with its records; or with its error."""
         file = self.folder.file(plan.row, plan.task.shard)
         row = Row(plan, self.folder, file, {})
         try:
@@ -154,7 +129,7 @@ class Job:
             row.records = self.folder.read(file)
             lengths = [prompt.context for prompt in self.prompts]
             for tokens in (min(lengths), max(lengths)):
-                plan.fit(tokens)  # refuse a budget that cannot be met now, not later
+                plan.fit(tokens)  # refuses a budget that cannot be met, before the model is loaded
             if doubt := plan.doubts(max(lengths)):
                 say(doubt)
             if again := row.begin(self.prompts):
@@ -166,11 +141,11 @@ class Job:
         return row
 
     def _reference(self, stack: ExitStack) -> Row | None:
-        """The full cache's row, which nobody asked for by name.
+        """The full cache's row, if the user did not ask for it.
 
         Raises:
-            ConfigError: it cannot be served, and answers are to be compared with it; or what is
-                there of it is of other prompts.
+            ConfigError: it cannot be served, and answers are to be compared with it; or its records
+                are of other prompts.
         """
         try:
             plan = self.plan.reference()
@@ -193,7 +168,7 @@ class Job:
         return [row for row in self.rows if row.error is None]
 
     def run(self, stop_here: Callable[[], None]) -> None:
-        """Answers, comparisons and timings, as far as they are missing."""
+        """Makes the answers, comparisons and timings that are missing."""
         room = self.plan.task.room is not None
         parts = [] if room else list(batches(self.prompts, self.plan.task.batch_size))
         self.batch_of = {prompt.sample.id: part for part in parts for prompt in part}
@@ -202,7 +177,7 @@ class Job:
         ):
             self._load()
             groups = [(group, self._missing(group)) for group in self._groups(parts)]
-            methods = f"{len(self.rows)} methods"
+            methods = f"{len(self.rows)} method{'s' * (len(self.rows) > 1)}"
             with self._progress(methods, sum(count for _, count in groups)) as advance:
                 for group, count in groups:
                     if count:
@@ -210,13 +185,15 @@ class Job:
                         advance(count)
                         stop_here()
             rows = self.running if room else []  # each has its own largest batch
-            with self._progress(methods, len(rows) * len(self.prompts)) as advance:
+            with self._progress(methods, sum(self._unanswered(row) for row in rows)) as advance:
                 for row in rows:
-                    size = self._largest(row)
+                    left, size = self._unanswered(row), self._largest(row)
                     for part in batches(self.prompts, size) if size else ():
                         self._alone(row, part)
-                        advance(len(part))
+                        advance(left - self._unanswered(row))
+                        left = self._unanswered(row)
                         stop_here()
+                    advance(left)  # if no batch fits
             timed = [(row, part) for part in self._chosen(parts) for row in self._untimed(part)]
             with self._progress("timings", len(timed)) as advance:
                 for row, part in timed:
@@ -225,9 +202,9 @@ class Job:
                     stop_here()
 
     def _groups(self, parts: Sequence[list[Prompt]]) -> Iterator[list[list[Prompt]]]:
-        """Batches that are answered at a time: of single prompts several, each with its budget.
+        """Batches that share a pass: single prompts in groups, each with its own budget.
 
-        They are read in equally many steps, and padded by at most a quarter.
+        Those of a group are read in equally many steps, and padded by at most a quarter.
         """
         rows = sum(self._shares(row) for row in self.running)
         most = min(PROMPTS, ROWS // rows) if rows and not self.plan.task.timed else 1
@@ -239,7 +216,7 @@ class Job:
             one, two = sorted((part[0], other[0]), key=lambda prompt: len(prompt.ids))
             steps = [(p.max_new_tokens, p.sample.stop, p.before and p.later) for p in (one, two)]
             alike = steps[0] == steps[1] and 4 * len(one.ids) >= 3 * len(two.ids)
-            # Else no chunk of the longer one begins both.
+            # The first chunk must reach into both.
             alike = alike and (not self.chunk or len(two.ids) - len(one.ids) < self.chunk)
             return alike and len(two.ids) * (len(group) + 1) <= TOKENS
 
@@ -252,7 +229,7 @@ class Job:
             yield group
 
     def _largest(self, row: Row) -> int | None:
-        """Prompts of the largest batch that a row has room for."""
+        """Prompts of a row's largest batch; None if not one fits, which is then its error."""
         try:
             return batch_size(row.plan, self.prompts, self.model)
         except ConfigError as error:
@@ -265,8 +242,11 @@ class Job:
             prompt.sample.id not in row.done or self._uncompared(row, prompt) for prompt in prompts
         )
 
+    def _unanswered(self, row: Row) -> int:
+        return sum(prompt.sample.id not in row.done for prompt in self.prompts)
+
     def _missing(self, group: list[list[Prompt]]) -> int:
-        """How many prompts of some batches have something missing."""
+        """How many prompts of a group lack something."""
         prompts = [prompt for batch in group for prompt in batch]
         return sum(any(self._lacks(row, [p]) for row in self.running) for p in prompts)
 
@@ -287,7 +267,7 @@ class Job:
         self.neighbours = Neighbours()
 
     def _chunk(self) -> int | None:
-        """Tokens of the chunks in which prompts are read; None: they are read as one."""
+        """Tokens of the chunks in which prompts are read; None: they are read in one step."""
         cache = EvictionCache(self.model, FullPolicy(), positions="true")
         chunk, by_length = (self.plan.config[name] for name in ("prefill_chunk", "rope_by_length"))
         if chunk and not cache.reads_chunks:
@@ -297,7 +277,7 @@ class Job:
         return chunk or (WINDOW_CHUNK if windows else None)
 
     def _progress(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Shows how much of `total` is done, and the last row's mean score."""
+        """Shows how much of `total` is done, and the mean score of the last row."""
         last, headline = self.rows[-1], self.plan.task.headline
 
         def status() -> str:
@@ -307,7 +287,7 @@ class Job:
         return progress(f"{self.plan.task.name}: {name}", total, status)
 
     def _answer(self, group: list[list[Prompt]]) -> None:
-        """Answers batches under every row that lacks them, and compares the answers."""
+        """Answers batches under every row that lacks them, and makes missing comparisons."""
         prompts = [prompt for batch in group for prompt in batch]
         lacking = [r for r in self.running if any(p.sample.id not in r.done for p in prompts)]
         together = [row for row in lacking if self._shares(row)]
@@ -321,10 +301,10 @@ class Job:
     def _shares(self, row: Row) -> bool:
         """Whether a method is a row of a pass of several.
 
-        Where speed is what is measured, if methods are to take their steps in turn. Else not where
-        it is all that was asked for; nor where rows would be fed different numbers of tokens
-        (conversations), need a graph (compiled decoding), attend differently to the prompt already
-        (log n), or turn keys by the longest of them.
+        In a timed task only if methods take their steps in turn. Elsewhere if several methods, or
+        comparisons, were asked for, except: conversations (rows would be fed different numbers of
+        tokens), compiled decoding (a graph is of one cache), log n scaling (rows would differ in
+        the prompt already), and models that rotate keys by the longest text in a pass.
         """
         task, options = row.plan.task, row.plan.cache_options
         if isinstance(task, Throughput):
@@ -355,9 +335,10 @@ class Job:
                     self._record_pass([r for r in part if self._lacks(r, some)], some, own)
 
     def _fitting(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> tuple[int, int]:
-        """How many rows, and how many prompts of all rows, fit into the memory that is free.
+        """How many rows of one prompt, and how many prompts of all rows, fit into free memory.
 
-        With keys, values, logits. A prompt is held whole while it is read, and by the full cache.
+        Keys, values and logits are counted. Every prompt is held whole once: while it is read, and
+        then by the full cache.
         """
         longest = max(prompts, key=lambda prompt: len(prompt.ids))
         steps = [len(longest.ids)] + [1] * longest.max_new_tokens
@@ -369,13 +350,13 @@ class Job:
         logits, seen = 16 * vocabulary, sum(steps)
         each = max(row_nbytes(self.model, n, seen, kind) for kind, n in held.items()) + logits
         whole = row_nbytes(self.model, seen, seen) + logits
-        if self.kl:  # copies are fed the full cache's answer
+        if self.kl:  # copies of the caches are fed the full cache's answer
             each, whole = 2 * each, 2 * whole
         room = int(ROOM * free_nbytes(self.model.device))
         return max(1, (room - whole) // each), max(1, room // (whole + len(rows) * each))
 
     def _record_pass(self, rows: list[Row], prompts: list[Prompt], own: bool) -> None:
-        """Runs a pass; a row that fails in it takes no other along, nor does a prompt."""
+        """Runs a pass. If a row or a prompt fails in it, the others are run without it."""
         if not rows:
             return
         if len(prompts) > 1 and not prompts[0].sample.shared:
@@ -383,10 +364,10 @@ class Job:
                 found: list[Any] = self._pass(rows, prompts, own)
             except (ConfigError, LengthMismatch, RunFailed):
                 raise
-            except Exception:  # whatever it is: half as many prompts take less memory
+            except Exception:  # of any kind: half as many prompts take less memory
                 found = []
             if not found:
-                gc.collect()  # out here, where the exception no longer holds the cache
+                gc.collect()  # after the except block, as the exception held the cache
                 half = len(prompts) // 2
                 for some in (prompts[:half], prompts[half:]):
                     self._record_pass([r for r in rows if self._lacks(r, some)], some, own)
@@ -398,7 +379,7 @@ class Job:
             ones = made if isinstance(made, list) else [made] * len(prompts)
             for prompt, one in zip(prompts, ones, strict=True):
                 if not self._lacks(row, [prompt]):
-                    continue  # it was only fed along
+                    continue  # the row needed nothing for this prompt
                 known = row.records.get(prompt.sample.id)
                 if prompt.sample.id not in row.done:
                     self._record(row, prompt, one, len(rows), conditions)
@@ -406,13 +387,13 @@ class Job:
                     row.uncompared += 1
                     reason = one if isinstance(one, Exception) else one["error"]
                     say(f"comparison of {prompt.sample.id} under {row.plan.row} failed: {reason}")
-                elif row is not self.full:
+                else:
                     row.add(known | {name: one[name] for name in FIDELITY & one.keys()})
 
     def _pass(
         self, rows: list[Row], prompts: list[Prompt], own: bool
     ) -> list[list[Found] | Exception]:
-        """By row what was found for each prompt; for a comparison the full cache rides along."""
+        """For each row and prompt the fields of a record. With KL the full cache takes part."""
         batches = [self.batch_of[prompt.sample.id] for prompt in prompts]
         contexts = [min(prompt.context for prompt in batch) for batch in batches]
         if own and self.plan.task.timed:
@@ -451,7 +432,7 @@ class Job:
         rows: int,
         conditions: Record,
     ) -> None:
-        """Scores and records what became of a prompt under one row."""
+        """Scores and records a prompt's answer, or error, under one row."""
         batch = self.batch_of[prompt.sample.id]
         record = row.frame(prompt, batch) | {"rows": rows}
         try:
@@ -469,7 +450,7 @@ class Job:
     # --- a method alone ---------------------------------------------------------------------------
 
     def _alone(self, row: Row, batch: list[Prompt]) -> None:
-        """Answers what a row lacks of a batch by itself, with timings."""
+        """Answers what a row lacks of a batch, with the method alone, and with timings."""
         todo = [prompt for prompt in batch if prompt.sample.id not in row.done]
         if not todo or row.error:
             return
@@ -486,7 +467,7 @@ class Job:
                 row.add(row.frame(prompt, batch) | one | conditions)
 
     def _attempt(self, row: Row, batch: list[Prompt]) -> list[Record]:
-        """The batch's records. Rows that are run again in a smaller one keep the batch's budget."""
+        """The batch's records. Smaller batches, too, have the budget of the whole one."""
         policy, _ = row.plan.fit(min(prompt.context for prompt in batch))
 
         def results(prompts: list[Prompt]) -> list[Record]:
@@ -505,11 +486,11 @@ class Job:
 
     @contextmanager
     def _cache(self, row: Row, policy: Policy) -> Iterator[EvictionCache | None]:
-        """A row's cache, empty, with the buffers of its last batch; None: a new one is due.
+        """A row's cache, empty, with the buffers of its last batch; None: make a new one.
 
-        Kept where decoding is compiled: a graph is recorded for the addresses of buffers. Otherwise
-        they would only take memory in between. So would those of a method that keeps all, beside
-        the next prompt's. What fails is thrown away.
+        It is kept if decoding is compiled, as a graph is recorded for the addresses of buffers;
+        otherwise it would only take memory. That of a method that keeps everything is not kept, as
+        the next prompt makes larger buffers beside it. Nor is any after an error.
         """
         options, cache, row.cache = row.plan.cache_options, row.cache, None
         if not options["compiled"] or policy.evicts == "never":
@@ -521,7 +502,7 @@ class Job:
             yield cache
         except Exception:
             for other in self.rows:
-                other.cache = None  # whatever was missing may have been memory
+                other.cache = None  # memory may have run out
             raise
         cache.reset()
         cache.hold_until = 0
@@ -538,8 +519,8 @@ class Job:
         """Records of a batch that is timed, read or answered.
 
         Args:
-            together: the whole batch, of which some prompts may run by themselves. Of a
-                conversation all that is asked is answered again.
+            together: the whole batch, if `batch` is a part of it. A conversation is always answered
+                from its beginning.
             cache: an empty one; None: a new one.
         """
         task, options = row.plan.task, row.plan.cache_options
@@ -554,7 +535,7 @@ class Job:
         if batch[0].sample.shared:
             asked = together if task.conversation else batch
             rest = policy, options, task.conversation, self.chunk, cache
-            found = answer(self.model, self.tokenizer, asked, *rest)
+            found = answer_questions(self.model, self.tokenizer, asked, *rest)
             return [found[asked.index(prompt)].record() for prompt in batch]
         sampled = task.sampling([prompt.sample for prompt in batch])
         made = generate(
@@ -592,14 +573,14 @@ class Job:
     # --- timings ----------------------------------------------------------------------------------
 
     def _chosen(self, parts: Sequence[list[Prompt]]) -> list[list[Prompt]]:
-        """The batches that are timed: all where one method was asked for, else some, spread out."""
+        """The batches that are timed: all if one method was asked for, else some, evenly spread."""
         if not self.several or not parts:
             return list(parts)
         count = min(len(parts), -(-self.plan.config["time_samples"] // len(parts[0])))
         return [parts[i] for i in np.linspace(0, len(parts) - 1, count).round().astype(int)]
 
     def _untimed(self, batch: list[Prompt]) -> list[Row]:
-        """The rows that answered all of a batch in a pass with others."""
+        """The rows that answered a whole batch in a pass with others, and were not timed on it."""
         if self.plan.task.conversation:
             return []
         return [
@@ -611,7 +592,7 @@ class Job:
         ]
 
     def _time(self, row: Row, batch: list[Prompt]) -> None:
-        """Times a method alone; all of them in turn, on the same prompts."""
+        """Times a method alone on a batch. Methods take turns on the same prompts."""
         if not row.warm:
             self._warm_up(row)
         with suppress(LengthMismatch):
@@ -624,16 +605,16 @@ class Job:
                     row.add(known | timings | {"timed": True} | conditions)
 
     def _warm_up(self, row: Row) -> None:
-        """What runs once per process (kernels, allocator pools) must not count in a timing."""
+        """Runs a short prompt: the cost of a first run (kernels, allocators) must not be timed."""
         row.warm = True
-        if row.plan.task.timed:  # which does so itself
+        if row.plan.task.timed:  # `measure` warms up itself
             return
-        with suppress(Exception):  # should it fail, the sample will and is recorded
+        with suppress(Exception):  # the sample will fail, too, and is recorded
             first, options = [self.prompts[0].ids[:32]], row.plan.cache_options
             generate(self.model, self.tokenizer, first, row.plan.policy, 2, (), options)
 
     def _conditions(self) -> Record:
-        """Where a record was made, and how busy the machine was with other things meanwhile."""
+        """The fields of a record that say where it was made, and how busy the machine was."""
         threads, load = torch.get_num_threads(), self.neighbours.load()
         needed = threads if self.model.device.type == "cpu" else 1
         loaded = busy(load, needed, psutil.cpu_count() or 1)
@@ -643,7 +624,7 @@ class Job:
         return self.made | more
 
     def outcome(self, plan: Plan) -> Outcome:
-        """What became of a row; names the samples that failed."""
+        """The outcome of a row; prints the samples that failed."""
         row = self.asked[plan.row]
         records, error = row.of(self.prompts), row.error
         failed = [record for record in records if record["status"] == "failed"]
@@ -660,7 +641,7 @@ _loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
 
 
 def _load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, kept for the next job of this process as long as that wants the same."""
+    """The model; kept for the next job of this process, if that needs the same."""
     if _key(plan) not in _loaded:
         _loaded.clear()
         _loaded[_key(plan)] = load_model(plan.config["model"], plan.config["device"])
@@ -668,7 +649,7 @@ def _load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """The tokenizer alone: what is wrong with prompts shows before a model is loaded."""
+    """The tokenizer alone, so that wrong prompts are found before a model is loaded."""
     known = _loaded.get(_key(plan))
     return known[1] if known else load_tokenizer(plan.config["model"])
 

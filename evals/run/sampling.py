@@ -1,4 +1,4 @@
-"""Sampled answers that depend on nothing but their own seed."""
+"""Sampled answers that depend on their own seed alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Sampling:
     """How tokens are drawn.
 
     The likeliest token after Gumbel noise is a draw from the softmax (Gumbel, 1954; the Gumbel-max
-    trick), so that greedy decoding with the noise samples. Each row's noise comes from a generator
-    of its own: an answer is the same in any batch, and when a run goes on.
+    trick), so that greedy decoding with noise samples. Each row has a random generator of its own,
+    so that an answer is the same in any batch, and in a run that is resumed.
 
     Attributes:
         temperature: above 0.

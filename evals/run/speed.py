@@ -1,8 +1,8 @@
-"""Steps of methods on one batch, timed: what `task=throughput` runs instead of `generate`.
+"""Timed steps of methods on one batch: what `task=throughput` runs instead of `generate`.
 
-Nothing but the model runs between two readings of the clock. Several methods take their steps in
-turn: whatever else the machine does meanwhile, it does to all of them. Beside this project's caches
-there is transformers' own (`method=stock`), on PyTorch's attention.
+Between two readings of the clock the model alone runs. Several methods take their steps in turn, so
+that a machine that is slower at times affects all of them. Besides this project's caches there is
+transformers' own (`method=stock`), on PyTorch's attention.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -37,24 +36,15 @@ from evals.run.memory import (
     reset_memory_peak,
     row_nbytes,
 )
+from evals.run.plan import StockPolicy
 
-SETTLE = 8  # steps that are not counted: buffers find their size, graphs are made
+SETTLE = 8  # first steps do not count: buffers grow, graphs are recorded
 WARM = 128  # tokens of a prompt that warms up the kernels of a CPU
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
-@dataclass(frozen=True, kw_only=True)
-class StockPolicy(FullPolicy):
-    """Transformers' own cache on the model's own attention: `task=throughput` alone takes it.
-
-    It grows with every token; compiled, it has room for all of them from the start.
-    """
-
-    name: ClassVar[str] = "stock"
-
-
 class Method(NamedTuple):
-    """What is timed.
+    """A method to be timed.
 
     Attributes:
         options: of its cache, see :class:`buzz.EvictionCache`.
@@ -79,19 +69,19 @@ def measure(
         prompts: token ids, all as many.
 
     Returns:
-        By method each row's record; or what its cache did that the method does not say.
+        For each method the records of its rows, or the LengthMismatch of its cache.
 
     Raises:
         MemoryError: a cache that keeps everything does not fit.
         NotFinite: NaN or infinite logits.
     """
     ids, runs = torch.tensor(prompts, device=model.device), []
-    # Else glibc keeps freed blocks of up to 32 MB, and one and the same peak varies by a third.
+    # By default glibc keeps freed blocks of up to 32 MB, and the same peak varies by a third.
     _libc("mallopt", MMAP_THRESHOLD, 2**20)
     linear: list[float] = []
     with torch.inference_mode(), _eviction_clock(model.device) as evictions:
         for method in methods:
-            # On a GPU the first prompt of a length also chooses, or compiles, its kernels.
+            # On a GPU the first prompt of each length also chooses, or compiles, kernels.
             on_gpu = model.device.type == "cuda"
             first = ids[:1] if on_gpu else ids[:1, :WARM]
             _Run(model, method._replace(cache=None), first, new, evictions).read()
@@ -156,7 +146,7 @@ class _Run:
         _libc("malloc_trim", 0)
         reset_memory_peak(self.model.device)
         self.before = memory_in_use(self.model.device)
-        if self.lengths is not None:  # buffers that a cache kept are the method's own
+        if self.lengths is not None:  # buffers that it kept count for the method
             self.before -= self.cache.nbytes(allocated=True)
         chunks = self.ids.split(self.method.chunk or self.ids.shape[1], dim=1)
         synchronize(self.model.device)
@@ -201,7 +191,7 @@ class _Run:
             self.held.append(sum(t.nbytes for y in self.cache.layers for t in (y.keys, y.values)))
 
     def _check_room(self) -> None:
-        """Refuses a cache that keeps everything and would not fit."""
+        """Refuses a cache that keeps everything and does not fit into memory."""
         rows, device = len(self.ids), self.model.device
         if self.method.policy.evicts == "never" and device.type == "cpu":
             dtype = self.method.options.get("dtype")
@@ -216,11 +206,11 @@ class _Run:
         return self.latencies[min(SETTLE, len(self.latencies) // 2) :]
 
     def records(self, more: Record, alone: bool) -> list[Record]:
-        """Of each row what was measured."""
+        """The record of each row."""
         rows, prompt = self.ids.shape
         if False in (finite := torch.stack(self.finite).tolist()):
             raise NotFinite("the logits were", finite.index(False), self.model.dtype)
-        device, seen = self.model.device, list(itertools.accumulate(self.steps))
+        device = self.model.device
         if self.latencies:
             more = more | {"first_step_s": self.latencies[0]}
         if self.counted:
@@ -235,30 +225,26 @@ class _Run:
         found = []
         for row, tokens in enumerate(torch.cat(self.tokens, dim=1).tolist()):
             if self.lengths is not None:
-                held = self.lengths.verified(row, self.steps)
-                entry = self.cache.entry_nbytes
-                windows = [self.cache.window_nbytes(tokens) for tokens in seen]
-                allocated = self.lengths.allocated()
-                evictions = self.cache.evictions[row]
+                held = self.lengths.measured(row, self.steps)
             else:
-                held, windows, evictions = [float(tokens) for tokens in seen], [0] * len(seen), 0
-                allocated = max(self.held)
                 room = self.most if isinstance(self.cache, StaticCache) else self.seen
-                entry = self.held[-1] // rows // room
+                held = {
+                    "lengths": list(itertools.accumulate(self.steps)),
+                    "evictions": 0,
+                    "entry_nbytes": self.held[-1] // rows // room,
+                    "window_nbytes": [0] * len(self.steps),
+                    "allocated_nbytes": max(self.held) // rows,
+                }
             measured = Measurements(
                 prompt_tokens=prompt,
-                lengths=held,
-                evictions=evictions,
-                entry_nbytes=entry,
-                window_nbytes=windows,
-                allocated_nbytes=allocated // rows,
+                **held,
                 ttft_s=self.prefill,
                 decode_tokens_per_s=1 / statistics.fmean(self.counted) if self.counted else None,
                 itl_p50_ms=p50,
                 itl_p95_ms=p95,
                 memory_peak_nbytes=memory_peak(device) if alone else None,
             ).record()
-            if not alone:  # peaks of memory are the process's
+            if not alone:  # memory peaks are those of the whole process
                 del measured["memory_peak_nbytes"]
             said = {"prediction": "", "tokens": tokens, "generated_tokens": len(tokens)}
             found.append(said | {"stop_reason": "length"} | measured | more)
@@ -267,7 +253,7 @@ class _Run:
 
 @contextmanager
 def _eviction_clock(device: torch.device) -> Iterator[list[Any]]:
-    """Yields a list to which every eviction of a layer adds when it began and ended."""
+    """Yields a list; every eviction of a layer appends its beginning and end to it."""
     evict, marks = EvictionLayer.after_attention, []
 
     def mark() -> Any:
@@ -287,7 +273,7 @@ def _eviction_clock(device: torch.device) -> Iterator[list[Any]]:
 
 
 def _libc(function: str, *arguments: int) -> None:
-    """Calls what glibc has, and other C libraries do not."""
+    """Calls a function of glibc; does nothing with other C libraries."""
     with suppress(AttributeError, OSError, TypeError):
         getattr(ctypes.CDLL(None), function)(*arguments)
 
@@ -297,7 +283,7 @@ def _seconds(began: Any, ended: Any) -> float:
 
 
 def linear_seconds(model: nn.Module, rows: int) -> float:
-    """A token's way through the linear layers and nothing else: what no cache can save."""
+    """Seconds of one token in the linear layers alone: the time that no cache can save."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     weight = layers[0].weight
     sizes = {layer.in_features for layer in layers}

@@ -1,10 +1,10 @@
-"""Which weights a folder or a file holds, told without reading all of them.
+"""Digests of weights, without reading all of them.
 
-Two checkpoints under one path, one after the other, must not pass for one model. A digest covers
-names, sizes, every byte of small files and of safetensors' headers, and a page out of each tensor
-(of some, where a file has more than PAGES); so it takes less than a second however large the
-weights are, and tells apart what was trained, merged, quantized or converted differently. A change
-of a few numbers inside a large tensor can escape it. Dates do not count, nor does the place.
+If the checkpoint under a path is replaced, its records must not count for the new one. A digest
+covers names, sizes, every byte of small files and of safetensors' headers, and a page out of each
+tensor (out of some, where a file has more than PAGES). It takes less than a second for weights of
+any size, and differs where weights were trained, merged, quantized or converted differently. It can
+miss a change of a few numbers inside a large tensor. Dates and paths do not count.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def file_digest(path: Path) -> str:
 
 
 def _samples(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """What of a file is read, as (start, bytes)."""
+    """The parts of a file that are read, as (start, bytes)."""
     if size <= WHOLE:
         yield 0, size
         return
     tensors = _tensors(file, size)
     if tensors is None:
-        yield 0, WHOLE // 8  # other formats have their tables in front, or at the end
+        yield 0, WHOLE // 8  # other formats have their tables at the beginning or at the end
         yield size - WHOLE // 8, WHOLE // 8
         step = size // PAGES
         yield from ((start, PAGE) for start in range(0, size, step))

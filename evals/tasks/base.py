@@ -1,4 +1,4 @@
-"""What a task is: samples with references, and scores."""
+"""Tasks: samples with references, and scores."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Sample:
         id: unique within the task.
         prompt: the user's text, without chat template.
         references: acceptable answers.
-        group: what the score is broken down by (a depth, a data set); empty for none.
-        unit: what the sample is about, where several are about the same (a question asked in
-            several ways); the bootstrap draws them together.
-        question: the end of the prompt that asks, where all before it could be read without
-            knowing it; empty where the two are not apart.
-        answer_prefix: how the answer begins; the model goes on from there.
+        group: by which scores are broken down (a depth, a data set); empty for none.
+        unit: names what several samples are about (a question asked in several ways); the bootstrap
+            draws them together. Empty: the sample alone.
+        question: the end of the prompt, if all before it is a context that can be read without it;
+            else empty.
+        answer_prefix: how the answer begins; the model continues it.
         meta: anything else worth recording.
         max_new_tokens, chat_template: override the task's, where data sets differ.
         stop: strings whose last token ends the generation (never as its first token).
-        ids: the prompt's token ids, where the task tokenized it; they are used as they are.
-        shared: names the context, where several samples have the same one, and differ in their
-            question: they follow each other.
-        starts: places in `ids` where a text of its own begins, of a :class:`StreamTask`: nothing
-            predicts its first token, and its last is not fed.
+        ids: the prompt's token ids, if the task tokenizes it itself.
+        shared: names the context of several samples that differ in their question alone; they
+            follow each other.
+        starts: of a :class:`StreamTask`, the places in `ids` where a text begins: its first token
+            is not predicted, and its last is not fed.
     """
 
     id: str
@@ -67,24 +67,24 @@ class Task(ABC):
         name: the task's name in folders and tables.
         samples: at most so many samples are run; None for all.
         shard: "0/8" runs every eighth of them from the first on; the report puts shards together.
-        max_new_tokens: longest answer; None, where a task allows it: samples bring their own.
+        max_new_tokens: tokens of the longest answer; None, where a task allows it: each sample's.
         batch_size: prompts per batch.
         chat_template: whether prompts go through the tokenizer's chat template, if it has one.
         headline: the metric that summaries and tables show; every score has it.
         mode: whether the model is to ``answer`` a prompt, or to ``read`` a text to its end, see
             :class:`StreamTask`.
-        statistic: what becomes of the headline's mean, a key of
+        statistic: the function of the headline's mean that is shown, a key of
             :data:`evals.results.frame.STATISTICS`.
         higher_is_better: of the headline.
         grouped_by: what a sample's group is.
-        version: of prompts and scores; raise it with any change to them, and runs of before, whose
-            records would no longer be comparable, count no more.
-        scores_version: of scores alone; raise it with a change to them that takes the same answers,
-            and answers that are there are scored again.
-        timed: whether speed is what it is run for: its score is no quality.
+        version: of prompts and scores. Raise it with any change to them: records of before are then
+            no longer comparable, and do not count.
+        scores_version: of scores alone. Raise it with a change that applies to existing answers,
+            too: they are then scored again.
+        timed: whether the task measures speed: its score says nothing of quality.
         of_rows: settings of a timed task that tell rows of one table apart, as a method does.
-        scorers: packages that compute scores. Under another version of theirs, answers that are
-            there are scored again.
+        scorers: packages that compute scores. With another version of one, existing answers are
+            scored again.
     """
 
     headline: ClassVar[str]  # or a field, where there is a choice
@@ -107,11 +107,11 @@ class Task(ABC):
 
     @property
     def room(self) -> int | None:
-        """Bytes of keys and values that a batch's rows are to fill; None: `batch_size` says."""
+        """Bytes of keys and values that a batch may take; None: it has `batch_size` prompts."""
         return None
 
     def check(self) -> None:
-        """Checks the settings, each against its type; in subclasses also against each other.
+        """Checks the settings: each against its type, and in subclasses against each other.
 
         Raises:
             ConfigError: one is wrong.
@@ -120,17 +120,17 @@ class Task(ABC):
         self.of_shard([])
 
     def prepare(self) -> None:  # noqa: B027
-        """Reads the data that :meth:`load` makes samples of, before a model is loaded.
+        """Reads the data from which :meth:`load` makes samples, before a model is loaded.
 
         Raises:
             ConfigError: they are missing or malformed.
         """
 
     def of_shard(self, samples: list[Sample]) -> list[Sample]:
-        """Those of `samples` that :attr:`shard` names.
+        """The samples of :attr:`shard`.
 
         Raises:
-            ConfigError: it names none.
+            ConfigError: there is no such shard.
         """
         if self.shard is None:
             return samples
@@ -143,23 +143,23 @@ class Task(ABC):
 
     @property
     def conversation(self) -> bool:
-        """Whether questions on one context follow each other on one cache."""
+        """Whether the questions on a context are asked one after another on one cache."""
         return False
 
     def sampling(self, samples: Sequence[Sample]) -> tuple[float, float, list[int]] | None:
-        """Temperature, top-p and each sample's seed; None: answers are of the likeliest tokens."""
+        """Temperature, top-p and the seed of each sample; None: answers are greedy."""
         return None
 
     @property
     def scoring(self) -> str:
-        """Names the version of all that turns an answer into scores."""
+        """Names the version of the code and packages that turn an answer into scores."""
         known = [self.version, *(package_version(package) for package in self.scorers)]
         if self.scores_version > 1:
             known.append(f"scores {self.scores_version}")
         return " ".join(map(str, known))
 
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt where it is known beforehand and must not be cut, else 0."""
+        """Tokens of the longest prompt, if it is known in advance and must not be cut, else 0."""
         return 0
 
     @abstractmethod
@@ -171,26 +171,26 @@ class Task(ABC):
         """Metrics by name, :attr:`headline` among them.
 
         Args:
-            record: what was measured of an answer, its text (`prediction`) among it; of a text that
-                was read also `losses`: the negative log-likelihood in nats of each token predicted.
+            record: has the answer (`prediction`) and its measurements; for a text that was read
+                also `losses`, the negative log-likelihood in nats of each predicted token.
         """
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """Means by anything but the group, as {title: {row: value}}, for summary and table."""
+        """Means by other things than the group, as {title: {row: value}}, for the table."""
         return {}
 
 
 @dataclass(kw_only=True)
 class StreamTask(Task):
-    """Long texts to be predicted, not answered: each goes through one cache in small steps.
+    """Long texts that are predicted, not answered: each goes through one cache in small steps.
 
-    A token is scored before it is fed, so before it can influence any eviction.
+    A token is scored before it is fed, so it cannot influence any eviction before.
 
     Attributes:
-        tokens: tokens of a text; None for all there are.
+        tokens: tokens of a text; None for all.
         chunk: tokens per step.
-        blocks: pieces of equal size that a text's losses are averaged over, for the curve over
-            position and as what the bootstrap resamples.
+        blocks: pieces of equal size over which a text's losses are averaged: the points of the
+            curve over position, and the units of the bootstrap.
     """
 
     mode: ClassVar[Literal["answer", "read"]] = "read"
@@ -217,7 +217,7 @@ def after(body: str, prompt: str) -> str:
 def means_by(
     key: Callable[[Mapping[str, Any]], Any], records: Iterable[Mapping[str, Any]], metric: str
 ) -> dict[Any, float]:
-    """Means of a metric by what `key` makes of records; those of which it makes None are out."""
+    """Means of a metric by the `key` of records; records with the key None are left out."""
     values: dict[Any, list[float]] = {}
     for record in records:
         if (name := key(record)) is not None:
@@ -228,7 +228,7 @@ def means_by(
 def means_by_meta(
     keys: Iterable[str], records: Sequence[Mapping[str, Any]], metric: str
 ) -> dict[str, dict[str, float]]:
-    """For each key that the samples' `meta` has, means of a metric by its value, in order."""
+    """For each key of the samples' `meta`, means of a metric by its sorted values."""
     found = {key: means_by(lambda r, key=key: r["meta"].get(key), records, metric) for key in keys}
     return {
         key: {str(name): means[name] for name in sorted(means)}

@@ -1,4 +1,4 @@
-"""Objects of the classes that a configuration names; checks of their fields, no conversions."""
+"""Makes objects of the classes that a configuration names, and checks their fields' types."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ KNOWN = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
 def build(section: str, config: dict[str, Any], kind: type) -> Any:
-    """An object of the class that a section names; whatever goes wrong names the section.
+    """An object of the class that a section names as `_target_`.
 
-    Nothing is called that is not a class of this `kind`.
+    Nothing but subclasses of `kind` is called.
+
+    Raises:
+        ConfigError: naming the section, whatever is wrong.
     """
     target = config.get("_target_")
     try:
@@ -31,10 +34,10 @@ def build(section: str, config: dict[str, Any], kind: type) -> Any:
 
 
 def construct(section: str, kind: type, fields: Mapping[str, Any]) -> Any:
-    """An object of a dataclass; whatever goes wrong names the section.
+    """An object of a dataclass.
 
     Raises:
-        ConfigError: there is no such field, or the class refuses a value.
+        ConfigError: naming the section: there is no such field, or the class refuses a value.
     """
     known = sorted(field.name for field in dataclasses.fields(kind) if field.init)
     for name, value in fields.items():
@@ -54,7 +57,7 @@ def _refused(section: str, value: Any, error: Exception) -> ConfigError:
 
 
 def with_lists(config: dict[str, Any]) -> dict[str, Any]:
-    """A section in which single values stand for lists of one, where its class wants lists.
+    """A section with a list of one in place of a single value, where its class wants a list.
 
     >>> with_lists({"_target_": "evals.tasks.throughput.Throughput", "lengths": 2000})["lengths"]
     [2000]
@@ -88,7 +91,7 @@ def check_fields(section: str, built: Any) -> None:
 
 
 def check(name: str, value: Any, kind: Any) -> None:
-    """Raises ConfigError, which calls the value `name`, unless it is of a type, maybe annotated."""
+    """Raises ConfigError, naming the value `name`, unless it has a type, which may be annotated."""
     try:
         TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError as error:
@@ -96,7 +99,7 @@ def check(name: str, value: Any, kind: Any) -> None:
 
 
 def validate(kind: type[BaseModel], values: Mapping[str, Any], *section: str) -> None:
-    """Raises ConfigError unless a section has all that `kind` wants of it."""
+    """Raises ConfigError unless a section has the fields and types of `kind`."""
     try:
         kind.model_validate(values)
     except ValidationError as error:
@@ -110,7 +113,7 @@ def validate(kind: type[BaseModel], values: Mapping[str, Any], *section: str) ->
 
 
 def refusal(name: str, error: ValidationError) -> ConfigError:
-    """What pydantic found first, as a line."""
+    """The first of pydantic's errors, in one line."""
     first = error.errors()[0]
     if first["type"] == "missing":
         return ConfigError(name, None, "is missing; it must be given")

@@ -1,4 +1,4 @@
-"""Reading what somebody else wrote."""
+"""Reads users' files and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def read_jsonl(
         path: the file.
         field: the setting that named it, for error messages.
         required: keys that every object must have.
-        problem: says what else is wrong with an object; None: nothing.
+        problem: gives what else is wrong with an object, or None.
 
     Raises:
-        ConfigError: naming file and line: the file is missing, empty, not UTF-8 (or UTF-16 with its
-            mark), or a line is not a JSON object, lacks a key, has another problem, or holds half a
-            surrogate pair (which no tokenizer takes).
+        ConfigError: naming file and line: the file is missing, empty, or neither UTF-8 nor UTF-16
+            with a byte-order mark; or a line is not a JSON object, lacks a key, has another
+            problem, or holds half a surrogate pair (which no tokenizer takes).
     """
     path = Path(path)
     if not os.path.isfile(path):  # unlike pathlib, of any name
@@ -61,10 +61,10 @@ def read_jsonl(
 
 
 def read_json(path: Path, field: str) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is not JSON.
     """
     try:
         return json.loads(_utf8(path, field))
@@ -73,7 +73,7 @@ def read_json(path: Path, field: str) -> Any:
 
 
 def read_text(path: str | Path, field: str) -> str:
-    """A text file in UTF-8, or in UTF-16 with its mark.
+    """A text file in UTF-8, or in UTF-16 with a byte-order mark.
 
     Raises:
         ConfigError: the file is missing, empty or in another encoding.
@@ -109,7 +109,7 @@ def load_hub(
     logging.disable(logging.WARNING)  # the client reports every retry
     try:
         return list(datasets.load_dataset(name, config, split=split, revision=revision))
-    except Exception as error:  # the hub's client raises many kinds, down to bare OSError
+    except Exception as error:  # the hub's client raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             field,
@@ -122,12 +122,12 @@ def load_hub(
 
 
 def are_texts(value: object) -> bool:
-    """Whether `value` is a list of texts, of one at least."""
+    """Whether `value` is a list of at least one text."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def _utf8(path: Path, field: str) -> bytes:
-    """A file's bytes without the mark that some editors put before a text; UTF-16 as UTF-8."""
+    """A file's bytes in UTF-8, without a byte-order mark."""
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:

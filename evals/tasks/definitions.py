@@ -1,4 +1,4 @@
-"""lm-eval's tasks: their definitions, prompts and modules, without lm-eval as a whole."""
+"""Definitions, prompts and modules of lm-eval's tasks, without importing all of lm-eval."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LmEval:
     """A folder of lm-eval's tasks.
 
     Attributes:
-        folder: its name there.
-        task: of this project, that is made of it.
-        extra: of this project's package, which installs lm-eval and what the folder's code imports.
+        folder: its name.
+        task: this project's task that is made of it.
+        extra: the extra of this project's package that installs lm-eval and what the folder needs.
     """
 
     folder: str
@@ -31,7 +31,7 @@ class LmEval:
 
     @property
     def missing(self) -> ConfigError:
-        """What is raised where something is not installed."""
+        """The error if something is not installed."""
         remedy = f"needs lm-eval and what it imports: pip install -e '.[{self.extra}]'"
         return ConfigError("task", self.task, remedy)
 
@@ -42,9 +42,9 @@ class LmEval:
             raise self.missing
         return Path(next(iter(spec.submodule_search_locations))) / "tasks" / self.folder
 
-    @cache  # noqa: B019 (there are a few, which stay)
+    @cache  # noqa: B019 (there are a few objects, which live as long as the process)
     def read(self, name: str) -> dict[str, Any]:
-        """A YAML file over the one that it includes; `!function module.name` is that text."""
+        """A YAML file, with the one that it includes; `!function module.name` is read as text."""
         text = (self.path / name).read_text(encoding="utf-8")
         own: dict[str, Any] = yaml.load(text, Loader=_Loader)
         included = own.pop("include", None)
@@ -54,7 +54,7 @@ class LmEval:
         """The Python file, as a module of its own.
 
         Raises:
-            ConfigError: what it imports is not there.
+            ConfigError: a package that it imports is missing.
         """
         spec = importlib.util.spec_from_file_location(
             f"lm_eval_{self.folder}_{name}", self.path / f"{name}.py"
@@ -69,7 +69,7 @@ class LmEval:
 
 
 def render(template: str, /, **row: Any) -> str:
-    """lm-eval's prompt of a row."""
+    """lm-eval's prompt for a row of the data."""
     return Environment(keep_trailing_newline=True).from_string(template).render(row)
 
 

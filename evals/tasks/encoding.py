@@ -1,4 +1,4 @@
-"""From a prompt's text to token ids that fit the model."""
+"""Turns a prompt's text into token ids that fit the model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Encoded:
     Attributes:
         ids: its tokens.
         truncated: how many were cut from its middle.
-        user: the user's text, as far as it was not cut.
-        text: what was tokenized: that, in its template.
-        prefix: the beginning of the answer, which `text` ends with.
+        user: the user's text, after cutting.
+        text: the user's text in the chat template, which was tokenized.
+        prefix: the beginning of the answer, with which `text` ends.
         special: whether the tokenizer added its special tokens.
     """
 
@@ -34,9 +34,9 @@ class Encoded:
     def tokens_before(self, question: str, tokenizer: PreTrainedTokenizerBase) -> int:
         """How many of the first tokens come before the question and do not depend on it.
 
-        They are those that the text before it has when it is tokenized alone, as far as both
-        agree. A token in which the context's end and the question's beginning have merged, white
-        space between them above all, is left to the question.
+        The text before the question is tokenized alone, and the tokens that both have in common are
+        counted. A token that joins the context's end with the question's beginning, such as white
+        space between them, belongs to the question.
 
         Args:
             question: the end of the user's text.
@@ -66,10 +66,10 @@ def encode(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, limit: int, prefix: str = ""
 ) -> Encoded:
-    """Token ids of a prompt, at most `limit`: one that is too long loses its middle.
+    """Token ids of a prompt, at most `limit`: a prompt that is too long loses its middle.
 
-    As LongBench does, the two ends are joined as text and tokenized again; the chat template is
-    applied afterwards and stays whole. So does `prefix`, the beginning of the answer.
+    As in LongBench, the two ends are joined as text and tokenized again. The chat template is
+    applied afterwards, so that it stays whole, as does `prefix`, the beginning of the answer.
 
     Raises:
         ConfigError: not even the template fits, or it refuses the prompt; the prompt is empty, or
@@ -87,7 +87,7 @@ def encode_prompt(
         ids = tokenizer(whole, add_special_tokens=not chat)["input_ids"]
         end = getattr(tokenizer, "eos_token", None)
         if end and ids[-1:] == [tokenizer.eos_token_id] and not whole.endswith(end):
-            ids = ids[:-1]  # of tokenizers that end every text: an answer goes on from it
+            ids = ids[:-1]  # some tokenizers end every text; the answer has to continue it
         return Encoded(ids, 0, user, whole, prefix, not chat)
 
     try:
@@ -114,9 +114,9 @@ def encode_prompt(
 
 
 def in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """Messages in the chat template, up to where the model writes.
+    """Messages in the chat template, up to where the model continues.
 
-    That is the beginning of its answer, or the end of the last message if that is its own.
+    If the last message is the assistant's, the model continues that one.
 
     Raises:
         ConfigError: the template refuses the messages, or leaves one of them out.
@@ -126,7 +126,7 @@ def in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     reason = "leaves out a message"
     try:
         whole = tokenizer.apply_chat_template([*messages], tokenize=False, **kind)
-    except Exception as error:  # of the template's own code: any kind
+    except Exception as error:  # the template's code raises any kind
         whole, reason = None, f"says: {(str(error) or type(error).__name__).splitlines()[0]}"
     if whole is None or not all(message["content"].strip() in whole for message in messages):
         roles = ", ".join(message["role"] for message in messages)

@@ -1,9 +1,9 @@
 """LongBench (arXiv 2308.14508), its 21 data sets by the benchmark's own rules.
 
 Prompts, answer lengths and metrics are read from lm-eval's task definitions (`pip install -e
-'.[longbench]'`). Where those differ from https://github.com/THUDM/LongBench (pred.py, eval.py,
-config/dataset2prompt.json), the benchmark's rules are restored here; truncation from the middle is
-the runner's (:func:`evals.tasks.encoding.encode`).
+'.[longbench]'`). Where these differ from https://github.com/THUDM/LongBench (pred.py, eval.py,
+config/dataset2prompt.json), the benchmark's rules are restored here. The runner truncates from the
+middle, as the benchmark does (:func:`evals.tasks.encoding.encode`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from evals.tasks.definitions import LmEval, render
 LM_EVAL = LmEval("longbench", task="longbench", extra="longbench")
 
 NO_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
-CLASSES = {"trec", "lsht"}  # whose metric knows the other answers
+CLASSES = {"trec", "lsht"}  # their metric takes all classes
 ANSWERS = {"passage_retrieval_en": r"Paragraph \d+", "passage_retrieval_zh": r"段落\d+"}
 FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 STOP = {"samsum": ("\n",)}
-# The white space that lm-eval's prompts lost.
+# White space at the end of the benchmark's prompts that lm-eval's lack.
 ENDING = {"lcc": "\n", "repobench-p": "\n", "passage_count": " ", "passage_retrieval_en": " "}
 BLANK_LINE_BEFORE_QUESTION = {"triviaqa", "samsum"}
 
@@ -72,8 +72,8 @@ class Dataset:
 def averages(means: dict[str, float]) -> dict[str, dict[str, float]]:
     """By category and by language, from the scores of data sets.
 
-    As in the benchmark's own tables, English and Chinese are means of their categories' means, and
-    code counts as a category of both. `overall` is the plain mean over data sets.
+    As in the benchmark's tables, English and Chinese are means of their categories' means, and code
+    is a category of both. `overall` is the plain mean over data sets.
     """
 
     def by_category(names: set[str]) -> dict[str, float]:
@@ -190,7 +190,7 @@ class LongBench(Task):
         return {"score": score(sample.group, *given)}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """Averages over data sets; of LongBench-E also by length, which the benchmark reports."""
+        """Averages over data sets; for LongBench-E also by length, as the benchmark does."""
         result = averages(_dataset_means(records))
         if not self.extended:
             return result
@@ -203,7 +203,7 @@ class LongBench(Task):
 
 
 def bucket_of(words: int) -> str:
-    """LongBench-E's bucket of a sample of so many words."""
+    """The length bucket of LongBench-E for a sample of so many words."""
     return next(bucket for bucket, bound in BUCKETS.items() if words < bound)
 
 
@@ -231,7 +231,7 @@ def score(
 def _code_similarity(prediction: str, answer: str, all_classes: Sequence[str] | None) -> float:
     """Of the first line that is neither comment nor fence, even if it is blank.
 
-    lm-eval's passes over blank lines, which the benchmark's does not.
+    lm-eval's metric skips blank lines, the benchmark's does not.
     """
     lines = prediction.lstrip("\n").split("\n")
     code = (line for line in lines if not any(mark in line for mark in ("`", "#", "//")))
@@ -248,7 +248,7 @@ def dataset_names(extended: bool = False) -> list[str]:
 
 @cache
 def load_dataset(name: str) -> Dataset:
-    """A data set by lm-eval's definition, put right.
+    """A data set by lm-eval's definition, with the benchmark's rules restored.
 
     Raises:
         ConfigError: lm-eval, or what its metrics need, is not installed.

@@ -1,7 +1,7 @@
 """LongBench v2 (arXiv 2412.15204): questions with four choices on very long contexts.
 
-Data, domains and prompt are lm-eval's. It compares the probabilities of the four letters after the
-prompt; here the model answers, and the letter is read from what it says.
+Data, domains and prompt are lm-eval's. lm-eval compares the probabilities of the four letters after
+the prompt; here the model answers, and the letter is read from the answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FORMS = {
 
 @dataclass(kw_only=True)
 class LongBench2(Task):
-    """Score: the share of questions answered right, 0..1, and of those answered at all.
+    """Scores: the share of questions answered correctly, and of those answered at all, 0..1.
 
     Attributes:
         data_file: the benchmark's `data.json`, or JSON lines; None: lm-eval's mirror on the hub.
@@ -108,7 +108,7 @@ class LongBench2(Task):
         return {"accuracy": float(right), "answered": float(found is not None)}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """By domain, difficulty and length, as far as the data have them."""
+        """By domain, difficulty and length, if the data have them."""
         return means_by_meta(("domain", "difficulty", "length"), records, self.headline)
 
 
@@ -125,10 +125,10 @@ def subsets() -> dict[str, str]:
 
 
 def _row(number: int, row: dict[str, Any]) -> dict[str, Any]:
-    """A question with `choices` and the number of the right one, whichever schema it has.
+    """A question in either schema, with `choices` and the number of the right one.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it is in neither schema.
     """
     choices = row.get("choices", [row.get(f"choice_{letter}") for letter in LETTERS])
     answer = row.get("answer")

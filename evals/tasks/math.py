@@ -23,7 +23,7 @@ from evals.tasks.definitions import LmEval, render
 
 MINERVA = "minerva_math500"
 
-# lm-eval's tasks: the folder, and what the data call the problem and what is compared with.
+# lm-eval's tasks: folder, and the data's names for the problem and the solution or answer.
 BENCHMARKS = {
     MINERVA: ("minerva_math", "problem", "solution"),
     "hendrycks_math500": ("hendrycks_math", "problem", "solution"),
@@ -39,7 +39,7 @@ class Math(Task):
 
     Of several answers to a problem that is the mean of theirs; intervals are over problems.
 
-    What follows the first of lm-eval's stop strings is not scored; generation goes on beyond it.
+    Text after the first of lm-eval's stop strings is not scored. Generation does not stop there.
 
     Attributes:
         benchmark: lm-eval's task, of :data:`BENCHMARKS`. `minerva_math500` judges by math-verify,
@@ -47,9 +47,9 @@ class Math(Task):
         fewshot: worked examples before the problem, 0 to 4; None for lm-eval's own, which are 4 of
             `minerva_math500` and else none.
         attempts: answers to each problem.
-        temperature: of the distribution that they are drawn from; 0: the likeliest tokens.
+        temperature: of the distribution from which they are drawn; 0: the likeliest tokens.
         top_p: the likeliest tokens of this probability together are drawn from.
-        seed: what they are drawn from, with the problem and the number of the attempt.
+        seed: of the draws, together with the problem and the number of the attempt.
         data_file: JSON lines in the schema of lm-eval's data set; None: the hub.
         hub_revision: of that data set; None: its main branch.
     """
@@ -71,7 +71,7 @@ class Math(Task):
     def check(self) -> None:
         super().check()
         if self.temperature == 0 and (self.attempts > 1 or self.top_p < 1):
-            remedy = "likeliest tokens are the same every time; give e.g. task.temperature=0.6"
+            remedy = "greedy answers are the same every time; give e.g. task.temperature=0.6"
             raise ConfigError("task.temperature", self.temperature, remedy)
 
     def prepare(self) -> None:
@@ -120,7 +120,7 @@ class Math(Task):
         examples = [f"{self._ask(one)} {one['solution']}\n\n" for one in shown]
         return Sample(
             id=name,
-            # lm-eval's, of a base model, or as one message.
+            # lm-eval's prompt for a base model; with a chat template it is one message.
             prompt="".join([*examples, self._ask(row)]),
             references=(str(row[compared]),),
             unit=name,
@@ -139,15 +139,15 @@ class Math(Task):
         return {"pass@1": score(self.benchmark, record["prediction"], sample.references[0])}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """By subject and level, where the data have them; right within so many tokens."""
+        """By subject and level, if the data have them; and accuracy against tokens decoded."""
         found = means_by_meta(("subject", "level"), records, self.headline)
         return found | {"right within tokens": right_within(records, self.headline)}
 
 
 def right_within(records: Sequence[Record], metric: str) -> dict[str, float]:
-    """Accuracy against tokens decoded: the mean score if longer answers did not count.
+    """Accuracy against tokens decoded: the mean score, with longer answers counted as wrong.
 
-    At powers of two, up to the first that holds all answers.
+    At powers of two, up to the first that is not exceeded by any answer.
     """
     longest = max((record["generated_tokens"] for record in records), default=0)
     found, tokens = {}, 64
@@ -192,11 +192,11 @@ def scorer(benchmark: str) -> ModuleType:
     if benchmark != MINERVA:
         return lm_eval.module("utils")
     try:
-        import math_verify  # noqa: F401  (which looks for its parser's version itself)
+        import math_verify  # noqa: F401  (it checks the version of its parser)
     except ImportError as error:
         raise lm_eval.missing from error
-    # Minerva's module refuses every antlr but 4.11, where Hydra needs 4.9; only its `is_equiv`,
-    # which is not called here, would be without a parser.
+    # Minerva's module refuses every antlr but 4.11, and Hydra needs 4.9. Only its `is_equiv`, which
+    # is not called here, needs that parser.
     with patch("importlib.metadata.version", lambda package: "4.11"):
         return lm_eval.module("utils")
 

@@ -1,8 +1,8 @@
 """Passkey retrieval: facts at known depths of filler text, asked for at the end.
 
-The task of Mohtashami & Jaggi (arXiv 2305.16300), but its filler is drawn by seed from many
-sentences: the same few repeated would make most of the cache redundant. With several keys, or
-several values of one key, it is RULER's (arXiv 2404.06654).
+The task of Mohtashami & Jaggi (arXiv 2305.16300). Its filler repeats a few sentences, which makes
+most of the cache redundant; here it is drawn from many, by seed. The variants with several keys, or
+several values of one key, are RULER's (arXiv 2404.06654).
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Needle(QuestionsTask):
             asked for, the others at depths of their own; ``multivalue``: several passkeys of one
             town, all asked for, the first at the depth and the others anywhere.
         needles: passkeys in the text, for the variants with several.
-        lengths: prompt lengths in tokens, chat template not counted; kept to within a sentence.
+        lengths: prompt lengths in tokens, without chat template, at most a sentence shorter.
         depths: where the (first) passkey asked for stands, in percent of the filler.
-        spread: how far apart the five digits of a single passkey stand; None: as a number, in a
-            sentence that has it twice. ``cell``: as a number, once; ``neighbours``: each in a
-            sentence of its own, side by side; ``prompt``: these sentences spread evenly over the
+        spread: how far apart the five digits of a single passkey stand. None: a number, in a
+            sentence that has it twice. ``cell``: a number, once. ``neighbours``: each digit in a
+            sentence of its own, side by side. ``prompt``: these sentences spread evenly over the
             filler, the first at the depth.
         repeats: samples per length and depth, each with filler and passkey of its own.
         seed: what they are drawn from.
@@ -100,7 +100,7 @@ class Needle(QuestionsTask):
 
     headline: ClassVar[str] = "accuracy"
     grouped_by: ClassVar[str] = "depth"
-    scores_version: ClassVar[int] = 2  # a passkey inside a longer number is none
+    scores_version: ClassVar[int] = 2  # a passkey within a longer number does not count
 
     variant: Literal["single", "multikey", "multivalue"] = "single"
     needles: Annotated[int, Field(ge=2, le=len(TOWNS))] = 4
@@ -113,13 +113,13 @@ class Needle(QuestionsTask):
     def check(self) -> None:
         super().check()
         if self.spread is not None and self.variant != "single":
-            remedy = "is of a single passkey; write task.variant=single"
+            remedy = "applies to a single passkey; write task.variant=single"
             raise ConfigError("task.spread", self.spread, remedy)
         if self.variant == "single" and self.needles != type(self).needles:
-            remedy = "is of several passkeys; write task.variant=multikey or multivalue"
+            remedy = "applies to several passkeys; write task.variant=multikey or multivalue"
             raise ConfigError("task.needles", self.needles, remedy)
         if self.questions > (self.needles if self.variant == "multikey" else 1):
-            remedy = "of task.variant=multikey there are up to task.needles, of the others one"
+            remedy = "task.variant=multikey has up to task.needles of them, other variants one"
             raise ConfigError("task.questions", self.questions, remedy)
 
     def longest_prompt(self) -> int:
@@ -166,9 +166,9 @@ class Needle(QuestionsTask):
             rest, gaps = len(filler) - places[0], len(needles)
             apart = self.spread == "prompt"
             places += [places[0] + apart * round(rest * i / gaps) for i in range(1, gaps)]
-        # From the back, so that no insertion moves the place of a later one.
+        # From the last place to the first, so that no insertion moves another place.
         pairs = sorted(zip(places, needles, strict=True), reverse=True)
-        if self.spread is not None:  # those of one place in their own order
+        if self.spread is not None:  # digits at one place stay in order
             pairs.sort(key=lambda pair: (pair[0], needles.index(pair[1])), reverse=True)
         for place, needle in pairs:
             filler.insert(place, needle)
@@ -213,7 +213,7 @@ class Needle(QuestionsTask):
 
     def score(self, sample: Sample, record: Record) -> dict[str, float]:
         said = record["prediction"]
-        if self.spread is not None:  # a key that was told digit by digit may be answered so
+        if self.spread is not None:  # the answer, too, may be digit by digit
             said = re.sub(r"(?<=\d)[\s,]+(?=\d)", "", said)
         found = (re.search(rf"(?<!\d){key}(?!\d)", said) for key in sample.references)
         return {"accuracy": statistics.fmean(one is not None for one in found)}

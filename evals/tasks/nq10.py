@@ -1,8 +1,9 @@
 """Questions over ten documents, one of which holds the answer: 10-QA of Lost in the Middle.
 
 Data, layout and metric are those of Liu et al. (arXiv 2307.03172,
-https://github.com/nelson-liu/lost-in-the-middle), the instruction is in other words: give theirs as
-`task.instruction` to compare with their numbers. `protocol=original` has the BUZZ paper's layout.
+https://github.com/nelson-liu/lost-in-the-middle). The instruction is in other words: to compare
+with their numbers, give theirs as `task.instruction`. `protocol=original` has the BUZZ paper's
+layout.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ METRICS = ("best_subspan", "exact_match", "f1", "strict_match")
 
 @dataclass(kw_only=True)
 class NQ10(QuestionsTask):
-    """Scores, 0 or 1 (F1: 0..1), of the answer's first line as the owners do. Groups: `gold_at`.
+    """Scores, 0 or 1 (F1: 0..1), of the answer's first line, as the owners do. Groups: `gold_at`.
 
     `best_subspan`: any reference stands in the answer (the owners' metric); `exact_match`: the
     answer is a reference; `f1`: of their words, for the best reference; all three in SQuAD's normal
@@ -41,20 +42,21 @@ class NQ10(QuestionsTask):
     (:func:`evals.tasks.text.as_buzz_writes`), is the first reference but for case and white space
     around them. A question asked for several places counts once in intervals.
 
-    Several questions on one context are those of neighbouring lines: it holds the documents that
-    answer them and, in turn, others of theirs, to as many as the first has, in an order of its own.
+    Several questions on one context are those of neighbouring lines. The context has as many
+    documents as the first line: those that answer the questions, then others of these lines in
+    turn. They are shuffled.
 
     Attributes:
-        headline: which of them summaries and tables show.
+        headline: the score that tables show.
         prompt: the prompt, with {documents}, {question} and {instruction} where they stand in it.
-        document: one of the documents, which follow each other without anything between, with its
-            {title}, its {text} and its {number}, from 1.
-        instruction: what the prompt says for {instruction}; None: :data:`INSTRUCTION`.
-        gold_at: places, from 0, that the gold document is moved to: each question is asked once for
-            each. None: it stays where the data have it.
+        document: one of the documents, with its {title}, {text} and {number} (from 1). They follow
+            each other without anything between.
+        instruction: the {instruction} of the prompt; None: :data:`INSTRUCTION`.
+        gold_at: places, from 0, to which the gold document is moved; each question is asked once
+            per place. None: it stays where the data have it.
         samples: at most so many questions.
-        data_file: JSON lines of question, answers, ctxs (title, text) and gold_index; instead of
-            that, one of ctxs may be marked by isgold, as in the owners' files. None: `hub`.
+        data_file: JSON lines of question, answers, ctxs (title, text) and gold_index. Instead of
+            gold_index, one of ctxs may be marked by isgold, as in the owners' files. None: `hub`.
         hub, hub_config, hub_revision, split: a data set of that schema on the hub.
     """
 
@@ -84,7 +86,7 @@ class NQ10(QuestionsTask):
             remedy = "task.prompt has no {instruction} in which to put it; leave it out"
             raise ConfigError("task.instruction", self.instruction, remedy)
         if self.questions > 1 and self.gold_at:
-            remedy = "documents of several questions have an order of their own; leave it out"
+            remedy = "with several questions the documents are shuffled; leave it out"
             raise ConfigError("task.gold_at", self.gold_at, remedy)
 
     def prepare(self) -> None:
@@ -120,7 +122,7 @@ class NQ10(QuestionsTask):
         ]
 
     def _together(self) -> list[Sample]:
-        """All questions on every context; what is left of the lines is not asked."""
+        """All questions on every context. Lines that make no full context are left out."""
         size, found = self.questions, []
         for number in range(len(self._rows) // size)[: self.samples]:
             rows = self._rows[number * size : (number + 1) * size]
@@ -167,7 +169,7 @@ class NQ10(QuestionsTask):
         return found_answer(record["prediction"], sample.references) | {"strict_match": strict}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """By the gold document's place where the data chose it; else the groups are that."""
+        """By the gold document's place, unless the groups are these places."""
         if self.gold_at:
             return self.by_question(records)
         means = means_by_meta(("gold_at",), records, self.headline)["gold_at"]
@@ -202,7 +204,7 @@ def _problem(row: dict[str, Any], needed: Sequence[str]) -> str | None:
 
 
 def _gold_index(row: dict[str, Any]) -> Any:
-    """The gold document's place, as the sample gives or marks it; None where it does neither."""
+    """The gold document's place, given or marked; None if neither."""
     if row.get("gold_index") is not None:
         return row["gold_index"]
     marks = [document.get("isgold") for document in row["ctxs"]]

@@ -1,8 +1,8 @@
-"""Summaries of pages of Python's own manual: real documents that every machine has.
+"""Summaries of pages of Python's manual: real documents that every machine has.
 
-The pages are those of `help()` (module ``pydoc_data.topics``), so they differ a little from one
-Python version to the next. There is no reference summary; what is scored is how much of the
-summary's wording comes from the page: a model whose cache lost the page writes about other things.
+The pages are those of `help()` (module ``pydoc_data.topics``), which differ a little between Python
+versions. There are no reference summaries. The score is how much of the summary's wording comes
+from the page: if the page was evicted, the model writes about other things.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ QUESTION = "Summarize the text above in one or two sentences."
 class Pydoc(Task):
     """Score: ROUGE-1 and ROUGE-2 precision of the summary against the page, 0..1.
 
-    That is the share of its words and word pairs that stand in the page: whether it keeps to the
-    page, not whether it is a good summary.
+    That is the share of its words and word pairs that are in the page. It says whether the summary
+    keeps to the page, not whether it is a good one.
 
     Attributes:
         shortest, longest: bounds of a page in tokens.

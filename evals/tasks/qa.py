@@ -1,4 +1,4 @@
-"""Questions on texts of your own: a JSON-lines file of context, question and answers."""
+"""Questions on your own texts: a JSON-lines file of context, question and answers."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ METRICS = ("best_subspan", "exact_match", "f1", "rouge1", "rouge2", "rougeL")
 
 @dataclass(kw_only=True)
 class QA(QuestionsTask):
-    """Scores of the answer, each for the reference that suits it best.
+    """Scores of the answer, each for the best reference.
 
     `best_subspan` (accuracy), `exact_match` and `f1`, 0..1, of the answer's first line: see
     :func:`evals.tasks.text.found_answer`. `rouge1`, `rouge2` and `rougeL`, 0..100, of all of it:
     see :func:`evals.tasks.text.rouge`.
 
-    Every line is a sample. With `questions` above 1, lines with the same context, wherever they
-    stand in the file, are put to one reading of it, so many at a time; every reading then counts
-    the same, however many questions it got.
+    Every line is a sample. With `questions` above 1, lines with the same context, anywhere in the
+    file, share a reading of it, so many at a time. Every reading then has the same weight, however
+    many questions it has.
 
     Attributes:
-        headline: which of the scores summaries and tables show.
+        headline: the score that tables show.
         prompt: the prompt, with {context} and {question} where they stand in it. The question must
             stand after the context for `compress=context`.
         data_file: JSON lines; `answers` are a text or a list of texts.
-        context_field, question_field, answers_field: what the file calls them.
+        context_field, question_field, answers_field: their names in the file.
         samples: at most so many lines, or readings if `questions` is above 1.
     """
 
@@ -84,7 +84,7 @@ class QA(QuestionsTask):
     def _sample(self, number: int) -> Sample:
         row = self._rows[number]
         context, question = row[self.context_field], row[self.question_field]
-        # Which of the prompt's own words stand after the context, whatever texts hold.
+        # The prompt's own words after the context, whatever context and question contain.
         before, _, asks = self.prompt.format(context="\0", question="\1").rpartition("\0")
         return Sample(
             id=str(number),
@@ -98,13 +98,13 @@ class QA(QuestionsTask):
         answer, references = record["prediction"], sample.references
         rouges = [rouge(reference, answer) for reference in references]
         best = {name: max(one[name] for one in rouges) for name in rouges[0]}
-        # As whole words, unlike nq10's: "no" does not stand in "I do not know".
+        # As whole words, unlike nq10's: "no" is not in "I do not know".
         line = f" {normalized(answer.strip().split(chr(10))[0])} "
         whole = any(f" {normalized(one)} " in line for one in references)
         return found_answer(answer, references) | {"best_subspan": float(whole)} | best
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """All scores beside each other, and the headline by question number."""
+        """All scores, and the headline by question number."""
 
         def reading(record: Mapping[str, Any]) -> str:
             return record["unit"] or record["id"]

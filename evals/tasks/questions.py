@@ -17,12 +17,12 @@ NUMBER = "question"
 
 @dataclass(kw_only=True)
 class QuestionsTask(Task):
-    """Samples that share a context differ in their question, whose number is in their `meta`.
+    """Samples with one context differ in their question; its number is in their `meta`.
 
     Attributes:
-        questions: on each context; `samples` then are contexts.
-        asked: ``copies``: each question is put to a copy of the compressed cache; or in one
-            ``conversation`` on the same cache.
+        questions: on each context. If above 1, `samples` are contexts.
+        asked: ``copies``: each question is put to a copy of the compressed cache;
+            ``conversation``: one after another to the same cache.
     """
 
     questions: PositiveInt = 1
@@ -39,7 +39,7 @@ class QuestionsTask(Task):
         return self.questions > 1 and self.asked == "conversation"
 
     def together(self, name: str, samples: list[Sample]) -> list[Sample]:
-        """Samples of one context, as the questions on it if there are several."""
+        """Samples of one context; if there are several, as the questions on it."""
         if self.questions == 1:
             return samples
         own = {"shared": name, "unit": name}
@@ -49,7 +49,7 @@ class QuestionsTask(Task):
         ]
 
     def by_question(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """The breakdown that shows what a method forgets: score by question number."""
+        """Score by question number, which shows what a method has evicted."""
         if self.questions == 1:
             return {}
         return means_by_meta((NUMBER,), records, self.headline)

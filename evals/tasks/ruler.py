@@ -26,23 +26,23 @@ SYNTHETIC = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe",
 
 @dataclass(kw_only=True)
 class Ruler(QuestionsTask):
-    """Score: the share of the answers that stand in the model's, 0..100. Groups: the subtasks.
+    """Score: the share of the expected answers that are in the model's, 0..100. Groups: subtasks.
 
-    Of several lengths, groups are subtasks at a length. As in the benchmark's tables the score is
-    the plain mean over subtasks and lengths. `qa_*` have several answers, of which one will do.
+    With several lengths, groups are subtasks at a length. As in the benchmark's tables the score is
+    the plain mean over subtasks and lengths. For `qa_*` one of the expected answers is enough.
 
     Attributes:
         subtasks: which to run; None for all 13.
-        lengths: in tokens, what the answer may take up included. The chat template is counted, too.
+        lengths: in tokens, of prompt, chat template and answer together.
         samples: of each subtask and length.
-        seed: what they are drawn from.
+        seed: of the draws.
         data_dir: folder of `PaulGrahamEssays.json`, `squad.json` and `hotpotqa.json`, as the
             benchmark's scripts fetch them; None: lm-eval's sources on the net.
         max_new_tokens: None for the benchmark's own.
-        spread: of vt, how far apart the assignments of the chain stand, from where the benchmark's
-            generator puts the first; None: all where it puts them. ``cell``: one right after the
-            other; ``neighbours``: with a sentence of filler between two; ``prompt``: evenly over
-            what follows. The same seed has the same chain and filler in each.
+        spread: of vt, how far apart the assignments of the chain stand. None: where the benchmark's
+            generator puts them. Otherwise the first stays, and the others follow: ``cell``, one
+            right after the other; ``neighbours``, with a sentence of filler between two;
+            ``prompt``, evenly over the rest. Chain and filler of a seed are the same in each.
     """
 
     headline: ClassVar[str] = "score"
@@ -63,7 +63,7 @@ class Ruler(QuestionsTask):
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ConfigError("task.data_dir", self.data_dir, "no such folder")
         if self.spread is not None and set(self._subtasks) != {"vt"}:
-            remedy = "is of vt alone; write task.subtasks=[vt]"
+            remedy = "applies to vt alone; write task.subtasks=[vt]"
             raise ConfigError("task.spread", self.spread, remedy)
         for subtask in self._subtasks:
             if self.questions > 1 and subtask not in ASKABLE:
@@ -123,8 +123,8 @@ class Ruler(QuestionsTask):
             question=drawn.question,
             answer_prefix=drawn.prefix,
             meta={"subtask": subtask, "length": length, "depths": depths},
-            # What the sizes leave uncounted, the beginning of the answer above all, is at the
-            # answer's cost where a prompt comes near its length: together they never exceed it.
+            # The sizes do not count everything (such as the beginning of the answer). A prompt near
+            # its length leaves less for the answer: together they never exceed the length.
             max_new_tokens=max(1, min(ANSWER[family(subtask)], length - taken)),
         )
 
@@ -132,9 +132,9 @@ class Ruler(QuestionsTask):
         return {"score": score(sample.meta["subtask"], record["prediction"], sample.references)}
 
     def breakdown(self, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """Of several lengths, by length, by subtask, and the benchmark's averages over lengths.
+        """With several lengths: by length, by subtask, and the benchmark's averages over lengths.
 
-        An average of which a part is missing is left out.
+        Averages with a missing part are left out.
         """
         if len(self.lengths) == 1:
             return self.by_question(records)
@@ -158,8 +158,7 @@ class Ruler(QuestionsTask):
 def score(subtask: str, prediction: str, answers: Sequence[str]) -> float:
     """The benchmark's score of one prediction, 0..100: answers found, whatever their case.
 
-    Of `qa_*` any answer will do. lm-eval averages over the answers there, too, which the benchmark
-    does not.
+    For `qa_*` one answer is enough, as in the benchmark; lm-eval averages over the answers.
     """
     common = modules().common
     prediction = common.postprocess_pred([prediction])
@@ -169,10 +168,10 @@ def score(subtask: str, prediction: str, answers: Sequence[str]) -> float:
 
 
 def averages(by_length: Sequence[float | None]) -> dict[str, float | None]:
-    """The benchmark's three: plain, and with weights that grow, or fall, linearly with the length.
+    """The benchmark's three: plain, and weighted linearly, growing or falling with the length.
 
     Args:
-        by_length: from the shortest to the longest; None where one is not known.
+        by_length: from the shortest to the longest; None: unknown.
     """
     weights = range(1, len(by_length) + 1)
     return {
@@ -183,7 +182,7 @@ def averages(by_length: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _mean(values: Iterable[float | None], weights: Sequence[int] | None = None) -> float | None:
-    """None if one of them is."""
+    """The weighted mean; None if a value is None."""
     known = list(values)
     if any(value is None for value in known):
         return None

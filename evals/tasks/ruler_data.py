@@ -1,4 +1,4 @@
-"""What RULER is made of (arXiv 2404.06654): lm-eval's copy of the owners' code, and the data."""
+"""RULER's code and data (arXiv 2404.06654): lm-eval's copy of the owners' code, and essays."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ ESSAYS = "PaulGrahamEssays.json"
 
 
 def family(subtask: str) -> str:
-    """What generates a subtask: a key of :data:`ANSWER`."""
+    """The generator of a subtask: a key of :data:`ANSWER`."""
     return subtask.partition("_")[0]
 
 
 def needs(subtask: str) -> str | None:
-    """The file of data that a subtask is made from, under the name that the owners give it."""
+    """The data file that a subtask needs, by the owners' name for it; None if it needs none."""
     return ESSAYS if subtask in NIAH and NIAH[subtask][0] == "essay" else QA.get(subtask)
 
 
 def read_data(subtask: str, folder: str | None) -> Any:
-    """What a subtask is made from: the essays' words, or questions and documents; None for none.
+    """The data of a subtask: the essays' words, or questions and documents; None if it has none.
 
     Args:
         folder: of the files that the owners' scripts fetch; None for lm-eval's own sources.
 
     Raises:
-        ConfigError: it is not there, or of another shape.
+        ConfigError: it is missing or malformed.
     """
     name = needs(subtask)
     if name is None:
@@ -91,13 +91,13 @@ def _lm_eval(name: str) -> ModuleType:
 
 
 def _niah_modules() -> dict[str, ModuleType]:
-    """The needles' modules, imported without their downloads and without six million strings."""
+    """The needles' modules, imported without their download and without six million strings."""
     import wonderwords
 
     words = wonderwords.RandomWord()._categories
     none = SimpleNamespace(_categories=defaultdict(list))
     fresh = "lm_eval.tasks.ruler.prepare_niah" not in sys.modules
-    # Only the process of rank 0 downloads punkt, and does so whether it is needed or not.
+    # The process of rank 0 downloads punkt, needed or not; other ranks do not.
     with (
         patch.dict(os.environ, LOCAL_RANK="1"),
         patch("wonderwords.RandomWord", lambda: none),
@@ -109,7 +109,7 @@ def _niah_modules() -> dict[str, ModuleType]:
 
 
 class Pairs(Sequence[str]):
-    """All different ``adjective-noun`` in order, of which only those asked for are made."""
+    """All different ``adjective-noun`` in order; a string is made only when it is read."""
 
     def __init__(self, adjectives: Iterable[str], nouns: Iterable[str]) -> None:
         tails = sorted(set(nouns))
@@ -119,8 +119,8 @@ class Pairs(Sequence[str]):
                 groups[-1].append(head)
             else:
                 groups.append([head])
-        # What those of a group begin with, and how they go on: pairs of `old` and `old-fashioned`
-        # interleave, others don't.
+        # Of each group the common beginning, and the ends. Only pairs of adjectives such as `old`
+        # and `old-fashioned` interleave, and are one group.
         self.blocks = [
             (heads[0], tails)
             if len(heads) == 1
@@ -178,7 +178,7 @@ def _questions(subtask: str, path: Path | None) -> tuple[list[dict[str, Any]], l
 
 
 def _require_punkt(subtask: str) -> None:
-    """What splits the essays into sentences; fetched if it is not there."""
+    """Requires nltk's data that splits essays into sentences; fetches it if it is missing."""
     import nltk
 
     modules()

@@ -1,9 +1,9 @@
 """RULER's generators (arXiv 2404.06654), by way of lm-eval's copy of the owners' code.
 
-What draws a text of a given size is lm-eval's own. How large it has to be for a length in tokens is
-searched here, as there one step after another, since every try draws from the random state that
-decides what comes after; but a text that is certainly short enough is not tokenized, and a length
-that is too short ends in an error, where the owners' loops never end.
+Texts of a given size are drawn by lm-eval's code. The size for a length in tokens is searched here,
+by the same steps as there, since every try draws from the random state. Two things differ: a text
+that is certainly short enough is not tokenized, and a length that is too short is an error (the
+owners' loops never end).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from evals.tasks.ruler_data import NIAH, QA, modules
 # The benchmark's answer lengths in tokens.
 ANSWER = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 
-# Subtasks whose texts hold several keys with one value each, and a sentence with one of them.
+# Subtasks whose texts have several keys with one value each.
 ASKABLE = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multiquery")
-# What vt's generator writes between the lines of its filler, and a sentence of that filler.
+# An assignment of vt's chain, and a sentence of its filler.
 ASSIGNMENT = re.compile(r"VAR ([A-Z]{5}) = (?:\d{5}|VAR [A-Z]{5} ) ")
 SENTENCE = re.compile(r"[^.]+\.\s*")
 KEY = re.compile(r"special magic (number|uuid)s? for (\S+) is: ([\w-]+)")
@@ -44,10 +44,10 @@ class Drawn:
     """One prompt.
 
     Attributes:
-        text: all but the answer's beginning.
-        question: its end, the line that asks.
-        prefix: how the answer begins.
-        answers: what must be in it.
+        text: the prompt without the beginning of the answer.
+        question: the end of `text`, the line that asks.
+        prefix: the beginning of the answer.
+        answers: what the answer must contain.
     """
 
     text: str
@@ -61,15 +61,15 @@ def generate(
 ) -> list[Drawn]:
     """Prompts that leave space for the answer; the first n are the same for every `samples`.
 
-    Of a seed they are lm-eval's when `random` and `numpy.random` get it before that subtask and
-    length, with two differences. Of `cwe`, a worked example stands before the list and is counted
-    with it, as the owners have it; lm-eval leaves it out. Of `fwe`, the answer has room within the
-    length, as the owners have it since June 2025: prompts are lm-eval's of a length shorter by it.
+    They are lm-eval's if `random` and `numpy.random` are given the seed before the same subtask and
+    length, with two exceptions, both as in the owners' code. `cwe` has a worked example before the
+    list, which counts; lm-eval leaves it out. `fwe` has room for the answer within the length (in
+    the owners' code since June 2025): its prompts are lm-eval's of a length shorter by the answer.
 
     Args:
         subtask: one of :data:`SUBTASKS`.
-        length: nominal; some sizes depend on it.
-        room: tokens that prompt and answer may take up, at most `length`.
+        length: in tokens; some sizes depend on it.
+        room: tokens that prompt and answer may take together, at most `length`.
         data: of :func:`read_data`, for subtasks that need a file.
 
     Raises:
@@ -90,9 +90,10 @@ def generate(
 
 
 def more_questions(subtask: str, drawn: Drawn, count: int, seed: str) -> list[Drawn]:
-    """`count` prompts on one text, each for another of its keys, the one asked for first.
+    """`count` prompts on one text, each asking for another of its keys as the benchmark does.
 
-    The question is the benchmark's for one key; of niah_multiquery no key is the first.
+    The first asks for the key that the drawn prompt asks for. niah_multiquery asks for several; its
+    prompts ask for these in random order.
 
     Raises:
         ConfigError: there are fewer keys.
@@ -119,20 +120,19 @@ def more_questions(subtask: str, drawn: Drawn, count: int, seed: str) -> list[Dr
 
 
 def move_chain(drawn: Drawn, spread: str) -> Drawn:
-    """A prompt of vt whose chain's assignments stand elsewhere; all else is what it was.
+    """A prompt of vt with the assignments of its chain, but the first, moved; the rest is the same.
 
-    The first stays. Where the text is cut into tokens changes with what stands beside an
-    assignment, so the prompt may be a few tokens longer or shorter.
+    The prompt may be a few tokens longer or shorter, as tokens depend on neighbouring text.
 
     Args:
         spread: one of :data:`SPREADS`, see :class:`evals.tasks.ruler.Ruler`.
     """
-    # Before the text stands the worked example, whose names are shorter.
+    # The worked example before the text has shorter names.
     chain = [*ASSIGNMENT.finditer(drawn.text)]
     begin, end = chain[0].start(), len(drawn.text) - len(drawn.question)
     sentences = SENTENCE.findall(ASSIGNMENT.sub("", drawn.text[begin:end]))
     apart = {"cell": 0.0, "neighbours": 1.0, "prompt": len(sentences) / len(chain)}[spread]
-    # From the back, so that no insertion moves the place of a later one.
+    # From the last to the first, so that no insertion moves another place.
     for number, assignment in reversed([*enumerate(chain)]):
         sentences.insert(round(apart * number), assignment.group())
     return replace(drawn, text=drawn.text[:begin] + "".join(sentences) + drawn.question)
@@ -140,7 +140,7 @@ def move_chain(drawn: Drawn, spread: str) -> Drawn:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Python's and numpy's own random states, which lm-eval draws from; put back afterwards."""
+    """Seeds Python's and numpy's random states, from which lm-eval draws, and restores them."""
     before, before_numpy = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -160,13 +160,14 @@ def _largest(
     most: float = math.inf,
     spread: float = 1.0,
 ) -> int:
-    """The size that lm-eval's search ends with: the step before the first text beyond `room`.
+    """The size at which lm-eval's search ends: the step before the first text longer than `room`.
 
-    One that fills it to the token is passed over, too. A text is not counted while it must be
-    shorter: if what came to the one counted last has at most twice its tokens a character.
+    A text of exactly `room` tokens is passed, too. Texts that must be shorter are not tokenized: it
+    is assumed that what was added to the last tokenized text has at most twice as many tokens per
+    character.
 
     Args:
-        spread: how far, as a factor, a text of words drawn anew may have more tokens than that.
+        spread: factor for texts whose words are drawn anew, and may have more tokens than that.
     """
     tokens = characters = 0
     while True:
@@ -184,7 +185,7 @@ def _largest(
 def _first(
     draw: Callable[[int], Any], sizes: Iterable[int], count: Count, room: int
 ) -> Iterator[Any]:
-    """The first of what is drawn in these sizes whose text, which comes first in it, fits."""
+    """Of the draws in these sizes the first whose text (its first item) fits."""
     fitting = (drawn for drawn in map(draw, sizes) if count(drawn[0]) <= room)
     return islice(fitting, 1)
 
@@ -263,7 +264,7 @@ def _vt(count: Count, length: int, room: int, samples: int) -> Iterator[Drawn]:
 def _cwe(count: Count, length: int, room: int, samples: int) -> Iterator[Drawn]:
     cwe = modules().cwe
     room -= ANSWER["cwe"]
-    # The module shuffles by a generator of its own: to what it is when it has been imported.
+    # The module has its own random generator: set it to its state after the import.
     fresh = random.Random(42)
     fresh.shuffle(list(cwe.WORDS))
     cwe.RNG.setstate(fresh.getstate())
@@ -309,7 +310,7 @@ def _qa(
     room -= ANSWER["qa"]
 
     def draw(index: int, size: int) -> tuple[str, list[str]]:
-        # A copy, as it is shuffled in place where all documents are wanted.
+        # A copy, as the list is shuffled in place if all documents are used.
         return qa.generate_input_output(index, size, qas=qas, docs=list(documents))
 
     def with_answer(size: int) -> str:
@@ -325,5 +326,5 @@ def _qa(
 
 
 def _drawn(text: str, marker: str, prefix: str, answers: Sequence[str]) -> Drawn:
-    """`marker` begins the line that asks."""
+    """A prompt; `marker` is the beginning of the line that asks."""
     return Drawn(text, text[text.rindex(f"\n{marker}") + 1 :], prefix, tuple(answers))

@@ -21,8 +21,8 @@ METRICS = (*ROUGE, *(f"pkg_{name}" for name in ROUGE), "self_bleu")
 
 ARTICLE_FIELDS = ("document", "article")
 SUMMARY_FIELDS = ("summary", "highlights", "summary_gt")
-# Files made for H2O's evaluation hold a whole prompt where the article should be; a few-shot one
-# holds several articles, all but the last with their summaries.
+# Files made for H2O's evaluation have a whole prompt in place of the article; few-shot files have
+# several articles in it, all but the last with their summaries.
 READY = "###\nArticle: "
 READY_PROMPT = re.compile(f"{READY}(.*)\n\nSummarize the above article in [^\n]*\n*", re.DOTALL)
 
@@ -38,7 +38,7 @@ class Summarization(Task):
     the summary repeats itself (:func:`self_bleu`); lower is better.
 
     Attributes:
-        headline: which of them summaries and tables show.
+        headline: the score that tables show.
         prompt: the prompt, with {article} and {words} where they stand in it.
         words: how many words the prompt asks for.
         data_file: JSON lines with one of ARTICLE_FIELDS and one of SUMMARY_FIELDS; None: the hub.
@@ -96,7 +96,11 @@ class Summarization(Task):
 
 
 def _article(number: int, row: dict[str, Any]) -> str:
-    """The article of a sample, taken out of a ready prompt; `number`: its place in the file."""
+    """The article of a sample, taken out of a ready prompt if it is one.
+
+    Args:
+        number: of the sample in its file, from 0.
+    """
     text = _first(row, ARTICLE_FIELDS)
     if READY not in text:
         return text

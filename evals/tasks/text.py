@@ -1,4 +1,4 @@
-"""Metrics of texts that more than one task needs."""
+"""Metrics of texts that several tasks use."""
 
 from __future__ import annotations
 

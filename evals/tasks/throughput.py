@@ -1,7 +1,7 @@
-"""Speed and memory of a method on prompts of given lengths: what is said does not matter.
+"""Speed and memory of methods on random prompts of given lengths.
 
-The figures that count are every record's own measurements (:mod:`evals.run.speed`): TTFT, time per
-token, share of evictions, KV bytes, peak memory. This task only makes prompts of exact lengths.
+This task only makes the prompts. What it is run for are the measurements in each record
+(:mod:`evals.run.speed`): TTFT, time per token, share of evictions, KV bytes, peak memory.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from evals.tasks.types import Grid, Size, nbytes
 
 @dataclass(kw_only=True)
 class Throughput(Task):
-    """Score: tokens answered, always `max_new_tokens`.
+    """Score: tokens of the answer, which are always `max_new_tokens`.
 
     Attributes:
         lengths: prompt tokens; `samples` prompts of each.
         seed: of the random tokens.
         batch_size: prompts per batch; ``max``: as many as fit into `kv_limit`.
-        kv_limit: of the keys and values of a batch, such as ``512MB``, at the most entries that the
-            method ever holds between two steps.
+        kv_limit: the most that keys and values of a batch may take between two steps, such as
+            ``512MB``.
         prefill_chunk: tokens of a step in which a prompt is read, with an eviction after each;
             None: all at once.
         hold: with `prefill_chunk`: evict nothing before the prompt's end.
-        paired: one step of each method in turn, for machines that are slower at times.
+        paired: methods take turns, one step each, for machines that are slower at times.
     """
 
     headline: ClassVar[str] = "answer_tokens"
@@ -63,7 +63,7 @@ class Throughput(Task):
             raise ConfigError("task.lengths", list(self.lengths), remedy)
 
         if self.hold and self.prefill_chunk is None:
-            remedy = "is of prompts in chunks; write task.prefill_chunk=1024, too"
+            remedy = "applies to prompts in chunks; write task.prefill_chunk=1024, too"
             raise ConfigError("task.hold", True, remedy)
         if self.paired and self.batch_size != 1:
             remedy = "methods take their steps in turn on one prompt; write 1"

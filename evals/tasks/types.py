@@ -1,4 +1,4 @@
-"""Types of tasks' settings beyond pydantic's own; what they refuse is one line."""
+"""Types of tasks' settings that pydantic does not have; each error is one line."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, None: 1}
 
 
 def nbytes(size: str) -> int:
-    """512MB, 0.5GB: a number of bytes.
+    """Bytes of a size such as 512MB or 0.5GB.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG])?B?", size)
     if not found or not float(found[1]):
@@ -47,12 +47,12 @@ def _size(value: str) -> str:
 Size = Annotated[str, AfterValidator(_size)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
-# How far apart the parts of one fact stand: within reach of a cell, in cells nearby, anywhere.
+# How far apart the parts of one fact stand: in one cell, in neighbouring cells, over the prompt.
 SPREADS = ("cell", "neighbours", "prompt")
 
 
 def template(must: Sequence[str], may: Sequence[str] = ()) -> AfterValidator:
-    """A text with all of `must` in braces, and nothing else there but `may`.
+    """A text that has all of `must` in braces, may have those of `may`, and no others.
 
     Other braces are written twice, as in :meth:`str.format`.
     """

@@ -24,13 +24,12 @@ from evals.tasks.data import load_hub, read_text
 class Wikitext(StreamTask):
     """Scores: token and word perplexity; lower is better.
 
-    Words are what white space separates; a text's word perplexity is exp(its loss in nats / its
-    words), so it does not depend on the tokenizer. Of several texts, which are of one length, the
-    perplexity is the geometric mean of theirs.
+    Words are separated by white space. A text's word perplexity is exp(its loss in nats / its
+    words), so it does not depend on the tokenizer. The perplexity of several texts, which have one
+    length, is their geometric mean.
 
     Attributes:
-        samples: the text is cut into consecutive pieces of `tokens`, each with a cache of its own;
-            so many of them are read.
+        samples: how many consecutive pieces of `tokens` are read, each with a cache of its own.
         rows: the first so many lines, each tokenized by itself (with the token that begins a text,
             if there is one), are read one after another with one cache: a line's first token is not
             predicted, and its last is not fed. This is what the BUZZ paper's code reads. None: the

@@ -1,12 +1,14 @@
-"""Services that take results besides the setting's folder, which is always written."""
+"""Services that get results besides the setting's folder, which is always written."""
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,9 +16,59 @@ import numpy as np
 from buzz.errors import ConfigError
 from evals.results.folder import unrolled
 from evals.results.record import Record
-from evals.run.logger import Logger
+from evals.tasks.build import check_fields
 
+PATIENCE = 300.0  # seconds that a logger may take
 LEFT_OUT = {"trace", "tokens"}  # long, and of no use in a table
+
+
+@dataclass(kw_only=True)
+class Logger:
+    """No service.
+
+    Attributes:
+        service: what warnings call it.
+    """
+
+    service: ClassVar[str] = ""
+
+    name: str
+
+    def check(self) -> None:
+        """What can be checked before a model is loaded.
+
+        Raises:
+            ConfigError: a setting is wrong, or a package is not installed.
+        """
+        check_fields("logger", self)
+
+    def log(
+        self, file: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+    ) -> None:
+        """Takes a finished row, whose file is written by now. Failures are warnings.
+
+        So is a service that takes no end: it runs in a thread that dies with the process.
+        """
+        problems: list[str] = []
+
+        def guarded() -> None:
+            try:
+                self._log(file, config, records, summary)
+            except Exception as error:  # a logger must not cost the result
+                problems.append(str(error) or type(error).__name__)
+
+        thread = Thread(target=guarded, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            problems.append(f"no answer within {PATIENCE:g} s")
+        if problems:
+            warnings.warn(f"not logged to {self.service}: {problems[0]}", stacklevel=2)
+
+    def _log(
+        self, file: Path, config: dict[str, Any], records: list[Record], summary: dict[str, Any]
+    ) -> None:
+        pass
 
 
 @dataclass(kw_only=True)
