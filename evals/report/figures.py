@@ -96,13 +96,18 @@ def _saved(
     with plt.rc_context(RC):
         for name, title, note, figure, shown in draw(drawn, labels(rows)):
             path = where(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
-            figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-            plt.close(figure)
+            save(figure, path)
             note = f"{note} {over_note(shown)}".strip()
             figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
+
+
+def save(figure: Any, path: Path) -> None:
+    """As a PNG file and, beside it, a PDF file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    plt.close(figure)
 
 
 def panels(
@@ -295,17 +300,15 @@ def front(
 
 def maps(found: Settings, named: dict[str, str]) -> Drawn:
     """Scores by two settings of a task, a panel per row."""
-    chosen = _chosen(found, lambda part: part.task.iloc[0] in SPEC["maps"])
+    chosen = _chosen(found, _mapped)
     for number, parts in enumerate(chosen.values()):
         shown = list(parts.values())
         (x, x_label), (y, y_label) = SPEC["maps"][shown[0].task.iloc[0]]
         most = 3 if len(shown) <= 6 else 5
         figure, axes = panels(len(shown), 2.4, 2.3, most)
         for axis, part in zip(axes, shown, strict=True):
-            meta = pd.DataFrame(part.meta.tolist(), index=part.index)
-            if not {x, y} <= set(meta):
-                continue
-            cells = part.score.astype(float).groupby([meta[y], meta[x]]).mean().unstack()
+            cells = part.score.astype(float).groupby([_told(part, y), _told(part, x)]).mean()
+            cells = cells.unstack()
             drawn = axis.imshow(cells, cmap="cividis", aspect="auto", vmin=0, vmax=1)
             for (down, across), value in np.ndenumerate(cells):
                 style = {"ha": "center", "va": "center", "fontsize": 8}
@@ -324,6 +327,12 @@ def maps(found: Settings, named: dict[str, str]) -> Drawn:
         yield f"map_{number}", title, f"{len(shown[0])} samples a panel.", figure, shown
 
 
+def _mapped(part: pd.DataFrame) -> bool:
+    """Whether its task has a map, and its samples both coordinates."""
+    axes = SPEC["maps"].get(part.task.iloc[0], ())
+    return bool(axes) and all(_told(part, name).notna().any() for name, _ in axes)
+
+
 def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value}"
 
@@ -338,18 +347,23 @@ def by_question(found: Settings, named: dict[str, str]) -> Drawn:
 
 
 def by_length(found: Settings, named: dict[str, str]) -> Drawn:
-    """Of tasks with prompts of several lengths, but for those that draw a map of them."""
-    own = _chosen(found, lambda part: part.task.iloc[0] not in SPEC["maps"])
+    """Of tasks with prompts of several lengths, but for those that are mapped."""
+    own = _chosen(found, lambda part: not _mapped(part))
     yield from _curves(own, named, "length", "Score by length of the prompt", "Lengths in tokens.")
 
 
 def points(part: pd.DataFrame, key: str) -> pd.DataFrame:
     """The headline by a number in the samples' `meta`, ascending, with its interval."""
-    told = part.meta.map(lambda meta: meta.get(key) if isinstance(meta, dict) else None)
+    told = _told(part, key)
     known = told.map(lambda one: isinstance(one, int))
     groups = part[known].groupby(told[known].astype(int))
     found = {number: estimate(own) for number, own in groups}
     return pd.DataFrame.from_dict(found, orient="index", columns=Estimate._fields)
+
+
+def _told(part: pd.DataFrame, key: str) -> pd.Series:
+    """What the samples' `meta` has under a key, None where it has nothing."""
+    return part.meta.map(lambda meta: meta.get(key) if isinstance(meta, dict) else None)
 
 
 def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: str) -> Drawn:
