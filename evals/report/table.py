@@ -25,7 +25,8 @@ LATEX = str.maketrans(
     | {"<": r"\textless{}", ">": r"\textgreater{}", MARK: r"\textdagger{}"}
     | {"≥": r"$\geq$", "≤": r"$\leq$"}
 )
-HEADS = ("task", "model", "seed", "method", "settings", "compress", "budget", "metric")
+HEADS = ("task", "model", "seed", "setting", "method", "parameters", "compress", "budget")
+HEADS += ("metric",)
 ENDS = re.compile(r" (\[.*?\])")  # an interval behind a value
 WIDEST = 120  # characters of a table on a terminal; a narrower one wraps
 

@@ -53,7 +53,7 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
 def _rows(table: Table, without: str = "") -> Table:
     """Lines by the names of their files, as settings stand above them."""
     table = table.take([i for i, name in enumerate(table.frame["row"]) if name != without])
-    frame = table.frame.drop(columns=[*HEADS, "row", "n"])
+    frame = table.frame.drop(columns=[*HEADS, "row", "n"], errors="ignore")
     frame.insert(0, "", table.frame["row"])
     return replace(table, frame=frame.assign(n=table.frame["n"]))
 

@@ -44,6 +44,7 @@ from evals.tasks.longbench import averages
 SPEC = yaml.safe_load(Path(__file__).with_name("views.yaml").read_text(encoding="utf-8"))
 DISTURBED = "~"  # behind times of samples during which other processes kept the machine busy
 MANY = 6  # rows up to which they are columns of a table of data sets
+SHARED = ("model", "seed", "compress")  # what settings of one task may differ in, besides its own
 Parts = dict[str, pd.DataFrame]  # a setting's samples by row
 
 
@@ -176,21 +177,35 @@ def summary(part: pd.DataFrame) -> dict[str, Any]:
 
 
 def labels(rows: pd.DataFrame) -> dict[str, str]:
-    """The settings by what tells them apart: the task, and what else differs."""
-    first = rows.drop_duplicates("setting").set_index("setting")
-    apart = [name for name in ("model", "seed", "compress") if first[name].nunique() > 1]
-    found = {
-        key: " ".join([one.task, *(f"{name}={one[name]}" for name in apart)]).replace("model=", "")
-        for key, one in first.iterrows()
+    """Settings by name: the task, and what tells it from the other settings of the frame."""
+    first, more = rows.drop_duplicates("setting"), differences(rows)
+    varied = [name for name in SHARED if first[name].nunique() > 1]
+    return {
+        one.setting: " ".join(
+            [one.task, *(f"{name}={one[name]}" for name in varied), more[one.setting]]
+        )
+        .replace("model=", "")
+        .strip()
+        for _, one in first.iterrows()
     }
-    for label, count in Counter(found.values()).items():
-        alike = {key: _flat(first.loc[key]) for key, other in found.items() if other == label}
-        for name in dict.fromkeys(name for one in alike.values() for name in one):
-            if count > 1 and len({str(one.get(name)) for one in alike.values()}) > 1:
-                for key, one in alike.items():
-                    found[key] += f" {name}={one.get(name)}"
-    several = {label for label, count in Counter(found.values()).items() if count > 1}
-    return {key: f"{key}" if label in several else label for key, label in found.items()}
+
+
+def differences(rows: pd.DataFrame) -> dict[str, str]:
+    """What tells apart settings of one task, model, seed and `compress`; nothing of others.
+
+    Their other settings that differ; the folder's name where none does.
+    """
+    found: dict[str, str] = {}
+    first = rows.drop_duplicates("setting").set_index("setting")
+    for _, alike in first.groupby(["task", *SHARED], dropna=False):
+        known = {key: _flat(one) for key, one in alike.iterrows()}
+        names = dict.fromkeys(name for one in known.values() for name in one)
+        differ = [n for n in names if len({str(one.get(n)) for one in known.values()}) > 1]
+        texts = {k: " ".join(f"{n}={one.get(n)}" for n in differ) for k, one in known.items()}
+        count = Counter(texts.values())
+        copies = {key for key, text in texts.items() if len(alike) > 1 and count[text] > 1}
+        found |= texts | {key: str(key) for key in copies}
+    return found
 
 
 def _flat(setting: pd.Series) -> dict[str, Any]:
@@ -220,7 +235,7 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
         if column == "score":
             columns |= {one: {"metric": f"scores.{one}", "interval": True} for one in metrics}
     others = {c["against"]: partner(rows, c["against"]) for c in columns.values() if "against" in c}
-    named, pieces = labels(rows), []
+    named, more, pieces = labels(rows), differences(rows), []
     for setting, parts in (across_seeds(rows) if across else settings(rows)).items():
         for whole in parts.values():
             section = f"{named.get(setting, '')}  {whole.headline.iloc[0]}".strip()
@@ -236,7 +251,9 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
             found, disturbed = _column(how, answered, others, rows, across)
             cells |= _written(column, found, how)
             marks[column].append(DISTURBED if disturbed else "")
-        line = head(whole, part) | ({by: length} if by else {}) | cells
+        line = head(whole, part, more) | ({by: length} if by else {}) | cells
+        if "score" not in columns:
+            del line["metric"]
         if across:
             line["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
         if spec.get("terminal"):
@@ -271,15 +288,16 @@ def length_bin(tokens: pd.Series) -> pd.Series:
     return (2 ** np.round(np.log2(tokens.astype(float).clip(lower=1)))).fillna(0).astype(int)
 
 
-def head(whole: pd.DataFrame, part: pd.DataFrame) -> dict[str, Any]:
-    """What a line is of."""
+def head(whole: pd.DataFrame, part: pd.DataFrame, more: Mapping[str, str]) -> dict[str, Any]:
+    """What a line is of; `more`: :func:`differences`."""
     one = whole.iloc[0]
     return {
         "task": one.task,
         "model": one.model,
         "seed": one.seed,
+        "setting": more[one.setting],
         "method": one.label if not unknown(one.label) else one.row,
-        "settings": one.row.partition(",")[2],
+        "parameters": one.row.partition(",")[2],
         "compress": "" if one.compress == "prompt" or unknown(one.compress) else one.compress,
         "budget": budget_text(part if len(part) else whole),
         "metric": one.headline,
@@ -524,14 +542,14 @@ PARAMETERS += ("positions", "logn_base", "logn_clamp", "granularity", "page_scor
 
 def ablations(rows: pd.DataFrame) -> Table:
     """Every parameter that was varied alone."""
-    lines, parts, full = [], [], partner(rows)
+    lines, parts, full, more = [], [], partner(rows), differences(rows)
     for parameter in PARAMETERS:
         for family in families(rows, parameter):
             for value, part in family.items():
                 found, (tokens, ratio) = score(ran(part), rows), _lengths(ran(part), full)
                 parts.append(part)
                 lines.append(
-                    {"parameter": parameter, "value": str(value), **head(part, part)}
+                    {"parameter": parameter, "value": str(value), **head(part, part, more)}
                     | {"score": found.value, "score low": found.low, "score high": found.high}
                     | {"answer tokens": tokens, "answer / full": ratio}
                     | {"KV MB": ran(part).kv_nbytes_mean.mean() / 1e6, "held / budget": held(part)}
@@ -547,8 +565,9 @@ def ablations(rows: pd.DataFrame) -> Table:
 
 def overview(rows: pd.DataFrame) -> Table:
     """Every row, unfinished and failed ones too."""
+    more = differences(rows)
     lines = [
-        head(part, part)
+        head(part, part, more)
         | {"n": len(ran(part)), "status": status(part), "machine": _listed(part.machine)}
         | {"revision": _listed(part.git_revision.dropna().astype(str).str[:12])}
         | {"folder": part.setting.iloc[0]}

@@ -71,12 +71,17 @@ def load(*roots: str | Path) -> pd.DataFrame:
     Returns:
         :data:`COLUMNS`, `scores.NAME` of every metric and whatever else records have;
         `attrs["left_out"]` names what could not be read or does not count.
+
+    Raises:
+        ConfigError: a folder does not exist.
     """
     rows: list[dict[str, Any]] = []
     stored: list[pd.DataFrame] = []
     left_out: list[str] = []
     folders: dict[Path, Path] = {}
     for root in map(Path, roots):
+        if not root.exists():
+            raise ConfigError("runs", str(root), "no such folder")
         # The second was version 0.2's.
         for file in sorted([*root.rglob("setting.yaml"), *root.rglob("samples.jsonl")]):
             folders.setdefault(file.parent.resolve(), file.parent)
