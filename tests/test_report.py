@@ -85,19 +85,6 @@ def test_cells_are_escaped_in_every_form() -> None:
     assert "&lt;script&gt;&amp;%" in on_page(table)
 
 
-def test_a_column_is_one_line_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What views.yaml says is in every form; nothing else names columns."""
-    write_row(tmp_path, "full", [10.0, 20.0])
-    columns = views.SPEC["views"]["scores"]["columns"]
-    more = columns | {"evictions of it": {"metric": "evictions", "scale": 2}}
-    monkeypatch.setitem(views.SPEC["views"]["scores"], "columns", more)
-    monkeypatch.setitem(views.SPEC["views"]["scores"], "narrow", ["evictions of it"])
-    out = report(tmp_path)
-    assert pd.read_csv(out / "tables/summarization.csv")["evictions of it"].item() == 6
-    for text in ("tables/summarization.md", "tables/summarization.tex", "report.html"):
-        assert "evictions of it" in (out / text).read_text()
-
-
 def test_what_was_not_run_says_so_and_its_files_have_headings(tmp_path: Path) -> None:
     write_row(tmp_path, "full", [10.0, 20.0])
     out = report(tmp_path)
@@ -696,7 +683,7 @@ def test_tables_of_answers_say_how_long_they_are(tmp_path: Path) -> None:
     for table in tables:
         for line in table.frame.to_dict("records"):
             if line.get("method", "buzz").startswith("buzz"):
-                tokens = 12 if "32" in str(line.get("settings", line.get("value"))) else 20
+                tokens = 12 if "32" in line["parameters"] else 20
                 assert line["answer tokens"] == tokens, table.name
                 assert line["answer / full"] == tokens / 8, table.name
     (benchmark,) = (table for table in views.sections(rows) if table.name == "longbench")

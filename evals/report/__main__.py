@@ -5,8 +5,8 @@
     python -m evals.report runs=results/runs out=results   # tables, figures, report.html
     python -m evals.report embedded                        # see evals/report/embedded.py
 
-No model is loaded. Beside the runs the page has published numbers (paper=results/paper), what
-`make bench` measured (bench=results/hardware) and the embedded model's (embedded=results/embedded).
+No model is loaded. The page also has stored numbers: published ones (paper=results/paper), those of
+the old benchmark (bench=results/hardware), and the embedded model's (embedded=results/embedded).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ STORED["paper"] = Path(__file__).with_name("published")  # in the wheel too
 
 
 def write(runs: Path, out: Path, **numbers: Path) -> Path:
-    """Writes everything; returns the page's path.
+    """Writes tables, figures and the page; returns the page's path.
 
     Args:
-        numbers: folders of numbers that are no runs, by the names of STORED.
+        numbers: the folders of stored numbers, by the names of STORED.
 
     Raises:
         ConfigError: there are no runs.
@@ -74,7 +74,7 @@ def write(runs: Path, out: Path, **numbers: Path) -> Path:
 
 
 def named(arguments: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
-    """Arguments NAME=FOLDER over their defaults.
+    """Parses arguments NAME=FOLDER; `known` has the names and their defaults.
 
     Raises:
         ConfigError: a name is not known, or no folder is given.
@@ -89,7 +89,7 @@ def named(arguments: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 1 if something was left out, 2 if there is nothing to show."""
+    """Returns the exit status: 1 if something was left out, 2 if there is nothing to show."""
     try:
         if arguments and arguments[0] == "embedded":
             from evals.report import embedded
