@@ -458,7 +458,8 @@ def test_maps_have_their_values_written_in(tmp_path: Path) -> None:
 
 def test_maps_are_of_samples_that_have_both_coordinates(tmp_path: Path) -> None:
     lengths = [{"length": n} for n in (512, 512, 1024, 1024)]
-    write_row(tmp_path, "full", [1.0, 0.5, 0.0, 0.0], task="needle", meta=lengths, lengths=[512])
+    where: dict[str, Any] = {"task": "needle", "meta": [*lengths, {}], "lengths": [512]}
+    write_row(tmp_path, "full", [1.0, 0.5, 0.0, 0.0, 1.0], **where)
     write_row(tmp_path, "full", [1.0], task="needle", meta=[{"words": 3}], lengths=[1024])
     names = {one.path.stem for one in figures.draw_all(load(tmp_path), tmp_path)}
     assert names == {"by_length"}

@@ -235,8 +235,6 @@ def is_papers(part: pd.DataFrame) -> bool:
 def limits(one: pd.Series) -> str | None:
     """Why a verdict is about the row's model alone; None if it is not."""
     count = one.model_parameters
-    if unknown(count) and one.model.startswith("llama2_7b"):
-        count = 6_738_415_616
     if isinstance(one.model_settings, dict) and "hidden_size" in one.model_settings:
         return "random weights"
     if unknown(count):

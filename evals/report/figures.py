@@ -363,7 +363,8 @@ def points(part: pd.DataFrame, key: str) -> pd.DataFrame:
 
 def _told(part: pd.DataFrame, key: str) -> pd.Series:
     """The samples' `meta` of a key; None for samples without it."""
-    return part.meta.map(lambda meta: meta.get(key) if isinstance(meta, dict) else None)
+    values = [meta.get(key) if isinstance(meta, dict) else None for meta in part.meta]
+    return pd.Series(values, part.index, dtype=object)  # whole numbers stay whole
 
 
 def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: str) -> Drawn:

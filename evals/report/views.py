@@ -153,8 +153,7 @@ def score(
     other: pd.DataFrame | None = None,
     of: Weights = VALUE,
 ) -> Estimate:
-    """:func:`estimate` of a score. If all samples are equal, another sample could have any score
-    that some method of the setting had."""
+    """:func:`estimate` of a score. Samples may have any score between those of the setting."""
     if part.empty or part.statistic.iloc[0] != "mean":
         return estimate(part, metric, other, of)
     found = rows[metric][rows.setting == part.setting.iloc[0]].astype(float)
@@ -191,8 +190,10 @@ def labels(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def differences(rows: pd.DataFrame) -> dict[str, str]:
-    """The task's and model's settings that tell a setting from others of its task, model, seed
-    and `compress`; the folder's name if none differs; nothing if there are no others.
+    """By setting, what tells it from others of its task, model, seed and `compress`.
+
+    That is the task's and the model's other settings, or the folder's name if they are equal. It
+    is empty for the only setting of its kind.
     """
     found: dict[str, str] = {}
     first = rows.drop_duplicates("setting").set_index("setting")
@@ -399,8 +400,9 @@ def _cell(
 
 
 def _alike(kind: str, own: Any, full: Any) -> float:
-    """The share of positions with the same token, or of the full cache's answer that is the same
-    up to the first other token."""
+    """The share of positions with equal tokens (agreement), or of the full cache's answer up to
+    the first other token (prefix).
+    """
     if not (isinstance(own, list) and isinstance(full, list) and own and full):
         return np.nan
     same = [a == b for a, b in zip(own, full, strict=False)]
@@ -461,8 +463,7 @@ def sections(rows: pd.DataFrame) -> Iterator[Table]:
 
 
 def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
-    """Scores by data set, averages, lengths and memory: a column per method, or a line if there
-    are many."""
+    """Scores by data set, averages, lengths and memory; MANY methods are lines, fewer columns."""
     columns: dict[str, dict[str, Any]] = {}
     named, several = labels(rows), rows.setting.nunique() > 1
     more = SPEC["views"]["data_sets"]["columns"]

@@ -176,16 +176,11 @@ def _committed(file: Path, root: Path) -> pd.DataFrame:
     found["budget_entries"] = found.budget.where(found.budget >= 1, context * found.budget)
     found["held"] = found.entries_mean / found.budget_entries
     found["row"] = found.method + "@" + found.budget.map("{:g}".format)
-    if "score" not in found:
-        found["score"] = np.nan
-    full = found.drop_duplicates(["setting", "sample"]).copy()
-    measured = [*("budget", "budget_by", "kl", "kl_median", "top1", "budget_entries", "held")]
-    full[[*measured, "entries_mean", "entries_peak", "evictions"]] = None
+    measured = ["budget", "budget_by", "budget_entries", "held", "kl", "kl_median", "top1"]
+    measured += ["entries_mean", "entries_peak", "evictions"]
+    full = found.drop_duplicates(["setting", "sample"]).drop(columns=measured)
     full = full.assign(row=REFERENCE, method=REFERENCE, score=full.full_score)
-    found = pd.concat([full.astype(object), found.astype(object)], ignore_index=True)
-    numbers = found.columns.difference(["setting", "compress", "task", "row", "method", "sample"])
-    for name in numbers.difference(["answer", "budget_by"]):
-        found[name] = pd.to_numeric(found[name])
+    found = pd.concat([full, found], ignore_index=True)
     found = found.rename(columns=STORED).drop(columns="full_score")
     return found.assign(label=found.method, **_SMOLLM)
 
