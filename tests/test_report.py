@@ -692,7 +692,7 @@ def test_tables_of_answers_say_how_long_they_are(tmp_path: Path) -> None:
     assert {12, 20} <= set(sets.loc["answers: tokens"]) and 8 in set(sets.loc["answers: tokens"])
     assert {1.5, 2.5} <= set(sets.loc["answers: tokens / full"])
     assert set(views.make("terminal", rows).frame["answer tokens"]) == {"8", "12", "20"}
-    assert set(views.make("against", rows).frame["answer /full"]) == {"-", "1.50", "2.50"}
+    assert set(views.make("against", rows).frame["answer /full"]) == {"1.50", "2.50"}
 
 
 def test_a_sign_test_is_the_binomials() -> None:

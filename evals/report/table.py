@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,6 @@ class Table:
             last = section
             table.add_row(*map(escape, cells))
         return table
-
-    def take(self, lines: Sequence[int]) -> Table:
-        """The table with some of its lines."""
-        marks = {name: [one[i] for i in lines] for name, one in self.marks.items()}
-        sections = [self.sections[i] for i in lines]
-        return replace(self, frame=self.frame.iloc[lines], marks=marks, sections=sections)
 
     def write(self, folder: Path) -> None:
         """Writes NAME.md, NAME.tex and NAME.csv (raw values, with a heading even without lines)."""

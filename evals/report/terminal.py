@@ -38,8 +38,7 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     tables = [_rows(views.make("terminal", own))] if len(own) else []
     compared = own[own.setting.isin(own.setting[own.row == REFERENCE])]
     if (compared.row != REFERENCE).any():
-        table = views.make("against", compared, title=f"against {REFERENCE}")
-        tables.append(_rows(table, without=REFERENCE))
+        tables.append(_rows(views.make("against", compared)))
     if len((over := views.make("seeds", own)).frame):
         tables.append(over)
     tables += [_rows(views.make("speed", rows[timed]))] if timed.any() else []
@@ -53,9 +52,8 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     return left_out
 
 
-def _rows(table: Table, without: str = "") -> Table:
+def _rows(table: Table) -> Table:
     """The table with lines by the names of their files; their settings stand above them."""
-    table = table.take([i for i, name in enumerate(table.frame["row"]) if name != without])
     told_elsewhere = [*HEADS, "row", "n", "prompt_tokens"]
     frame = table.frame.drop(columns=told_elsewhere, errors="ignore")
     frame.insert(0, "", table.frame["row"])

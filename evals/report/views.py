@@ -230,7 +230,8 @@ def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str
     spec = SPEC["views"][view]
     parts = []
     for own in (across_seeds(rows) if "across" in spec else settings(rows)).values():
-        pieces = [one for part in own.values() for one in split(part, spec.get("by"))]
+        chosen = [part for row, part in own.items() if row != spec.get("without")]
+        pieces = [one for part in chosen for one in split(part, spec.get("by"))]
         parts += [({}, piece) for _, piece in sorted(pieces, key=lambda one: one[0])]
     return filled(view, rows, parts, metrics, **told)
 
