@@ -430,10 +430,11 @@ def test_curves_join_the_means_of_one_setting(tmp_path: Path) -> None:
     write_row(tmp_path, "buzz", [0.0, 0.0] * 3, compress="stream", budget=0.25, **where)
     rows = load(tmp_path)
     full = rows[rows.row == "full"]
-    found = figures.points(full, "question")
+    found = figures.points(full, "question", rows)
+    assert found.high.max() == 1  # also where all answers are right
     assert dict(found.value) == {1: 1.0, 2: pytest.approx(1 / 3)}
     assert found.low[2] == 0 and found.high[2] == 1
-    assert dict(figures.points(full, "length").value) == {256: 0.5, 1024: 0.75}
+    assert dict(figures.points(full, "length", rows).value) == {256: 0.5, 1024: 0.75}
     figure, _ = drawn(figures.by_question, tmp_path)
     one, other = sorted(figure.axes, key=lambda axis: axis.get_title())
     assert [len(axis.lines) for axis in (one, other)] == [2, 1]  # never of two settings

@@ -352,12 +352,16 @@ def by_length(found: Settings, named: dict[str, str]) -> Drawn:
     yield from _curves(own, named, "length", "Score by length of the prompt", "Lengths in tokens.")
 
 
-def points(part: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The score and its interval by a whole number in the samples' `meta`, ascending."""
+def points(part: pd.DataFrame, key: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The score and its interval by a whole number in the samples' `meta`, ascending.
+
+    Args:
+        rows: all rows of the setting; an interval stays within their scores.
+    """
     told = _told(part, key)
     known = told.map(lambda one: isinstance(one, int))
     groups = part[known].groupby(told[known].astype(int))
-    found = {number: estimate(own) for number, own in groups}
+    found = {number: score(own, rows) for number, own in groups}
     return pd.DataFrame.from_dict(found, orient="index", columns=Estimate._fields)
 
 
@@ -369,7 +373,7 @@ def _told(part: pd.DataFrame, key: str) -> pd.Series:
 
 def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: str) -> Drawn:
     """A panel per setting and budget, each with the full cache."""
-    chosen = _chosen(found, lambda part: len(points(part, key)) > 1)
+    chosen = _chosen(found, lambda part: len(points(part, key, part)) > 1)
     drawn: list[list[pd.DataFrame]] = []
     for parts in chosen.values():
         budgets = {row: str(part.budget.iloc[0]) for row, part in parts.items() if row != REFERENCE}
@@ -378,12 +382,13 @@ def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: 
             drawn.append(own)
     if not drawn:
         return
+    whole = pd.concat(flat(chosen))
     figure, axes = panels(len(drawn))
     for axis, parts in zip(axes, drawn, strict=True):
         coloured = highlighted([part.method.iloc[0] for part in parts])
         ends = []
         for part in parts:
-            one, values = part.iloc[0], points(part, key)
+            one, values = part.iloc[0], points(part, key, whole)
             _, color, marker = style_of(one.method)
             color, layer = (color, 3) if one.method in coloured else (GREY, 2)
             look = {"color": color, "lw": 1, "zorder": layer, "clip_on": False}
@@ -398,8 +403,8 @@ def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: 
         first, fewest = parts[-1], min(map(len, parts))
         asked = (first.task_settings.iloc[0] or {}).get("asked") if key == "question" else None
         budget = first.budget.iloc[0]
-        whole = _title(first, named) + ("" if unknown(budget) else f", budget {budget}")
-        axis.set_title("\n".join([*wrap(whole, 44), *([asked] if asked else [])]), fontsize=8)
+        title_of = _title(first, named) + ("" if unknown(budget) else f", budget {budget}")
+        axis.set_title("\n".join([*wrap(title_of, 44), *([asked] if asked else [])]), fontsize=8)
         axis.set_xlabel(f"{CURVES[key]}; {fewest // len(values)} samples a point")
         axis.set_ylabel(first.headline.iloc[0])
         axis.set_xticks(list(values.index))
