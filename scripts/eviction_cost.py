@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,7 @@ from buzz.entries import Entries
 from buzz.queries import QueryLog
 from buzz.rope import Rope
 from buzz.store import Store
-from evals.report.figures import RC, plt
+from evals.report.figures import RC, name_ends, panels, plt, save
 from evals.report.methods import style_of
 
 LEAST = 0.2  # seconds that a point is measured for, at least 5 times
@@ -122,20 +123,20 @@ def exponent(line: pd.DataFrame) -> float:
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     with plt.rc_context(RC):
-        figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+        figure, axes = panels(2, 4.6, 3.4)
+        names: tuple[list[Any], list[Any]] = ([], [])
         for (method, when), line in frame.groupby(["method", "when"], sort=False):
             label, color, marker = style_of(str(method))
             style = {"color": color, "marker": marker, "ms": 4, "ls": DASHES[str(when)]}
-            name = f"{label}, {when}, n^{exponent(line):.2f}"
-            axes[0].plot(line.entries, 1e3 * line.eviction_s, label=name, **style)
-            if when == "decode":
-                axes[1].plot(line.entries, 1e3 * line.token_s, label=label, **style)
-        for axis, what in zip(axes, ("an eviction", "a decoded token"), strict=True):
+            drawn = [(f"{label}, {when}: n^{exponent(line):.2f}", line.eviction_s)]
+            drawn += [(label, line.token_s)] if when == "decode" else []
+            for axis, ends, (name, values) in zip(axes, names, drawn, strict=False):
+                axis.plot(line.entries, 1e3 * values, lw=1, **style)
+                ends.append((line.entries.iloc[-1], 1e3 * values.iloc[-1], name, color))
+        for axis, ends, what in zip(axes, names, ("an eviction", "a decoded token"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel="entries", ylabel=f"ms for {what}")
-            axis.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+            name_ends(axis, ends)
+        save(figure, path)
 
 
 def main(given: Sequence[str] | None = None) -> int:

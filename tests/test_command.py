@@ -21,7 +21,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # What setuptools leaves beside its source stays out of the checkout.
     source = folder / "source"
     source.mkdir()
-    for name in ("buzz", "baselines", "evals", "configs", "hydra_plugins"):
+    for name in ("buzz", "baselines", "evals", "configs", "hydra_plugins", "results"):
         (source / name).symlink_to(ROOT / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
@@ -43,6 +43,9 @@ def test_the_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) ->
 
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert (installed / "evals" / path.relative_to(ROOT)).read_text() == path.read_text()
+    for path in (ROOT / "results/paper").glob("*.csv"):
+        shipped = installed / "evals/report/published" / path.name
+        assert shipped.read_text() == path.read_text()
     done = run("-m", *MODEL, *NEEDLE, "task.depths=[0]", "method=h2o,buzz", "budget=0.25")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "results/runs").glob("needle-*")

@@ -82,7 +82,7 @@ def file(folder: SettingFolder) -> Path:
         ('{"format": 2, "id": "0"}', r"written by another version \(format 2, not 3\)"),
         ("null", "Input should be a valid dictionary"),
         ("[]", "Input should be a valid dictionary"),
-        ('{"format": 3}', "Unable to extract tag|status"),
+        ('{"format": 3}', "row: Field required"),
         (json.dumps(missed("0", status="ok")), "group: Field required"),
         (json.dumps(missed("0") | {"id": 0}), "id: Input should be a valid string"),
         (json.dumps(missed("0", load=math.nan)), "not JSON .NaN is no number"),

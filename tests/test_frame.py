@@ -111,7 +111,7 @@ def test_records_of_other_data_do_not_count(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"sample 1"', '"sample 1, edited"'))
     rows = load(tmp_path)
     assert list(rows.status) == ["ok", NOT_RUN]
-    assert rows.attrs["left_out"] == [f"{file}: 1 records are of other data"]
+    assert rows.attrs["left_out"] == [f"{file}: 1 of 2 records are of other data"]
 
 
 def test_shards_are_one_row_and_contradictions_are_named(tmp_path: Path) -> None:
@@ -127,7 +127,18 @@ def test_shards_are_one_row_and_contradictions_are_named(tmp_path: Path) -> None
     rows = load(tmp_path)
     assert list(rows.status) == ["ok", NOT_RUN, "ok"]  # neither counts
     (told,) = rows.attrs["left_out"]
-    assert "sample 1 has another tokens in h2o.2of2.jsonl" in told
+    assert "h2o.1of2.jsonl: sample 1 contradicts h2o.2of2.jsonl in its tokens" in told
+
+
+def test_records_of_other_data_are_counted_by_file(tmp_path: Path) -> None:
+    file = write_row(tmp_path, "h2o", [1.0, 0.0, 1.0])
+    lines = file.read_text().splitlines(keepends=True)
+    old = file.with_name("h2o.0of2.jsonl")
+    old.write_text("".join(lines[:2]).replace('"sample ', '"sample, as it was, '))
+    file.rename(file.with_name("h2o.1of2.jsonl"))
+    rows = load(tmp_path)
+    assert rows.attrs["left_out"] == [f"{old}: 2 of 2 records are of other data"]
+    assert set(rows.status) == {"ok"}
 
 
 def test_a_distance_to_an_answer_that_is_no_more_is_none(tmp_path: Path) -> None:

@@ -116,6 +116,23 @@ def points(browser: Browser) -> list[str]:
     return browser.run(f"{marks}.map(one => one.getAttribute('aria-label'))")
 
 
+def test_settings_that_only_their_tasks_tell_apart_are_two_panels(browser, tmp_path) -> None:
+    for length, score in ((512, 0.2), (1024, 0.9)):
+        for method in ("full", "h2o"):
+            budget = None if method == "full" else 0.25
+            write_row(
+                tmp_path, method, [score, 1.0], task="needle", lengths=[length], budget=budget
+            )
+    main([f"runs={tmp_path}", f"out={tmp_path / 'out'}"])
+    browser.open(tmp_path / "out/report.html")
+    names = browser.run(
+        f"[...document.querySelectorAll('{FIGURES} figcaption')].map(one => one.textContent)"
+    )
+    assert sorted(names) == ["lengths=[1024]", "lengths=[512]"]
+    lines = browser.run(f"document.querySelectorAll('{FIGURES} polyline').length")
+    assert lines == 4  # none joins points of two settings
+
+
 def chip(browser: Browser, text: str) -> None:
     """Clicks the first tool that says so."""
     browser.run(

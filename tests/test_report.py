@@ -85,19 +85,6 @@ def test_cells_are_escaped_in_every_form() -> None:
     assert "&lt;script&gt;&amp;%" in on_page(table)
 
 
-def test_a_column_is_one_line_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What views.yaml says is in every form; nothing else names columns."""
-    write_row(tmp_path, "full", [10.0, 20.0])
-    columns = views.SPEC["views"]["scores"]["columns"]
-    more = columns | {"evictions of it": {"metric": "evictions", "scale": 2}}
-    monkeypatch.setitem(views.SPEC["views"]["scores"], "columns", more)
-    monkeypatch.setitem(views.SPEC["views"]["scores"], "narrow", ["evictions of it"])
-    out = report(tmp_path)
-    assert pd.read_csv(out / "tables/summarization.csv")["evictions of it"].item() == 6
-    for text in ("tables/summarization.md", "tables/summarization.tex", "report.html"):
-        assert "evictions of it" in (out / text).read_text()
-
-
 def test_what_was_not_run_says_so_and_its_files_have_headings(tmp_path: Path) -> None:
     write_row(tmp_path, "full", [10.0, 20.0])
     out = report(tmp_path)
@@ -150,6 +137,16 @@ def test_costs_are_by_length_and_mark_where_more_is_held(tmp_path: Path) -> None
     frame = views.make("costs", load(tmp_path)).frame.set_index("prompt tokens")
     assert frame.loc[4096, "budget"] == f"{B}†" and frame.loc[1024, "budget"] == str(B)
     assert list(frame["n"]) == [19, 1]
+
+
+def test_tables_without_scores_name_no_metric(tmp_path: Path) -> None:
+    for task in ("xsum", "throughput"):  # of two metrics
+        write_row(tmp_path, "full", [1.0, 2.0], task=task)
+    out = report(tmp_path)
+    heads = r"task & prompt tokens & KV MB & memory peak MB & TTFT s & decode tok/s & timed \\\\"
+    assert heads.replace("\\\\", "\\") in (out / "tables/costs.tex").read_text()
+    assert "rougeL" in (out / "tables/summarization.csv").read_text()
+    assert "metric" not in pd.read_csv(out / "tables/costs.csv")
 
 
 def test_a_budget_is_written_as_it_was_given(tmp_path: Path) -> None:
@@ -216,6 +213,15 @@ def test_settings_of_one_name_are_told_apart(tmp_path: Path) -> None:
     named = views.labels(load(tmp_path))
     assert len(named) == 4 and len(set(named.values())) == 4
     assert any("shots=0" in one for one in named.values())
+    more = section(tmp_path, "summarization").frame["setting"]
+    assert sorted(more) == sorted(set(more)) and any("shots=0" in one for one in more)
+
+
+def test_only_settings_that_are_alike_otherwise_are_told_apart(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_row(tmp_path, "full", [1.0], seed=seed, shots=seed)
+    table = section(tmp_path, "summarization")
+    assert set(table.frame["setting"]) == {""} and "setting" not in table.shown()
 
 
 def test_where_samples_never_differ_the_rule_of_three_speaks(tmp_path: Path) -> None:
@@ -346,6 +352,15 @@ def test_what_is_left_out_is_named_and_told_by_the_status(tmp_path: Path, capsys
     assert "written by another version" in (out / "report.html").read_text()
 
 
+def test_a_folder_that_is_not_there_is_named_among_others(tmp_path: Path, capsys) -> None:
+    write_row(tmp_path, "full", [10.0, 20.0])
+    write_row(tmp_path, "h2o", [10.0, 20.0], budget=0.25)
+    for more in ([], ["--paired", "h2o"]):
+        status, out, error = printed(capsys, tmp_path, tmp_path / "rums", *more)
+        assert status == 2 and out == ""
+        assert error == f"error: runs={str(tmp_path / 'rums')!r}: no such folder\n"
+
+
 WRONG = ["runs=/nowhere/at/all", "colour=red", "runs=", "/nowhere"]
 WRONG += [f"embedded {one}" for one in ("runs=/nowhere", "out=/nowhere", "colour=red")]
 
@@ -415,10 +430,11 @@ def test_curves_join_the_means_of_one_setting(tmp_path: Path) -> None:
     write_row(tmp_path, "buzz", [0.0, 0.0] * 3, compress="stream", budget=0.25, **where)
     rows = load(tmp_path)
     full = rows[rows.row == "full"]
-    found = figures.points(full, "question")
+    found = figures.points(full, "question", rows)
+    assert found.high.max() == 1  # also where all answers are right
     assert dict(found.value) == {1: 1.0, 2: pytest.approx(1 / 3)}
     assert found.low[2] == 0 and found.high[2] == 1
-    assert dict(figures.points(full, "length").value) == {256: 0.5, 1024: 0.75}
+    assert dict(figures.points(full, "length", rows).value) == {256: 0.5, 1024: 0.75}
     figure, _ = drawn(figures.by_question, tmp_path)
     one, other = sorted(figure.axes, key=lambda axis: axis.get_title())
     assert [len(axis.lines) for axis in (one, other)] == [2, 1]  # never of two settings
@@ -441,6 +457,15 @@ def test_maps_have_their_values_written_in(tmp_path: Path) -> None:
     plt.close(figure)
 
 
+def test_maps_are_of_samples_that_have_both_coordinates(tmp_path: Path) -> None:
+    lengths = [{"length": n} for n in (512, 512, 1024, 1024)]
+    where: dict[str, Any] = {"task": "needle", "meta": [*lengths, {}], "lengths": [512]}
+    write_row(tmp_path, "full", [1.0, 0.5, 0.0, 0.0, 1.0], **where)
+    write_row(tmp_path, "full", [1.0], task="needle", meta=[{"words": 3}], lengths=[1024])
+    names = {one.path.stem for one in figures.draw_all(load(tmp_path), tmp_path)}
+    assert names == {"by_length"}
+
+
 def test_every_figure_marks_what_holds_more(tmp_path: Path, monkeypatch) -> None:
     over_budget(tmp_path)
     shown: dict[str, str] = {}
@@ -459,7 +484,7 @@ def test_every_figure_marks_what_holds_more(tmp_path: Path, monkeypatch) -> None
         assert "SnapKV†" in texts.replace("@0.25", "") and "H2O†" not in texts
         assert "SnapKV @0.25† 1.38x" in notes[name], name
     assert figures.draw_pareto(load(tmp_path), tmp_path / "one.png")
-    assert not figures.draw_pareto(load(tmp_path / "none"), tmp_path / "two.png")
+    assert not figures.draw_pareto(load(), tmp_path / "two.png")
 
 
 # The page
@@ -531,6 +556,15 @@ def test_numbers_on_file_are_on_the_page(tmp_path: Path) -> None:
     published = pd.read_csv(out / "tables/published_longbench_llama2_7b_chat_4k.csv")
     assert published["source"].str.contains("LongBench").all()
     assert "honeycomb" in (out / "tables/embedded_fidelity.md").read_text()
+
+
+def test_numbers_that_are_not_there_are_said_to_be_missing(tmp_path: Path, capsys) -> None:
+    write_row(tmp_path, "full", [1.0, 2.0])
+    text = (report(tmp_path) / "report.html").read_text()
+    error = capsys.readouterr().err
+    for name in ("paper", "bench", "embedded"):
+        line = f"no tables of {name}={tmp_path / 'no'}: no such folder"
+        assert line in error and line in text
 
 
 def test_published_numbers_stand_beside_measured_ones(tmp_path: Path) -> None:
@@ -651,7 +685,7 @@ def test_tables_of_answers_say_how_long_they_are(tmp_path: Path) -> None:
     for table in tables:
         for line in table.frame.to_dict("records"):
             if line.get("method", "buzz").startswith("buzz"):
-                tokens = 12 if "32" in str(line.get("settings", line.get("value"))) else 20
+                tokens = 12 if "32" in line["parameters"] else 20
                 assert line["answer tokens"] == tokens, table.name
                 assert line["answer / full"] == tokens / 8, table.name
     (benchmark,) = (table for table in views.sections(rows) if table.name == "longbench")
@@ -659,7 +693,7 @@ def test_tables_of_answers_say_how_long_they_are(tmp_path: Path) -> None:
     assert {12, 20} <= set(sets.loc["answers: tokens"]) and 8 in set(sets.loc["answers: tokens"])
     assert {1.5, 2.5} <= set(sets.loc["answers: tokens / full"])
     assert set(views.make("terminal", rows).frame["answer tokens"]) == {"8", "12", "20"}
-    assert set(views.make("against", rows).frame["answer /full"]) == {"-", "1.50", "2.50"}
+    assert set(views.make("against", rows).frame["answer /full"]) == {"1.50", "2.50"}
 
 
 def test_a_sign_test_is_the_binomials() -> None:

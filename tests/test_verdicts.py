@@ -288,7 +288,7 @@ def test_the_papers_claims_are_about_its_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model, weights, expected",
     [
-        ({"name": "llama2_7b", "name_or_path": "meta-llama/Llama-2-7b-hf"}, None, HOLDS),
+        ({"name": "llama2_7b", "name_or_path": "mirror/llama2"}, 6_738_415_616, HOLDS),
         ({"name": "mine", "name_or_path": "/models/Llama-2-7b-hf/"}, 6_738_415_616, HOLDS),
         (
             {"name": "mine", "name_or_path": "/models/Llama-2-7b-hf/"},

@@ -1,1 +1,1 @@
-"""From records to tables, figures, verdicts and one HTML page. Reads records, never models."""
+"""Tables, figures, verdicts and one HTML page from records. Never loads a model."""

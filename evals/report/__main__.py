@@ -5,8 +5,8 @@
     python -m evals.report runs=results/runs out=results   # tables, figures, report.html
     python -m evals.report embedded                        # see evals/report/embedded.py
 
-No model is loaded. Beside the runs the page has published numbers (paper=results/paper), what
-`make bench` measured (bench=results/hardware) and the embedded model's (embedded=results/embedded).
+No model is loaded. The page also has stored numbers: published ones (paper=results/paper), those of
+the old benchmark (bench=results/hardware), and the embedded model's (embedded=results/embedded).
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from buzz.errors import ConfigError
 from evals.report import stored, terminal, views
 from evals.results.frame import load
 
-STORED = {"paper": "paper", "bench": "hardware", "embedded": "embedded"}  # folders of results/
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"  # of a checkout
+STORED = {"bench": RESULTS / "hardware", "embedded": RESULTS / "embedded"}
+STORED["paper"] = Path(__file__).with_name("published")  # in the wheel too
 
 
-def write(runs: Path, out: Path, paper: Path, bench: Path, embedded: Path) -> Path:
-    """Writes everything; returns the page's path.
+def write(runs: Path, out: Path, **numbers: Path) -> Path:
+    """Writes tables, figures and the page; returns the page's path.
+
+    Args:
+        numbers: the folders of stored numbers, by the names of STORED.
 
     Raises:
         ConfigError: there are no runs.
@@ -36,8 +40,12 @@ def write(runs: Path, out: Path, paper: Path, bench: Path, embedded: Path) -> Pa
     rows = load(runs)
     if rows.empty:
         raise ConfigError("runs", str(runs), next(iter(rows.attrs["left_out"]), "no run is there"))
-    for line in rows.attrs["left_out"]:
-        print(f"left out: {line}", file=sys.stderr)
+    left_out = [f"left out: {line}" for line in rows.attrs["left_out"]]
+    for name, folder in numbers.items():
+        if not folder.exists():
+            left_out.append(f"no tables of {name}={folder}: no such folder (a checkout has it)")
+    for line in left_out:
+        print(line, file=sys.stderr)
     judged = claims.judge(rows)
     table = claims.table(judged)
     scores = [*views.sections(rows), views.make("seeds", rows)]
@@ -46,27 +54,30 @@ def write(runs: Path, out: Path, paper: Path, bench: Path, embedded: Path) -> Pa
         "Memory and speed": [
             views.make("costs", rows),
             views.make("speed", rows[rows.task.isin(views.SPEC["timed"])]),
-            *stored.benchmarks(bench),
+            *stored.benchmarks(numbers["bench"]),
         ],
         "Breakdowns": list(views.breakdowns(rows)),
         "Parameters": [views.ablations(rows)],
-        "On file": [*stored.published(paper, rows), *stored.evidence(embedded)],
+        "On file": [
+            *stored.published(numbers["paper"], rows),
+            *stored.evidence(numbers["embedded"]),
+        ],
         "All runs": [views.overview(rows)],
     }
     for one in (*scores, table, *(one for group in details.values() for one in group)):
         one.write(out / "tables")
     drawn = figures.draw_all(rows, out / "figures")
-    notes = [*views.notes(rows), *(f"left out: {line}" for line in rows.attrs["left_out"])]
+    notes = [*views.notes(rows), *left_out]
     path = out / "report.html"
     path.write_text(page(rows, scores, judged, table, details, drawn, notes), encoding="utf-8")
     return path
 
 
 def named(arguments: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
-    """Arguments NAME=FOLDER over their defaults.
+    """Parses arguments NAME=FOLDER; `known` has the names and their defaults.
 
     Raises:
-        ConfigError: a name is not known, or a folder is missing.
+        ConfigError: a name is not known, or no folder is given.
     """
     found = dict(known)
     for argument in arguments:
@@ -78,7 +89,7 @@ def named(arguments: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 1 if something was left out, 2 if there is nothing to show."""
+    """Returns the exit status: 1 if something was left out, 2 if there is nothing to show."""
     try:
         if arguments and arguments[0] == "embedded":
             from evals.report import embedded
@@ -89,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if not arguments or all("=" in one for one in arguments):
             known = {"runs": "results/runs", "out": "results"}
-            known |= {name: str(RESULTS / folder) for name, folder in STORED.items()}
+            known |= {name: str(folder) for name, folder in STORED.items()}
             path = write(**{name: Path(value) for name, value in named(arguments, known).items()})
             print(f"report: {path}   tables: {path.parent / 'tables'}")
             return 0

@@ -1,9 +1,9 @@
-"""Claim by claim: what a frame of samples says of the statements of claims.yaml.
+"""Verdicts on the statements of claims.yaml, from a frame of samples.
 
-A verdict comes from the 95 % interval alone, see :func:`verdict`. Picking the best of a sweep is no
-test: of a swept method only rows with the paper's own parameters are judged (a budget may have set
-window and threshold). Whatever a process happens upon (clocks, memory layout, a neighbour)
-stays with it, so times are judged over processes.
+The 95 % interval alone decides, see :func:`verdict`. Only BUZZ with the paper's parameters is
+judged, because the best row of a sweep was chosen for its score; a budget may have set window and
+threshold. Times are judged over processes, because clocks, memory layout and other load differ
+between processes and hardly within one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from buzz import BuzzPolicy
-from evals.report.table import NOT_RUN, Table
+from evals.report.table import Table
 from evals.report.views import (
     budget_text,
     families,
     flat,
     held,
-    length_bin,
+    lengths,
     mark,
     parameters_of,
     settings,
@@ -37,35 +37,35 @@ from evals.report.views import (
 from evals.results.frame import (
     INVERSES,
     MARK,
+    NOT_RUN,
     NOTHING,
     REFERENCE,
     SAME,
-    STATISTICS,
     TOLERANCE,
     Estimate,
+    Weights,
     ends,
     estimate,
     interval,
+    means,
     partner,
+    quotient,
     strata,
-)
-from evals.results.frame import (
-    NOT_RUN as UNFINISHED,
 )
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided at this n"
 UNEQUAL = "not at equal memory"
 PAPERS_MODEL = "Llama-2-7B"
 ELSEWHERE = f"not run on {PAPERS_MODEL}"
-PROCESSES = 5  # that a verdict on speed needs
-SMALL = 1_000_000_000  # parameters below which a model's verdicts are its own
-LONGER = 4  # times the shortest prompts that the longest must be, for growth to be seen
-OWN, INVERSE = ((1, 0), (0, 1)), ((0, 1), (1, 0))  # weights of a method and of the full cache
+PROCESSES = 5  # the least number for a verdict on speed
+SMALL = 1_000_000_000  # verdicts on a model with fewer parameters are about that model alone
+LONGER = 4  # growth needs prompts so many times longer than the shortest
+OWN, INVERSE = ((1, 0), (0, 1)), ((0, 1), (1, 0))  # weights for method / full and full / method
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement that runs can confirm or refute; fields as in claims.yaml."""
+    """A statement that runs can confirm or refute. claims.yaml explains the fields."""
 
     statement: str
     unit: str
@@ -109,12 +109,12 @@ class Measurement:
     """One number with its 95 % interval.
 
     Attributes:
-        of: the rows it compares, in words.
-        condition: the verdict on what the claim takes for granted.
-        memory: where the claim is about equal memory and it is not equal, the ratios.
-        processes: of times, how many independent processes they come from.
-        limits: why it speaks for its model alone; None if it does not.
-        papers_model: whether the model is the one that the paper's claims are about.
+        of: the compared rows, in words.
+        condition: the verdict on the claim's condition.
+        memory: ratios of memory, if a claim about equal memory has rows of unequal memory.
+        processes: the number of independent processes behind a time.
+        limits: why the verdict is about this model alone; None if it is not.
+        papers_model: whether the paper's claims are about this model.
     """
 
     number: Estimate
@@ -129,11 +129,11 @@ class Measurement:
 
 
 def verdict(found: Estimate, claim: Claim, condition: str = HOLDS) -> str:
-    """What an interval says about a statement.
+    """The verdict on a claim from an interval.
 
-    It holds if the whole interval is on the right side of the bar (which belongs to that side) and
-    its condition holds; it does not if the whole interval is on the wrong side, or its condition
-    does not hold; everything else is undecided.
+    HOLDS: the whole interval is on the right side of the bar (or touches it), and the condition
+    holds. FAILS: the whole interval is on the wrong side, or the condition fails. UNDECIDED:
+    anything else, or too few samples.
     """
     if found.n < claim.least_n or found.low is None or found.high is None:
         return UNDECIDED
@@ -146,59 +146,54 @@ def verdict(found: Estimate, claim: Claim, condition: str = HOLDS) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with one measurement, or with none if it was not run."""
+    """A claim with one measurement, or None if no run bears on it."""
 
     claim: Claim
     measured: Measurement | None
 
     @property
     def kind(self) -> str:
-        """HOLDS, FAILS, UNDECIDED, UNEQUAL, NOT_RUN, or ELSEWHERE: a claim about another model."""
-        if self.measured is None:
-            return NOT_RUN
-        elsewhere = self.claim.of_papers_model and self.measured.limits
-        return ELSEWHERE if elsewhere else self._found[0]
+        """HOLDS, FAILS, UNDECIDED, UNEQUAL, NOT_RUN, or ELSEWHERE (run on another model only)."""
+        return self._said[0]
 
     @property
     def verdict(self) -> str:
-        """The kind, with what limits or explains it."""
-        if self.measured is None:
-            return NOT_RUN
-        m, (_, text) = self.measured, self._found
-        if m.limits is None:
-            other = self.claim.of_papers_model and not m.papers_model
-            return f"{text}, on {m.model}" if other else text
-        where = f"{m.model} ({m.limits})"
-        if self.claim.of_papers_model:
-            return f"{ELSEWHERE}; on {where}: {text}"
-        return f"{text}, for {where} alone"
+        """The kind in words, with its limits."""
+        return self._said[1]
 
     @property
-    def _found(self) -> tuple[str, str]:
-        """What the number says of its own model: kind and text."""
-        m, c = self.measured, self.claim
-        assert m is not None
-        if m.memory:
-            ends = dict.fromkeys(f"{end:.2f}x" for end in (min(m.memory), max(m.memory)))
-            return UNEQUAL, f"{UNEQUAL}: {' to '.join(ends)}"
-        if m.processes is not None and m.processes < PROCESSES:
-            return UNDECIDED, f"undecided: needs {PROCESSES} processes, has {m.processes}"
-        kind = verdict(m.number, c, m.condition)
-        if kind != HOLDS or c.top is None or m.number.low is None or m.number.high is None:
-            return kind, kind
-        where = (
-            "within"
-            if m.number.high <= c.top
-            else "above"
-            if m.number.low > c.top
-            else "within or above"
-        )
-        return kind, f"{kind}, {where} {c.bar_text}"
+    def _said(self) -> tuple[str, str]:
+        m, claim = self.measured, self.claim
+        if m is None:
+            return NOT_RUN, NOT_RUN
+        kind, text = _found(claim, m)
+        if m.limits is None:
+            other = claim.of_papers_model and not m.papers_model
+            return kind, f"{text}, on {m.model}" if other else text
+        where = f"{m.model} ({m.limits})"
+        if claim.of_papers_model:
+            return ELSEWHERE, f"{ELSEWHERE}; on {where}: {text}"
+        return kind, f"{text}, for {where} alone"
+
+
+def _found(claim: Claim, m: Measurement) -> tuple[str, str]:
+    """Kind and text of the verdict on the measured model."""
+    if m.memory:
+        apart = dict.fromkeys(f"{ratio:.2f}x" for ratio in (min(m.memory), max(m.memory)))
+        return UNEQUAL, f"{UNEQUAL}: {' to '.join(apart)}"
+    if m.processes is not None and m.processes < PROCESSES:
+        return UNDECIDED, f"undecided: needs {PROCESSES} processes, has {m.processes}"
+    kind = verdict(m.number, claim, m.condition)
+    if kind != HOLDS or claim.top is None:
+        return kind, kind
+    within, above = m.number.low <= claim.top, m.number.high > claim.top
+    where = " or ".join(["within"] * within + ["above"] * above)
+    return kind, f"{kind}, {where} {claim.bar_text}"
 
 
 def judge(rows: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
-    """Every claim with every measurement that bears on it; of methods that are finished."""
-    whole = rows.status.ne(UNFINISHED).groupby([rows.setting, rows.row]).transform("all")
+    """Judges every claim by every measurement that bears on it. Unfinished rows do not count."""
+    whole = rows.status.ne(NOT_RUN).groupby([rows.setting, rows.row]).transform("all")
     tasks = rows.task_settings.map(lambda told: told if isinstance(told, dict) else {})
     rows = rows.assign(variant=[told.get("variant", "single") for told in tasks])
     rows["process"] = rows.process.astype(object).fillna("unknown")  # counts as one
@@ -217,10 +212,10 @@ def judge(rows: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
 
 
 def is_papers(part: pd.DataFrame) -> bool:
-    """Whether a row is BUZZ with the paper's parameters, apart from what a budget sets.
+    """Whether a part is BUZZ with the paper's parameters, except for those that a budget sets.
 
-    A budget sets the sizes and how a long prompt is compacted; sizes set by hand beside a budget
-    belong to a sweep.
+    A budget sets the sizes and how a long prompt is compacted. A row with a budget and sizes set
+    by hand belongs to a sweep.
     """
     one = part.iloc[0]
     if one.method != "buzz":
@@ -238,10 +233,8 @@ def is_papers(part: pd.DataFrame) -> bool:
 
 
 def limits(one: pd.Series) -> str | None:
-    """Why a verdict from a row's model is of that model alone; None if it is not."""
+    """Why a verdict is about the row's model alone; None if it is not."""
     count = one.model_parameters
-    if unknown(count) and one.model.startswith("llama2_7b"):
-        count = 6_738_415_616
     if isinstance(one.model_settings, dict) and "hidden_size" in one.model_settings:
         return "random weights"
     if unknown(count):
@@ -250,7 +243,7 @@ def limits(one: pd.Series) -> str | None:
 
 
 def is_papers_model(one: pd.Series) -> bool:
-    """Whether the model is one of the size and family that the paper's claims are about."""
+    """Whether the paper's claims are about the row's model."""
     told = one.model_settings if isinstance(one.model_settings, dict) else {}
     path = str(told.get("name_or_path") or "").rstrip("/").lower()
     named = one.model.startswith("llama2_7b") or path.rpartition("/")[2].startswith("llama-2-7b")
@@ -303,7 +296,7 @@ def _by_row(rows: pd.DataFrame, claim: Claim) -> list[pd.DataFrame]:
 
 
 def _beside(part: pd.DataFrame, other: pd.DataFrame, metric: str, inverse: bool) -> Estimate:
-    """A metric over the full cache's, of the samples that both have."""
+    """The ratio of a metric to the full cache's, over the samples that both have."""
     turned = inverse or (metric == "score" and not part.higher_is_better.iloc[0])
     found = estimate(part, metric, other, INVERSE if turned else OWN, guard=True)
     if metric == "score" and part.blocks.map(lambda one: isinstance(one, list)).any():
@@ -312,10 +305,10 @@ def _beside(part: pd.DataFrame, other: pd.DataFrame, metric: str, inverse: bool)
 
 
 def _lead(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Measurement]:
-    """The lead over the best other evicting method of the same budget that held the same.
+    """BUZZ's lead over the best other method of the same budget that held equal memory.
 
-    Others of the same budget (or, like the row, of sizes of their own) that held more or less are
-    shown with their ratios, undecided.
+    Methods of the same budget with unequal memory are listed with their ratios, undecided. Rows
+    without a budget count as of the same one.
     """
     for parts in settings(rows).values():
         for part in filter(is_papers, parts.values()):
@@ -359,39 +352,45 @@ def _leading(
 def least_lead(
     groups: Sequence[Any], joint: bool = False, relative: bool = False
 ) -> tuple[Any, Any, Any]:
-    """The first method's lead over the best of the others, and both ends of its interval.
+    """The first method's lead over the best other one, with both ends of its interval.
 
-    It leads the best by a bar if it leads each by that, and does not if it fails one. So the lower
-    end is the least lower end, and the upper end the least upper end, there with a chance shared
-    out among the others, as they are chosen for their scores.
+    The lead over the best is the least lead over any. So the lower end is the least lower end of
+    all leads, and the upper end the least upper end. The upper ends are corrected for the number
+    of others (Bonferroni), because the best of them is chosen by its score.
 
     Args:
-        groups: of scores [n, methods, ...].
-        relative: over the other's score; through its share of the first's, as it may well be none.
+        groups: scores [n, methods, ...].
+        relative: whether the lead is divided by the other's score. That score may be 0, so the
+            interval is computed for the inverse, the other's score over the first's.
     """
     own, *others = np.eye(groups[0].shape[1])
-    weights = [(other, own) if relative else (own - other, None) for other in others]
-    value, low, high = [], [], []
-    for of in weights:
-        means = np.mean([np.nanmean(g, axis=0) for g in groups], axis=0)
-        top = np.tensordot(of[0], means, 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value.append(top / np.tensordot(own, means, 1) if relative else top)
-        plain, shared = (
-            ends(groups, of, level=1 - chance, guard=True, together=joint)
-            for chance in (0.05, 0.05 / len(others))
-        )
-        low.append(plain[1] if relative else plain[0])
-        high.append(shared[0] if relative else shared[1])
+    pairs = [(other, own) if relative else (own - other, None) for other in others]
+    value = [quotient(means(groups), of) for of in pairs]
+    (low, high), (low_shared, high_shared) = ends_of_all(groups, pairs, "mean", joint)
     if not relative:
-        return tuple(np.min(one, axis=0) for one in (value, low, high))
-    shares = (np.max(one, axis=0) for one in (value, low, high))
+        return tuple(np.min(one, axis=0) for one in (value, low, high_shared))
+    shares = (np.max(one, axis=0) for one in (value, high, low_shared))
     with np.errstate(divide="ignore"):
         return tuple(np.where(share > 0, 1 / share - 1, np.inf + 0 * share) for share in shares)
 
 
+def ends_of_all(
+    groups: Sequence[Any], pairs: Sequence[Weights], statistic: str, joint: bool
+) -> Any:
+    """Ends of several comparisons' intervals: [plain or corrected, low or high, comparisons, ...].
+
+    Corrected: at a level for all of them together (Bonferroni).
+    """
+    return np.array(
+        [
+            np.stack([ends(groups, of, statistic, 1 - p, True, together=joint) for of in pairs], 1)
+            for p in (0.05, 0.05 / len(pairs))
+        ]
+    )
+
+
 def together(part: pd.DataFrame, others: list[pd.DataFrame]) -> tuple[Any, dict[str, Any]]:
-    """Scores of the samples that all have, [n, methods], and their groups and units."""
+    """Scores of the samples that all parts have, [n, methods], and their groups and units."""
     joined = part.set_index(SAME)
     sides = [other.set_index(SAME).score.reindex(joined.index) for other in others]
     values = np.stack([joined.score, *sides], -1).astype(float)
@@ -400,11 +399,10 @@ def together(part: pd.DataFrame, others: list[pd.DataFrame]) -> tuple[Any, dict[
 
 
 def at_equal_memory(own: pd.DataFrame, other: pd.DataFrame) -> float | None:
-    """Bytes of keys and values held by one method over another's, on the samples that both ran.
+    """The ratio of the bytes of keys and values that two methods hold, on the samples of both.
 
-    Held, not allocated: what a method needs, whatever its buffers are for; in the layers that
-    evict, which a budget governs. Of `peak` budgets the mean of the peak bytes, otherwise of the
-    mean bytes.
+    Bytes held, not allocated, in the layers that evict, which a budget governs. With `peak` budgets
+    peak bytes are compared, otherwise mean bytes.
     """
     peak = own.budget_by.eq("peak").all() and other.budget_by.eq("peak").all()
     measure = "nbytes_peak" if peak else "nbytes_mean"
@@ -418,7 +416,7 @@ def at_equal_memory(own: pd.DataFrame, other: pd.DataFrame) -> float | None:
 
 
 def is_equal(ratio: float) -> bool:
-    """Whether methods of this ratio of memory, either way round, held as much as one another."""
+    """Whether two methods with this ratio of memory held equal memory."""
     return ratio > 0 and max(ratio, 1 / ratio) <= 1 + TOLERANCE
 
 
@@ -433,10 +431,10 @@ def _spread(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Me
             continue
         statistic = first.statistic.iloc[0]
         parts_of, joint = strata(INVERSES[statistic](values), **names)
-        means = STATISTICS[statistic](np.mean([np.nanmean(g, axis=0) for g in parts_of], axis=0))
+        scores = means(parts_of, statistic)
         low, high = (float(end) for end in widest_gap(parts_of, statistic, joint))
         both = (low, high) if np.isfinite([low, high]).all() else (None, None)
-        number = Estimate(float(np.ptp(means[:-1]) / means[-1]), *both, len(values))
+        number = Estimate(float(np.ptp(scores[:-1]) / scores[-1]), *both, len(values))
         pairs = [at_equal_memory(a, b) for a, b in permutations(parts, 2)]
         apart = max(filter(None, pairs), default=1.0)
         own = parameters_of(first.iloc[0])
@@ -452,25 +450,23 @@ def _spread(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Me
 def widest_gap(
     groups: Sequence[Any], statistic: str = "mean", joint: bool = False
 ) -> tuple[Any, Any]:
-    """Ends of an interval for best less worst of all methods but the last, over the last.
+    """Ends of the interval of (best - worst) / last, over all methods but the last.
 
-    It is the largest of all differences: within a bar if each of them is, beyond it if one is. So
-    the upper end is the largest upper end, and the lower end the largest lower end, there with a
-    chance shared out among the differences. The bootstrap of a maximum less a minimum would find a
-    gap between settings that are equal.
+    Best less worst is the largest of all differences. So the upper end is the largest upper end of
+    all differences, and the lower end the largest lower end, corrected for their number
+    (Bonferroni). A bootstrap of best less worst itself would find a gap between equal settings.
     """
     eye = np.eye(groups[0].shape[1])
     pairs = [(a - b, eye[-1]) for a, b in permutations(eye[:-1], 2)]
-    low, high = (
-        [ends(groups, of, statistic, 1 - chance, True, together=joint)[end] for of in pairs]
-        for end, chance in ((0, 0.05 / len(pairs)), (1, 0.05))
-    )
+    (_, high), (low, _) = ends_of_all(groups, pairs, statistic, joint)
     return np.maximum(np.max(low, axis=0), 0), np.max(high, axis=0)
 
 
 def _over_processes(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Measurement]:
-    """A time over the full cache's on the same prompts and machine; settings that differ in the
-    seed alone are repeats."""
+    """The ratio of a time to the full cache's, on the same prompts and machine.
+
+    Settings that differ only in the seed are repeats.
+    """
     pools: dict[str, list[pd.DataFrame]] = {}
     for part in filter(is_papers, _by_row(rows, claim)):
         other, metric = full.loc[part.index], claim.metric
@@ -489,28 +485,28 @@ def _over_processes(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Ite
             pools.setdefault(str([*where, by]), []).append(chosen)
     for pool in pools.values():
         chosen = pd.concat(pool)
-        # No two units share a process: they are the connected components of the pairs.
+        # Independent units share no process: connected components of the pairs of processes.
         codes = pd.factorize(pd.concat([chosen.process, chosen.other_process]))[0]
         own, theirs = codes[: len(chosen)], codes[len(chosen) :]
         size = codes.max() + 1
         pairs = coo_matrix((np.ones(len(own)), (own, theirs)), (size, size))
         units = connected_components(pairs, directed=False)[1][own]
-        means = chosen.groupby(units)[[claim.metric, "theirs"]].mean().astype(float)
+        times = chosen.groupby(units)[[claim.metric, "theirs"]].mean().astype(float)
         more = f", batches of {int(chosen.batch_size.iloc[0])}" if claim.by else ""
-        yield _timed(chosen, means[claim.metric] / means.theirs, len(chosen), more)
+        yield _timed(chosen, times[claim.metric] / times.theirs, len(chosen), more)
 
 
 def _timed(part: pd.DataFrame, ratios: Any, n: int, more: str) -> Measurement:
-    """The geometric mean of independent processes' ratios."""
+    """The geometric mean of the ratios of independent processes."""
     found = interval(np.log(np.asarray(ratios, float)), statistic="exp", guard=True)
     return _measured(part, found._replace(n=n), more, processes=len(ratios))
 
 
 def _growth(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Measurement]:
-    """Time per token at the longest prompts over that at the shortest, relative to log n's growth.
+    """Growth of the time per token from the shortest to the longest prompts, over that of log n.
 
-    In each process that measured both. A budget that is a fraction of the prompt grows the cache by
-    design and says nothing here.
+    It is measured in each process that has both lengths. Rows with a fraction as budget are left
+    out, because their cache grows with the prompt.
     """
     usable = rows[rows.timed & ~rows.loaded & rows.itl_p50_ms.notna()]
     pools: dict[str, list[pd.DataFrame]] = {}
@@ -521,16 +517,16 @@ def _growth(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Me
             pools.setdefault(str(told), []).append(part)
     for pool in pools.values():
         part = pd.concat(pool)
-        lengths = length_bin(part.prompt_tokens)
-        ends = lengths.min(), lengths.max()
+        binned = lengths(part)
+        ends = binned.min(), binned.max()
         if ends[1] < LONGER * ends[0]:
             continue
-        part = part[lengths.isin(ends)].assign(
-            length=lengths, log=np.log(part.prompt_tokens.astype(float))
+        part = part[binned.isin(ends)].assign(
+            length=binned, log=np.log(part.prompt_tokens.astype(float))
         )
-        means = part.groupby(["process", "length"])[["itl_p50_ms", "log"]].mean().unstack()
-        means = means.dropna().astype(float)
-        time, log = (means[name][ends[1]] / means[name][ends[0]] for name in ("itl_p50_ms", "log"))
+        own = part.groupby(["process", "length"])[["itl_p50_ms", "log"]].mean().unstack()
+        own = own.dropna().astype(float)
+        time, log = (own[name][ends[1]] / own[name][ends[0]] for name in ("itl_p50_ms", "log"))
         what = f", prompts of about {ends[0]:,} and {ends[1]:,} tokens"
         yield _timed(part, time / log, len(part), what)
 
@@ -544,7 +540,7 @@ MEASURES: dict[str, Callable[[Claim, pd.DataFrame, pd.DataFrame], Iterator[Measu
 
 
 def table(judged: list[Judged]) -> Table:
-    """Claim by claim."""
+    """A line for each claim and measurement."""
     lines = []
     for one in judged:
         m = one.measured

@@ -1,7 +1,7 @@
 """Figures of a frame of samples, as PNG and PDF files.
 
-Points stand at what was measured, with 95 % intervals. At most HIGHLIGHTED methods of a panel are
-in colour, with their names beside their last points; the others are grey, and the note names them.
+Points have 95 % intervals. A panel shows at most HIGHLIGHTED methods in colour, with their names
+beside their last points. The others are grey, and the figure's note names them.
 """
 
 from __future__ import annotations
@@ -46,33 +46,33 @@ RC = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # letters stay letters
+    "pdf.fonttype": 42,  # text stays text
 }
-ROW = 0.18  # inches of a legend's row
+ROW = 0.18  # height of a legend's row in inches
 CURVES = {"question": "question", "length": "prompt (tokens)"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture and what it shows."""
+    """A figure's file, with what a page shows around it."""
 
     title: str
     path: Path
     note: str
-    width: int  # pixels on a page
+    width: int  # in pixels, on a page
 
     @property
     def base64(self) -> str:
         return base64.b64encode(self.path.read_bytes()).decode()
 
 
-# Of each figure: the file's stem, its title, what a reader must know, the figure, what is in it.
+# For each figure: the file's stem, the title, the note, the figure, the parts in it.
 Drawn = Iterator[tuple[str, str, str, Any, Sequence[pd.DataFrame]]]
 Settings = dict[str, Parts]
 
 
 def draw_all(rows: pd.DataFrame, folder: Path) -> list[Figure]:
-    """Every figure for which there are rows, as PNG and PDF files in `folder`."""
+    """Draws every figure for which there are rows into `folder`."""
     kinds = (pareto, distance, maps, by_question, by_length)
     return [
         one for draw in kinds for one in _saved(draw, rows, lambda name: folder / f"{name}.png")
@@ -80,7 +80,7 @@ def draw_all(rows: pd.DataFrame, folder: Path) -> list[Figure]:
 
 
 def draw_pareto(rows: pd.DataFrame, path: Path) -> bool:
-    """Scores against KV memory alone, if there are two methods to compare."""
+    """Draws scores against KV memory, and nothing else; False: there are no two methods."""
     return bool(_saved(pareto, rows, lambda name: path))
 
 
@@ -96,19 +96,24 @@ def _saved(
     with plt.rc_context(RC):
         for name, title, note, figure, shown in draw(drawn, labels(rows)):
             path = where(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
-            figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-            plt.close(figure)
+            save(figure, path)
             note = f"{note} {over_note(shown)}".strip()
             figures.append(Figure(title, path, note, round(96 * figure.get_figwidth())))
     return figures
 
 
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG file, and as a PDF file beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    plt.close(figure)
+
+
 def panels(
     count: int, width: float = 3.4, height: float = 2.9, most: int = 3
 ) -> tuple[Any, list[Any]]:
-    """A figure of `count` axes, at most `most` in a row."""
+    """A figure with `count` axes, at most `most` in a row."""
     columns = min(most, count)
     rows = -(-count // columns)
     size = (width * columns + 0.6, height * rows + 0.5)
@@ -120,13 +125,13 @@ def panels(
 
 
 def legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for all panels, above them."""
+    """Adds one legend for all panels, above them."""
     entries = {}
     for axis in axes:
         handles, names = axis.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
     names = sorted(entries, key=lambda name: (place(name.split()[0].rstrip(MARK)), name))
-    widest = 0.45 + 0.075 * max(map(len, names), default=1)  # inches of an entry, at this font size
+    widest = 0.45 + 0.075 * max(map(len, names), default=1)  # width of an entry in inches
     columns = max(1, min(int(figure.get_figwidth() / widest), len(names)))
     figure.set_figheight(figure.get_figheight() + ROW * -(-len(names) // columns))
     where = {"loc": "outside upper center", "ncols": columns}
@@ -134,11 +139,11 @@ def legend(figure: Any, axes: Sequence[Any]) -> None:
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Writes names to the right of points (x, y, name, color), apart from each other.
+    """Writes names to the right of points (x, y, name, color), without overlaps.
 
-    A name that has to move up or down keeps a thin line to its point.
+    A name that has to move up or down gets a thin line to its point.
     """
-    axis.figure.draw_without_rendering()  # which settles where points are
+    axis.figure.draw_without_rendering()  # settles the places of points
     pixels = axis.figure.dpi / 72
     spots = [axis.transData.transform((x, y)) / pixels for x, y, *_ in ends]  # in points
     wide, high = [4.2 * len(name) for _, _, name, _ in ends], 9.5
@@ -160,13 +165,13 @@ def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
 
 
 def named_grey(methods: Sequence[str], coloured: set[str]) -> str:
-    """Which methods a picture does not name."""
+    """A sentence that names the methods drawn in grey, if there are any."""
     others = sorted(set(methods) - coloured, key=place)
     return f"Grey: {', '.join(map(called, others))}." if others else ""
 
 
 def _chosen(found: Settings, keep: Callable[[pd.DataFrame], Any], least: int = 1) -> Settings:
-    """The settings that have so many rows that are to be drawn."""
+    """The parts that `keep` accepts, of settings with at least `least` of them."""
     chosen = {
         setting: {row: part for row, part in parts.items() if keep(part)}
         for setting, parts in found.items()
@@ -184,21 +189,21 @@ def _title(part: pd.DataFrame, named: dict[str, str]) -> str:
 
 
 def pareto(found: Settings, named: dict[str, str]) -> Drawn:
-    """Score against KV memory, a panel per setting; the line joins what nothing smaller beats."""
+    """Score against KV memory, a panel per setting, with the Pareto front."""
     chosen = _chosen(found, lambda part: part.task.iloc[0] not in SPEC["timed"], least=2)
     note = (
-        "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey line: what"
-        " nothing of less memory beats."
+        "KV memory while decoding. Bars: 95% bootstrap intervals over samples. Grey line: no method"
+        " with less memory scores better."
     )
     yield from _memory_panels("pareto", "Score against KV memory", note, chosen, named, "score")
 
 
 def distance(found: Settings, named: dict[str, str]) -> Drawn:
-    """How far the next token's distribution is from the full cache's, against KV memory."""
+    """KL divergence from the full cache against KV memory, a panel per setting."""
     chosen = _chosen(found, lambda part: part.kl_to_full.notna().any())
     note = (
-        "Divergence of the next-token distribution from the full cache's, while both read the full"
-        " cache's answers: 0 is no difference. Bars: 95% bootstrap intervals over samples."
+        "KL divergence of the next-token distribution from the full cache's, on the full cache's"
+        " answers; 0: no difference. Bars: 95% bootstrap intervals over samples."
     )
     title = "Distance to the full cache against KV memory"
     yield from _memory_panels("distance", title, note, chosen, named, "kl_to_full")
@@ -207,7 +212,7 @@ def distance(found: Settings, named: dict[str, str]) -> Drawn:
 def _memory_panels(
     name: str, title: str, note: str, chosen: Settings, named: dict[str, str], metric: str
 ) -> Drawn:
-    """A panel per setting, and one of means for settings that differ in the seed alone."""
+    """A panel per setting, and one with means for settings that differ only in the seed."""
     if not chosen:
         return
     shown = flat(chosen)
@@ -247,14 +252,14 @@ def _memory_panels(
 
 
 def _memory(part: pd.DataFrame) -> float:
-    """Mean megabytes of keys and values."""
+    """Mean size of keys and values in MB."""
     return float(np.nan_to_num(part.kv_nbytes_mean.mean())) / 1e6
 
 
 def _against_memory(
     axis: Any, parts: Sequence[pd.DataFrame], values: Sequence[Estimate], title: str
 ) -> None:
-    """Points and intervals over KV memory; points of one method at several budgets are joined."""
+    """Draws points with intervals over KV memory; a line joins a method's budgets."""
     coloured = highlighted([part.method.iloc[0] for part in parts])
     axis.set_xlim(0, 1.1 * max(map(_memory, parts)) or 1)
     lines: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
@@ -284,7 +289,7 @@ def _against_memory(
 def front(
     memory: Sequence[float], scores: Sequence[float], higher_is_better: bool
 ) -> list[tuple[float, float]]:
-    """The points (memory, score) that no point of less or equal memory beats, by memory."""
+    """The Pareto front: points (memory, score) that no point with less or equal memory beats."""
     sign = 1 if higher_is_better else -1
     best: list[tuple[float, float]] = []
     for x, y in sorted(zip(memory, scores, strict=True), key=lambda p: (p[0], -sign * p[1])):
@@ -294,18 +299,16 @@ def front(
 
 
 def maps(found: Settings, named: dict[str, str]) -> Drawn:
-    """Scores by two settings of a task, a panel per row."""
-    chosen = _chosen(found, lambda part: part.task.iloc[0] in SPEC["maps"])
+    """Scores by two settings of a task as a map, a panel per row."""
+    chosen = _chosen(found, _mapped)
     for number, parts in enumerate(chosen.values()):
         shown = list(parts.values())
         (x, x_label), (y, y_label) = SPEC["maps"][shown[0].task.iloc[0]]
         most = 3 if len(shown) <= 6 else 5
         figure, axes = panels(len(shown), 2.4, 2.3, most)
         for axis, part in zip(axes, shown, strict=True):
-            meta = pd.DataFrame(part.meta.tolist(), index=part.index)
-            if not {x, y} <= set(meta):
-                continue
-            cells = part.score.astype(float).groupby([meta[y], meta[x]]).mean().unstack()
+            cells = part.score.astype(float).groupby([_told(part, y), _told(part, x)]).mean()
+            cells = cells.unstack()
             drawn = axis.imshow(cells, cmap="cividis", aspect="auto", vmin=0, vmax=1)
             for (down, across), value in np.ndenumerate(cells):
                 style = {"ha": "center", "va": "center", "fontsize": 8}
@@ -324,37 +327,53 @@ def maps(found: Settings, named: dict[str, str]) -> Drawn:
         yield f"map_{number}", title, f"{len(shown[0])} samples a panel.", figure, shown
 
 
+def _mapped(part: pd.DataFrame) -> bool:
+    """Whether the task has a map, and the samples have both of its coordinates."""
+    axes = SPEC["maps"].get(part.task.iloc[0], ())
+    return bool(axes) and all(_told(part, name).notna().any() for name, _ in axes)
+
+
 def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value}"
 
 
 def by_question(found: Settings, named: dict[str, str]) -> Drawn:
-    """What a method forgets: the score of the first question on a context, the second, ..."""
+    """Score by question number: what a method forgets of a context with several questions."""
     note = (
-        "Every context is compressed once. In a conversation the questions follow each other on one"
-        " cache; else each is put to a copy of it."
+        "A context is compressed once. In a conversation the questions follow each other in one"
+        " cache; otherwise each question gets a copy of it."
     )
     yield from _curves(found, named, "question", "Score by question number", note)
 
 
 def by_length(found: Settings, named: dict[str, str]) -> Drawn:
-    """Of tasks with prompts of several lengths, but for those that draw a map of them."""
-    own = _chosen(found, lambda part: part.task.iloc[0] not in SPEC["maps"])
+    """Score by length of the prompt, for tasks without a map."""
+    own = _chosen(found, lambda part: not _mapped(part))
     yield from _curves(own, named, "length", "Score by length of the prompt", "Lengths in tokens.")
 
 
-def points(part: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The headline by a number in the samples' `meta`, ascending, with its interval."""
-    told = part.meta.map(lambda meta: meta.get(key) if isinstance(meta, dict) else None)
+def points(part: pd.DataFrame, key: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The score and its interval by a whole number in the samples' `meta`, ascending.
+
+    Args:
+        rows: all rows of the setting; an interval stays within their scores.
+    """
+    told = _told(part, key)
     known = told.map(lambda one: isinstance(one, int))
     groups = part[known].groupby(told[known].astype(int))
-    found = {number: estimate(own) for number, own in groups}
+    found = {number: score(own, rows) for number, own in groups}
     return pd.DataFrame.from_dict(found, orient="index", columns=Estimate._fields)
 
 
+def _told(part: pd.DataFrame, key: str) -> pd.Series:
+    """The samples' `meta` of a key; None for samples without it."""
+    values = [meta.get(key) if isinstance(meta, dict) else None for meta in part.meta]
+    return pd.Series(values, part.index, dtype=object)  # whole numbers stay whole
+
+
 def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: str) -> Drawn:
-    """A panel for each setting and budget, each with the full cache."""
-    chosen = _chosen(found, lambda part: len(points(part, key)) > 1)
+    """A panel per setting and budget, each with the full cache."""
+    chosen = _chosen(found, lambda part: len(points(part, key, part)) > 1)
     drawn: list[list[pd.DataFrame]] = []
     for parts in chosen.values():
         budgets = {row: str(part.budget.iloc[0]) for row, part in parts.items() if row != REFERENCE}
@@ -363,12 +382,13 @@ def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: 
             drawn.append(own)
     if not drawn:
         return
+    whole = pd.concat(flat(chosen))
     figure, axes = panels(len(drawn))
     for axis, parts in zip(axes, drawn, strict=True):
         coloured = highlighted([part.method.iloc[0] for part in parts])
         ends = []
         for part in parts:
-            one, values = part.iloc[0], points(part, key)
+            one, values = part.iloc[0], points(part, key, whole)
             _, color, marker = style_of(one.method)
             color, layer = (color, 3) if one.method in coloured else (GREY, 2)
             look = {"color": color, "lw": 1, "zorder": layer, "clip_on": False}
@@ -383,8 +403,8 @@ def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: 
         first, fewest = parts[-1], min(map(len, parts))
         asked = (first.task_settings.iloc[0] or {}).get("asked") if key == "question" else None
         budget = first.budget.iloc[0]
-        whole = _title(first, named) + ("" if unknown(budget) else f", budget {budget}")
-        axis.set_title("\n".join([*wrap(whole, 44), *([asked] if asked else [])]), fontsize=8)
+        title_of = _title(first, named) + ("" if unknown(budget) else f", budget {budget}")
+        axis.set_title("\n".join([*wrap(title_of, 44), *([asked] if asked else [])]), fontsize=8)
         axis.set_xlabel(f"{CURVES[key]}; {fewest // len(values)} samples a point")
         axis.set_ylabel(first.headline.iloc[0])
         axis.set_xticks(list(values.index))

@@ -1,4 +1,4 @@
-"""Which tokens caches hold: a picture, one for a paper, and a page with the text and a slider."""
+"""Which tokens caches hold: a figure, a figure for a paper, and a page with text and a slider."""
 
 from __future__ import annotations
 
@@ -21,37 +21,36 @@ from evals.report.methods import style_of
 from evals.report.page import templates
 
 EVICTED, SINK, HISTORY, WINDOW = range(4)
-SHADES = {  # kind -> its color and its name; shades that colorblind readers tell apart as well
+SHADES = {  # color and name of each kind; colorblind readers can tell them apart
     SINK: ("#D55E00", "sink"),
     HISTORY: ("#08519C", "history: chosen"),
     WINDOW: ("#9ECAE1", "window: recent, not thinned yet"),
     EVICTED: ("#FFFFFF", "evicted"),
 }
 POSITION, DASHED = "token position (dashed: the prompt's end)", (0, (4, 3))
-# Of a paper's picture: its width, a column's; the tokens across that a printer still tells apart;
-# the shades of a layer's share, from none of its heads to all.
+# A paper's figure: its width in inches (a column); the number of tokens that a printer can tell
+# apart across it; the shades of a layer's share of heads, from none to all.
 COLUMN, ACROSS = 3.3, 330
 BLUES = ("#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What one method's cache held, step by step: after the prompt, after each token fed back.
+    """What one method's cache held after each step. Step 0 is the prompt; each token is a step.
 
     Attributes:
         policy: the method.
-        kinds: uint8 [layers * kv_heads, tokens seen], layer by layer, at the end: EVICTED, SINK,
-            HISTORY or WINDOW.
-        dropped: uint16, alike: 1 + the step in which the token was dropped (0 is the prompt's), 0
-            if it is held to the end.
-        layers: the indices of those that evict.
-        ids: token ids of prompt and answer; the last was never fed back, so the cache has not seen
-            it.
-        prompt_tokens: how many of them are the prompt's.
-        entries: held per head at the end, on average over the layers.
-        nbytes: of keys, values and recurrent states, also of layers that do not evict.
-        full_nbytes: of those that a full cache would hold.
-        evictions: steps that evicted.
+        kinds: uint8 [layers * kv_heads, tokens seen], layer by layer: EVICTED, SINK, HISTORY or
+            WINDOW at the end.
+        dropped: uint16 of the same shape: 1 + the step in which the token was dropped; 0: it is
+            held at the end.
+        layers: indices of the layers that evict.
+        ids: token ids of prompt and answer. The cache has not seen the last one.
+        prompt_tokens: number of the prompt's tokens.
+        entries: mean number of entries per head at the end.
+        nbytes: bytes of keys, values and recurrent states in all layers.
+        full_nbytes: the bytes that a full cache would hold.
+        evictions: number of steps that evicted.
     """
 
     policy: Policy
@@ -67,12 +66,12 @@ class Kept:
 
     @property
     def kv_heads(self) -> int:
-        """Per layer."""
+        """KV heads of a layer."""
         return len(self.kinds) // len(self.layers)
 
     @property
     def share(self) -> np.ndarray:
-        """Share of heads that kept each token, float64 [tokens seen]."""
+        """The share of heads that kept each token: float64 [tokens seen]."""
         return (self.kinds != EVICTED).mean(axis=0)
 
     @property
@@ -85,7 +84,7 @@ class Kept:
 
     @property
     def described(self) -> str:
-        """How much is held at the end, in words."""
+        """What is held at the end, in words."""
         evictions = f"{self.evictions} eviction{'' if self.evictions == 1 else 's'}"
         policy, under = self.policy, ""
         if isinstance(policy, Constrained):
@@ -97,7 +96,7 @@ class Kept:
 
 
 def draw(kept: Sequence[Kept], path: Path) -> None:
-    """One panel per method: tokens across, layers and their heads down."""
+    """Draws a panel per method: tokens across, layers and their heads down."""
     palette = np.array([to_rgb(SHADES[kind][0]) for kind in range(4)])
     height = 2 if len(kept) <= 8 else 1.3  # of many methods each gets less
     with plt.rc_context({"font.size": 10, "axes.linewidth": 0.6}):
@@ -134,7 +133,10 @@ def draw(kept: Sequence[Kept], path: Path) -> None:
 
 
 def draw_for_paper(kept: Sequence[Kept], paths: Sequence[Path]) -> None:
-    """Vectors alone, a column wide: a panel per method, layers down, shaded by share of heads."""
+    """Draws a figure of vectors, a column wide: a panel per method, tokens across, layers down.
+
+    Shades say which share of a layer's heads holds a token.
+    """
     # Type 42: text stays text, as publishers ask.
     style = {"font.size": 7, "axes.linewidth": 0.5, "pdf.fonttype": 42, "svg.fonttype": "none"}
     with plt.rc_context(style):
@@ -167,7 +169,7 @@ def _legend(figure: Any, shades: Iterable[tuple[str, str]], line: float, **look:
 
 
 def _layers(axis: Any, kept: Kept) -> None:
-    """Runs of equal shades as rectangles: few of them, and sharp at any size."""
+    """Draws each run of equal shades as one rectangle, which is sharp at any size."""
     tokens, layers = kept.kinds.shape[1], len(kept.layers)
     held = (kept.kinds != EVICTED).reshape(layers, -1, tokens).mean(axis=1)
     edges = np.unique(np.linspace(0, tokens, min(ACROSS, tokens) + 1).astype(int))
@@ -181,7 +183,7 @@ def _layers(axis: Any, kept: Kept) -> None:
             box = [(left, row), (right, row), (right, row + 1), (left, row + 1)]
             found.setdefault(int(line[first]), []).append(box)
     for level, boxes in found.items():
-        if level:  # what no head holds stays paper
+        if level:  # 0, held by no head, is the paper's white
             axis.add_collection(PolyCollection(boxes, facecolor=BLUES[level], edgecolor="none"))
     axis.axvline(kept.prompt_tokens, color="#D55E00", lw=0.7, ls=DASHED)
     axis.set(xlim=(0, tokens), ylim=(layers, 0))
@@ -191,17 +193,18 @@ def _layers(axis: Any, kept: Kept) -> None:
     axis.set_title(title, loc="left", fontsize=7, pad=2)
 
 
-Pieces = list[tuple[str, int]]  # texts, and how many tokens each is of
+Pieces = list[tuple[str, int]]  # texts, each with its number of tokens
 
 
 def page(kept: Sequence[Kept], prompt: Pieces, answers: Sequence[Pieces], model: str) -> str:
-    """The whole HTML page; it loads nothing, and what comes from the model is escaped.
+    """Renders the HTML page. It loads nothing, and the model's text is escaped.
 
     Args:
-        prompt, answers: the text, as far as it is the same for all methods and each one's own.
+        prompt: the text that all methods read.
+        answers: each method's own text.
     """
     steps = kept[0].kinds.shape[1] - kept[0].prompt_tokens
-    # Deflated bytes, a value each, or two where there are many steps.
+    # Deflated bytes: one per value, or two if there are more than 254 steps.
     wide = steps + 1 > 255
     methods = []
     for one, answer in zip(kept, answers, strict=True):
@@ -221,6 +224,6 @@ def page(kept: Sequence[Kept], prompt: Pieces, answers: Sequence[Pieces], model:
 
 
 def _apart(pieces: Pieces) -> dict[str, Any]:
-    """Texts, and sizes beside them where they aren't 1: pairs would take more room."""
+    """The texts, and the sizes other than 1 by place, which take less room than pairs."""
     texts, sizes = zip(*pieces, strict=True)
     return {"texts": texts, "several": {str(i): size for i, size in enumerate(sizes) if size != 1}}

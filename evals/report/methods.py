@@ -1,4 +1,4 @@
-"""How methods are ordered, called and drawn, in every table and figure."""
+"""The order, names and looks of methods in all tables and figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Style(NamedTuple):
     marker: str
 
 
-# What readers know them by. A method that is not here comes after these and keeps its own name.
+# The names that readers know. Other methods come after these, under their own names.
 NAMES = {
     "full": "full cache",
     "local": "local window",
@@ -46,8 +46,8 @@ NAMES = {
     "compactor": "Compactor",
     "triattention": "TriAttention",
 }
-# Colours that colour-blind readers tell apart (Okabe and Ito, Tol), on white and as text; markers
-# for those who print in grey.
+# Colours that colour-blind readers can tell apart, as lines and as text on white (Okabe and Ito;
+# Tol), and markers for prints in grey.
 LOOKS = {
     "full": ("#000000", "s"),
     "local": ("#7F5539", "v"),
@@ -63,42 +63,42 @@ LOOKS = {
 STYLES = {name: Style(NAMES[name], *look) for name, look in LOOKS.items()}
 COLORS = ("#882255", "#117733", "#AA4499", "#88CCEE", "#661100", "#DDCC77", "#6699CC")
 MARKERS = ("*", "h", "p", "d", "8")
-MORE = [  # no two alike before all pairs are used, as the numbers have no common divisor
+MORE = [  # all pairs of the two: their numbers have no common divisor
     (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i in range(len(COLORS) * len(MARKERS))
 ]
 GREY = "#BBBBBB"
-HIGHLIGHTED = 8  # methods that a picture names in colour; the others are grey
+HIGHLIGHTED = 8  # a figure draws so many methods in colour, and the others in grey
 
-RIVAL = "h2o"  # whom the others are compared with, in pairs
-CONTRASTED = ("streaming_llm", "h2o", "buzz", "snapkv")  # where a picture has room for a few
+RIVAL = "h2o"  # the method that others are paired with, besides the full cache
+CONTRASTED = ("streaming_llm", "h2o", "buzz", "snapkv")  # for figures with room for a few methods
 
 
 def order() -> list[str]:
-    """All methods that are registered, in the order in which they are shown."""
+    """All registered methods in the order of tables."""
     known = [name for name in NAMES if name in POLICIES]
     return [*known, *sorted(POLICIES.keys() - NAMES.keys())]
 
 
 def place(method: str) -> int:
-    """Where a method comes; one that is not registered, last."""
+    """A method's place in :func:`order`; one that is not registered comes last."""
     known = order()
     return known.index(method) if method in known else len(known)
 
 
 def style_of(method: str) -> Style:
-    """How a method is called and drawn."""
+    """A method's name and look."""
     more = MORE[(place(method) - len(STYLES)) % len(MORE)]
     return STYLES.get(method) or Style(NAMES.get(method, method), *more)
 
 
 def called(name: str) -> str:
-    """A method's name for readers, whatever stands behind it (a mark, a budget, settings)."""
+    """A row's name with the method's name for readers; what follows the method stays."""
     method = re.match(r"\w*", name)[0]
     return NAMES.get(method, method) + name[len(method) :]
 
 
 def highlighted(methods: Sequence[str]) -> set[str]:
-    """Those that a picture names in colour: methods of the reader's own, then by :func:`place`."""
+    """The methods to draw in colour: the reader's own methods first, then by :func:`place`."""
     own = POLICIES.keys() - NAMES.keys()
     ranked = sorted(dict.fromkeys(methods), key=lambda name: (name not in own, place(name)))
     return set(ranked[:HIGHLIGHTED])

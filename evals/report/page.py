@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: your scores, verdicts, figures, what the models wrote."""
+"""The report as one HTML file: scores, verdicts, figures, the models' answers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from evals.report.claims import FAILS, HOLDS, NOT_RUN, Claim, Judged
+from evals.report.claims import FAILS, HOLDS, Claim, Judged
 from evals.report.figures import Figure
 from evals.report.methods import called, highlighted, style_of
 from evals.report.table import Table
 from evals.report.views import finished, flat, labels, marked, ran, settings, unknown
-from evals.results.frame import REFERENCE
+from evals.results.frame import NOT_RUN, REFERENCE
 
-ANSWERS = 2  # samples shown per setting
-LONGEST = 700  # characters of an answer
+ANSWERS = 2  # samples per setting whose answers are shown
+LONGEST = 700  # characters of an answer that are shown
 CLASSES = {HOLDS: "holds", FAILS: "fails"}
-FIRST = ("pareto", "distance")  # figures that the page's script draws, if it may run
-COUNTED = {  # how claims stand, as the first lines count them
+FIRST = ("pareto", "distance")  # figures that the page's script replaces by its own
+COUNTED = {  # the kinds of verdicts as the summary counts them
     HOLDS: "hold on the models that they are about",
     FAILS: "do not hold",
     "open": "are undecided, or answered for a small model alone",
@@ -39,12 +39,12 @@ def page(
     figures: Iterable[Figure],
     notes: Sequence[str] = (),
 ) -> str:
-    """The report as one self-contained document. All text from runs is escaped.
+    """Renders the report as one self-contained document. All text from runs is escaped.
 
     Args:
-        scores: what it opens with.
-        details: tables under a title each; those without rows share one line.
-        notes: what a reader must know before comparing rows.
+        scores: the tables that it opens with.
+        details: further tables by section; a last line lists tables without rows.
+        notes: see :func:`evals.report.views.notes`.
     """
     every = [*scores, *(table for group in details.values() for table in group)]
     shown = {name: [t for t in group if len(t.frame)] for name, group in details.items()}
@@ -89,7 +89,7 @@ ASKED = ("task", "seed", "machine")
 
 
 def own_name(part: pd.DataFrame) -> str:
-    """A model by the name of its weights, with the one that it was configured by."""
+    """The name of a model's weights, with the name of its configuration if that differs."""
     one = part.iloc[0]
     told = one.model_settings if isinstance(one.model_settings, dict) else {}
     path = Path(str(told.get("gguf_file") or told.get("name_or_path") or one.model).rstrip("/"))
@@ -98,7 +98,7 @@ def own_name(part: pd.DataFrame) -> str:
 
 
 def memory(parts: Sequence[pd.DataFrame]) -> str:
-    """What rows may hold."""
+    """The rows' budgets in words."""
     found: dict[str, list[str]] = {}
     for one in (part.iloc[0] for part in parts):
         if not unknown(one.budget):
@@ -113,19 +113,22 @@ def memory(parts: Sequence[pd.DataFrame]) -> str:
 
 
 def templates() -> Environment:
-    """Those of every page: what is put into them is escaped."""
+    """The templates of all pages, with automatic escaping."""
     found = Environment(loader=PackageLoader("evals.report"), autoescape=True, trim_blocks=True)
     found.filters["sha256"] = _sha256
     return found
 
 
 def _sha256(script: str) -> str:
-    """Names a script in the page's security policy, so that no other one runs."""
+    """A script's hash for the page's security policy, which lets no other script run."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _cards(judged: Sequence[Judged]) -> Iterator[tuple[Claim, str, list[tuple[str, str, str]]]]:
-    """Per claim how it stands and its measurements: verdict, value, of what."""
+    """For each claim its kind of verdict and its measurements: verdict, value, what was measured.
+
+    The kind is "open" if the measurements differ or are of small models alone.
+    """
     for statement in dict.fromkeys(one.claim.statement for one in judged):
         own = [one for one in judged if one.claim.statement == statement]
         kinds = {None if one.measured and one.measured.limits else one.kind for one in own}
@@ -148,7 +151,7 @@ def _measured(one: Judged) -> tuple[str, str]:
 
 
 def _answers(rows: pd.DataFrame) -> Iterator[tuple[str, list[Any]]]:
-    """The first samples of each setting as all its methods answered them."""
+    """The first samples of each setting with the answers of all methods."""
     named = labels(rows)
     for setting, parts in settings(ran(rows[rows.generated_tokens > 0])).items():
         whole = pd.concat(parts.values())

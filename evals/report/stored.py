@@ -1,4 +1,4 @@
-"""Numbers on file that are no runs: published ones, `make bench`'s, the embedded model's."""
+"""Tables of stored numbers: published ones, the old benchmark's, the embedded model's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from evals.report.table import NOT_RUN, Table
+from evals.report.table import Table
 from evals.report.views import SPEC, flat, settings
-from evals.results.frame import REFERENCE, estimate
+from evals.results.frame import NOT_RUN, REFERENCE, estimate
 from evals.tasks.longbench import averages
 
 AVERAGES = {"average_en": "English", "average_zh": "Chinese"}
@@ -22,7 +22,7 @@ TOLD = ("device", "threads", "torch", "transformers", "model", "dtype", "new_tok
 
 
 def benchmarks(folder: Path) -> Iterator[Table]:
-    """Every CSV of the benchmark, with ratios between methods of one prompt and batch."""
+    """A table for each CSV of the benchmark, with ratios of methods at equal prompt and batch."""
     for path in sorted(folder.glob("*.csv")):
         lines = pd.read_csv(path)
         same = [name for name in ("prompt", "batch") if name in lines]
@@ -41,7 +41,7 @@ def benchmarks(folder: Path) -> Iterator[Table]:
 
 
 def published(folder: Path, rows: pd.DataFrame) -> Iterator[Table]:
-    """Numbers of others, each with its source, beside what was measured of the same model."""
+    """Published numbers with their sources, beside measured ones of the same model."""
     for stem, told in SPEC["published"].items():
         if not (path := folder / f"{stem}.csv").exists():
             continue
@@ -62,7 +62,7 @@ def published(folder: Path, rows: pd.DataFrame) -> Iterator[Table]:
 def _measured(
     rows: pd.DataFrame, told: dict[str, Any], method: str, line: dict[str, Any]
 ) -> float | None:
-    """What the method's row with the most samples comes to; None if it was not run."""
+    """The measured number of the method's row with the most samples; None if it was not run."""
     entries, group = (line.get(told.get(key)) for key in ("entries", "group"))
     method = REFERENCE if entries == REFERENCE else method
     own = rows[(rows.status == "ok") & (rows.label == method)]
@@ -71,7 +71,7 @@ def _measured(
     ending = SPEC["checkpoints"].get(line.get("model", told.get("model")))
     paths = own.model_settings.map(lambda one: str((one or {}).get("name_or_path", "")).lower())
     own = own[paths.astype(str).str.rstrip("/").str.endswith(f"/{ending}")]
-    if own.empty:  # nor need the metric be a column then
+    if own.empty:
         return None
     part = max(flat(settings(own)), key=len)
     if group in AVERAGES:
@@ -81,13 +81,13 @@ def _measured(
 
 
 def evidence(folder: Path) -> Iterator[Table]:
-    """What eviction costs on the embedded model, as committed."""
+    """The committed distances of the embedded model to the full cache."""
     if (path := folder / "fidelity.csv").exists():
         lines = pd.read_csv(path).rename(
             columns=lambda name: name.replace("_low", " low").replace("_high", " high")
         )
         note = (
-            "Divergence of the next-token distribution from the full cache's, nats a token, while"
-            " both read the full cache's answers, with 95% bootstrap intervals over prompts."
+            "KL divergence of the next-token distribution from the full cache's in nats per token,"
+            " on the full cache's answers, with 95% bootstrap intervals over prompts."
         )
         yield Table("embedded_fidelity", "SmolLM2-135M: distance to the full cache", lines, note)

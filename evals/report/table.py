@@ -1,10 +1,10 @@
-"""What a table looks like as Markdown, LaTeX, CSV and on a terminal."""
+"""Tables as Markdown, LaTeX, CSV and on a terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,31 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from evals.report.methods import called
-from evals.results.frame import MARK
+from evals.results.frame import MARK, NOT_RUN
 
-NOT_RUN, NOT_PUBLISHED = "not run", "not published here"
-FORMS = ((10, ".3f"), (100, ".2f"), (1000, ".1f"), (1e6, ",.0f"))  # of numbers below each
+FORMS = ((10, ".3f"), (100, ".2f"), (1000, ".1f"), (1e6, ",.0f"))  # formats of numbers below
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", MARK: r"\textdagger{}"}
     | {"≥": r"$\geq$", "≤": r"$\leq$"}
 )
-HEADS = ("task", "model", "seed", "method", "settings", "compress", "budget", "metric")
+HEADS = ("task", "model", "seed", "setting", "method", "parameters", "compress", "budget")
+HEADS += ("metric",)
 ENDS = re.compile(r" (\[.*?\])")  # an interval behind a value
-WIDEST = 120  # characters of a table on a terminal; a narrower one wraps
+WIDEST = 120  # characters across; a table on a terminal is no wider
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of raw values; `X low` and `X high` are the ends of the 95 % interval of column X.
+    """A table of raw values. `X low` and `X high` are the ends of column X's 95 % interval.
 
     Attributes:
-        name: the files' stem.
+        name: the stem of its files.
         note: what a reader must know.
-        marks: what stands behind a column's values, line by line.
-        sections: of a terminal: what each line belongs to.
-        narrow: columns for a page or a paper, beside those that tell lines apart; none: all.
+        marks: by column, the text behind each line's value.
+        sections: each line's section on a terminal.
+        narrow: the columns of a paper's table besides those in HEADS; none: all.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Table:
     narrow: Sequence[str] = ()
 
     def shown(self) -> pd.DataFrame:
-        """The frame as text, with marks and intervals behind the values; without empty columns."""
+        """The table as text: values with intervals and marks, without empty columns."""
         if self.frame.empty:
             return pd.DataFrame({"": [NOT_RUN]})
         columns: dict[str, list[str]] = {}
@@ -73,27 +73,27 @@ class Table:
         return pd.DataFrame(columns)
 
     def named(self) -> pd.DataFrame:
-        """As :meth:`shown`, with methods by the names that readers know them by."""
+        """As :meth:`shown`, with the methods' names for readers."""
         shown = self.shown()
         for name in {"method", "run", *shown.columns[:1]} & set(shown):
             shown[name] = shown[name].map(called)
         return shown.rename(columns=called)
 
     def alike(self) -> dict[str, str]:
-        """What all lines have in common, by column."""
+        """The cells that all lines have in common, by column."""
         shown = self.named()
         same = [name for name in HEADS if name in shown and shown[name].nunique() == 1]
         return {name: shown[name].iloc[0] for name in same if len(shown) > 1}
 
     def paper(self) -> list[str]:
-        """The columns of the narrow form."""
+        """The columns of a paper's table."""
         if self.frame.empty:
             return list(self.named())
         several = [name for name in self.named() if name not in self.alike()]
         return [name for name in several if name in (*HEADS, *(self.narrow or several))]
 
     def told(self) -> str:
-        """What all lines have in common, as words."""
+        """The cells that all lines have in common, in words."""
         return ", ".join(f"{name} {text}" for name, text in self.alike().items() if text)
 
     def markdown(self) -> str:
@@ -108,7 +108,7 @@ class Table:
         return f"## {self.title}\n\n" + "\n".join(rows) + note
 
     def latex(self) -> str:
-        """A booktabs table of the narrow columns, with caption and label; intervals are small."""
+        """A booktabs table of :meth:`paper`'s columns, with caption and label."""
         shown = self.named()[self.paper()]
         aligned = ["r" if re.match(r"[-\d]", "".join(shown[name])) else "l" for name in shown]
         shown = shown.map(lambda cell: ENDS.sub(r" {\\scriptsize \1}", cell.translate(LATEX)))
@@ -124,7 +124,7 @@ class Table:
         return text.replace("\\begin{tabular}", small)
 
     def rich(self) -> list[RichTable]:
-        """For a terminal: one table, or several below each other where it is too wide for one."""
+        """The table for a terminal, in several parts if it is wider than WIDEST."""
         shown = self.shown()
         first, *others = shown.columns
         whole = WIDEST - max(map(len, [first, *shown[first], *self.sections])) - 1
@@ -154,14 +154,8 @@ class Table:
             table.add_row(*map(escape, cells))
         return table
 
-    def take(self, lines: Sequence[int]) -> Table:
-        """The table of some of its lines."""
-        marks = {name: [one[i] for i in lines] for name, one in self.marks.items()}
-        sections = [self.sections[i] for i in lines]
-        return replace(self, frame=self.frame.iloc[lines], marks=marks, sections=sections)
-
     def write(self, folder: Path) -> None:
-        """NAME.md, NAME.tex and NAME.csv (raw values, a heading even if there are none)."""
+        """Writes NAME.md, NAME.tex and NAME.csv (raw values, with a heading even without lines)."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
         (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
@@ -169,7 +163,7 @@ class Table:
 
 
 def text(value: Any) -> str:
-    """A cell: numbers to about three digits, nothing as a dash."""
+    """A cell's text: numbers to about three digits, a dash for nothing."""
     if value is None or (isinstance(value, float) and pd.isna(value)):
         return "-"
     if isinstance(value, float):

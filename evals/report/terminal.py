@@ -1,4 +1,4 @@
-"""The terminal's tables: what ran, beside the full cache, by what tasks break scores down."""
+"""The terminal's tables: all rows, differences to the full cache, breakdowns."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from evals.results.frame import DIFFERENCE, REFERENCE, estimate, load, partner
 
 
 def print_tables(folders: Sequence[Path]) -> list[str]:
-    """Prints all tables of some settings' folders, and what of them does not count; this.
+    """Prints all tables of some settings' folders.
+
+    Returns:
+        What of the folders was left out, with the reason.
 
     Raises:
-        ConfigError: there is nothing to show.
+        ConfigError: a folder does not exist, or there is nothing to show.
     """
     rows, console = load(*folders), _console()
     left_out = rows.attrs["left_out"]
@@ -35,11 +38,10 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     tables = [_rows(views.make("terminal", own))] if len(own) else []
     compared = own[own.setting.isin(own.setting[own.row == REFERENCE])]
     if (compared.row != REFERENCE).any():
-        table = views.make("against", compared, title=f"against {REFERENCE}")
-        tables.append(_rows(table, without=REFERENCE))
+        tables.append(_rows(views.make("against", compared)))
     if len((over := views.make("seeds", own)).frame):
         tables.append(over)
-    tables += [_by_length(_rows(views.make("speed", rows[timed])))] if timed.any() else []
+    tables += [_rows(views.make("speed", rows[timed]))] if timed.any() else []
     for i, table in enumerate([*tables, *views.breakdowns(own)]):
         if i:
             console.print(f"\n[bold]{escape(table.title)}[/]", highlight=False)
@@ -50,29 +52,19 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     return left_out
 
 
-def _rows(table: Table, without: str = "") -> Table:
-    """Lines by the names of their files, as settings stand above them."""
-    table = table.take([i for i, name in enumerate(table.frame["row"]) if name != without])
-    frame = table.frame.drop(columns=[*HEADS, "row", "n"])
+def _rows(table: Table) -> Table:
+    """The table with lines by the names of their files; their settings stand above them."""
+    told_elsewhere = [*HEADS, "row", "n", "prompt_tokens"]
+    frame = table.frame.drop(columns=told_elsewhere, errors="ignore")
     frame.insert(0, "", table.frame["row"])
     return replace(table, frame=frame.assign(n=table.frame["n"]))
 
 
-def _by_length(table: Table) -> Table:
-    """Methods on prompts of one length below each other."""
-    lengths = [int(length) for length in table.frame["prompt_tokens"].fillna(0)]
-    places = range(len(lengths))
-    table = table.take(sorted(places, key=lambda i: (table.sections[i], lengths[i])))
-    lengths = [int(length) for length in table.frame["prompt_tokens"].fillna(0)]
-    sections = [f"{name}, {n:,} tokens" for name, n in zip(table.sections, lengths, strict=True)]
-    return replace(table, frame=table.frame.drop(columns="prompt_tokens"), sections=sections)
-
-
 def print_paired(folders: Sequence[Path], method: str) -> None:
-    """A method less each other one of the same budget, over the samples that both have.
+    """Prints the paired differences of a method to each other one of the same budget.
 
     Raises:
-        ConfigError: the folders hold no two methods to compare.
+        ConfigError: a folder does not exist, or the folders hold no two methods to compare.
     """
     rows = load(*folders)
     named, lines, sections = views.labels(rows), [], []
@@ -98,6 +90,6 @@ def print_paired(folders: Sequence[Path], method: str) -> None:
 
 
 def _console() -> Console:
-    """A narrow terminal wraps what a narrow table would cut off; a file takes any length."""
+    """A console at least WIDEST wide: a narrow terminal wraps lines, and nothing is cut off."""
     console = Console()
     return Console(width=max(console.width, WIDEST) if console.is_terminal else 200)

@@ -1,6 +1,6 @@
-"""Tables of a frame of samples: which columns, is views.yaml's.
+"""Tables of a frame of samples. views.yaml lists their columns.
 
-One function, :func:`make`, makes each of them; what is not a grouping by method is below it.
+:func:`make` makes the tables with a line per method. Other tables are below it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import yaml
 
 from buzz.errors import ConfigError
 from evals.report.methods import called, place
-from evals.report.table import NOT_RUN as EMPTY
 from evals.report.table import Table
 from evals.results.frame import (
     DIFFERENCE,
@@ -42,21 +42,23 @@ from evals.tasks.build import build
 from evals.tasks.longbench import averages
 
 SPEC = yaml.safe_load(Path(__file__).with_name("views.yaml").read_text(encoding="utf-8"))
-DISTURBED = "~"  # behind times of samples during which other processes kept the machine busy
-MANY = 6  # rows up to which they are columns of a table of data sets
+DISTURBED = "~"  # behind times that other processes disturbed
+MANY = 6  # up to so many rows are the columns of a table of data sets
+SHARED = ("model", "seed", "compress")  # settings of every task
 Parts = dict[str, pd.DataFrame]  # a setting's samples by row
 
 
-# What is of one method: the rows of a frame of one setting and row
+# A part is the samples of one row: one setting and method.
 
 
 def settings(rows: pd.DataFrame, by: str = "setting") -> dict[str, Parts]:
-    """Samples by setting (or another column) and row, in the order in which tables show them."""
+    """Samples by setting (or another column) and row, in the order of tables."""
 
     def order(part: pd.DataFrame) -> tuple[Any, ...]:
         one = part.iloc[0]
         budget = 0.0 if unknown(one.budget) else float(one.budget)
-        return one.task, one.model, str(one.seed), one.setting, budget, place(one.method), one.row
+        setting = one.task, one.model, str(one.seed), str(one.task_settings), one.setting
+        return *setting, budget, place(one.method), one.row
 
     found: dict[str, Parts] = {}
     for part in sorted((part for _, part in rows.groupby([by, "row"], sort=False)), key=order):
@@ -65,12 +67,12 @@ def settings(rows: pd.DataFrame, by: str = "setting") -> dict[str, Parts]:
 
 
 def flat(found: Mapping[str, Parts]) -> list[pd.DataFrame]:
-    """The samples of each row of all settings."""
+    """The parts of all settings."""
     return [part for parts in found.values() for part in parts.values()]
 
 
 def across_seeds(rows: pd.DataFrame) -> dict[str, Parts]:
-    """As :func:`settings`, those that differ in the seed alone together, where there are some."""
+    """As :func:`settings`, with settings pooled that differ only in the seed; without others."""
     pools = {}
     for setting, one in rows.drop_duplicates("setting").set_index("setting").iterrows():
         told = {k: v for k, v in _flat(one).items() if k not in ("seed", "model.seed")}
@@ -86,22 +88,23 @@ def unknown(value: Any) -> bool:
 
 
 def finished(part: pd.DataFrame) -> bool:
-    """Whether each of its samples was run."""
+    """Whether every sample of a part was run."""
     return bool(len(part)) and not (part.status == NOT_RUN).any()
 
 
 def ran(part: pd.DataFrame) -> pd.DataFrame:
+    """The samples that were answered."""
     return part[part.status == "ok"]
 
 
 def held(part: pd.DataFrame) -> float | None:
-    """Entries over the budget, by its measure: 1.0 if it is met exactly."""
+    """Entries held over the budget, peak or mean as the budget says; 1.0: it is met exactly."""
     share = part.held.astype(float).mean()
     return None if np.isnan(share) else float(share)
 
 
 def mark(part: pd.DataFrame) -> str:
-    """MARK if more is held than the budget, else nothing."""
+    """MARK if the part holds more than its budget, else nothing."""
     return MARK if (held(part) or 0) > 1 + TOLERANCE else ""
 
 
@@ -111,9 +114,9 @@ def marked(part: pd.DataFrame) -> str:
 
 
 def budget_text(part: pd.DataFrame) -> str:
-    """A budget, its measure if that is the mean, and MARK if more is held.
+    """A budget, with `mean` if it is one of the mean length, and MARK if the part holds more.
 
-    A method without a budget has sizes of its own, the full cache has none.
+    Without a budget a method has its own sizes ("own"); the full cache has none ("-").
     """
     one = part.iloc[0]
     if unknown(one.budget):
@@ -122,7 +125,7 @@ def budget_text(part: pd.DataFrame) -> str:
 
 
 def status(part: pd.DataFrame) -> str:
-    """complete, or what went wrong, with its reason."""
+    """complete, or what went wrong and why."""
     if missing := int((part.status == NOT_RUN).sum()):
         return f"unfinished: {len(part) - missing} of {len(part)} samples"
     for name in ("failed", "oom"):
@@ -133,7 +136,7 @@ def status(part: pd.DataFrame) -> str:
 
 
 def count(part: pd.DataFrame) -> str:
-    """Samples that ran; those out of memory, with the most bytes asked for; those that failed."""
+    """How many samples were answered, were out of memory (and of what size), and failed."""
     of = Counter(part.status)
     if of[NOT_RUN]:
         return f"{len(part) - of[NOT_RUN]} of {len(part)}"
@@ -150,7 +153,7 @@ def score(
     other: pd.DataFrame | None = None,
     of: Weights = VALUE,
 ) -> Estimate:
-    """A method's score; where samples never differ they could be as any method's of the setting."""
+    """:func:`estimate` of a score. Samples may have any score between those of the setting."""
     if part.empty or part.statistic.iloc[0] != "mean":
         return estimate(part, metric, other, of)
     found = rows[metric][rows.setting == part.setting.iloc[0]].astype(float)
@@ -158,11 +161,11 @@ def score(
 
 
 def summary(part: pd.DataFrame) -> dict[str, Any]:
-    """What one method comes to, for objectives of sweeps and services that take results.
+    """One part in numbers, for objectives of sweeps and for services that take results.
 
     Returns:
-        score with its ends, means of all that was measured, of peaks and of what is allocated the
-        most; counts.
+        The score with the ends of its interval; means of everything measured, but maxima of peaks
+        and allocations; numbers of samples.
     """
     answered, scored = ran(part), estimate(ran(part))
     numbers = answered.select_dtypes("number")
@@ -176,25 +179,37 @@ def summary(part: pd.DataFrame) -> dict[str, Any]:
 
 
 def labels(rows: pd.DataFrame) -> dict[str, str]:
-    """The settings by what tells them apart: the task, and what else differs."""
+    """Settings by name: the task, and what tells it from the other settings of the frame."""
+    first, more = rows.drop_duplicates("setting"), differences(rows)
+    varied = [name for name in SHARED if first[name].nunique() > 1]
+    found = {}
+    for _, one in first.iterrows():
+        told = [one.task, *(f"{name}={one[name]}" for name in varied), more[one.setting]]
+        found[one.setting] = " ".join(filter(None, told)).replace("model=", "")
+    return found
+
+
+def differences(rows: pd.DataFrame) -> dict[str, str]:
+    """By setting, what tells it from others of its task, model, seed and `compress`.
+
+    That is the task's and the model's other settings, or the folder's name if they are equal. It
+    is empty for the only setting of its kind.
+    """
+    found: dict[str, str] = {}
     first = rows.drop_duplicates("setting").set_index("setting")
-    apart = [name for name in ("model", "seed", "compress") if first[name].nunique() > 1]
-    found = {
-        key: " ".join([one.task, *(f"{name}={one[name]}" for name in apart)]).replace("model=", "")
-        for key, one in first.iterrows()
-    }
-    for label, count in Counter(found.values()).items():
-        alike = {key: _flat(first.loc[key]) for key, other in found.items() if other == label}
-        for name in dict.fromkeys(name for one in alike.values() for name in one):
-            if count > 1 and len({str(one.get(name)) for one in alike.values()}) > 1:
-                for key, one in alike.items():
-                    found[key] += f" {name}={one.get(name)}"
-    several = {label for label, count in Counter(found.values()).items() if count > 1}
-    return {key: f"{key}" if label in several else label for key, label in found.items()}
+    for _, alike in first.groupby(["task", *SHARED], dropna=False):
+        known = {key: _flat(one) for key, one in alike.iterrows()}
+        names = dict.fromkeys(name for one in known.values() for name in one)
+        differ = [n for n in names if len({str(one.get(n)) for one in known.values()}) > 1]
+        texts = {k: " ".join(f"{n}={one.get(n)}" for n in differ) for k, one in known.items()}
+        count = Counter(texts.values())
+        copies = {key for key, text in texts.items() if count[text] > 1}
+        found |= texts | {key: str(key) for key in copies}
+    return found
 
 
 def _flat(setting: pd.Series) -> dict[str, Any]:
-    """The settings of its task, and of its model as `model.NAME`."""
+    """The task's settings, and the model's as `model.NAME`."""
     task, model = (
         one if isinstance(one, dict) else {}
         for one in (setting.task_settings, setting.model_settings)
@@ -202,86 +217,110 @@ def _flat(setting: pd.Series) -> dict[str, Any]:
     return task | {f"model.{name}": value for name, value in model.items() if name != "name"}
 
 
-# A table of methods
+# Tables with a line per method
 
 
 def make(view: str, rows: pd.DataFrame, metrics: Iterable[str] = (), **told: str) -> Table:
-    """The table of views.yaml that has this name, of all methods of a frame.
+    """Makes a table of views.yaml of all rows of a frame.
 
     Args:
-        metrics: of tasks, shown behind the score.
-        told: title, note and name, where they are not the view's.
+        metrics: further metrics of the task, shown behind the score.
+        told: title and name in place of the view's; a note before it.
     """
     spec = SPEC["views"][view]
+    parts = []
+    for own in (across_seeds(rows) if "across" in spec else settings(rows)).values():
+        chosen = [part for row, part in own.items() if row != spec.get("without")]
+        pieces = [one for part in chosen for one in split(part, spec.get("by"))]
+        parts += [({}, piece) for _, piece in sorted(pieces, key=lambda one: one[0])]
+    return filled(view, rows, parts, metrics, **told)
+
+
+def split(part: pd.DataFrame, by: str | None) -> list[tuple[int, pd.DataFrame]]:
+    """A part by the lengths of its prompts, if the view says so and the part is finished."""
+    whole = by is None or not finished(part)
+    return [(0, part)] if whole else list(part.groupby(lengths(part, by)))
+
+
+def lengths(part: pd.DataFrame, by: str = "prompt tokens") -> pd.Series:
+    """Lengths of prompts: exact by `prompt_tokens`, else to the nearest power of two."""
+    tokens = part.prompt_tokens
+    if by == "prompt_tokens":
+        return tokens
+    return (2 ** np.round(np.log2(tokens.astype(float).clip(lower=1)))).fillna(0).astype(int)
+
+
+def filled(
+    view: str,
+    rows: pd.DataFrame,
+    parts: Sequence[tuple[dict[str, Any], pd.DataFrame]],
+    metrics: Iterable[str] = (),
+    **told: str,
+) -> Table:
+    """As :func:`make`, of some parts, each with the first cells of its line."""
+    spec, named, apart = SPEC["views"][view], labels(rows), differences(rows)
     across, by = spec.get("across"), spec.get("by")
     columns: dict[str, Any] = {}
     for column, how in spec["columns"].items():
         columns[column] = how
         if column == "score":
             columns |= {one: {"metric": f"scores.{one}", "interval": True} for one in metrics}
-    others = {c["against"]: partner(rows, c["against"]) for c in columns.values() if "against" in c}
-    named, pieces = labels(rows), []
-    for setting, parts in (across_seeds(rows) if across else settings(rows)).items():
-        for whole in parts.values():
-            section = f"{named.get(setting, '')}  {whole.headline.iloc[0]}".strip()
-            tokens = whole.prompt_tokens
-            tokens = tokens if by == "prompt_tokens" else length_bin(tokens)
-            bins = whole.groupby(tokens) if by and finished(whole) else [(None, whole)]
-            pieces += [(section, length, whole, part) for length, part in bins]
-    lines: list[dict[str, Any]] = []
+    others = cache(partial(partner, rows))
+    lines, sections = [], []
     marks: dict[str, list[str]] = {column: [] for column in columns}
-    for _, length, whole, part in pieces:
-        answered, cells = ran(part) if finished(whole) else part.iloc[:0], {}
+    for first, part in parts:
+        line, done = first | head(part, apart), finished(part)
+        if "score" not in columns:
+            del line["metric"]
+        if across:
+            line["seed"] = ", ".join(map(str, sorted(part.seed.unique())))
+        section = f"{'' if across else named[part.setting.iloc[0]]}  {part.headline.iloc[0]}"
+        if by:
+            line[by] = lengths(part, by).iloc[0] if done else None
+            section += f", {line[by]:,.0f} tokens" if done else ""
+        answered = ran(part) if done else part.iloc[:0]
         for column, how in columns.items():
             found, disturbed = _column(how, answered, others, rows, across)
-            cells |= _written(column, found, how)
+            line |= _written(column, found, how)
             marks[column].append(DISTURBED if disturbed else "")
-        line = head(whole, part) | ({by: length} if by else {}) | cells
-        if across:
-            line["seed"] = ", ".join(map(str, sorted(whole.seed.unique())))
         if spec.get("terminal"):
-            line = {"n": count(whole), "row": marked(whole)} | line
+            line = {"n": count(part), "row": marked(part)} | line
         elif not by and not across:
-            line["status"] = status(whole)
+            line["status"] = status(part)
         lines.append(line)
-    sections, shown = [section for section, *_ in pieces], [part for *_, part in pieces]
+        sections.append(section.strip())
     note = f"{told.get('note', '')} {spec.get('note', '')}".strip()
-    title = told.get("title", spec.get("title", view))
-    heads = ["task", "model", "method"]
-    narrow = spec.get("narrow", ())
-    return table(told.get("name", view), title, lines, heads, note, shown, marks, sections, narrow)
+    name, title = told.get("name", view), told.get("title", spec.get("title", view))
+    more = {"marks": marks, "sections": sections, "narrow": spec.get("narrow", ())}
+    return table(name, title, lines, [part for _, part in parts], note, **more)
 
 
 def table(
     name: str,
     title: str,
     lines: Sequence[Mapping[str, Any]],
-    heads: Sequence[str],
+    parts: Iterable[pd.DataFrame],
     note: str = "",
-    parts: Iterable[pd.DataFrame] = (),
-    *more: Any,
+    **more: Any,
 ) -> Table:
-    """Of lines by column, or of `heads` alone; the note says which `parts` hold too much."""
-    frame = pd.DataFrame(lines, columns=None if lines else heads, dtype=object)
-    return Table(name, title, frame, f"{note} {over_note(parts)}".strip(), *more)
+    """A table of lines, with some headings if there are none. The note names parts with MARK."""
+    heads = None if lines else ["task", "model", "method"]
+    frame = pd.DataFrame(lines, columns=heads, dtype=object)
+    return Table(name, title, frame, f"{note} {over_note(parts)}".strip(), **more)
 
 
-def length_bin(tokens: pd.Series) -> pd.Series:
-    """The power of two nearest to a prompt's length."""
-    return (2 ** np.round(np.log2(tokens.astype(float).clip(lower=1)))).fillna(0).astype(int)
-
-
-def head(whole: pd.DataFrame, part: pd.DataFrame) -> dict[str, Any]:
-    """What a line is of."""
-    one = whole.iloc[0]
+def head(part: pd.DataFrame, apart: Mapping[str, str]) -> dict[str, Any]:
+    """The cells that say what a line is of; `apart` comes from :func:`differences`."""
+    one = part.iloc[0]
     return {
         "task": one.task,
         "model": one.model,
         "seed": one.seed,
+        "setting": apart[one.setting],
         "method": one.label if not unknown(one.label) else one.row,
-        "settings": one.row.partition(",")[2],
+        "parameters": one.row.partition(",")[2],
         "compress": "" if one.compress == "prompt" or unknown(one.compress) else one.compress,
-        "budget": budget_text(part if len(part) else whole),
+        "budget": budget_text(part),
         "metric": one.headline,
     }
 
@@ -289,27 +328,32 @@ def head(whole: pd.DataFrame, part: pd.DataFrame) -> dict[str, Any]:
 def _column(
     how: Mapping[str, Any],
     part: pd.DataFrame,
-    others: Mapping[str, pd.DataFrame],
+    others: Callable[[str], pd.DataFrame],
     rows: pd.DataFrame,
-    across: str | None,
+    across: str | None = None,
 ) -> tuple[list[Estimate], bool]:
-    """A column's numbers for some samples, and whether they are times that others disturbed."""
-    other = others[how["against"]].loc[part.index] if "against" in how else None
+    """A column's numbers for some samples, and whether other processes disturbed their times.
+
+    Args:
+        how: the column as in views.yaml.
+        others: :func:`partner` of `rows` for a method.
+        across: see :func:`view`.
+    """
+    other = others(how["against"]).loc[part.index] if "against" in how else None
     disturbed = False
     if how.get("timed"):
-        part = part[part.timed]
+        both = part.timed
         if other is not None:
-            other = other.loc[part.index]
-            beside = other.timed.eq(True) & (other.machine == part.machine)
-            part, other = part[beside], other[beside]
-        sides = [part] if other is None else [part, other]
-        loaded = any(side.loaded.eq(True).any() for side in sides)
+            both = both & other.timed.eq(True) & (other.machine == part.machine)
+            other = other[both]
+        part = part[both]
+        loaded = part.loaded.any() or (other is not None and other.loaded.eq(True).any())
         disturbed = loaded and how.get("stat") != "count"
     told = (how.get(key) for key in ("metric", "stat", "as"))
     told = [one if isinstance(one, list) else [one] for one in told]
     pieces = [part] if across is None else [one for _, one in part.groupby(across)]
     found = []
-    for i in range(max(map(len, told))):  # what is told once is so of all
+    for i in range(max(map(len, told))):  # one value stands for all
         metric, stat, kind = (one[min(i, len(one) - 1)] for one in told)
         cells = [
             _cell(metric, stat, kind, one, None if other is None else other.loc[one.index], rows)
@@ -338,7 +382,7 @@ def _cell(
             return NOTHING._replace(value=value, n=n)
         return score(part, rows, metric) if scored else estimate(part, metric)
     if part.row.eq(REFERENCE).all():
-        return NOTHING  # the full cache beside itself
+        return NOTHING  # the full cache compared with itself
     if kind in ("agreement", "prefix"):
         pairs = zip(part[metric], other[metric], strict=True)
         return interval([_alike(kind, own, full) for own, full in pairs])
@@ -357,7 +401,9 @@ def _cell(
 
 
 def _alike(kind: str, own: Any, full: Any) -> float:
-    """The share of positions with the same token; or of the full answer before the first other."""
+    """The share of positions with equal tokens (agreement), or of the full cache's answer up to
+    the first other token (prefix).
+    """
     if not (isinstance(own, list) and isinstance(full, list) and own and full):
         return np.nan
     same = [a == b for a, b in zip(own, full, strict=False)]
@@ -367,7 +413,7 @@ def _alike(kind: str, own: Any, full: Any) -> float:
 
 
 def _written(column: str, cells: Sequence[Estimate], how: Mapping[str, Any]) -> dict[str, Any]:
-    """The column's cell, and those of its interval."""
+    """The cells of a column and its interval."""
     scale = how.get("scale", 1)
     values = [
         [None if value is None else value * scale if scale != 1 else value for value in cell[:3]]
@@ -382,7 +428,7 @@ def _written(column: str, cells: Sequence[Estimate], how: Mapping[str, Any]) -> 
 
 
 def over_note(parts: Iterable[pd.DataFrame]) -> str:
-    """What MARK means, and by how much each method that has it is over; nothing if none has."""
+    """What MARK means, and by how much each part with it is over; nothing if no part has it."""
     over: dict[str, list[float]] = {}
     for part in parts:
         if len(part) and mark(part):
@@ -395,7 +441,7 @@ def over_note(parts: Iterable[pd.DataFrame]) -> str:
         for name, of in over.items()
     ]
     return (
-        f"{MARK} holds over {TOLERANCE:.0%} more than its budget, over what was decoded:"
+        f"{MARK} holds over {TOLERANCE:.0%} more than its budget while decoding:"
         f" {', '.join(found)}."
     )
 
@@ -404,7 +450,7 @@ def over_note(parts: Iterable[pd.DataFrame]) -> str:
 
 
 def sections(rows: pd.DataFrame) -> Iterator[Table]:
-    """Scores by the kinds of tasks of views.yaml."""
+    """A table of scores for each section of views.yaml."""
     named = {task for one in SPEC["sections"].values() for task in one.get("tasks", ())}
     for name, one in SPEC["sections"].items():
         tasks = one.get("tasks")
@@ -418,9 +464,11 @@ def sections(rows: pd.DataFrame) -> Iterator[Table]:
 
 
 def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
-    """Data sets, the benchmark's averages, lengths, memory in rows; of many methods, in columns."""
+    """Scores by data set, averages, lengths and memory; MANY methods are lines, fewer columns."""
     columns: dict[str, dict[str, Any]] = {}
-    named, several, full = labels(rows), rows.setting.nunique() > 1, partner(rows)
+    named, several = labels(rows), rows.setting.nunique() > 1
+    more = SPEC["views"]["data_sets"]["columns"]
+    others = cache(partial(partner, rows))
     chosen = [part for part in flat(settings(rows)) if finished(part)]
     for part in chosen:
         answered = ran(part)
@@ -430,33 +478,19 @@ def data_sets(rows: pd.DataFrame, name: str, title: str, note: str) -> Table:
         known = {group: value for group, value in means.items() if value is not None}
         for kinds, found in averages(known).items() if means else ():
             means |= {f"{kinds}: {one}": value for one, value in found.items()}
-        tokens, ratio = _lengths(answered, full)
-        means |= {"answers: tokens": tokens, "answers: tokens / full": ratio}
-        means["memory: KV MB"] = answered.kv_nbytes_mean.mean() / 1e6
-        means["memory: KV allocated MB"] = answered.allocated_nbytes.max() / 1e6
-        means["memory: held / budget"] = held(part)
+        for column, how in more.items():
+            means |= _written(column, _column(how, answered, others, rows)[0], how)
         columns[marked(part) + (f" {named[part.setting.iloc[0]]}" if several else "")] = means
     names = dict.fromkeys(name for one in columns.values() for name in one)
     names = sorted(names, key=lambda name: ":" in name)  # averages and memory below the data sets
-    lines: list[dict[str, Any]] = [
-        {"run": of} | {n: one.get(n, EMPTY) for n in names} for of, one in columns.items()
-    ]
-    if len(columns) <= MANY:
-        lines = [
-            {"data set": n} | {of: one.get(n, EMPTY) for of, one in columns.items()} for n in names
-        ]
-    return table(name, title, lines, ["data set"], note, chosen)
-
-
-def _lengths(part: pd.DataFrame, full: pd.DataFrame) -> list[float | None]:
-    """How long answers are: in tokens, and over the full cache's to the same prompts."""
-    others = {REFERENCE: full}
-    hows = [SPEC["shared"][name] for name in ("answer", "answer_ratio")]
-    return [_column(how, part, others, part, None)[0][0].value for how in hows]
+    every = {of: dict.fromkeys(names, NOT_RUN) | one for of, one in columns.items()}
+    many = len(columns) > MANY
+    frame = crossed(every, "run" if many else "data set", turned=many)
+    return Table(name, title, frame, f"{note} {over_note(chosen)}".strip())
 
 
 def breakdowns(rows: pd.DataFrame) -> Iterator[Table]:
-    """Scores by the samples' groups, and by what else their task breaks them down."""
+    """Scores by the samples' groups, and the task's own breakdowns."""
     named = labels(rows)
     for setting, parts in settings(rows).items():
         found: dict[str, dict[str, dict[str, float]]] = {}
@@ -465,11 +499,19 @@ def breakdowns(rows: pd.DataFrame) -> Iterator[Table]:
                 found.setdefault(title, {})[marked(part)] = means
         for title, columns in found.items():
             names = dict.fromkeys(name for means in columns.values() for name in means)
-            lines = [{title: row} | {n: of.get(n) for n in names} for row, of in columns.items()]
-            turned = [{title: n} | {row: of.get(n) for row, of in columns.items()} for n in names]
             wide = sum(len(n) + 2 for n in names) > sum(len(row) + 2 for row in columns)
-            frame = pd.DataFrame(turned if wide else lines)
+            frame = crossed(columns, title, turned=not wide)
             yield Table(f"by_{title}_{setting}", f"{named[setting]} by {title}", frame)
+
+
+def crossed(columns: Mapping[str, Mapping[str, Any]], head: str, turned: bool) -> pd.DataFrame:
+    """A frame of cells by column and line; `head` is the heading of the lines' names.
+
+    Args:
+        turned: whether columns are lines instead.
+    """
+    frame = pd.DataFrame(columns, dtype=object)
+    return (frame.T if turned else frame).rename_axis(head).reset_index()
 
 
 def _broken_down(part: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -491,9 +533,9 @@ def _broken_down(part: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]]:
-    """Rows of one method, setting and budget that differ in one parameter alone, by its value.
+    """Families of parts that differ only in one parameter, each by that parameter's value.
 
-    Sizes that a budget chose are no settings, whatever the configuration says.
+    A size that the budget chose is no value of a parameter, whatever the configuration says.
     """
     found: dict[str, dict[Any, pd.DataFrame]] = {}
     for part in flat(settings(rows)):
@@ -513,7 +555,7 @@ def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]
 
 
 def parameters_of(one: pd.Series) -> dict[str, Any]:
-    """A method's parameters and the cache's, as configured."""
+    """The configured parameters of a row's method and cache."""
     told = [known for known in (one.parameters, one.cache) if isinstance(known, dict)]
     return {key: value for known in told for key, value in sorted(known.items())}
 
@@ -524,38 +566,27 @@ PARAMETERS += ("granularity", "page_score", "heads")
 
 
 def ablations(rows: pd.DataFrame) -> Table:
-    """Every parameter that was varied alone."""
-    lines, parts, full = [], [], partner(rows)
-    for parameter in PARAMETERS:
-        for family in families(rows, parameter):
-            for value, part in family.items():
-                found, (tokens, ratio) = score(ran(part), rows), _lengths(ran(part), full)
-                parts.append(part)
-                lines.append(
-                    {"parameter": parameter, "value": str(value), **head(part, part)}
-                    | {"score": found.value, "score low": found.low, "score high": found.high}
-                    | {"answer tokens": tokens, "answer / full": ratio}
-                    | {"KV MB": ran(part).kv_nbytes_mean.mean() / 1e6, "held / budget": held(part)}
-                    | {"n": found.n}
-                )
-    note = (
-        "Groups of rows that differ in nothing else. Without a budget, other sizes also hold other"
-        " memory: read KV MB beside the score."
-    )
-    heads = ["parameter", "value"]
-    return table("ablations", "One parameter at a time", lines, heads, note, parts)
+    """A line for each value of every parameter that was varied alone."""
+    parts = [
+        ({"parameter": name, "value": str(value)}, part)
+        for name in PARAMETERS
+        for family in families(rows, name)
+        for value, part in family.items()
+    ]
+    return filled("ablations", rows, parts)
 
 
 def overview(rows: pd.DataFrame) -> Table:
-    """Every row, unfinished and failed ones too."""
+    """A line for every row, also for unfinished and failed ones."""
+    apart = differences(rows)
     lines = [
-        head(part, part)
+        head(part, apart)
         | {"n": len(ran(part)), "status": status(part), "machine": _listed(part.machine)}
         | {"revision": _listed(part.git_revision.dropna().astype(str).str[:12])}
         | {"folder": part.setting.iloc[0]}
         for part in flat(settings(rows))
     ]
-    return table("runs", "Runs", lines, ["task", "method"], "", flat(settings(rows)))
+    return table("runs", "Runs", lines, flat(settings(rows)))
 
 
 def _listed(values: pd.Series) -> str:
@@ -563,7 +594,7 @@ def _listed(values: pd.Series) -> str:
 
 
 def notes(rows: pd.DataFrame) -> list[str]:
-    """What a reader should know before comparing the rows."""
+    """Differences and faults of which a reader must know before comparing rows."""
     found, named = [], labels(rows)
     for setting, parts in settings(rows).items():
         task = named[setting]

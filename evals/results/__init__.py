@@ -1,4 +1,4 @@
-"""What is on disk, and what it amounts to. Knows no task, no model and no report."""
+"""Records on disk, and their means and intervals. Knows no task, no model and no report."""
 
 from evals.results.frame import load
 

@@ -1,4 +1,4 @@
-"""Under what conditions a sample is measured: versions, machine, threads, other processes."""
+"""The conditions of a measurement: versions, machine, threads, load by other processes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import torch
 from evals.results.record import Environment
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "rouge", "rouge-score", "lm-eval")
-WINDOW = 1.0  # seconds that other processes are watched at least: /proc/stat counts in 10 ms
-DISTURBING = 0.2  # cores
+WINDOW = 1.0  # least seconds over which load is measured: /proc/stat counts in steps of 10 ms
+DISTURBING = 0.2  # cores; a smaller load disturbs no timings
 
 _processes: dict[int, str] = {}
 
 
 def environment(device: str, seed: int, parameters: int) -> Environment:
-    """What a result may depend on besides the configuration.
+    """Everything besides the configuration that a result may depend on.
 
     Args:
-        parameters: of the model, in all.
+        parameters: number of the model's parameters.
     """
     found: Environment = {
         "python": platform.python_version(),
@@ -48,7 +48,7 @@ def environment(device: str, seed: int, parameters: int) -> Environment:
 
 
 def machine(environment: Environment) -> str:
-    """What timings depend on, in words: runs with the same may be compared in speed."""
+    """The machine in words. Timings are compared only within one machine."""
     device = environment.get("device")
     if device != "cpu":
         return str(device or "unknown")
@@ -57,49 +57,49 @@ def machine(environment: Environment) -> str:
 
 
 def process() -> str:
-    """Eight random digits that name this process in its records."""
+    """Eight random hexadecimal digits that name this process in its records."""
     return _processes.setdefault(os.getpid(), uuid4().hex[:8])
 
 
 def busy(load: float | None, threads: int, cores: int) -> bool:
     """Whether other processes that keep `load` cores busy disturb timings on `threads` threads.
 
-    They do if they take more than a tenth of the machine, or more than the threads leave free, and
-    in any case more than DISTURBING: threads that compute one product wait for the slowest, so a
-    single core that is shared slows down all of them.
+    They do if they take more than a tenth of the machine, or more cores than the threads leave
+    free. A load up to DISTURBING never counts. One shared core is enough to slow down all threads,
+    because the threads of one matrix product wait for the slowest.
     """
     return load is not None and load > max(DISTURBING, min(cores / 10, cores - threads))
 
 
 class Neighbours:
-    """Watches how busy the other processes of this machine are.
+    """Measures the load by other processes of this machine.
 
-    Time that a hypervisor gives to other machines counts too; what this process itself uses, in all
-    its threads, does not, nor does waiting for disks.
+    Time that a hypervisor gives to other machines counts as load. Time of this process, in all its
+    threads, and waiting for disks do not.
     """
 
     def __init__(self) -> None:
-        self._marks = deque([_mark()])
+        self._times = deque([_times()])
 
     def load(self) -> float | None:
-        """Cores that they kept busy, on average, since the call before; None if nobody knows.
+        """Mean number of cores that others kept busy since the previous call; None if unknown.
 
-        Short of WINDOW seconds, since an earlier call.
+        If that call is less than WINDOW seconds ago, since an earlier one.
         """
-        now = _mark()
-        while len(self._marks) > 1 and now[0] - self._marks[1][0] >= WINDOW:
-            self._marks.popleft()
-        before = self._marks[0]
-        self._marks.append(now)
+        now = _times()
+        while len(self._times) > 1 and now[0] - self._times[1][0] >= WINDOW:
+            self._times.popleft()
+        before = self._times[0]
+        self._times.append(now)
         wall, used, counted = (b - a for a, b in zip(before, now, strict=True))
         cores = psutil.cpu_count() or 1
         if wall < WINDOW / 2 or counted < 0.5 * wall * cores:
-            return None  # too short for the system's ticks; a sandbox, whose counters stand still
+            return None  # too short for the system's ticks, or a sandbox without such counters
         return round(min(max(0.0, used / wall), cores), 3)
 
 
-def _mark() -> tuple[float, float, float]:
-    """Seconds: on the clock; of all cores, busy with other processes; of all cores, counted."""
+def _times() -> tuple[float, float, float]:
+    """Seconds: on the clock; of all cores, busy with other processes; of all cores, in all."""
     times = psutil.cpu_times()._asdict()
     counted = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)
     idle = times["idle"] + times.get("iowait", 0.0)
@@ -107,7 +107,7 @@ def _mark() -> tuple[float, float, float]:
 
 
 def package_version(package: str) -> str | None:
-    """A package's version; None where it is not installed."""
+    """A package's version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -115,7 +115,7 @@ def package_version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor, as the system names it."""
+    """The system's name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -126,9 +126,9 @@ def cpu_name() -> str:
 
 
 def _git_revision() -> str | None:
-    """The checkout's commit, with ``-dirty`` if files differ from it; None outside git.
+    """The checkout's commit, with ``-dirty`` if files differ from it; None outside a checkout.
 
-    An installed package may lie within a repository that is not its own.
+    An installed package may lie within another project's repository, which does not count.
     """
     own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -1,13 +1,13 @@
-"""The folder of a setting: what was asked for, under what conditions, and what came out.
+"""A setting's folder on disk: reading, appending and locking of its files.
 
 setting.yaml       what all rows share: the task with its settings, the model, the seed
-prompts.json       which samples count, see :class:`evals.results.record.Asked`
-environments.json  every environment that something here ran in: versions, git revision, device
-full.jsonl         the full cache's records, one JSON object a sample
+prompts.json       the samples that count, see :class:`evals.results.record.Asked`
+environments.json  the environments of the records: versions, git revision, device
+full.jsonl         the full cache's records, one JSON object per sample
 h2o@0.25.jsonl     another row: a method, its budget, and parameters that are not its defaults
-h2o@0.25.1of2.jsonl  a shard of it, where the samples were dealt out to several commands
+h2o@0.25.1of2.jsonl  a shard of a row, from a command that had a part of the samples
 
-A row's file is appended to as samples finish. Fields and their types: :mod:`evals.results.record`.
+Records are appended as samples finish. :mod:`evals.results.record` lists their fields.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from filelock import FileLock, Timeout
 from buzz.errors import ConfigError
 from evals.results.record import Asked, Environment, Record, Setting, problem_of
 
-REFERENCE = "full"  # the method that the others are compared with, and the name of its row
+REFERENCE = "full"  # the full cache: the method that others are compared with, and its row
 SHARD = re.compile(r"\.(\d+)of(\d+)$")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # OmegaConf's takes ten times as long
 COMPARED = ("prompt_sha256", "sample_sha256", "prediction", "tokens", "scores")
 
 
 class InUse(ConfigError):
-    """Another process is at work on a row."""
+    """Another process is writing the row."""
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on, or whose measurements cannot be trusted; its text is one line."""
+    """A run cannot go on, or its measurements cannot be trusted. The message is one line."""
 
 
 class SettingFolder:
-    """A setting's folder. Records are only appended; of several with one id the last counts."""
+    """A setting's folder. Records are only appended; the last one of an id in a file counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def file(self, row: str, shard: str | None = None) -> Path:
-        """A row's file; `shard` as in `task.shard`, e.g. 0/2."""
+        """The file of a row, or of its shard (as in `task.shard`: 0/2)."""
         part = f".{shard.replace('/', 'of')}" if shard else ""
         return self.path / f"{row}{part}.jsonl"
 
     @property
     def rows(self) -> dict[str, list[Path]]:
-        """The files of each row, the full cache's first."""
+        """The files of each row; the full cache comes first."""
         found: dict[str, list[Path]] = {}
         for path in sorted(self.path.glob("*.jsonl")):
             found.setdefault(SHARD.sub("", path.stem), []).append(path)
@@ -64,27 +64,27 @@ class SettingFolder:
 
     @contextmanager
     def lock(self, file: Path) -> Iterator[None]:
-        """Holds a row's file for this process; the lock of a process that died is void by itself.
+        """Locks a row's file for this process, and repairs its last line.
 
-        A torn last line, left by a killed run, is cut off: nobody else can be writing it.
+        A killed run may leave a torn last line, which is cut off. Its lock ended with its process.
 
         Raises:
-            InUse: another run holds it.
-            ConfigError: there can be no such folder.
+            InUse: another run has the lock.
+            ConfigError: the folder cannot be made.
         """
         try:
             (self.path / ".locks").mkdir(parents=True, exist_ok=True)
             held = FileLock(self.path / ".locks" / file.name, blocking=False)
             held.acquire()
         except Timeout as error:
-            remedy = "in use by another run of it; wait until that is over"
+            remedy = "in use by another run; wait until that is over"
             raise InUse("output", str(file), remedy) from error
         except (OSError, ValueError) as error:
             raise ConfigError("output", str(self.path), f"{error}; give another folder") from error
         try:
             if file.exists():
                 whole, last = _lines(file)
-                if last and _is_whole(last):  # an editor, or a kill between two bytes
+                if last and _is_whole(last):  # only the line's end is missing
                     with open(file, "ab") as unfinished:
                         unfinished.write(b"\n")
                 elif last:
@@ -94,10 +94,10 @@ class SettingFolder:
             held.release()
 
     def read(self, file: Path) -> dict[str, Record]:
-        """A file's records by sample id, without a last line that is torn, or being written.
+        """A file's records by sample id. A torn last line is left out.
 
         Raises:
-            ConfigError: naming file and line: any other line is no record.
+            ConfigError: another line is no record; names file and line.
         """
         records, problems = self.scan(file)
         for line, problem in problems.items():
@@ -106,7 +106,7 @@ class SettingFolder:
         return records
 
     def scan(self, file: Path) -> tuple[dict[str, Record], dict[int, str]]:
-        """As :meth:`read`, and by their numbers the lines that are no record, with the reason."""
+        """A file's records by sample id, and the lines that are no record: number, reason."""
         records: dict[str, Record] = {}
         problems: dict[int, str] = {}
         whole, last = _lines(file) if file.exists() else ([], b"")
@@ -122,40 +122,42 @@ class SettingFolder:
     def put_together(
         self, files: Iterable[Path], wanted: Mapping[str, str] | None = None
     ) -> tuple[dict[str, Record], list[str]]:
-        """A row's records by sample id, of its files; of copies the first that is ok counts.
+        """Merges the records of a row's files by sample id. Of copies the first ``ok`` one counts.
 
         Args:
-            wanted: the `sample_sha256` of samples that count; None: all do.
+            wanted: the `sample_sha256` of the samples that count; None: all samples do.
 
         Returns:
-            The records; and what does not count, with the reason: lines that are no record, records
-            of other data, copies that cannot both be right.
+            The records, and what does not count, with the reason: lines that are no record, records
+            of other data, copies that contradict each other.
         """
         found: dict[str, tuple[Record, Path]] = {}
         left_out, apart = [], set()
-        stale = 0
         for file in files:
             records, problems = self.scan(file)
             left_out += [f"{file}:{line}: {problem}" for line, problem in problems.items()]
-            for name, record in records.items():
-                if wanted is not None and wanted.get(name) != record["sample_sha256"]:
-                    stale += 1
-                    continue
+            current = {
+                name: record
+                for name, record in records.items()
+                if wanted is None or wanted.get(name) == record["sample_sha256"]
+            }
+            if stale := len(records) - len(current):
+                left_out.append(f"{file}: {stale} of {len(records)} records are of other data")
+            for name, record in current.items():
                 known, where = found.setdefault(name, (record, file))
                 if differing := _contradiction(known, record):
                     left_out.append(
-                        f"{where}: sample {name} has another {differing} in {file.name}; remove one"
+                        f"{where}: sample {name} contradicts {file.name} in its {differing}; remove"
+                        " one of the two"
                     )
                     apart.add(name)
                 elif record["status"] == "ok" != known["status"]:
                     found[name] = record, file
-        if stale:
-            left_out.append(f"{file}: {stale} records are of other data")
         kept = {name: record for name, (record, _) in found.items() if name not in apart}
         return kept, left_out
 
     def append(self, file: Path, record: Record) -> None:
-        """Adds one record to a file, by a single write: all of it or nothing.
+        """Appends one record to a file by a single write, so that it is there whole or not at all.
 
         Raises:
             RunFailed: it cannot be written.
@@ -167,12 +169,12 @@ class SettingFolder:
                 if lines.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                with suppress(OSError):  # else the next start cuts the torn line off
+                with suppress(OSError):  # if this fails, the next start cuts the torn line off
                     os.truncate(file, end)
                 raise
 
     def write(self, name: str, content: Any) -> None:
-        """Writes `content` as YAML or JSON by the name's ending, all of it or nothing.
+        """Replaces a file by `content` as YAML or JSON, according to its name, in one step.
 
         Raises:
             RunFailed: it cannot be written.
@@ -187,10 +189,10 @@ class SettingFolder:
             temporary.replace(self.path / name)
 
     def load(self, name: str) -> Any:
-        """What a YAML or JSON file holds; None if there is no such file.
+        """The content of a YAML or JSON file; None if there is no such file.
 
         Raises:
-            ConfigError: it holds something else.
+            ConfigError: the content is not what the file should have.
         """
         path = self.path / name
         try:
@@ -224,11 +226,11 @@ class SettingFolder:
 
     @property
     def environments(self) -> dict[str, Environment]:
-        """By :func:`digest`, the environments that something here ran in, in their order."""
+        """The environments of the records by :func:`digest`, oldest first."""
         return self.load("environments.json") or {}
 
     def ask(self, asked: Asked, order: Sequence[str]) -> None:
-        """Writes prompts.json: beside the samples of other shards, if these are of the same data.
+        """Writes prompts.json; samples of other shards stay in it if they are of the same data.
 
         Args:
             order: ids of all samples of the task.
@@ -244,7 +246,7 @@ class SettingFolder:
             self.write("prompts.json", asked)
 
     def note(self, environment: Environment) -> str:
-        """Adds an environment to those of the folder; the digest that names it in records."""
+        """Adds an environment to environments.json; returns its key there."""
         name = digest(environment)
         with FileLock(self.path / ".locks" / "environments"):
             known = self.environments
@@ -254,7 +256,7 @@ class SettingFolder:
 
 
 def _contradiction(record: Record, other: Record) -> str | None:
-    """In what two records of one sample cannot both be right; None if they can."""
+    """The field in which two records of one sample contradict each other; None if they agree."""
     both = record["status"] == other["status"] == "ok"
     for key in COMPARED if both else COMPARED[:2]:
         if key == "scores" and both:
@@ -269,10 +271,10 @@ def _contradiction(record: Record, other: Record) -> str | None:
 
 
 def row_name(label: str, budget: float | int | None, by: str | None, own: Mapping[str, Any]) -> str:
-    """What a row is called, in tables and as its file: h2o@0.25, buzz@512,stride=3.
+    """A row's name in tables and as a file: h2o@0.25, or buzz@512,stride=3.
 
     Args:
-        own: what else tells it from other rows of the label: parameters that are not the defaults.
+        own: the parameters that are not the defaults.
     """
     name = label if budget is None else f"{label}@{budget}{' mean' if by == 'mean' else ''}"
     name = ",".join([name, *(f"{key}={_plain(value)}" for key, value in own.items())])
@@ -290,7 +292,7 @@ def _plain(value: Any) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises RunFailed, in a line that names `path`, where something cannot be written."""
+    """Turns a failed write into a RunFailed that names `path`."""
     try:
         yield
     except OSError as error:
@@ -301,7 +303,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def checked(text: bytes | str, name: str) -> tuple[Any, str | None]:
-    """A record of the file `name`, or all it holds, and what is wrong with that, if anything."""
+    """Parses a record of the file `name`, or the whole file; returns it and its first problem."""
     try:
         content = yaml.load(text, Loader=LOADER) if name.endswith(".yaml") else parse(text)
     except (ValueError, yaml.YAMLError) as error:
@@ -311,12 +313,12 @@ def checked(text: bytes | str, name: str) -> tuple[Any, str | None]:
 
 
 def parse(text: bytes | str) -> Any:
-    """JSON, of which NaN, infinities and numbers beyond a float's range are no part.
+    """Parses strict JSON: NaN, infinities and numbers beyond a float's range are refused.
 
-    A byte-order mark before it is passed over.
+    A byte-order mark at its start is skipped.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is no such JSON.
     """
 
     def refuse(constant: str) -> None:
@@ -337,30 +339,30 @@ def parse(text: bytes | str) -> Any:
 
 
 def _lines(path: Path) -> tuple[list[bytes], bytes]:
-    """A file's lines, and what follows the last line's end."""
+    """A file's lines, and the text behind the last line's end."""
     *whole, last = path.read_bytes().split(b"\n")
     return whole, last
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line without an end is an object all the same, so lacks nothing but its end."""
+    """Whether a line without an end is a whole JSON object."""
     with suppress(ValueError):
         return isinstance(parse(line), dict)
     return False
 
 
 def digest(content: Any) -> str:
-    """Eight hexadecimal digits that name a JSON-like value, whatever the order of its keys."""
+    """Eight hexadecimal digits of a JSON-like value's hash; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def sha256(content: Any) -> str:
-    """First 16 digits of the hash of a JSON-like value, such as a list of token ids."""
+    """The first 16 hexadecimal digits of a JSON-like value's hash, such as a list of token ids."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def arithmetic_runs(values: list[int]) -> list[tuple[int, int, int]]:
-    """A trace of lengths as runs of (first, count, increment): exact, and short for every method.
+    """Compresses a trace of cache lengths losslessly into runs of (first, count, increment).
 
     >>> arithmetic_runs([10, 11, 12, 5, 5])
     [(10, 3, 1), (5, 2, 0)]
@@ -377,5 +379,5 @@ def arithmetic_runs(values: list[int]) -> list[tuple[int, int, int]]:
 
 
 def unrolled(runs: Iterable[Sequence[int]]) -> list[int]:
-    """What :func:`arithmetic_runs` made runs of."""
+    """The inverse of :func:`arithmetic_runs`."""
     return [first + i * increment for first, count, increment in runs for i in range(count)]

@@ -1,11 +1,11 @@
-"""All records of a folder as one pandas.DataFrame, and the one interval of whatever it amounts to.
+"""All records of a folder as one pandas.DataFrame, and the bootstrap interval of every number.
 
     from evals.results import frame
     rows = frame.load("results/runs")
     frame.view(rows, ["task", "row"])                           # scores with 95 % intervals
     frame.view(rows, ["task", "row"], "kl_to_full", against="h2o")    # and paired with H2O
 
-A row is a sample as one method answered it. Every table, figure and verdict is a grouping of these.
+A row is one sample under one method. Every table, figure and verdict is a grouping of such rows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from evals.results.environment import machine
 from evals.results.folder import REFERENCE, SettingFolder, sha256
 from evals.results.record import FORMAT
 
-TOLERANCE = 0.05  # of the memory, by which methods may differ and still hold the same
-MARK = "†"  # of what holds more than its budget and TOLERANCE
+TOLERANCE = 0.05  # methods whose memory differs by less count as equal
+MARK = "†"  # marks methods that hold more than their budget plus TOLERANCE
 COLUMNS = (
-    # the setting: what rows share whose scores may be compared
+    # the setting: what rows share so that their scores can be compared
     *("setting", "task", "model", "seed", "compress", "headline", "statistic"),
     *("higher_is_better", "grouped_by", "task_settings", "model_settings"),
     # the method, and what it was given
@@ -42,18 +42,15 @@ COLUMNS = (
     *("allocated_nbytes", "evictions", "batch_size"),
     # distance to the full cache
     *("kl_to_full", "kl_median", "top1_to_full"),
-    # times, of timed samples alone
+    # times: of timed samples only
     *("timed", "loaded", "ttft_s", "question_s", "decode_tokens_per_s", "itl_p50_ms"),
     *("itl_p95_ms", "memory_peak_nbytes", "context_peak_nbytes", "question_peak_nbytes"),
     *("process", "environment", "machine", "model_parameters", "git_revision"),
 )
-SAME = ["setting", "id", "prompt_sha256", "sample_sha256"]  # of samples that are compared
-WITHOUT_BUDGET = (
-    REFERENCE,
-    "stock",
-)  # caches that keep everything, this project's and transformers'
-NOT_RUN = "not run"  # the status of a sample that counts and has no record
-# What becomes of the mean of the groups' means to be the score; and the other way round.
+SAME = ["setting", "id", "prompt_sha256", "sample_sha256"]  # equal for samples that are paired
+WITHOUT_BUDGET = (REFERENCE, "stock")  # keep everything: this project's and transformers' caches
+NOT_RUN = "not run"  # the status of a sample without a record
+# The score as a function of the mean over groups, and the inverse function.
 STATISTICS: dict[str, Callable[[Any], Any]] = {"mean": lambda means: means, "exp": np.exp}
 INVERSES: dict[str, Callable[[Any], Any]] = {"mean": lambda scores: scores, "exp": np.log}
 
@@ -62,21 +59,26 @@ INVERSES: dict[str, Callable[[Any], Any]] = {"mean": lambda scores: scores, "exp
 
 
 def load(*roots: str | Path) -> pd.DataFrame:
-    """A row per method and sample, of all settings in or below some folders.
+    """Reads all settings in or below some folders: a row for each method and sample.
 
-    Samples that count and have no record are there with the status `not run`. Numbers of committed
-    samples (samples.csv.gz, spread.csv) come in the same columns. Distances that were measured on
-    another answer of the full cache than the one that is there are left blank.
+    Samples without a record have the status `not run`. Committed samples (samples.csv.gz,
+    spread.csv) come in the same columns. KL is left blank if it was measured on another answer of
+    the full cache than the one in the folder.
 
     Returns:
-        :data:`COLUMNS`, `scores.NAME` of every metric and whatever else records have;
-        `attrs["left_out"]` names what could not be read or does not count.
+        :data:`COLUMNS`, `scores.NAME` for every metric, and any other field of a record.
+        `attrs["left_out"]` lists what could not be read or does not count, with the reason.
+
+    Raises:
+        ConfigError: a folder does not exist.
     """
     rows: list[dict[str, Any]] = []
     stored: list[pd.DataFrame] = []
     left_out: list[str] = []
     folders: dict[Path, Path] = {}
     for root in map(Path, roots):
+        if not root.exists():
+            raise ConfigError("runs", str(root), "no such folder")
         # The second was version 0.2's.
         for file in sorted([*root.rglob("setting.yaml"), *root.rglob("samples.jsonl")]):
             folders.setdefault(file.parent.resolve(), file.parent)
@@ -107,19 +109,19 @@ def load(*roots: str | Path) -> pd.DataFrame:
 
 
 def _rows(folder: SettingFolder, name: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """A setting's rows of the frame.
+    """Yields one setting's rows of the frame.
 
     Args:
-        name: the folder's, or its path's where several have that.
-        left_out: takes what of it does not count, by name and reason.
+        name: what the setting is called in the frame.
+        left_out: gets a line for whatever does not count.
 
     Raises:
-        ConfigError: what all its rows share cannot be read.
+        ConfigError: setting.yaml or prompts.json is missing, broken or of another version.
     """
     known, asked = folder.setting, folder.asked
     if known["version"] != FORMAT or asked is None:
         version = f"written by another version ({known['version']}, not {FORMAT})"
-        remedy = "no prompts.json: nothing was asked" if asked is None else version
+        remedy = "no prompts.json; run its command again" if asked is None else version
         raise ConfigError("runs", str(folder.path), remedy)
     if lacking := asked["of"] - len(asked["samples"]):
         left_out.append(f"{folder.path}: {lacking} of {asked['of']} samples are of other shards")
@@ -164,7 +166,7 @@ def _rows(folder: SettingFolder, name: str, left_out: list[str]) -> Iterator[dic
 
 
 def _committed(file: Path, root: Path) -> pd.DataFrame:
-    """Numbers of prompts on the embedded model; `held` is of the entries on average."""
+    """Reads committed samples of the embedded model; `held` compares the mean number of entries."""
     found = pd.read_csv(file, dtype={"sample": str})
     folder = file.parent.relative_to(root).as_posix()
     context = found.get("context_tokens", found.prompt_tokens)  # in older files all of it
@@ -174,21 +176,16 @@ def _committed(file: Path, root: Path) -> pd.DataFrame:
     found["budget_entries"] = found.budget.where(found.budget >= 1, context * found.budget)
     found["held"] = found.entries_mean / found.budget_entries
     found["row"] = found.method + "@" + found.budget.map("{:g}".format)
-    if "score" not in found:
-        found["score"] = np.nan
-    full = found.drop_duplicates(["setting", "sample"]).copy()
-    measured = [*("budget", "budget_by", "kl", "kl_median", "top1", "budget_entries", "held")]
-    full[[*measured, "entries_mean", "entries_peak", "evictions"]] = None
+    measured = ["budget", "budget_by", "budget_entries", "held", "kl", "kl_median", "top1"]
+    measured += ["entries_mean", "entries_peak", "evictions"]
+    full = found.drop_duplicates(["setting", "sample"]).drop(columns=measured)
     full = full.assign(row=REFERENCE, method=REFERENCE, score=full.full_score)
-    found = pd.concat([full.astype(object), found.astype(object)], ignore_index=True)
-    numbers = found.columns.difference(["setting", "compress", "task", "row", "method", "sample"])
-    for name in numbers.difference(["answer", "budget_by"]):
-        found[name] = pd.to_numeric(found[name])
+    found = pd.concat([full, found], ignore_index=True)
     found = found.rename(columns=STORED).drop(columns="full_score")
     return found.assign(label=found.method, **_SMOLLM)
 
 
-# Columns of committed samples that are called otherwise here.
+# Columns that have another name in committed samples.
 STORED = {"sample": "id", "kl": "kl_to_full", "top1": "top1_to_full", "answer": "reference_sha256"}
 STORED |= {"entries_mean": "kv_entries_mean", "entries_peak": "kv_entries_peak"}
 _SMOLLM = {"model": "smollm2", "seed": 0, "status": "ok", "headline": "score", "statistic": "mean"}
@@ -196,7 +193,7 @@ _SMOLLM |= {"higher_is_better": True, "grouped_by": "group"}
 
 
 def _spread(file: Path) -> pd.DataFrame:
-    """The same facts told in one cell, in neighbouring cells, and over the prompt."""
+    """Reads committed samples whose facts stand in one cell, in neighbouring ones, or apart."""
     found = pd.read_csv(file).rename(columns={"sample": "id", "kl": "kl_to_full"})
     found["setting"] = found.task + "-spread=" + found.spread
     full = found.method == REFERENCE
@@ -207,11 +204,11 @@ def _spread(file: Path) -> pd.DataFrame:
     return found.assign(label=found.method, **_SMOLLM | {"headline": "accuracy"})
 
 
-# What samples amount to
+# Estimates and their intervals
 
 
 class Estimate(NamedTuple):
-    """A number, its 95 % interval if there is one, and how many samples it is of."""
+    """A number, its 95 % interval if it has one, and the number of samples behind it."""
 
     value: float | None
     low: float | None
@@ -237,36 +234,37 @@ def interval(
     group: Any = None,
     unit: Any = None,
     statistic: str = "mean",
-    level: float = 0.95,
     guard: bool | None = None,
     span: tuple[float, float] | None = None,
 ) -> Estimate:
-    """A score of samples with its percentile bootstrap interval.
+    """Estimates a score, a difference or a ratio, with its percentile bootstrap interval.
 
-    It is (over . m) / (under . m), or without `under` over . m.
+    The estimate is (over . m) / (under . m), or over . m if `of` has no `under`. m holds each
+    method's mean: the mean of the groups' means, passed through `statistic` (exp turns a loss into
+    a perplexity). Samples are resampled with the values of all methods together, so comparisons
+    are paired. The random seed is fixed: equal samples give equal intervals. Seeds and processes
+    can be the samples, too.
 
-    m are the means of what is measured of each sample: a method's score, or those of several
-    methods on the same samples, which stay together. They are the mean of the groups' means, and
-    `statistic` of it: exp of losses is a perplexity. The seed is fixed: the same samples give the
-    same interval. Seeds and processes are samples too.
-
-    A difference that is rare may not have been seen at all. With the guard one more sample is
-    counted, in the smallest group, on either side as far out as any two methods were seen apart on
-    one sample (single values: as they are apart from each other), or, where they never differ, as
-    the largest value: of n equal samples the interval reaches 3 / (n + 1) of that (rule of three).
+    The guard covers differences so rare that no sample shows them. It adds one sample to the
+    smallest group, once for the lower end and once for the upper end. That sample is as extreme as
+    the largest difference between two methods on one sample (with one method: between two
+    samples). If all samples are equal, it differs by the largest value. The interval of n equal
+    samples is then 3 / (n + 1) of that value wide: the rule of three.
 
     Args:
-        values: [n], or [n, methods]; samples with an unknown value are left out.
-        of: VALUE, DIFFERENCE (the first less the second), RATIO, or other weights of the methods.
-        group: [n], what each sample belongs to; all groups count the same.
-        unit: [n], what it is about; samples of one unit count once, as their mean.
-        level: probability that the interval covers the truth.
-        guard: None: where samples never differ. Few samples that decide something need it.
-        span: the least and the largest value that a single sample can have; the guard's is there.
+        values: [n] or [n, methods]; samples with an unknown value are left out.
+        of: VALUE, DIFFERENCE (first less second), RATIO, or other weights (over, under) of the
+            methods.
+        group: [n], the group of each sample; all groups have the same weight.
+        unit: [n], the unit of sampling, such as a context with several questions; a unit's
+            samples are resampled together and count as their mean.
+        guard: whether to use the guard; None: only if all samples are equal. A verdict from few
+            samples needs it.
+        span: least and largest value of a single sample; the guard's sample has one of these.
 
     Returns:
-        No ends where a group has a single sample, or where they are not finite: a ratio to what
-        may be nothing.
+        No ends if a group has a single sample, or if an end is not finite (a ratio to a score that
+        may be 0).
     """
     table = np.asarray(values, float)
     table = table[:, None] if table.ndim == 1 else table
@@ -275,18 +273,18 @@ def interval(
         return Estimate(None, None, None, 0)
     parts = (None if one is None else np.asarray(one, object)[known] for one in (group, unit))
     groups, together = strata(table[known], *parts)
-    means = np.mean([np.nanmean(one, axis=0) for one in groups], axis=0)
-    value = float(_quotient(STATISTICS[statistic](means), of))
-    both = np.asarray(ends(groups, of, statistic, level, guard, span, together))
+    value = float(quotient(means(groups, statistic), of))
+    both = np.asarray(ends(groups, of, statistic, 0.95, guard, span, together))
     low, high = both.tolist() if np.isfinite(both).all() else (None, None)
     return Estimate(value if np.isfinite(value) else None, low, high, int(known.sum()))
 
 
 def strata(values: Any, group: Any, unit: Any) -> tuple[list[Any], bool]:
-    """What is drawn, [n, methods] of each group: samples, or units as the means of theirs.
+    """The values to resample, [n, methods] for each group; units are replaced by their means.
 
-    Units that have samples in several groups are drawn together: each group then has all of them,
-    blank where a unit has no sample in it.
+    Returns:
+        The groups, and whether they share units. If they do, a unit is resampled in all groups at
+        once: every group has a line for every unit, blank if it has no sample of it.
     """
     names = np.zeros(len(values), int) if group is None else pd.factorize(group)[0]
     about = -np.ones(len(values), int)
@@ -311,12 +309,13 @@ def ends(
     span: tuple[float, float] | None = None,
     together: bool = False,
 ) -> tuple[Any, Any]:
-    """Both ends of :func:`interval`, of groups [n, methods, ...].
+    """Both ends of :func:`interval`, from groups [n, methods, ...].
 
-    Further axes are repetitions, each with ends of its own.
+    Each element of the further axes is a repetition with ends of its own.
 
     Args:
-        together: the groups' samples of one place are drawn together.
+        level: probability that the interval covers the truth.
+        together: whether line i of all groups is one unit.
     """
     if min(map(len, groups)) < 2:
         nothing = np.full(groups[0].shape[2:], np.nan)
@@ -326,7 +325,7 @@ def ends(
     def quantiles(groups: Sequence[Any]) -> Any:
         sizes = tuple(map(len, groups))
         weights = _weights(sizes[:1]) * len(groups) if together else _weights(sizes)
-        found = _quotient(np.moveaxis(_score(weights, groups, statistic), 1, 0), of)
+        found = quotient(np.moveaxis(_score(weights, groups, statistic), 1, 0), of)
         finite = np.isfinite(found).all(axis=0)
         return np.where(finite, np.quantile(np.where(finite, found, 0), chances, axis=0), np.nan)
 
@@ -335,12 +334,17 @@ def ends(
         if guard is False or not (np.abs(high - low) <= 1e-12 * np.abs(high)).any():
             return low, high
     low, high = (quantiles(_with_one_more(groups, of, i, span, together))[i] for i in (0, 1))
-    apart = low != high  # else nothing says how far apart samples might be
+    apart = low != high  # else no sample shows how much samples may differ
     return np.where(apart, low, np.nan), np.where(apart, high, np.nan)
 
 
-def _quotient(means: Any, of: Weights) -> Any:
-    """Of means [methods, ...]."""
+def means(groups: Sequence[Any], statistic: str = "mean") -> Any:
+    """The statistic of the mean of the groups' means: [methods, ...]."""
+    return STATISTICS[statistic](np.mean([np.nanmean(one, axis=0) for one in groups], axis=0))
+
+
+def quotient(means: Any, of: Weights) -> Any:
+    """A weighted sum of the methods' means [methods, ...], or the ratio of two such sums."""
     over, under = of
     top = np.tensordot(np.asarray(over, float), means, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -348,7 +352,7 @@ def _quotient(means: Any, of: Weights) -> Any:
 
 
 def _score(weights: Sequence[Any], groups: Sequence[Any], statistic: str) -> Any:
-    """A statistic of the mean of the groups' means, [resamples, methods, ...]."""
+    """The methods' means in each resample: [resamples, methods, ...]."""
     total: Any = 0
     count: Any = 0
     for weight, values in zip(weights, groups, strict=True):
@@ -366,7 +370,7 @@ def _score(weights: Sequence[Any], groups: Sequence[Any], statistic: str) -> Any
 
 @lru_cache(maxsize=4)
 def _weights(sizes: tuple[int, ...], resamples: int = 2000) -> list[Any]:
-    """How often each resample has each sample, [resamples, n] of each group."""
+    """How often a resample has each sample: [resamples, n] for each group."""
     rng, found = np.random.default_rng(0), []
     for n in sizes:
         picks = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
@@ -378,7 +382,7 @@ def _weights(sizes: tuple[int, ...], resamples: int = 2000) -> list[Any]:
 def _with_one_more(
     groups: Sequence[Any], of: Weights, end: int, span: Any, together: bool
 ) -> list[Any]:
-    """The smallest group with one more sample, as far out at the low or the high end as any."""
+    """The groups with the guard's sample for the low (0) or the high (1) end, see interval."""
     weights = np.asarray(of[0], float)
     axis = 0 if len(weights) == 1 else 1
     apart = [np.max(np.nanmax(g, axis) - np.nanmin(g, axis), axis=0) for g in groups]
@@ -391,7 +395,7 @@ def _with_one_more(
     for group in groups:
         if together or (len(group) == smallest and not added):
             more = np.nanmean(group, axis=0) + far * direction
-            if span:  # what counts is at one end, what is taken from it at the other
+            if span:  # the minuend at one end of it, the subtrahend at the other
                 more[weights > 0], more[weights < 0] = span[end], span[1 - end]
             group, added = np.concatenate([group, more[None]]), True
         found.append(group)
@@ -402,11 +406,10 @@ def _with_one_more(
 
 
 def partner(rows: pd.DataFrame, against: str = REFERENCE) -> pd.DataFrame:
-    """What another method made of the same samples, row by row; blank where it has none.
+    """The records of another method on the same samples, line by line; blank if it has none.
 
     Args:
-        against: a cache that keeps everything; or another method's label: its row of the same
-            budget.
+        against: the other method's label. A method with a budget is taken at the same budget.
 
     Returns:
         The columns of `rows`, on its index.
@@ -414,18 +417,10 @@ def partner(rows: pd.DataFrame, against: str = REFERENCE) -> pd.DataFrame:
     same = rows.row if against == REFERENCE else rows.label
     others = rows[(rows.status == "ok") & (same == against)]
     keys = SAME if against in WITHOUT_BUDGET else [*SAME, "budget", "budget_by"]
-    others = others.iloc[others.row.map(len).argsort(kind="stable")]  # of several the plainest
-    right = others.set_index(_keys(others, keys))
-    right = right[~right.index.duplicated()]
-    found = right.reindex(_keys(rows, keys)).set_axis(rows.index)
-    return found[rows.columns]
-
-
-def _keys(rows: pd.DataFrame, names: Sequence[str]) -> pd.Index:
-    return pd.Index(
-        list(zip(*(rows[name].fillna("").astype(str) for name in names), strict=True)),
-        tupleize_cols=False,
-    )
+    # Of several rows the one with the fewest parameters of its own.
+    others = others.iloc[others.row.map(len).argsort(kind="stable")]
+    found = rows[keys].merge(others.drop_duplicates(keys), on=keys, how="left")
+    return found.set_axis(rows.index)[rows.columns]
 
 
 def estimate(
@@ -435,14 +430,14 @@ def estimate(
     of: Weights = VALUE,
     **options: Any,
 ) -> Estimate:
-    """A metric of some rows of one method and setting, or of them beside `other`'s, in pairs.
+    """Estimates a metric of one method in one setting, alone or paired with another method.
 
-    Scores are means of groups' means, by unit, and perplexities exp of losses; what else is
-    measured counts by the sample. The interval of a text's score is over its blocks.
+    Scores are averaged by unit and group, and perplexities are exp of mean losses. Every other
+    metric is a plain mean over samples. The interval of a text's score is over its blocks.
 
     Args:
         metric: a column.
-        other: :func:`partner` of the same rows, for DIFFERENCE and RATIO.
+        other: :func:`partner` of these rows, for DIFFERENCE and RATIO.
         options: see :func:`interval`.
     """
     sides = [rows] if other is None or of is VALUE else [rows, other]
@@ -474,12 +469,12 @@ def view(
     against: str | None = None,
     across: str | None = None,
 ) -> pd.DataFrame:
-    """A metric by whatever columns, with its interval; and in pairs with another method.
+    """Groups rows by some columns and estimates a metric of each group.
 
     Args:
-        against: a label; adds difference and ratio over the samples that both have.
-        across: `seed` or `process`: the mean of what each of these comes to, and its interval over
-            them.
+        against: another method's label; adds difference and ratio over the samples that both have.
+        across: `seed` or `process`; estimates the metric for each of these, and gives their mean
+            with its interval over them.
 
     Returns:
         `value`, `low`, `high`, `n`; `difference`, `difference_low`, ..., `ratio`, ...
@@ -487,18 +482,16 @@ def view(
     ran = rows[rows.status == "ok"]
     others = None if against is None else partner(rows, against)
     kinds = {"": VALUE} if others is None else {"": VALUE, "difference": DIFFERENCE, "ratio": RATIO}
-    found = {}
-    for name, part in ran.groupby(list(by), sort=False, dropna=False):
-        line: dict[str, Any] = {}
+    lines = []
+    for names, part in ran.groupby(list(by), sort=False, dropna=False):
+        line = dict(zip(by, names, strict=True))
         for kind, of in kinds.items():
             one = over_parts(part, across, metric, others, of)
             stem = f"{kind}_" if kind else ""
             line |= {kind or "value": one.value}
             line |= {f"{stem}low": one.low, f"{stem}high": one.high, f"{stem}n": one.n}
-        found[name] = line
-    index = pd.MultiIndex.from_tuples(list(found), names=list(by)) if found else None
-    index = index.get_level_values(0) if index is not None and len(by) == 1 else index
-    return pd.DataFrame(list(found.values()), index=index)
+        lines.append(line)
+    return pd.DataFrame(lines).set_index(list(by)) if lines else pd.DataFrame()
 
 
 def over_parts(
@@ -508,7 +501,7 @@ def over_parts(
     others: pd.DataFrame | None = None,
     of: Weights = VALUE,
 ) -> Estimate:
-    """:func:`estimate`, or, with `parts`, the mean over seeds or processes of each one's."""
+    """:func:`estimate`; with `parts` (`seed` or `process`) the mean of one estimate for each."""
     pieces = [rows] if parts is None else [part for _, part in rows.groupby(parts)]
     found = [
         estimate(piece, metric, None if others is None else others.loc[piece.index], of)
@@ -518,5 +511,5 @@ def over_parts(
 
 
 def over(found: Sequence[Estimate]) -> Estimate:
-    """The mean of what several seeds or processes come to, and its interval over them."""
+    """The mean of several seeds' or processes' estimates, and its interval over them."""
     return interval([np.nan if one.value is None else one.value for one in found], guard=True)

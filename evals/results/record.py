@@ -1,7 +1,7 @@
-"""What the files of a setting's folder hold, field by field, and what is wrong with others.
+"""The files of a setting's folder, field by field, and the check of what is read from them.
 
-Fields that are not listed are kept and not looked at. A file is checked where it is read, so that
-nothing behind that point meets a field of another type, a NaN, or a record of another format.
+Fields that are not listed are kept unchecked. A file is checked when it is read, so no later code
+meets a field of a wrong type, a NaN, or a record of another format.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import Required, TypedDict
 
-# Of records; raise it with any change after which older ones cannot be read rightly.
+# The format of records. Raise it if a change makes older records unreadable or wrong.
 FORMAT = 3
 
 LOOSE = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
@@ -36,26 +36,25 @@ class Record(TypedDict, total=False):
 
     Attributes:
         format: :data:`FORMAT` when it was written.
-        row: the file's name, without shard and ending.
-        method, label, parameters, budget, budget_by, fixed, cache: what the row is, see
+        row: the file's name without shard and ending.
+        method, label, parameters, budget, budget_by, fixed, cache: the row's, see
             :class:`evals.run.plan.Plan`.
-        id: of the sample, unique within the task.
-        status: ``ok``, ``oom`` or ``failed``; `error` says more of the latter two.
-        prompt_sha256: names the prompt's token ids; rows with an equal one had the same prompt.
-        sample_sha256: names all that decides a record: prompt, references, the scoring's version.
+        id: the sample's, unique within the task.
+        status: ``ok``, ``oom`` (out of memory) or ``failed``.
+        prompt_sha256: hash of the prompt's token ids.
+        sample_sha256: hash of all that decides a score: prompt, references, the scoring's version.
         group, unit, meta, references, stop, max_new_tokens: the sample's, see
             :class:`evals.tasks.base.Sample`.
-        batch_size: prompts that the method answered together, running alone; 1 in a pass.
-        rows: methods that shared their prefill and were decoded together, whatever the number of
-            prompts; 1: it ran alone.
-        prefill_chunk: tokens of the chunks in which the prompt was read, if it was.
-        policy: the method's parameters as fitted to the prompt; `budget_entries`: its budget.
-        environment: names the one of environments.json in which it was measured.
-        process: eight digits of the process that measured it.
-        threads: torch's, on the CPU.
-        load: cores that other processes kept busy meanwhile, on average; None if unknown.
-        loaded: whether that was enough to disturb the timings, see `environment.busy`.
-        error, asked_nbytes: of a sample that was out of memory or failed.
+        batch_size: prompts that a method running alone answered together; 1 in a shared pass.
+        rows: methods that shared one prefill and were decoded together; 1: it ran alone.
+        prefill_chunk: tokens of a chunk, if the prompt was read in chunks.
+        policy: the method's parameters, fitted to the prompt; `budget_entries`: its budget.
+        environment: key of environments.json.
+        process: eight digits that name the process.
+        threads: torch's threads on the CPU.
+        load: mean number of cores that other processes kept busy meanwhile; None if unknown.
+        loaded: whether that disturbed the timings, see `environment.busy`.
+        error, asked_nbytes: the reason, and the bytes asked for, of a sample that is not ``ok``.
     """
 
     __pydantic_config__ = LOOSE
@@ -98,18 +97,18 @@ class Record(TypedDict, total=False):
 
 
 class Measured(Record, total=False):
-    """A record with status ``ok``; units are those of :class:`evals.run.generate.Generation`.
+    """A record with status ``ok``; units as in :class:`evals.run.generate.Generation`.
 
     Attributes:
         scores: metrics by name.
         prediction: the answer's text.
-        kv_nbytes_mean, kv_nbytes_peak: of all layers.
-        kv_evicting_nbytes_mean, kv_evicting_nbytes_peak: of the layers that evict, which is what a
-            budget governs; there if not all layers do.
-        timed: whether the method ran alone for it; then the timings and memory peaks are there too.
+        kv_nbytes_mean, kv_nbytes_peak: bytes of keys and values in all layers.
+        kv_evicting_nbytes_mean, kv_evicting_nbytes_peak: the same for the layers that evict, which
+            a budget governs; only of models with other layers besides.
+        timed: whether the method ran alone for this sample, and has timings and memory peaks.
         kl_to_full, kl_median, top1_to_full, kl_tokens: with `kl=true`, see
             :class:`evals.run.forked.Fidelity`.
-        reference_sha256: names the full cache's answer that both were given for these.
+        reference_sha256: hash of the full cache's answer on which these were measured.
     """
 
     status: Required[Literal["ok"]]
@@ -145,20 +144,14 @@ class Measured(Record, total=False):
     reference_sha256: str
 
 
-class Missed(Record, total=False):
-    """A record of a sample that was out of memory or failed."""
-
-    status: Required[Literal["oom", "failed"]]
-
-
 class Asked(TypedDict):
-    """prompts.json, written by every start: what the setting is of, with the data as they are then.
+    """prompts.json: the samples that count. Every start of a run writes it.
 
     Attributes:
-        samples: in the task's order, each sample's id and the `sample_sha256` that its record must
-            have to count. Records beside them are of other data; they stay and do not count.
-        of: samples of the whole task, of which a shard has a part.
-        data: names them all, so that shards of different data are told apart.
+        samples: `sample_sha256` by id, in the task's order. A record with another hash is of other
+            data; it stays in its file and does not count.
+        of: number of samples of the whole task; a shard has a part of them.
+        data: hash of all of them; shards with different hashes are of different data.
     """
 
     __pydantic_config__ = LOOSE
@@ -169,7 +162,7 @@ class Asked(TypedDict):
 
 
 class Environment(TypedDict, total=False):
-    """One of environments.json, see :func:`evals.results.environment.environment`."""
+    """An entry of environments.json, see :func:`evals.results.environment.environment`."""
 
     __pydantic_config__ = LOOSE
 
@@ -193,7 +186,7 @@ class Named(TypedDict):
 
 
 class Metric(TypedDict):
-    """What a task's score is, see :class:`evals.tasks.base.Task`."""
+    """A task's score, see :class:`evals.tasks.base.Task`."""
 
     __pydantic_config__ = LOOSE
 
@@ -204,7 +197,7 @@ class Metric(TypedDict):
 
 
 class Setting(TypedDict, total=False):
-    """setting.yaml: what all rows of a folder share."""
+    """setting.yaml: what all rows of the folder share."""
 
     __pydantic_config__ = LOOSE
 
@@ -219,7 +212,7 @@ class Setting(TypedDict, total=False):
     model_digest: str | None
 
 
-RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[Measured | Missed, Field(discriminator="status")])
+RECORD, MEASURED = TypeAdapter(Record), TypeAdapter(Measured)
 CHECKS: dict[str, TypeAdapter[Any]] = {
     "prompts.json": TypeAdapter(Asked),
     "environments.json": TypeAdapter(dict[str, Environment]),
@@ -228,18 +221,21 @@ CHECKS: dict[str, TypeAdapter[Any]] = {
 
 
 def problem_of(content: Any, name: str) -> str | None:
-    """What is wrong with a record, or with the content of a file, in a few words; None if nothing.
+    """Checks a record, or the content of a file; the first problem in a few words, or None.
 
     Args:
-        name: the file's; names that are not in CHECKS are those of rows, whose lines are records.
+        name: the file's name; one that is not in CHECKS is a row's, and `content` a record.
     """
-    is_record = name not in CHECKS
-    if is_record and isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-        return f"written by another version (format {content['format']}, not {FORMAT})"
+    check = CHECKS.get(name)
+    if check is None:
+        told = content if isinstance(content, dict) else {}
+        if told.get("format", FORMAT) != FORMAT:
+            return f"written by another version (format {told['format']}, not {FORMAT})"
+        check = MEASURED if told.get("status") == "ok" else RECORD
     try:
-        CHECKS.get(name, RECORD).validate_python(content)
+        check.validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"][1:] if is_record else first["loc"]))
+        where = ".".join(map(str, first["loc"]))
         return f"{where}: {first['msg']}" if where else first["msg"]
     return None
