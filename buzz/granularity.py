@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from buzz.errors import ConfigError
 from buzz.policy import FOREVER, BudgetBy, Policy, State
@@ -103,8 +104,20 @@ class Constrained(Policy):
         """What chooses, among pages or entries."""
         if self.page == 1:
             return self.method
-        own = frozenset(vars(self.method)) - SIZES
-        return self.pages or self._pages(_most(self.method), own, "peak")
+        if self.pages:
+            return self.pages
+        most = _most(self.method)
+        pages = self._pages(most, frozenset(vars(self.method)) - SIZES, "peak")
+        # Each size was rounded up to a page, at most.
+        if most and (held := _most(pages)) > most // self.page + len(_sizes(self.method)):
+            remedy = (
+                f"{self.method.name} holds {most:,} entries and would hold {held:,} pages; give"
+            )
+            remedy = (
+                f"{remedy} a budget, or name its sizes as others do: {', '.join(sorted(SIZES))}"
+            )
+            raise ConfigError("cache.granularity", self.granularity, remedy)
+        return pages
 
     def for_layer(self, index: int, layers: int) -> Policy:
         method = self.method.for_layer(index, layers)
@@ -143,12 +156,13 @@ class Constrained(Policy):
         if scores is not None and self.heads != "each":
             scores = added(scores, 1)[:, None]
         if self.page == 1:
+            scores = ranked(scores) if scores is not None and scores.is_complex() else scores
             return self.method.select(held, state, scores)
         page, own = self.page, (state or (0, 0))[1]
         pages = -(-held // page)
         if scores is not None:
-            scores = torch.nn.functional.pad(scores, (0, pages * page - held))
-            scores = added(scores.unflatten(-1, (pages, page)), -1, self.page_score == "max")
+            of_pages = pad(scores, (0, pages * page - held)).unflatten(-1, (pages, page))
+            scores = ranked(added(of_pages, -1, self.page_score == "max"))
             if held % page:
                 scores[..., -1] = torch.inf
         chosen = self._chooser.select(pages, own, scores)
@@ -171,10 +185,10 @@ class Constrained(Policy):
         return dataclasses.replace(self, method=method, pages=pages)
 
     def _pages(self, budget: int, fixed: frozenset[str], by: BudgetBy) -> Policy:
-        """The method for a budget in entries, with its sizes in pages."""
-        if self.method.evicts == "never" or not budget:
+        """The method for a budget in entries (0: none), with its sizes in pages."""
+        if self.method.evicts == "never":
             return self.method
-        if budget < self.page:
+        if 0 < budget < self.page:
             remedy = f"a page exceeds the budget of {budget} entries; take smaller pages"
             raise ConfigError("cache.granularity", self.granularity, remedy)
         room = budget // self.page
@@ -185,6 +199,8 @@ class Constrained(Policy):
         }
         try:
             whole = dataclasses.replace(self.method, **sizes)
+            if not budget:  # the method has no bound, and pages have none
+                return whole
             if by == "peak" or self.method.evicts == "prompt":
                 return whole.fit(room, fixed)
             return self._by_mean(whole, budget, fixed)
@@ -214,21 +230,32 @@ for _name in (
 
 
 def added(scores: Tensor, dim: int, highest: bool = False) -> Tensor:
-    """Sums of scores along a dimension, or their maxima, as float64.
+    """Sums of scores along a dimension, or their maxima, in the form that :func:`ranked` takes.
 
-    What is infinite, since a method keeps it in any case, leaves no other number as it is: here
-    those with more of them come before all with less, and the rest decides among equals.
+    An entry that a method keeps in any case has an infinite score, beside which a sum would lose
+    all others. So infinite scores are counted apart, by the imaginary part: the real part is of the
+    finite ones.
 
     Args:
-        scores: [..., n] behind `dim`, or that dimension itself is the last.
+        scores: real, or what an earlier sum returned.
+
+    Returns:
+        complex128, without the dimension.
     """
-    scores = scores.double()
-    sure = scores == torch.inf
-    least = scores.amin(-1, keepdim=True).nan_to_num(posinf=0) if highest else 0
-    rest = torch.where(sure, least, scores).clamp(min=-1e200)
-    total = rest.amax(dim) if highest else rest.sum(dim)
-    spread = total.amax(-1, keepdim=True) - total.amin(-1, keepdim=True)
-    return total + sure.sum(dim) * (1 + 2 * spread)
+    if not scores.is_complex():
+        scores = scores.double()
+        sure = scores == torch.inf
+        least = scores.amin(-1, keepdim=True).nan_to_num(posinf=0) if highest else 0
+        finite = torch.where(sure, least, scores).clamp(min=-1e200)
+        scores = torch.complex(finite, sure.double())
+    finite, counted = scores.real, scores.imag
+    return torch.complex(finite.amax(dim) if highest else finite.sum(dim), counted.sum(dim))
+
+
+def ranked(sums: Tensor) -> Tensor:
+    """float64 [..., n] that orders sums [..., n]: the more infinite scores, the higher."""
+    spread = sums.real.amax(-1, keepdim=True) - sums.real.amin(-1, keepdim=True)
+    return sums.real + sums.imag * (1 + 2 * spread)
 
 
 def page_of(granularity: Any) -> int:

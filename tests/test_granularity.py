@@ -24,8 +24,9 @@ from buzz import (
     EvictionCache,
     ForkedCache,
     HoneycombPolicy,
+    Policy,
 )
-from buzz.granularity import added, constrained
+from buzz.granularity import added, constrained, ranked
 
 PAGE = 4
 TOKENS = 61
@@ -126,13 +127,41 @@ def test_the_prompts_end_keeps_what_the_models_own_weights_say(kind) -> None:
 def test_what_a_method_keeps_in_any_case_comes_first() -> None:
     inf = torch.inf
     pages = torch.tensor([[[9.0, 9], [inf, -9], [1, inf], [inf, inf], [2, 12]]])
-    assert added(pages, -1).argsort(descending=True).tolist() == [[3, 2, 1, 0, 4]]
-    assert added(pages, -1, highest=True).argsort(descending=True).tolist() == [[3, 2, 1, 4, 0]]
+
+    def order(highest: bool = False) -> list[int]:
+        return ranked(added(pages, -1, highest)).argsort(descending=True)[0].tolist()
+
+    assert order() == [3, 2, 1, 0, 4] and order(highest=True) == [3, 2, 1, 4, 0]
     pages[0, 0, 0] = -inf  # which no sum makes up for
-    assert added(pages, -1)[0].argmin() == 0
-    assert added(torch.tensor([[1.0, 5], [2, 2]]), -1).tolist() == [6, 4]
+    assert order()[-1] == 0
+    assert ranked(added(torch.tensor([[1.0, 5], [2, 2]]), -1)).tolist() == [6, 4]
     two = torch.tensor([[[3.0, 1.0], [2.0, 5.0]]])  # of two heads
-    assert added(two, 1).tolist() == [[5.0, 6.0]]
+    assert ranked(added(two, 1)).tolist() == [[5.0, 6.0]]
+
+
+@pytest.mark.parametrize("page_score", ["mean", "max"])
+@pytest.mark.parametrize("heads", ["each", "layer", "all"])
+def test_of_pages_that_a_method_keeps_in_any_case_the_one_with_more_comes_first(
+    page_score, heads
+) -> None:
+    """Whatever the others of its tokens have, and also where heads sum their scores before."""
+    inf = torch.inf
+    pages = [[inf, 9, 9, 9], [0, inf, 0, inf], [9, 9, 9, 9], [inf, 0, 0, 0], [0, 0, 0, 0]]
+    scores = torch.tensor(pages).flatten().expand(1, 2, -1)
+    if heads == "all":  # summed over layers
+        scores = added(scores, 1)[:, None]
+    for room, due in ((1, [1]), (2, [0, 1]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])):
+        policy = Constrained(
+            method=H2OPolicy(),
+            granularity="page:4",
+            page_score=page_score,
+            heads=heads,
+            pages=H2OPolicy(heavy=room, recent=1),
+        )
+        more = torch.zeros(*scores.shape[:2], 4, dtype=scores.dtype)
+        kept = policy.select(24, 0, torch.cat([scores, more], dim=-1))
+        whole = [page for page in range(5) if 4 * page in kept[0, -1].tolist()]
+        assert whole == due
 
 
 def test_a_page_is_worth_its_mean_or_its_best_token() -> None:
@@ -257,6 +286,37 @@ def test_without_constraints_a_method_is_itself() -> None:
     assert hive.footprint().peak == 35 * 16
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnSize(Policy):
+    """Keeps the last `slots` entries: a size by a name that no method of this project has."""
+
+    name: ClassVar[str] = "own_size"
+    protected: ClassVar[int] = 0
+
+    slots: int = 64
+
+    def survivors(self, held: int, state: Any) -> tuple[int, Any]:
+        return min(held, self.slots), 0
+
+    def select(self, held: int, state: Any, scores: Any) -> torch.Tensor:
+        return torch.arange(held - self.slots, held).expand(1, 1, -1)
+
+    def fit(self, budget: int, fixed: frozenset[str] = frozenset(), by: Any = "peak") -> Policy:
+        return self if "slots" in fixed else self._replace(budget, slots=budget)
+
+
+def test_a_size_of_any_name_is_in_pages_once_there_is_a_budget() -> None:
+    policy, _ = Budget(100).policy(constrained(OwnSize(), "page:16"), 1000)
+    assert policy.pages == OwnSize(slots=6) and policy.footprint().peak == 96
+
+
+def test_an_unbounded_method_keeps_its_sizes_in_pages() -> None:
+    with pytest.warns(UserWarning, match="unbounded"):
+        hive = BuzzPolicy(sink=4, window=160, stride=2, threshold=400)
+        policy = constrained(hive, "page:16")
+        assert policy.protected == 9 * 16 + 1 and policy.lengths([1000]) == [584]
+
+
 @pytest.mark.parametrize(
     ("method", "given", "field", "says"),
     [
@@ -273,6 +333,7 @@ def test_without_constraints_a_method_is_itself() -> None:
         ),
         (H2OPolicy(), {"granularity": "page:1024"}, "cache.granularity", "of 560 entries"),
         (H2OPolicy(), {"granularity": "page:512"}, "cache.granularity", "has room for (1)"),
+        (OwnSize(), {"granularity": "page:16"}, "cache.granularity", "would hold 64 pages; give a"),
         (PyramidKVPolicy(), {"heads": "all"}, "cache.heads", "choose each or layer"),
         (HoneycombPolicy(layers="late"), {"heads": "all"}, "cache.heads", "choose each or layer"),
     ],
