@@ -44,8 +44,8 @@ class HoneycombPolicy(Policy):
         every: tokens between two evictions; a fitted budget lowers it to a tenth of itself.
         attention: share of the accumulated attention (H2O's score).
         value: share of the accumulated attention times the L1 norm of the value (VATP's).
-        observed: share of the attention of the last 16 queries, pooled over 5 (SnapKV's); of as
-            many as came since the last eviction, if those are fewer.
+        observed: share of the attention of the last 16 queries, pooled over 5 (SnapKV's); of the
+            window's alone, or of those since the last eviction, where these are fewer.
         keydiff: share of keys unlike the mean key (KeyDiff's).
         neighbours: entries over which `keydiff` is averaged, so that what stands together (the
             digits of a number) stays together; 1: each by itself, as KeyDiff.
@@ -95,7 +95,8 @@ class HoneycombPolicy(Policy):
 
     @property
     def queries(self) -> int:
-        return OBSERVED if self.observed else 0
+        """Of the window alone: what comes after an entry judges it, so each must be before them."""
+        return max(1, min(OBSERVED, self.window)) if self.observed else 0
 
     @property
     def decay(self) -> float:
@@ -163,7 +164,7 @@ class HoneycombPolicy(Policy):
     def _signal(self, name: str, entries: Entries) -> Tensor:
         """float32 [rows, kv_heads, held]"""
         if name == "observed":
-            return observed_attention(entries, min(OBSERVED, entries.held - 1), POOLED)
+            return observed_attention(entries, self.queries, POOLED)
         if name == "keydiff":
             unlike, width = key_difference(entries), self.neighbours
             if width == 1:
