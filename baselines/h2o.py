@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, State, highest, register
 
 
 @register()
@@ -53,11 +52,7 @@ class H2OPolicy(Policy):
 
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        candidates = scores[..., : held - self.recent]
-        if candidates.shape[-1] == self.heavy + 1:  # decoding: one leaves, no sort is needed
-            stay = torch.arange(self.heavy, device=scores.device)
-            return stay + (stay >= candidates.argmin(-1, keepdim=True))
-        return candidates.topk(self.heavy, dim=-1).indices.sort(dim=-1).values
+        return highest(scores[..., : held - self.recent], self.heavy)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

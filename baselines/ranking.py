@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from buzz.entries import Entries
-from buzz.policy import BudgetBy, Evicts, Policy, State
+from buzz.policy import BudgetBy, Evicts, Policy, State, highest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +51,7 @@ class PromptPolicy(Policy):
 
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        stay = self.left(held) - self.protected
-        candidates = scores[..., : held - self.protected]
-        return candidates.topk(stay, dim=-1).indices.sort(dim=-1).values
+        return highest(scores[..., : held - self.protected], self.left(held) - self.protected)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
@@ -97,11 +94,7 @@ class RankingPolicy(Policy):
 
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        candidates, stay = scores[..., : held - self.protected], self.size - self.protected
-        if candidates.shape[-1] == stay + 1:  # decoding: one leaves, no sort is needed
-            kept = torch.arange(stay, device=scores.device)
-            return kept + (kept >= candidates.argmin(-1, keepdim=True))
-        return candidates.topk(stay, dim=-1).indices.sort(dim=-1).values
+        return highest(scores[..., : held - self.protected], self.size - self.protected)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

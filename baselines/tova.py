@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, State, highest, register
 
 
 @register()
@@ -42,11 +41,7 @@ class TOVAPolicy(Policy):
 
     def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        attention = scores.mean(1, keepdim=True)
-        if held == self.size + 1:  # decoding: one leaves, no sort is needed
-            stay = torch.arange(self.size, device=scores.device)
-            return stay + (stay >= attention.argmin(-1, keepdim=True))
-        return attention.topk(self.size, dim=-1).indices.sort(dim=-1).values
+        return highest(scores.mean(1, keepdim=True), self.size)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

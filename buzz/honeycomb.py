@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool1d, pad
 
 from buzz.entries import Entries, key_difference, observed_attention
 from buzz.errors import ConfigError
-from buzz.policy import BudgetBy, Policy, State, register
+from buzz.policy import BudgetBy, Policy, State, highest, register
 
 SIGNALS = ("attention", "value", "observed", "keydiff")
 OBSERVED, POOLED = 16, 5  # last queries that `observed` looks at, and what it pools over
@@ -178,13 +178,7 @@ class HoneycombPolicy(Policy):
         assert scores is not None
         first, last = self.sink, held - self.window
         history = scores[..., first:last]
-        if self.cells == 1 and history.shape[-1] == self.keep + 1:  # one leaves, no sort is needed
-            stay = torch.arange(self.keep, device=scores.device)
-            best = stay + (stay >= history.argmin(-1, keepdim=True))
-        elif self.cells == 1:
-            best = history.topk(self.keep, dim=-1).indices.sort(dim=-1).values
-        else:
-            best = self._best_of_cells(history)
+        best = highest(history, self.keep) if self.cells == 1 else self._best_of_cells(history)
         sink = torch.arange(first, device=scores.device).expand(*best.shape[:-1], first)
         return torch.cat([sink, first + best], dim=-1)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from buzz.errors import ConfigError
@@ -276,6 +277,14 @@ class Policy(ABC):
                     f"leaves {value} entries for method.{field}, and {self.name} would hold"
                     f" {budget + minimum - value}; give as many, or lower its other parameters",
                 )
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest of scores [..., n]: int64 [..., count], ascending."""
+    if scores.shape[-1] == count + 1:  # decoding: one leaves, no sort is needed
+        kept = torch.arange(count, device=scores.device)
+        return kept + (kept >= scores.argmin(-1, keepdim=True))
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
 def parameters(policy: Policy) -> dict[str, Any]:
