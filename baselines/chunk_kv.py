@@ -28,7 +28,7 @@ class ChunkKVPolicy(SnapKVPolicy):
         chunk: tokens of a chunk.
     """
 
-    protected: ClassVar[int] = 0
+    num_recent: ClassVar[int] = 0
 
     kernel: int = 5
     pooling: str = "avg"
@@ -48,20 +48,20 @@ class ChunkKVPolicy(SnapKVPolicy):
         Chunks that reach into the window come first, the latest before the others: with the
         original's scores none can come before them, as the attention of a query sums to 1.
         """
-        assert entries.received is not None
-        history, device = max(1, entries.held - self.window), entries.received.device
-        attention = self._pool(entries.received[..., :history]).sum(1, keepdim=True).double()
-        chunks, judged = -(-entries.held // self.chunk), history // self.chunk
+        length, sums = entries.cache_length, entries.attention_sums
+        history, device = max(1, length - self.window), sums.device
+        attention = self._pool(sums[..., :history]).sum(1, keepdim=True).double()
+        chunks, judged = -(-length // self.chunk), history // self.chunk
         means = attention[..., : judged * self.chunk].unflatten(-1, (judged, self.chunk)).mean(-1)
         order = means.sort(dim=-1, descending=True, stable=True).indices
         # Ranks: chunks of the window 0, 1, ... from the end, then the others by their means.
         ranks = torch.arange(chunks - 1, -1, -1, device=device).repeat(*order.shape[:2], 1)
         by_mean = torch.arange(chunks - judged, chunks, device=device).expand_as(order)
         ranks[..., :judged].scatter_(-1, order, by_mean)
-        recent = torch.arange(entries.held - history, device=device) / self.window
+        recent = torch.arange(length - history, device=device) / self.window
         inside = [
             attention / (2.1 * attention.sum(-1, keepdim=True).clamp(min=1e-30)),
             (0.5 + recent / 2.1).expand(*order.shape[:2], -1),
         ]
-        of_chunk = ranks.repeat_interleave(self.chunk, dim=-1)[..., : entries.held]
+        of_chunk = ranks.repeat_interleave(self.chunk, dim=-1)[..., :length]
         return torch.cat(inside, dim=-1) - of_chunk

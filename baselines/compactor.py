@@ -50,7 +50,7 @@ class CompactorPolicy(PromptPolicy):
         self._at_least(1 + self.sink + self.window, "capacity")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     @property
@@ -58,13 +58,13 @@ class CompactorPolicy(PromptPolicy):
         return FOREVER
 
     def score(self, entries: Entries) -> Tensor:
-        middle = slice(self.sink, entries.held - self.window)
+        middle = slice(self.sink, entries.cache_length - self.window)
         attention = self._attention(entries, middle)
         received = attention * entries.values[:, :, middle].float().norm(dim=-1)
         pooled = avg_pool1d(received, 3, 1, 1)
         apart = leverage(entries.unrotated[:, :, middle], self._sketch(entries))
         # A kept share of the prompt from which the capacity comes out when it is rounded down.
-        dropped = max(0.0, 1 - (self.capacity + 0.5) / entries.held)
+        dropped = max(0.0, 1 - (self.capacity + 0.5) / entries.cache_length)
         scores = dropped * standardized(apart) + standardized(pooled)
         return pad(scores, (self.sink, self.window), value=torch.inf)
 

@@ -43,6 +43,6 @@ class CriticalKVPolicy(SnapKVPolicy):
         heads = entries.output_projection.shape[0]
         attention = pooled / (self.window * heads // pooled.shape[1])  # of a query and a head
         sure = max(0, int(self.capacity * self.first) - self.window)
-        best = attention[..., : entries.held - self.window].topk(sure, dim=-1).indices
+        best = attention[..., : entries.cache_length - self.window].topk(sure, dim=-1).indices
         weighed = (attention + self.epsilon) * projected_norms(entries)
         return weighed.scatter(-1, best, torch.inf)

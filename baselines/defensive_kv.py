@@ -43,7 +43,7 @@ class DefensiveKVPolicy(SnapKVPolicy):
         return self.window
 
     def score(self, entries: Entries) -> Tensor:
-        history = entries.held - self.window
+        history = entries.cache_length - self.window
         keys, queries = entries.keys, entries.queries.unflatten(1, (entries.keys.shape[1], -1))
         future = torch.ones(self.window, self.window, dtype=torch.bool, device=keys.device).triu(1)
         means, highest, bias = [], [], []
@@ -65,7 +65,7 @@ class DefensiveKVPolicy(SnapKVPolicy):
         wanted = self.mass - torch.stack(bias, 1).mean(1)[:, None, None]
         count = (order.values.cumsum(-1) < wanted).sum(-1, keepdim=True)
         # A kept share of the prompt from which the capacity comes out when it is rounded down.
-        most = int(history * (self.capacity + 0.5) / entries.held - self.window)
+        most = int(history * (self.capacity + 0.5) / entries.cache_length - self.window)
         sure = torch.arange(history, device=keys.device).expand_as(risk) < count.clamp(
             max=max(0, most)
         )

@@ -18,11 +18,11 @@ class FullPolicy(Policy):
     evicts: ClassVar[Evicts] = "never"
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return 0
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return held, state
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return cache_length, state
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         raise AssertionError("the full cache never evicts")

@@ -36,7 +36,7 @@ class H2OPolicy(Policy):
         self._one_of("scoring", "sum", "mean")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.recent
 
     @property
@@ -44,15 +44,15 @@ class H2OPolicy(Policy):
         return "mean" if self.scoring == "mean" else "sum"
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return self.heavy
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return min(held, self.heavy + self.recent), 0
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return min(cache_length, self.heavy + self.recent), 0
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        return highest(scores[..., : held - self.recent], self.heavy)
+        return highest(scores[..., : cache_length - self.recent], self.heavy)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

@@ -43,12 +43,12 @@ class LagKVPolicy(RankingPolicy):
         self._at_least(self.sink + self.lag, "size")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.lag
 
     def score(self, entries: Entries) -> Tensor:
         """Whole numbers: what is not judged is above all else, its newest first."""
-        held, sink, lag = entries.held, self.sink, self.lag
+        held, sink, lag = entries.cache_length, self.sink, self.lag
         keys, values = entries.keys_from_zero, entries.values
         unjudged = torch.arange(held, 2 * held, device=keys.device, dtype=torch.float32)
         scores = unjudged.expand(keys.shape[:3]).clone()

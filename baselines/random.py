@@ -44,7 +44,7 @@ class RandomPolicy(RankingPolicy):
         self._at_least(self.sink + self.window, "size")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     def score(self, entries: Entries) -> Tensor:

@@ -27,31 +27,32 @@ class PromptPolicy(Policy):
 
     def __post_init__(self) -> None:
         self._at_least(0, *self._whole())
-        self._at_least(1 + self.protected, "capacity")
+        self._at_least(1 + self.num_recent, "capacity")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return 0
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return 0  # what stays moves once
 
     def left(self, prompt: int) -> int:
         """Entries left of a prompt."""
         return min(prompt, self.capacity)
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
         """The state is 0 until the prompt is judged."""
-        return (held, state) if state else (self.left(held), 1)
+        return (cache_length, state) if state else (self.left(cache_length), 1)
 
     def score(self, entries: Entries) -> Tensor:
         """Without a score of its own, a method ranks by the attention received."""
-        return entries.received
+        return entries.attention_sums
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        return highest(scores[..., : held - self.protected], self.left(held) - self.protected)
+        recent = self.num_recent
+        return highest(scores[..., : cache_length - recent], self.left(cache_length) - recent)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
@@ -76,25 +77,25 @@ class RankingPolicy(Policy):
     def __post_init__(self) -> None:
         self._at_least(0, *self._whole())
         self._at_least(1, "every")
-        self._at_least(1 + self.protected, "size")
+        self._at_least(1 + self.num_recent, "size")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return 0
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
         """The state is 0 until the prompt is judged."""
-        if held >= self.size + (self.every if state else 1):
+        if cache_length >= self.size + (self.every if state else 1):
             return self.size, self.size
-        return held, state or held
+        return cache_length, state or cache_length
 
     def score(self, entries: Entries) -> Tensor:
         """Without a score of its own, a method ranks by the attention received."""
-        return entries.received
+        return entries.attention_sums
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        return highest(scores[..., : held - self.protected], self.size - self.protected)
+        return highest(scores[..., : cache_length - self.num_recent], self.size - self.num_recent)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

@@ -42,15 +42,14 @@ class SnapKVPolicy(PromptPolicy):
         super().__post_init__()
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
-    observe = protected
+    observe = num_recent
 
     def score(self, entries: Entries) -> Tensor:
         """Attention of the window, pooled; the window's own entries are above all others."""
-        assert entries.received is not None
-        pooled = self._pool(entries.received[..., : entries.held - self.window])
+        pooled = self._pool(entries.attention_sums[..., : entries.cache_length - self.window])
         return pad(pooled, (0, self.window), value=torch.inf)
 
     def _pool(self, scores: Tensor) -> Tensor:

@@ -37,10 +37,10 @@ class SnapKVEveryPolicy(RankingPolicy):
         super().__post_init__()
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
-    queries = protected
+    queries = num_recent
 
     def score(self, entries: Entries) -> Tensor:
         return observed_attention(entries, self.window, self.kernel)

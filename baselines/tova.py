@@ -25,7 +25,7 @@ class TOVAPolicy(Policy):
     needs_scores: ClassVar[bool] = True
     score_rule: ClassVar[ScoreRule] = "step"
     observe: ClassVar[int] = 1
-    protected: ClassVar[int] = 0
+    num_recent: ClassVar[int] = 0
 
     size: int = 512
 
@@ -33,13 +33,13 @@ class TOVAPolicy(Policy):
         self._at_least(1, "size")
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return self.size
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return min(held, self.size), 0
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return min(cache_length, self.size), 0
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
         return highest(scores.mean(1, keepdim=True), self.size)
 

@@ -36,8 +36,7 @@ class VATPPolicy(H2OPolicy):
         self._at_least(self.sink, "heavy")
 
     def score(self, entries: Entries) -> Tensor:
-        assert entries.received is not None
-        scores = entries.received * entries.values.float().abs().sum(-1)
+        scores = entries.attention_sums * entries.values.float().abs().sum(-1)
         scores[..., : self.sink] = torch.inf
         return scores
 

@@ -74,11 +74,11 @@ class BuzzPolicy(Policy):
             )
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         # The first history entry heads its cell in every eviction; all others move a few times.
         return self.sink + 1
 
@@ -95,19 +95,19 @@ class BuzzPolicy(Policy):
         room = self.threshold - _cells(old, self.old_stride)
         return max(self.stride, _cells(new, room))
 
-    def survivors(self, held: int, state: int) -> tuple[int, int]:
+    def next_length(self, cache_length: int, state: int) -> tuple[int, int]:
         """The state is how much of the history an earlier eviction sampled: the old part."""
-        others = held - self.sink - self.window
+        others = cache_length - self.sink - self.window
         if others <= self.threshold:
-            return held, state
+            return cache_length, state
         width = self._new_stride(state, others - state)
         history = _cells(state, self.old_stride) + _cells(others - state, width)
         while self.compact == "until_fits" and history > max(self.threshold, 1):
             history = _cells(history, self.old_stride)
         return self.sink + history + self.window, history
 
-    def select(self, held: int, state: int, scores: Tensor | None) -> Tensor:
-        old_end, new_end = self.sink + state, held - self.window
+    def select(self, cache_length: int, state: int, scores: Tensor | None) -> Tensor:
+        old_end, new_end = self.sink + state, cache_length - self.window
         device = scores.device if scores is not None else None
         index = torch.arange(new_end, device=device).expand(1, 1, -1)
         if scores is not None:

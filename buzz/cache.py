@@ -675,7 +675,7 @@ def _least(policy: Policy) -> int:
     """Entries that a method comes to hold of every long prompt; 0 where they depend on it."""
     if (peak := policy.footprint().peak) < math.inf:
         return int(peak)
-    stays = {policy.survivors(tokens, 0)[0] for tokens in (2**20, 2**21)}
+    stays = {policy.next_length(tokens, 0)[0] for tokens in (2**20, 2**21)}
     return stays.pop() if len(stays) == 1 else 0
 
 

@@ -34,7 +34,7 @@ class Group:
         first_position: the position that the model gave to their first token.
         seen: tokens of a row so far, without padding.
         held: entries that a row holds.
-        state: what the policy remembers of earlier steps, see :meth:`Policy.survivors`.
+        state: what the policy remembers of earlier steps, see :meth:`Policy.next_length`.
         evictions: evictions so far.
         cut: tokens that had been seen at the last of them.
         source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
@@ -83,7 +83,7 @@ class Group:
 def plan(policy: Policy, groups: Sequence[Group]) -> list[Lengths] | None:
     """What the length recurrence says of each group; None when nothing happens to any."""
     now = [(group.held, group.state) for group in groups]
-    after = [policy.survivors(*lengths) for lengths in now]
+    after = [policy.next_length(*lengths) for lengths in now]
     return None if after == now else after
 
 
@@ -125,7 +125,7 @@ def evict(
         if kept < members[0].held or target is not store:
             group = _joined(members)
             rows: Rows = slice(None) if group.rows == every else on(store.device, group.rows)
-            tail = min(policy.protected, kept)
+            tail = min(policy.num_recent, kept)
             if kept < group.held:
                 scores = score(group, rows)
                 with _default(store.device):
@@ -137,7 +137,7 @@ def evict(
             else:
                 chosen = torch.arange(kept - tail, device=store.device)
             chosen = chosen.expand(len(group.rows), store.keys.shape[1], kept - tail)
-            _move(store, target, group, rows, chosen, tail, policy.resident, rope, later)
+            _move(store, target, group, rows, chosen, tail, policy.num_pinned, rope, later)
         for member in members:
             member.held, member.state = kept, state
     return target, idle

@@ -90,14 +90,14 @@ class Constrained(Policy):
         return page_of(self.granularity)
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         """Of the pages that the method protects, what is there when the newest has one token."""
-        protected = self._chooser.protected
+        protected = self._chooser.num_recent
         return (protected - 1) * self.page + 1 if protected else 0
 
     @property
-    def resident(self) -> int:
-        return min(FOREVER, self._chooser.resident * self.page)
+    def num_pinned(self) -> int:
+        return min(FOREVER, self._chooser.num_pinned * self.page)
 
     @cached_property
     def _chooser(self) -> Policy:
@@ -135,18 +135,18 @@ class Constrained(Policy):
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
         return self.method.repetitions(prompt)
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
+    def next_length(self, held: int, state: State) -> tuple[int, State]:
         """The state is the pages that the last eviction left, and what the method remembers.
 
         The method is asked with the first token of a page, and not until the next has begun.
         """
         if self.page == 1:
-            return self.method.survivors(held, state)
+            return self.method.next_length(held, state)
         before, own = state or (0, 0)
         pages = -(-held // self.page)
         if pages == before:
             return held, state
-        kept, own = self._chooser.survivors(pages, own)
+        kept, own = self._chooser.next_length(pages, own)
         return held - (pages - kept) * self.page, (kept, own)
 
     def score(self, entries: Entries) -> Tensor | None:
@@ -166,12 +166,12 @@ class Constrained(Policy):
             if held % page:
                 scores[..., -1] = torch.inf
         chosen = self._chooser.select(pages, own, scores)
-        recent = torch.arange(pages - self._chooser.protected, pages, device=chosen.device)
+        recent = torch.arange(pages - self._chooser.num_recent, pages, device=chosen.device)
         stay = torch.cat([chosen, recent.expand(*chosen.shape[:-1], -1)], dim=-1)
         if held % page:
             stay[..., -1] = pages - 1  # also where no score says so
         entries = (stay[..., None] * page + torch.arange(page, device=stay.device)).flatten(-2)
-        return entries[..., : entries.shape[-1] - (pages * page - held) - self.protected]
+        return entries[..., : entries.shape[-1] - (pages * page - held) - self.num_recent]
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

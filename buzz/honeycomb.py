@@ -90,7 +90,7 @@ class HoneycombPolicy(Policy):
         return {name: share for name in SIGNALS if (share := getattr(self, name))}
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     @property
@@ -103,12 +103,12 @@ class HoneycombPolicy(Policy):
         return self.fading
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return self.sink + self.keep
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
         kept = self.sink + self.keep + self.window
-        return (held if held < kept + self.every else kept), 0
+        return (cache_length if cache_length < kept + self.every else kept), 0
 
     def for_layer(self, index: int, layers: int) -> Policy:
         if self.layers == "flat" or layers == 1:
@@ -155,7 +155,7 @@ class HoneycombPolicy(Policy):
             return next(iter(scores.values()))
         places = []
         for name, share in self._shares.items():
-            history = scores[name][..., self.sink : entries.held - self.window]
+            history = scores[name][..., self.sink : entries.cache_length - self.window]
             order = history.argsort(dim=-1, descending=True, stable=True)
             place = torch.arange(1, order.shape[-1] + 1, device=order.device) / share
             places.append(torch.empty_like(history).scatter_(-1, order, place.expand(order.shape)))
@@ -170,13 +170,13 @@ class HoneycombPolicy(Policy):
             if width == 1:
                 return unlike
             pooled = avg_pool1d(unlike, width, 1, width // 2, count_include_pad=False)
-            return pooled[..., : entries.held]
-        received = entries.received
+            return pooled[..., : entries.cache_length]
+        received = entries.attention_sums
         return received if name == "attention" else received * entries.values.float().abs().sum(-1)
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        first, last = self.sink, held - self.window
+        first, last = self.sink, cache_length - self.window
         history = scores[..., first:last]
         best = highest(history, self.keep) if self.cells == 1 else self._best_of_cells(history)
         sink = torch.arange(first, device=scores.device).expand(*best.shape[:-1], first)

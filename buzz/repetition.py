@@ -128,7 +128,7 @@ def repeat(
         assert layer.store is not None
         received.append(torch.zeros_like(layer.view(layer.store.positions), dtype=torch.float32))
     for number, group in enumerate(first.groups):
-        if first.policy.survivors(group.held, group.state)[0] == group.held:
+        if first.policy.next_length(group.held, group.state)[0] == group.held:
             continue
         for row in group.rows:
             tokens = prompt[row, group.padding :].tolist()

@@ -170,7 +170,7 @@ def test_a_page_is_worth_its_mean_or_its_best_token() -> None:
         policy = Constrained(
             method=H2OPolicy(heavy=4, recent=4), granularity="page:4", page_score=page_score
         )
-        assert policy.survivors(10, 0)[0] == 6
+        assert policy.next_length(10, 0)[0] == 6
         kept = policy.select(10, 0, scores)
         assert kept.tolist() == [[[first, first + 1, first + 2, first + 3, 8]]]  # and the last
 
@@ -262,15 +262,15 @@ class First(LocalPolicy):
     """Keeps the first entries; nothing says that the newest page must stay."""
 
     name: ClassVar[str] = "first"
-    protected: ClassVar[int] = 0
+    num_recent: ClassVar[int] = 0
 
-    def select(self, held: int, state: Any, scores: Any) -> torch.Tensor:
+    def select(self, cache_length: int, state: Any, scores: Any) -> torch.Tensor:
         return torch.arange(self.window).expand(1, 1, -1)
 
 
 def test_a_page_that_fills_up_stays_whatever_a_method_says() -> None:
     policy = Constrained(method=First(window=12), granularity="page:4")
-    assert policy.survivors(18, 0)[0] == 10
+    assert policy.next_length(18, 0)[0] == 10
     assert policy.select(18, 0, None).flatten().tolist() == [*range(8), 16, 17]
     assert policy.select(20, 0, None).flatten().tolist() == list(range(12))
 
@@ -291,15 +291,15 @@ class OwnSize(Policy):
     """Keeps the last `slots` entries: a size by a name that no method of this project has."""
 
     name: ClassVar[str] = "own_size"
-    protected: ClassVar[int] = 0
+    num_recent: ClassVar[int] = 0
 
     slots: int = 64
 
-    def survivors(self, held: int, state: Any) -> tuple[int, Any]:
-        return min(held, self.slots), 0
+    def next_length(self, cache_length: int, state: Any) -> tuple[int, Any]:
+        return min(cache_length, self.slots), 0
 
-    def select(self, held: int, state: Any, scores: Any) -> torch.Tensor:
-        return torch.arange(held - self.slots, held).expand(1, 1, -1)
+    def select(self, cache_length: int, state: Any, scores: Any) -> torch.Tensor:
+        return torch.arange(cache_length - self.slots, cache_length).expand(1, 1, -1)
 
     def fit(self, budget: int, fixed: frozenset[str] = frozenset(), by: Any = "peak") -> Policy:
         return self if "slots" in fixed else self._replace(budget, slots=budget)
@@ -314,7 +314,7 @@ def test_an_unbounded_method_keeps_its_sizes_in_pages() -> None:
     with pytest.warns(UserWarning, match="unbounded"):
         hive = BuzzPolicy(sink=4, window=160, stride=2, threshold=400)
         policy = constrained(hive, "page:16")
-        assert policy.protected == 9 * 16 + 1 and policy.lengths([1000]) == [584]
+        assert policy.num_recent == 9 * 16 + 1 and policy.lengths([1000]) == [584]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_an_unbounded_method_keeps_its_sizes_in_pages() -> None:
 )
 def test_what_cannot_be_is_refused_in_one_line(method, given, field, says) -> None:
     with pytest.raises(ConfigError) as caught:
-        constrained(method, **given).survivors(1, 0)
+        constrained(method, **given).next_length(1, 0)
     assert caught.value.field == field and says in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -56,7 +56,8 @@ class Given:
     """Entries of which only the signals are known."""
 
     def __init__(self, received: torch.Tensor, keys: torch.Tensor) -> None:
-        self.received, self.keys, self.held = received, keys, received.shape[-1]
+        self.attention_sums, self.keys = received, keys
+        self.cache_length = received.shape[-1]
 
 
 @given(
@@ -152,7 +153,7 @@ def test_observed_judges_every_entry_before_the_window(window) -> None:
     options = {"window": window, "keep": 10 + len(newest), "observed": 1.0}
     policy = HoneycombPolicy(**ALONE | options)
     queries = torch.tensor([5.0, 0, 0, 0]).expand(1, 1, policy.queries, 4)
-    entries = SimpleNamespace(keys=keys, queries=queries, held=60)
+    entries = SimpleNamespace(keys=keys, queries=queries, cache_length=60)
     scores = policy.score(entries)
     assert policy.queries == max(1, min(16, window))
     assert scores[..., : 60 - max(1, window)].isfinite().all()
