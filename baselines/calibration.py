@@ -1,4 +1,4 @@
-"""A text of several kinds to measure a model's queries on, and a file that keeps what was found."""
+"""A text to measure a model's queries on, and a file cache of measurements."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ the book, because it had grown dark, and went to look whether the bees had taken
 
 
 def stored(model: Any, ids: Sequence[int], measure: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What `measure` returns, read from the user's cache directory if it was measured before.
+    """The result of `measure`, from the user's cache directory if it is there already.
 
-    A file that cannot be read, or that is torn, is measured again; one that cannot be written is
-    measured in every process.
+    A file that is missing or torn is measured again. If the directory cannot be written, every
+    process measures.
 
     Args:
         ids: token ids of the text that the model is measured on.
     """
     weights = model.state_dict()
-    if any(weight.is_meta for weight in weights.values()):  # offloaded: they cannot be told apart
+    if any(weight.is_meta for weight in weights.values()):  # offloaded, so there is no hash
         return measure()
     file = user_cache() / f"queries-{_digest(model, weights, ids)}.pt"
     try:
@@ -100,13 +100,13 @@ def stored(model: Any, ids: Sequence[int], measure: Callable[[], list[Tensor]]) 
 
 
 def _digest(model: Any, weights: dict[str, Tensor], ids: Sequence[int]) -> str:
-    """Of all that the result depends on: weights, configuration, text, and who computes."""
+    """A hash of all that the result depends on: weights, configuration, text, device, versions."""
     config = model.config.to_json_string(use_diff=False)
     versions = FORMAT, torch.__version__, transformers.__version__
     computes = model.device.type, model.config._attn_implementation
     found = hashlib.sha256(repr((versions, computes, config, tuple(ids))).encode())
     for name, weight in weights.items():
-        # Sums of rows, bit by bit: exact on every device, and a hundredth of what is to be hashed.
+        # Sums of rows as integers: exact on every device, and much less to hash than the weights.
         bits = weight.detach().view(INTEGERS[weight.element_size()]).sum(-1)
         found.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
         found.update(bits.cpu().numpy().tobytes())

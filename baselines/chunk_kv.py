@@ -1,4 +1,4 @@
-"""ChunkKV (arXiv 2502.00299): of the prompt, whole chunks stay that its end attends."""
+"""ChunkKV (arXiv 2502.00299): keeps whole chunks of the prompt that its last queries attend."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from buzz.policy import register
 class ChunkKVPolicy(SnapKVPolicy):
     """SnapKV by chunks of the prompt, the same in every KV head.
 
-    A chunk's score is the mean of its entries'. As NVIDIA/kvpress (8bb29b9c) `chunkkv_press` on
-    `snapkv_press`, where entries of the window have the score of the best before it, and the last
-    chunk may be shorter. There a share of the chunks is kept, whole; here the best until the
-    capacity is full, of the last of them its own best entries. The paper's reuse of indices across
-    layers is in neither.
+    A chunk's score is the mean of its entries' scores. As NVIDIA/kvpress (8bb29b9c) `chunkkv_press`
+    on `snapkv_press`, where entries of the window have the highest score of those before it, and
+    the last chunk may be shorter. There, a share of the chunks is kept. Here, the best chunks fill
+    the capacity; of the last one of these, the best entries stay. The paper's reuse of indices
+    across layers is in neither.
 
     Args:
         chunk: tokens of a chunk.
@@ -43,10 +43,10 @@ class ChunkKVPolicy(SnapKVPolicy):
         return self.window
 
     def score(self, entries: Entries) -> Tensor:
-        """Minus the rank of an entry's chunk, and a fraction that ranks it within.
+        """Minus the rank of an entry's chunk, plus a fraction below 1 that ranks it in its chunk.
 
-        Chunks that reach into the window come first, the latest before the others: with the
-        original's scores none can come before them, as the attention of a query sums to 1.
+        Chunks that reach into the window come first, the last one before the others: in the
+        original no chunk can have a higher score, as the attention of a query sums to 1.
         """
         length, sums = entries.cache_length, entries.attention_sums
         history, device = max(1, length - self.window), sums.device

@@ -13,7 +13,7 @@ from buzz.policy import Evicts, Policy, State, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class FullPolicy(Policy):
-    """The strong baseline: nothing is evicted, buffers are written in place. Ignores budgets."""
+    """Evicts nothing, and ignores budgets. Buffers are written in place."""
 
     evicts: ClassVar[Evicts] = "never"
 

@@ -13,15 +13,15 @@ from buzz.policy import BudgetBy, Policy, ScoreRule, State, highest, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class H2OPolicy(Policy):
-    """Keeps the `heavy` entries of the highest accumulated score and the last `recent`.
+    """Keeps the `heavy` entries of the highest attention sums and the last `recent`.
 
-    No sink is protected: the scores keep the first tokens by themselves.
+    No sink is protected: attention sums keep the first tokens by themselves.
 
     Args:
         heavy: heavy hitters kept.
         recent: last entries kept.
-        scoring: ``sum`` of the attention received, the original's, or its ``mean`` over the queries
-            that could see the entry.
+        scoring: ``sum`` of attention, as in the original, or its ``mean`` over the queries that
+            could see the entry.
     """
 
     needs_scores: ClassVar[bool] = True

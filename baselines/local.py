@@ -1,4 +1,4 @@
-"""Local window: the last entries and nothing else."""
+"""Local window: the last entries."""
 
 from __future__ import annotations
 

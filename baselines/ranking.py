@@ -1,4 +1,4 @@
-"""What methods share that keep the best entries: of the prompt alone, or once in so many tokens."""
+"""Bases of methods that keep the entries of the highest scores."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class PromptPolicy(Policy):
 
     @property
     def num_pinned(self) -> int:
-        return 0  # what stays moves once
+        return 0  # entries are moved only once
 
     def left(self, prompt: int) -> int:
         """Entries left of a prompt."""
         return min(prompt, self.capacity)
 
     def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
-        """The state is 0 until the prompt is judged."""
+        """The state is 0 until the prompt's eviction."""
         return (cache_length, state) if state else (self.left(cache_length), 1)
 
     def score(self, entries: Entries) -> Tensor:
-        """Without a score of its own, a method ranks by the attention received."""
+        """Attention sums; methods override it."""
         return entries.attention_sums
 
     def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
@@ -57,18 +57,17 @@ class PromptPolicy(Policy):
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """The budget is what the prompt's end leaves; every token of the answer comes on top."""
+        """The budget is the cache length after the prompt; the answer's tokens add to it."""
         return self if "capacity" in fixed else self._replace(budget, capacity=budget)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingPolicy(Policy):
-    """Keeps the `size` entries of the highest score: of the prompt, then once in `every` tokens.
+    """Evicts to `size` entries after the prompt, and then once in `every` tokens.
 
     Args:
         size: entries kept by an eviction.
-        every: tokens that come between two evictions; the cache then holds up to
-            `size + every - 1`.
+        every: tokens between two evictions; the maximum cache length is `size + every - 1`.
     """
 
     size: int = 512
@@ -84,13 +83,13 @@ class RankingPolicy(Policy):
         return 0
 
     def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
-        """The state is 0 until the prompt is judged."""
+        """The state is 0 until the prompt's eviction."""
         if cache_length >= self.size + (self.every if state else 1):
             return self.size, self.size
         return cache_length, state or cache_length
 
     def score(self, entries: Entries) -> Tensor:
-        """Without a score of its own, a method ranks by the attention received."""
+        """Attention sums; methods override it."""
         return entries.attention_sums
 
     def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
@@ -100,9 +99,9 @@ class RankingPolicy(Policy):
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """By peak, what comes between two evictions is within the budget; by mean, half of it is.
+        """``peak``: size + every - 1 = budget; ``mean``: half of `every` - 1 counts.
 
-        `every` and `window` take half of the budget at most, unless they are fixed.
+        `every` and `window` take at most half of the budget, unless they are fixed.
         """
         if "size" in fixed:
             return self

@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv 2309.17453): attention sink and window."""
+"""StreamingLLM (arXiv 2309.17453): attention sinks and a window."""
 
 from __future__ import annotations
 

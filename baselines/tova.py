@@ -1,4 +1,4 @@
-"""TOVA (arXiv 2401.06104): what the newest token attends stays."""
+"""TOVA (arXiv 2401.06104): keeps what the newest token attends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from buzz.policy import BudgetBy, Policy, ScoreRule, State, highest, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class TOVAPolicy(Policy):
-    """Keeps the `size` entries that the last query attends the most; nothing is protected.
+    """Keeps the `size` entries that the last query attends most; no window is protected.
 
     As in the original, attention is averaged over all heads of the layer, so that its KV heads keep
-    the same tokens, and even the newest may go.
+    the same tokens, and even the newest token may be evicted.
 
     Args:
         size: entries kept.
