@@ -245,14 +245,15 @@ def added(scores: Tensor, dim: int, highest: bool = False) -> Tensor:
     Returns:
         complex128, without the dimension.
     """
-    if not scores.is_complex():
+    if scores.is_complex():
+        finite, sure = scores.real, scores.imag
+    else:
         scores = scores.double()
         sure = scores == torch.inf
         least = scores.amin(-1, keepdim=True).nan_to_num(posinf=0) if highest else 0
         finite = torch.where(sure, least, scores).clamp(min=-1e200)
-        scores = torch.complex(finite, sure.double())
-    finite, counted = scores.real, scores.imag
-    return torch.complex(finite.amax(dim) if highest else finite.sum(dim), counted.sum(dim))
+    finite = finite.amax(dim) if highest else finite.sum(dim)
+    return torch.complex(finite, sure.sum(dim).double())
 
 
 def ranked(sums: Tensor) -> Tensor:
