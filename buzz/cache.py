@@ -605,7 +605,7 @@ def positions_of(value: Any) -> Positions:
 def check_clamp(logn_base: float | None, logn_clamp: bool) -> None:
     """Raises ConfigError for `logn_clamp` without `logn_base`."""
     if logn_clamp and logn_base is None:
-        remedy = "bounds scaling by log n, which is off: set cache.logn_base too, e.g. 512"
+        remedy = "bounds the scale by log n, which is off: set cache.logn_base too, e.g. 512"
         raise ConfigError("cache.logn_clamp", logn_clamp, remedy)
 
 
