@@ -1,4 +1,4 @@
-"""The methods that BUZZ is compared with, each in a file of its own; what lies here is found."""
+"""The methods that BUZZ is compared with: every module in this folder is imported."""
 
 from importlib import import_module
 from pkgutil import iter_modules

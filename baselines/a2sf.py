@@ -1,4 +1,4 @@
-"""A2SF (arXiv 2407.20485): attention received, forgotten with the age of the query."""
+"""A2SF (arXiv 2407.20485): attention sums in which older queries count less."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from buzz.policy import register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class A2SFPolicy(H2OPolicy):
-    """H2O by attention that counts `decay` to the power of how many tokens ago it was given.
+    """H2O by attention sums that fade: a query of n tokens ago counts `decay` to the power of n.
 
     As Dirac-Notation/A2SF (b2f12442) `utils_real_drop/kv_llama.py`, the last version that follows
-    the paper: for a prompt in one piece and tokens after it. There a chunk of many tokens ages what
-    came before as one token does; here as many do. It begins to count once the cache is over full.
-    The paper searches `decay` for each task; 0.9 is one of its settings, and 1 is H2O.
+    the paper, for a prompt in one piece and the tokens after it. There, a chunk of many tokens
+    fades earlier attention as much as one token; here as much as its tokens. There, sums begin once
+    the cache exceeds its size. The paper searches `decay` for each task; 0.9 is one of its
+    settings, and 1 is H2O.
 
     Args:
         heavy: entries kept by their score.
         recent: last entries kept.
-        decay: what is left of a query's attention one token later.
+        decay: factor on earlier attention sums at every new token.
     """
 
     scoring: ClassVar[str] = "sum"  # type: ignore[misc]  # H2O's parameter is none here: sums fade

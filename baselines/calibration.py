@@ -1,4 +1,22 @@
-"""A text of several kinds, to measure a model's queries on before any prompt is read."""
+"""A text to measure a model's queries on, and a file cache of measurements."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from buzz.kernels.cpu import _cache as user_cache
+
+FORMAT = 1  # to be raised with every change of what is measured
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 TEXT = """\
 The hive stood at the edge of an orchard, where the wind came over the wall and the rain did not.
@@ -44,3 +62,52 @@ In the evening the boy read his notes aloud, and his mother corrected two number
 the weight, which he had written without the lid; the second was the count of mites. Then they shut
 the book, because it had grown dark, and went to look whether the bees had taken the syrup.
 """
+
+
+def stored(model: Any, ids: Sequence[int], measure: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """The result of `measure`, from the user's cache directory if it is there already.
+
+    A file that is missing or torn is measured again. If the directory cannot be written, every
+    process measures.
+
+    Args:
+        ids: token ids of the text that the model is measured on.
+    """
+    weights = model.state_dict()
+    if any(weight.is_meta for weight in weights.values()):  # offloaded, so there is no hash
+        return measure()
+    file = user_cache() / f"queries-{_digest(model, weights, ids)}.pt"
+    try:
+        content = file.read_bytes()
+    except OSError:
+        content = b""
+    checksum, body = content[:32], content[32:]
+    if checksum == hashlib.sha256(body).digest():
+        return torch.load(io.BytesIO(body), map_location=model.device, weights_only=True)
+    found = measure()
+    written = io.BytesIO()
+    torch.save([tensor.cpu() for tensor in found], written)
+    body = written.getvalue()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            part = Path(folder) / file.name
+            part.write_bytes(hashlib.sha256(body).digest() + body)
+            part.replace(file)  # at once, so that no other process reads half of it
+    except OSError:
+        pass
+    return found
+
+
+def _digest(model: Any, weights: dict[str, Tensor], ids: Sequence[int]) -> str:
+    """A hash of all that the result depends on: weights, configuration, text, device, versions."""
+    config = model.config.to_json_string(use_diff=False)
+    versions = FORMAT, torch.__version__, transformers.__version__
+    computes = model.device.type, model.config._attn_implementation
+    found = hashlib.sha256(repr((versions, computes, config, tuple(ids))).encode())
+    for name, weight in weights.items():
+        # Sums of rows as integers: exact on every device, and much less to hash than the weights.
+        bits = weight.detach().view(INTEGERS[weight.element_size()]).sum(-1)
+        found.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
+        found.update(bits.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""ChunkKV (arXiv 2502.00299): of the prompt, whole chunks stay that its end attends."""
+"""ChunkKV (arXiv 2502.00299): keeps whole chunks of the prompt that its last queries attend."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from buzz.policy import register
 class ChunkKVPolicy(SnapKVPolicy):
     """SnapKV by chunks of the prompt, the same in every KV head.
 
-    A chunk's score is the mean of its entries'. As NVIDIA/kvpress (8bb29b9c) `chunkkv_press` on
-    `snapkv_press`, where entries of the window have the score of the best before it, and the last
-    chunk may be shorter. There a share of the chunks is kept, whole; here the best until the
-    capacity is full, of the last of them its own best entries. The paper's reuse of indices across
-    layers is in neither.
+    A chunk's score is the mean of its entries' scores. As NVIDIA/kvpress (8bb29b9c) `chunkkv_press`
+    on `snapkv_press`, where entries of the window have the highest score of those before it, and
+    the last chunk may be shorter. There, a share of the chunks is kept. Here, the best chunks fill
+    the capacity; of the last one of these, the best entries stay. The paper's reuse of indices
+    across layers is in neither.
 
     Args:
         chunk: tokens of a chunk.
     """
 
-    protected: ClassVar[int] = 0
+    num_recent: ClassVar[int] = 0
 
     kernel: int = 5
     pooling: str = "avg"
@@ -43,25 +43,25 @@ class ChunkKVPolicy(SnapKVPolicy):
         return self.window
 
     def score(self, entries: Entries) -> Tensor:
-        """Minus the rank of an entry's chunk, and a fraction that ranks it within.
+        """Minus the rank of an entry's chunk, plus a fraction below 1 that ranks it in its chunk.
 
-        Chunks that reach into the window come first, the latest before the others: with the
-        original's scores none can come before them, as the attention of a query sums to 1.
+        Chunks that reach into the window come first, the last one before the others: in the
+        original no chunk can have a higher score, as the attention of a query sums to 1.
         """
-        assert entries.received is not None
-        history, device = max(1, entries.held - self.window), entries.received.device
-        attention = self._pool(entries.received[..., :history]).sum(1, keepdim=True).double()
-        chunks, judged = -(-entries.held // self.chunk), history // self.chunk
+        length, sums = entries.cache_length, entries.attention_sums
+        history, device = max(1, length - self.window), sums.device
+        attention = self._pool(sums[..., :history]).sum(1, keepdim=True).double()
+        chunks, judged = -(-length // self.chunk), history // self.chunk
         means = attention[..., : judged * self.chunk].unflatten(-1, (judged, self.chunk)).mean(-1)
         order = means.sort(dim=-1, descending=True, stable=True).indices
         # Ranks: chunks of the window 0, 1, ... from the end, then the others by their means.
         ranks = torch.arange(chunks - 1, -1, -1, device=device).repeat(*order.shape[:2], 1)
         by_mean = torch.arange(chunks - judged, chunks, device=device).expand_as(order)
         ranks[..., :judged].scatter_(-1, order, by_mean)
-        recent = torch.arange(entries.held - history, device=device) / self.window
+        recent = torch.arange(length - history, device=device) / self.window
         inside = [
             attention / (2.1 * attention.sum(-1, keepdim=True).clamp(min=1e-30)),
             (0.5 + recent / 2.1).expand(*order.shape[:2], -1),
         ]
-        of_chunk = ranks.repeat_interleave(self.chunk, dim=-1)[..., : entries.held]
+        of_chunk = ranks.repeat_interleave(self.chunk, dim=-1)[..., :length]
         return torch.cat(inside, dim=-1) - of_chunk

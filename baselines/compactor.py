@@ -1,4 +1,4 @@
-"""Compactor (arXiv 2507.08143): keys that lie apart stay, and those that their chunk attends."""
+"""Compactor (arXiv 2507.08143): keeps keys of high leverage, and those that their chunk attends."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RIDGE = 1e-2  # added to the sketched keys' products, as in the original
 @register()
 @dataclass(frozen=True, kw_only=True)
 class CompactorPolicy(PromptPolicy):
-    """Ranks by attention within chunks, whatever the order, and by the keys' leverage.
+    """Ranks by non-causal attention within chunks, and by the leverage of the keys.
 
-    Leverage is of the keys before rotation, through a random sketch, and weighs as much as the
-    share of the prompt that goes. As NVIDIA/kvpress (8bb29b9c) `compactor_press`, by the paper's
-    author. Its slips are kept: logits are not scaled, and a last chunk that is not full is filled
-    with zeros that attend and are attended.
+    Leverage is computed from the keys before RoPE, by a random sketch, and weighted by the share of
+    the prompt that is evicted. As NVIDIA/kvpress (8bb29b9c) `compactor_press`, by the paper's
+    author, with its errors: logits are not scaled, and the last chunk is padded with zeros that
+    attend and are attended.
 
     Args:
         capacity: prompt entries kept, both ends included.
@@ -50,7 +50,7 @@ class CompactorPolicy(PromptPolicy):
         self._at_least(1 + self.sink + self.window, "capacity")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     @property
@@ -58,18 +58,18 @@ class CompactorPolicy(PromptPolicy):
         return FOREVER
 
     def score(self, entries: Entries) -> Tensor:
-        middle = slice(self.sink, entries.held - self.window)
+        middle = slice(self.sink, entries.cache_length - self.window)
         attention = self._attention(entries, middle)
         received = attention * entries.values[:, :, middle].float().norm(dim=-1)
         pooled = avg_pool1d(received, 3, 1, 1)
         apart = leverage(entries.unrotated[:, :, middle], self._sketch(entries))
-        # A kept share of the prompt from which the capacity comes out when it is rounded down.
-        dropped = max(0.0, 1 - (self.capacity + 0.5) / entries.held)
+        # As the original, from a kept share of the prompt that gives the capacity, rounded down.
+        dropped = max(0.0, 1 - (self.capacity + 0.5) / entries.cache_length)
         scores = dropped * standardized(apart) + standardized(pooled)
         return pad(scores, (self.sink, self.window), value=torch.inf)
 
     def _attention(self, entries: Entries, middle: slice) -> Tensor:
-        """What each entry receives from its chunk, summed over queries, the mean of its heads."""
+        """Attention to each entry from its chunk: the sum over queries, the mean over heads."""
         keys = entries.keys[:, :, middle].float()
         # The queries have the scale of the logits, which the original leaves out.
         queries = entries.queries[:, :, middle] * math.sqrt(keys.shape[-1])
@@ -84,7 +84,7 @@ class CompactorPolicy(PromptPolicy):
         return torch.cat(received, dim=-1)
 
     def _sketch(self, entries: Entries) -> Tensor:
-        """Another one for each layer: [kv_heads, head_dim, sketch]."""
+        """The layer's random sketch: [kv_heads, head_dim, sketch]."""
         own = torch.Generator().manual_seed(self.seed + entries.layer)
         shape = entries.keys.shape[1], entries.keys.shape[3], self.sketch
         drawn = torch.randn(shape, generator=own, device="cpu") / math.sqrt(self.sketch)
@@ -93,7 +93,7 @@ class CompactorPolicy(PromptPolicy):
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """The budget is what the prompt's end leaves; every token of the answer comes on top."""
+        """The budget is the cache length after the prompt; the answer's tokens add to it."""
         if "capacity" in fixed:
             return self
         most = {"sink": budget // 3, "window": budget // 6}
@@ -106,10 +106,10 @@ class CompactorPolicy(PromptPolicy):
 
 
 def leverage(keys: Tensor, sketch: Tensor) -> Tensor:
-    """How much of its direction among all keys each one holds alone: [rows, kv_heads, n].
+    """Leverage score of each key among all: [rows, kv_heads, n].
 
-    The diagonal of X (X^T X)^-1 X^T, X the centred keys [rows, kv_heads, n, head_dim] times the
-    sketch; in float64, which no ridge but :data:`RIDGE` has to help.
+    The diagonal of X (X^T X + r I)^-1 X^T, with X the centred keys [rows, kv_heads, n, head_dim]
+    times the sketch and r = :data:`RIDGE`; in float64.
     """
     x = ((keys - keys.mean(2, keepdim=True)) @ sketch).double()
     products = x.mT @ x

@@ -1,4 +1,4 @@
-"""DefensiveKV (arXiv 2510.13334): what any of the last queries attends stays."""
+"""DefensiveKV (arXiv 2510.13334): keeps what any of the last queries attends."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from buzz.policy import register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class DefensiveKVPolicy(SnapKVPolicy):
-    """SnapKV by the highest attention of any query and head, weighed by the projected value.
+    """SnapKV by the maximum attention over queries and heads, weighted by the projected value.
 
     As FFY0/DefensiveKV (9251b95e) `efficient_defensivekv_press.py`, whose heads share a layer's
-    capacity: here each KV head has its own. Its slip is kept: the share of attention on "the
-    window" is that of the last `window` entries before it.
+    capacity: here each KV head has its own. With the original's error: the share of attention on
+    "the window" is that of the last `window` entries before it.
 
     Args:
-        mass: share of the attention whose entries stay by it alone.
+        mass: share of the attention whose entries are kept first.
     """
 
     needs_scores: ClassVar[bool] = False
@@ -43,11 +43,11 @@ class DefensiveKVPolicy(SnapKVPolicy):
         return self.window
 
     def score(self, entries: Entries) -> Tensor:
-        history = entries.held - self.window
+        history = entries.cache_length - self.window
         keys, queries = entries.keys, entries.queries.unflatten(1, (entries.keys.shape[1], -1))
         future = torch.ones(self.window, self.window, dtype=torch.bool, device=keys.device).triu(1)
         means, highest, bias = [], [], []
-        for head in range(keys.shape[1]):  # [rows, group, window, held] of one at a time
+        for head in range(keys.shape[1]):  # one at a time: [rows, group, window, n]
             logits = queries[:, head] @ keys[:, head, None].float().mT
             logits[..., history:].masked_fill_(future, -torch.inf)
             attention = logits.softmax(-1)[..., :history]
@@ -60,12 +60,12 @@ class DefensiveKVPolicy(SnapKVPolicy):
         risk = risk.maximum(risk.mean(-1, keepdim=True))
         norms = projected_norms(entries)[..., :history]
         scores = risk * norms / norms.sum(1, keepdim=True)
-        # Those that make up the mass, short of the one that reaches it.
+        # Entries of the highest attention whose sum is below the mass.
         order = (mean / mean.sum(-1, keepdim=True)).sort(-1, descending=True)
         wanted = self.mass - torch.stack(bias, 1).mean(1)[:, None, None]
         count = (order.values.cumsum(-1) < wanted).sum(-1, keepdim=True)
-        # A kept share of the prompt from which the capacity comes out when it is rounded down.
-        most = int(history * (self.capacity + 0.5) / entries.held - self.window)
+        # As the original, from a kept share of the prompt that gives the capacity, rounded down.
+        most = int(history * (self.capacity + 0.5) / entries.cache_length - self.window)
         sure = torch.arange(history, device=keys.device).expand_as(risk) < count.clamp(
             max=max(0, most)
         )

@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv 2510.00636): of the prompt, what queries to come would attend stays."""
+"""Expected Attention (arXiv 2510.00636): keeps what future queries are expected to attend."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from buzz.policy import register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttentionPolicy(PromptPolicy):
-    """Keeps what queries like those of the prompt would attend, weighed by the values' L2 norm.
+    """Ranks the prompt's entries by the expected attention of future queries to them.
 
-    Queries are taken as normal, with the prompt's mean and covariance before rotation, at the mean
-    rotation of the positions to come. As NVIDIA/kvpress (8bb29b9c) `expected_attention_press`, by
-    the paper's authors, after the prompt alone. No window is protected.
+    Queries are assumed to be normal, with the mean and covariance of the prompt's before RoPE, at
+    the mean rotation of future positions; attention is weighted by the values' L2 norm. As
+    NVIDIA/kvpress (8bb29b9c) `expected_attention_press`, by the paper's authors, after the prompt
+    alone. No window is protected.
 
     Args:
-        capacity: prompt entries kept, the first `sink` among them.
-        sink: first entries, which stay, and whose queries do not count.
-        future: positions to come that are averaged over.
+        capacity: prompt entries kept, including the first `sink`.
+        sink: first entries, which always stay, and whose queries do not count.
+        future: future positions that are averaged over.
     """
 
     sink: int = 4
@@ -48,7 +49,7 @@ class ExpectedAttentionPolicy(PromptPolicy):
         keys = entries.keys[:, :, self.sink :].float()
         group = mean.shape[1] // keys.shape[1]
         attention = torch.zeros(keys.shape[:3], device=keys.device)
-        for head in range(mean.shape[1]):  # [rows, held, head_dim] of one at a time
+        for head in range(mean.shape[1]):  # one at a time: [rows, n, head_dim]
             own = keys[:, head // group]
             spread = ((own @ covariance[:, head]) * own).sum(-1)
             logits = (own @ mean[:, head, :, None])[..., 0] + spread / 2

@@ -13,16 +13,16 @@ from buzz.policy import Evicts, Policy, State, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class FullPolicy(Policy):
-    """The strong baseline: nothing is evicted, buffers are written in place. Ignores budgets."""
+    """Evicts nothing, and ignores budgets. Buffers are written in place."""
 
     evicts: ClassVar[Evicts] = "never"
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return 0
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return held, state
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return cache_length, state
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         raise AssertionError("the full cache never evicts")

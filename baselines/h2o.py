@@ -5,24 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, State, highest, register
 
 
 @register()
 @dataclass(frozen=True, kw_only=True)
 class H2OPolicy(Policy):
-    """Keeps the `heavy` entries of the highest accumulated score and the last `recent`.
+    """Keeps the `heavy` entries of the highest attention sums and the last `recent`.
 
-    No sink is protected: the scores keep the first tokens by themselves.
+    No sink is protected: attention sums keep the first tokens by themselves.
 
     Args:
         heavy: heavy hitters kept.
         recent: last entries kept.
-        scoring: ``sum`` of the attention received, the original's, or its ``mean`` over the queries
-            that could see the entry.
+        scoring: ``sum`` of attention, as in the original, or its ``mean`` over the queries that
+            could see the entry.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -37,7 +36,7 @@ class H2OPolicy(Policy):
         self._one_of("scoring", "sum", "mean")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.recent
 
     @property
@@ -45,19 +44,15 @@ class H2OPolicy(Policy):
         return "mean" if self.scoring == "mean" else "sum"
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return self.heavy
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return min(held, self.heavy + self.recent), 0
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return min(cache_length, self.heavy + self.recent), 0
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        candidates = scores[..., : held - self.recent]
-        if candidates.shape[-1] == self.heavy + 1:  # decoding: one leaves, no sort is needed
-            stay = torch.arange(self.heavy, device=scores.device)
-            return stay + (stay >= candidates.argmin(-1, keepdim=True))
-        return candidates.topk(self.heavy, dim=-1).indices.sort(dim=-1).values
+        return highest(scores[..., : cache_length - self.recent], self.heavy)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

@@ -1,4 +1,4 @@
-"""KeyDiff (arXiv 2504.15364): keys unlike the others stay."""
+"""KeyDiff (arXiv 2504.15364): keeps keys that are unlike the others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from buzz.policy import register
 class KeyDiffPolicy(RankingPolicy):
     """Keeps the entries whose keys are the least similar to the mean direction of all.
 
-    Nothing is protected. As NVIDIA/kvpress (8bb29b9c) `keydiff_press`, with its `decoding_press`
-    for `every`; the authors published no code. Keys are compared as they are attended: at cache
-    positions, unlike there, that is rotated to their places in the cache.
+    No window is protected. As NVIDIA/kvpress (8bb29b9c) `keydiff_press`, with its `decoding_press`
+    for `every`; the authors published no code. Keys are compared after RoPE. At cache positions,
+    unlike there, these are their positions in the cache.
 
     Args:
         size: entries kept by an eviction.
-        every: tokens that come between two evictions.
+        every: tokens between two evictions.
     """
 
     def score(self, entries: Entries) -> Tensor:

@@ -1,4 +1,4 @@
-"""Knorm (arXiv 2406.11430): keys of small norm stay."""
+"""Knorm (arXiv 2406.11430): keeps keys of small norm."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class KnormPolicy(RankingPolicy):
 
     Args:
         size: entries kept by an eviction.
-        every: tokens that come between two evictions.
+        every: tokens between two evictions.
     """
 
     def score(self, entries: Entries) -> Tensor:
-        """In the first layer equal tokens have equal norms: of those the newest stay.
+        """Minus the norm; of equal norms, which equal tokens have in the first layer, the newest.
 
-        Norms are compared to 2^-14, so that rounding decides nothing between them.
+        Norms are rounded to 2^-14, so that rounding errors do not decide between equal ones.
         """
         norms = entries.keys.float().norm(dim=-1).double()
         return entries.positions / 2**31 - (norms * 2**14).round()

@@ -1,4 +1,4 @@
-"""KVzip (arXiv 2505.23416): of the prompt, what the model attends to when it repeats it stays."""
+"""KVzip (arXiv 2505.23416): keeps the entries that the model attends to repeat the prompt."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from buzz.policy import register
 
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with"
-LEAD = 8  # last tokens of the chunk before, which a later chunk is asked for by
+LEAD = 8  # last tokens of the chunk before, which the request for a later chunk names
 
 
 @register()
 @dataclass(frozen=True, kw_only=True)
 class KVzipPolicy(PromptPolicy):
-    """The prompt is read a second time, before anything of it is dropped.
+    """Reads the prompt a second time, and keeps the entries of the highest attention in that pass.
 
-    As NVIDIA/kvpress (8bb29b9c) `kvzip_press`, where a layer's heads, or all, share what is kept:
-    here each KV head has its own capacity, so that memory is really freed. There a chat template's
-    beginning is never judged; here all of the prompt is. Until it is judged, all is held.
+    As NVIDIA/kvpress (8bb29b9c) `kvzip_press`, where the heads of a layer, or all heads, share a
+    capacity: here each KV head has its own, so that memory is really freed. There, the beginning of
+    a chat template is never scored; here the whole prompt is. Before the second pass nothing is
+    evicted.
 
     Args:
         capacity: prompt entries kept; none is protected.
@@ -37,13 +38,13 @@ class KVzipPolicy(PromptPolicy):
         self._at_least(LEAD, "chunk")
 
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """Nothing asks for a chunk before :meth:`for_tokenizer` or :meth:`asking` say what."""
+        """The chunks alone, without a request: see :meth:`for_tokenizer` and :meth:`asking`."""
         for start in range(0, len(prompt), self.chunk):
             end = min(start + self.chunk, len(prompt))
             yield start, end, list(prompt[start:end])
 
     def for_tokenizer(self, tokenizer: Any) -> KVzipPolicy:
-        """Asks in words; then comes what the chat template has behind a user's."""
+        """Adds requests in words, followed by the end of a user's turn in the chat template."""
         suffix, mark = "\n", "Repeat this."
         if tokenizer.chat_template is not None:
             message = [{"role": "user", "content": mark}]
@@ -56,14 +57,14 @@ class KVzipPolicy(PromptPolicy):
     def asking(
         self, first: Sequence[int], later: Sequence[int], suffix: Sequence[int]
     ) -> KVzipPolicy:
-        """Reads these ids before the first chunk, before later ones, and between them and it."""
+        """Adds token ids: before the first chunk, before later ones, between these and a chunk."""
         own = {"first": first, "later": later, "suffix": suffix}
         return _Asking(**{**vars(self), **own})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Asking(KVzipPolicy):
-    """Token ids of what asks for a chunk."""
+    """With the token ids of the requests for a chunk."""
 
     first: Sequence[int]
     later: Sequence[int]

@@ -1,4 +1,4 @@
-"""LagKV (arXiv 2504.04704): entries stay that the next part of the text is unlike."""
+"""LagKV (arXiv 2504.04704): keeps entries that stand out from the next part of the text."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from buzz.policy import BudgetBy, Policy, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class LagKVPolicy(RankingPolicy):
-    """Keeps of each part of `lag` entries as many that stand out from the next part's range.
+    """Keeps, of each part of `lag` entries, those that stand out most from the next part's range.
 
-    The first `sink` and the last one to two parts are not judged. As NVIDIA/kvpress (8bb29b9c)
-    `lagkv_press`, but in order of time: there an eviction leaves entries in order of falling
-    scores, and the next one makes its parts of that. The cache of the paper's authors keeps a share
-    of every part for ever, so that it grows with the text and has no budget.
+    The first `sink` entries and the last one to two parts are not scored, and stay. As
+    NVIDIA/kvpress (8bb29b9c) `lagkv_press`, but in order of time: there, an eviction leaves entries
+    in order of falling scores, which the next one divides into parts. The cache of the paper's
+    authors keeps a share of every part for ever: it grows with the text and has no budget.
 
     Args:
-        size: entries kept by an eviction, sink and last parts included.
-        sink: first entries, which stay.
+        size: entries kept by an eviction, including sink and last parts.
+        sink: first entries, which always stay.
         lag: entries of a part; a budget makes them a quarter of it at most.
-        every: tokens that come between two evictions.
+        every: tokens between two evictions.
     """
 
     needs_rotation: ClassVar[bool] = True
@@ -43,23 +43,23 @@ class LagKVPolicy(RankingPolicy):
         self._at_least(self.sink + self.lag, "size")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.lag
 
     def score(self, entries: Entries) -> Tensor:
-        """Whole numbers: what is not judged is above all else, its newest first."""
-        held, sink, lag = entries.held, self.sink, self.lag
+        """Whole numbers; entries that are not scored come first, the newest before the others."""
+        length, sink, lag = entries.cache_length, self.sink, self.lag
         keys, values = entries.keys_from_zero, entries.values
-        unjudged = torch.arange(held, 2 * held, device=keys.device, dtype=torch.float32)
-        scores = unjudged.expand(keys.shape[:3]).clone()
+        first = torch.arange(length, 2 * length, device=keys.device, dtype=torch.float32)
+        scores = first.expand(keys.shape[:3]).clone()
         scores[..., :sink] = torch.inf
-        parts = (held - sink) // lag
+        parts = (length - sink) // lag
         if parts > 1:
             within = slice(sink, sink + parts * lag)
             each = [standing_out(states[:, :, within], lag) for states in (keys, values)]
             unlike = each[0] + each[1]
             ranks = unlike.argsort(stable=True).argsort()
-            # Every part has each rank once: of equals the earliest part's comes first.
+            # Every part has each rank once: of equal ranks, the earliest part's comes first.
             order = ranks * parts - torch.arange(parts - 1, device=keys.device)[:, None]
             scores[..., sink : sink + (parts - 1) * lag] = order.flatten(2).float()
         return scores
@@ -80,7 +80,7 @@ class LagKVPolicy(RankingPolicy):
 
 
 def standing_out(states: Tensor, lag: int) -> Tensor:
-    """How unevenly an entry's numbers lie in the ranges of those of the next part, a share of 1.
+    """Softmax over a part of how much an entry's numbers vary, relative to the next part's ranges.
 
     Args:
         states: [rows, kv_heads, parts * lag, head_dim].

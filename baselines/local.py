@@ -1,4 +1,4 @@
-"""Local window: the last entries and nothing else."""
+"""Local window: the last entries."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class LocalPolicy(Policy):
         self._at_least(1, "window")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return min(held, self.window), 0
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return min(cache_length, self.window), 0
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         return torch.empty(1, 1, 0, dtype=torch.int64)
 
     def fit(

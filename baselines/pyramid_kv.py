@@ -1,4 +1,4 @@
-"""PyramidKV (arXiv 2406.02069): SnapKV whose lower layers keep more than the upper ones."""
+"""PyramidKV (arXiv 2406.02069): SnapKV with larger capacities in lower layers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from buzz.policy import BudgetBy, Policy, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class PyramidKVPolicy(SnapKVPolicy):
-    """SnapKV with capacities that fall from layer to layer, by the same number each time.
+    """SnapKV with capacities that decrease linearly with depth.
 
-    As Zefan-Cai/KVCache-Factory (c97f9d70) `pyramidkv/pyramidkv_utils.py`, by its authors.
-    A prompt of less than twice what is kept beside the window gets the same in every layer.
+    As Zefan-Cai/KVCache-Factory (c97f9d70) `pyramidkv/pyramidkv_utils.py`, by its authors. Layers
+    have equal capacities for prompts shorter than twice the mean capacity without window.
 
     Args:
-        capacity: prompt entries kept by a layer on average, window included.
-        beta: the last layer keeps, beside the window, this part of the mean: 1 / beta.
-        step: ``floor`` rounds the difference between two layers down, as the original does: all
-            layers then hold up to (layers - 1) / 2 more than the capacity, on average. ``exact``,
-            which a budget sets, spreads the rounding over the layers, and holds no more.
+        capacity: mean capacity of the layers, in prompt entries, including the window.
+        beta: without the window, the last layer keeps 1 / beta of the mean.
+        step: ``floor`` rounds the difference between two layers down, as the original does: the
+            mean is then up to (layers - 1) / 2 above the capacity. ``exact``, which a budget sets,
+            distributes the rounding over the layers: the mean is the capacity at most.
     """
 
     window: int = 8
@@ -40,7 +40,7 @@ class PyramidKVPolicy(SnapKVPolicy):
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """The budget is the mean over the layers of what the prompt's end leaves."""
+        """The budget is the mean cache length of the layers after the prompt."""
         fitted = super().fit(budget, fixed, by)
         if fitted is self or "step" in fixed:
             return fitted
@@ -50,7 +50,7 @@ class PyramidKVPolicy(SnapKVPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer(PyramidKVPolicy):
-    """One of the `layers`, from 0 at the input."""
+    """The policy of layer `index`; 0 is the first."""
 
     index: int
     layers: int

@@ -1,4 +1,4 @@
-"""R-KV (arXiv 2505.24133): attended entries stay that no newer one repeats."""
+"""R-KV (arXiv 2505.24133): attention, minus the redundancy of keys."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BLOCK = 128  # keys that are compared with as many others at one time
 @register()
 @dataclass(frozen=True, kw_only=True)
 class RKVPolicy(SnapKVEveryPolicy):
-    """Ranks by `trade` parts of attention, less 1 - `trade` parts of how much keys are alike.
+    """Ranks by `trade` x attention - (1 - `trade`) x similarity to other keys.
 
     As Zefan-Cai/R-KV (d15c9767) `rkv/compression/r1_kv.py`, but in order of time (see
     `snapkv_every`). Its code and runner have `trade` 0.07, its paper and README 0.1.
 
     Args:
-        trade: share of attention in the score.
-        similar: cosine above which keys are alike; the newest of those is no repetition.
+        trade: weight of the attention.
+        similar: cosine above which keys are similar; the newest of them is not redundant.
     """
 
     trade: float = 0.1
@@ -40,11 +40,11 @@ class RKVPolicy(SnapKVEveryPolicy):
 
 
 def redundancy(keys: Tensor, similar: float) -> Tensor:
-    """How much each key is like all others, as a share that sums to 1: [rows, kv_heads, held].
+    """Softmax of each key's mean cosine to the others: [rows, kv_heads, n].
 
-    For each key, the newest one that is alike does not count, or the first if none is, as in the
-    original. That one is looked for from the newest key back, in blocks of :data:`BLOCK`, which
-    need BLOCK numbers for each key. Where keys are alike, as in most heads, the first blocks do.
+    As in the original, each key leaves the newest similar one out of the mean, or the first one if
+    none is similar. It is searched for from the newest key back, in blocks of :data:`BLOCK` keys.
+    In most heads keys are similar, and the first blocks are enough.
     """
     keys = keys.float()
     directions = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)

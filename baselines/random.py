@@ -1,4 +1,4 @@
-"""Random: the floor, entries drawn by chance."""
+"""Random: a uniform sample of entries, as a lower bound."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MIXES = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31
 @register()
 @dataclass(frozen=True, kw_only=True)
 class RandomPolicy(RankingPolicy):
-    """Keeps the first `sink` and the last `window` entries, and of the others a uniform sample.
+    """Keeps the first `sink` and the last `window` entries, and a uniform sample of the others.
 
-    Each token of a text has a priority, drawn once for every layer and KV head by a hash: what is
-    kept is a uniform sample of all that was ever read, and does not depend on batches, chunks or
-    devices. Protected ends of a tenth each follow arXiv 2605.18053, whose code was not found;
-    NVIDIA/kvpress (8bb29b9c) `random_press` protects nothing and draws anew in every call, the same
-    numbers for every layer.
+    A hash gives each token a priority, another one in every layer and KV head. So the cache is a
+    uniform sample of all tokens so far, whatever the batch, chunks or device. Protected ends of a
+    tenth each follow arXiv 2605.18053, whose code was not found. NVIDIA/kvpress (8bb29b9c)
+    `random_press` protects nothing, and draws again in every call, the same numbers for every
+    layer.
 
     Args:
-        size: entries kept, ends included.
+        size: entries kept, including both ends.
         sink: first entries kept; a budget makes them a tenth of it.
         window: last entries kept; a budget makes them a tenth of it.
         seed: of the sample.
@@ -44,7 +44,7 @@ class RandomPolicy(RankingPolicy):
         self._at_least(self.sink + self.window, "size")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     def score(self, entries: Entries) -> Tensor:

@@ -1,15 +1,14 @@
-"""What methods share that keep the best entries: of the prompt alone, or once in so many tokens."""
+"""Bases of methods that keep the entries of the highest scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from buzz.entries import Entries
-from buzz.policy import BudgetBy, Evicts, Policy, State
+from buzz.policy import BudgetBy, Evicts, Policy, State, highest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,49 +27,47 @@ class PromptPolicy(Policy):
 
     def __post_init__(self) -> None:
         self._at_least(0, *self._whole())
-        self._at_least(1 + self.protected, "capacity")
+        self._at_least(1 + self.num_recent, "capacity")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return 0
 
     @property
-    def resident(self) -> int:
-        return 0  # what stays moves once
+    def num_pinned(self) -> int:
+        return 0  # entries are moved only once
 
     def left(self, prompt: int) -> int:
         """Entries left of a prompt."""
         return min(prompt, self.capacity)
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        """The state is 0 until the prompt is judged."""
-        return (held, state) if state else (self.left(held), 1)
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        """The state is 0 until the prompt's eviction."""
+        return (cache_length, state) if state else (self.left(cache_length), 1)
 
     def score(self, entries: Entries) -> Tensor:
-        """Without a score of its own, a method ranks by the attention received."""
-        return entries.received
+        """Attention sums; methods override it."""
+        return entries.attention_sums
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        stay = self.left(held) - self.protected
-        candidates = scores[..., : held - self.protected]
-        return candidates.topk(stay, dim=-1).indices.sort(dim=-1).values
+        recent = self.num_recent
+        return highest(scores[..., : cache_length - recent], self.left(cache_length) - recent)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """The budget is what the prompt's end leaves; every token of the answer comes on top."""
+        """The budget is the cache length after the prompt; the answer's tokens add to it."""
         return self if "capacity" in fixed else self._replace(budget, capacity=budget)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingPolicy(Policy):
-    """Keeps the `size` entries of the highest score: of the prompt, then once in `every` tokens.
+    """Evicts to `size` entries after the prompt, and then once in `every` tokens.
 
     Args:
         size: entries kept by an eviction.
-        every: tokens that come between two evictions; the cache then holds up to
-            `size + every - 1`.
+        every: tokens between two evictions; the maximum cache length is `size + every - 1`.
     """
 
     size: int = 512
@@ -79,36 +76,32 @@ class RankingPolicy(Policy):
     def __post_init__(self) -> None:
         self._at_least(0, *self._whole())
         self._at_least(1, "every")
-        self._at_least(1 + self.protected, "size")
+        self._at_least(1 + self.num_recent, "size")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return 0
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        """The state is 0 until the prompt is judged."""
-        if held >= self.size + (self.every if state else 1):
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        """The state is 0 until the prompt's eviction."""
+        if cache_length >= self.size + (self.every if state else 1):
             return self.size, self.size
-        return held, state or held
+        return cache_length, state or cache_length
 
     def score(self, entries: Entries) -> Tensor:
-        """Without a score of its own, a method ranks by the attention received."""
-        return entries.received
+        """Attention sums; methods override it."""
+        return entries.attention_sums
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        candidates, stay = scores[..., : held - self.protected], self.size - self.protected
-        if candidates.shape[-1] == stay + 1:  # decoding: one leaves, no sort is needed
-            kept = torch.arange(stay, device=scores.device)
-            return kept + (kept >= candidates.argmin(-1, keepdim=True))
-        return candidates.topk(stay, dim=-1).indices.sort(dim=-1).values
+        return highest(scores[..., : cache_length - self.num_recent], self.size - self.num_recent)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """By peak, what comes between two evictions is within the budget; by mean, half of it is.
+        """``peak``: size + every - 1 = budget; ``mean``: half of `every` - 1 counts.
 
-        `every` and `window` take half of the budget at most, unless they are fixed.
+        `every` and `window` take at most half of the budget, unless they are fixed.
         """
         if "size" in fixed:
             return self

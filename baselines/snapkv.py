@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): of the prompt, what its end attends stays."""
+"""SnapKV (arXiv 2404.14469): keeps the prompt's entries that its last queries attend."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from buzz.policy import BudgetBy, Policy, ScoreRule, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class SnapKVPolicy(PromptPolicy):
-    """Keeps of the prompt its last `window` entries, and those that they attend the most.
+    """Keeps the prompt's last `window` entries, and those that the window's queries attend most.
 
-    As FasterDecoding/SnapKV (e216ddc8) `snapkv/monkeypatch/snapkv_utils.py`, but that query heads
-    of a group choose together (the original's choose alone).
+    As FasterDecoding/SnapKV (e216ddc8) `snapkv/monkeypatch/snapkv_utils.py`, except that the query
+    heads of a group choose together (in the original each chooses alone).
 
     Args:
-        capacity: prompt entries kept, window included.
-        window: last queries that judge.
-        kernel: neighbours whose attention is pooled.
+        capacity: prompt entries kept, including the window.
+        window: last entries, which stay and whose queries score the others.
+        kernel: entries whose attention is pooled.
         pooling: ``avg`` or ``max``.
     """
 
@@ -42,26 +42,25 @@ class SnapKVPolicy(PromptPolicy):
         super().__post_init__()
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
-    observe = protected
+    observe = num_recent
 
     def score(self, entries: Entries) -> Tensor:
-        """Attention of the window, pooled; the window's own entries are above all others."""
-        assert entries.received is not None
-        pooled = self._pool(entries.received[..., : entries.held - self.window])
+        """Attention of the window's queries, pooled; infinite for its own entries."""
+        pooled = self._pool(entries.attention_sums[..., : entries.cache_length - self.window])
         return pad(pooled, (0, self.window), value=torch.inf)
 
     def _pool(self, scores: Tensor) -> Tensor:
-        """Neighbours along the last of three dimensions."""
+        """Scores pooled along the last of three dimensions."""
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d
         return pool(scores, self.kernel, 1, self.kernel // 2)[..., : scores.shape[-1]]
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """The budget is what the prompt's end leaves; every token of the answer comes on top."""
+        """The budget is the cache length after the prompt; the answer's tokens add to it."""
         if "capacity" in fixed:
             return self
         window = self.window if "window" in fixed else min(self.window, budget // 2)

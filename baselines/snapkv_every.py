@@ -14,18 +14,18 @@ from buzz.policy import register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class SnapKVEveryPolicy(RankingPolicy):
-    """Keeps the last `window` entries, and those that their queries attend the most.
+    """Keeps the last `window` entries, and those that the window's queries attend most.
 
-    As Zefan-Cai/R-KV (d15c9767) `rkv/compression/snapkv.py`: the query heads of a group judge by
-    the highest of their logits, and the window's entries take no share of the attention. There
-    the cache is stored in order of falling scores, so that pooling joins what is not adjacent;
-    here in order of time. The phase of its first period depends on the prompt's length.
+    As Zefan-Cai/R-KV (d15c9767) `rkv/compression/snapkv.py`: the logits of a group are the maximum
+    over its query heads, and the softmax leaves out the window's own entries. There, the cache is
+    in order of falling scores, so that pooling joins entries that are not adjacent; here it is in
+    order of time. There, the prompt's length decides when the first eviction of the answer is.
 
     Args:
-        size: entries kept by an eviction, window included.
-        window: last queries that judge; as many as an eviction left to come, if they are fewer.
-        kernel: neighbours whose highest attention counts.
-        every: tokens that come between two evictions.
+        size: entries kept by an eviction, including the window.
+        window: last entries, which stay; their queries since the last eviction score the others.
+        kernel: entries whose attention is max-pooled.
+        every: tokens between two evictions.
     """
 
     every: int = 128
@@ -37,10 +37,10 @@ class SnapKVEveryPolicy(RankingPolicy):
         super().__post_init__()
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
-    queries = protected
+    queries = num_recent
 
     def score(self, entries: Entries) -> Tensor:
         return observed_attention(entries, self.window, self.kernel)

@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv 2309.17453): attention sink and window."""
+"""StreamingLLM (arXiv 2309.17453): attention sinks and a window."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class StreamingLLMPolicy(Policy):
         self._at_least(1, "window")
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return self.sink
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return min(held, self.sink + self.window), 0
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return min(cache_length, self.sink + self.window), 0
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         return torch.arange(self.sink).expand(1, 1, -1)
 
     def fit(

@@ -1,23 +1,22 @@
-"""TOVA (arXiv 2401.06104): what the newest token attends stays."""
+"""TOVA (arXiv 2401.06104): keeps what the newest token attends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from buzz.policy import BudgetBy, Policy, ScoreRule, State, register
+from buzz.policy import BudgetBy, Policy, ScoreRule, State, highest, register
 
 
 @register()
 @dataclass(frozen=True, kw_only=True)
 class TOVAPolicy(Policy):
-    """Keeps the `size` entries that the last query attends the most; nothing is protected.
+    """Keeps the `size` entries that the last query attends most; no window is protected.
 
     As in the original, attention is averaged over all heads of the layer, so that its KV heads keep
-    the same tokens, and even the newest may go.
+    the same tokens, and even the newest token may be evicted.
 
     Args:
         size: entries kept.
@@ -26,7 +25,7 @@ class TOVAPolicy(Policy):
     needs_scores: ClassVar[bool] = True
     score_rule: ClassVar[ScoreRule] = "step"
     observe: ClassVar[int] = 1
-    protected: ClassVar[int] = 0
+    num_recent: ClassVar[int] = 0
 
     size: int = 512
 
@@ -34,19 +33,15 @@ class TOVAPolicy(Policy):
         self._at_least(1, "size")
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return self.size
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        return min(held, self.size), 0
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        return min(cache_length, self.size), 0
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        attention = scores.mean(1, keepdim=True)
-        if held == self.size + 1:  # decoding: one leaves, no sort is needed
-            stay = torch.arange(self.size, device=scores.device)
-            return stay + (stay >= attention.argmin(-1, keepdim=True))
-        return attention.topk(self.size, dim=-1).indices.sort(dim=-1).values
+        return highest(scores.mean(1, keepdim=True), self.size)
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"

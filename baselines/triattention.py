@@ -1,4 +1,4 @@
-"""TriAttention (arXiv 2604.04921): what queries as the model makes them would attend stays."""
+"""TriAttention (arXiv 2604.04921): keeps what the model's average queries would attend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from baselines.calibration import TEXT
+from baselines.calibration import TEXT, stored
 from baselines.full import FullPolicy
 from baselines.ranking import RankingPolicy
 from buzz import CACHE_ARGUMENT, EvictionCache
@@ -19,7 +19,7 @@ from buzz.policy import FOREVER, register
 from buzz.store import writable
 
 MOST = 1024  # tokens of a text that queries are measured on
-UNTOLD = 256  # tokens drawn by chance, where nobody gave a tokenizer
+UNTOLD = 256  # random tokens that stand for the text, without a tokenizer
 
 
 @register()
@@ -27,17 +27,17 @@ UNTOLD = 256  # tokens drawn by chance, where nobody gave a tokenizer
 class TriAttentionPolicy(RankingPolicy):
     """Ranks by the logits of each head's mean query, at distances of 1, 2, 4, ... from now on.
 
-    The mean is measured once for a model, before rotation, on a text of this project. To it comes
-    the mean size of what queries have in each pair of dimensions beyond their mean, times the key's
-    size there. Scores are standardized in each query head, and the highest of a group counts. As
-    WeianMao/triattention (c3744ee6) `methods/triattention.py` with `per_layer_perhead_pruning`,
-    `use_slack_trigger` and the prompt judged as all else; its runner's default has each KV head
-    choose alike in all layers, and never drops a prompt.
+    Mean queries before RoPE are measured once for a model, on a text of this project. For each pair
+    of dimensions, the product of two numbers is added: the mean norm of queries less the norm of
+    their mean, and the key's norm. Scores are standardized in each query head; the maximum of a
+    group counts. As WeianMao/triattention (c3744ee6) `methods/triattention.py` with
+    `per_layer_perhead_pruning` and `use_slack_trigger`, and with prompts evicted from like answers.
+    By its runner's default, a KV head chooses alike in all layers, and prompts are kept.
 
     Args:
         size: entries kept by an eviction.
-        every: tokens that come between two evictions.
-        distances: how many; the last of 17 is 65,536.
+        every: tokens between two evictions.
+        distances: their number; the largest of 17 is 65,536.
     """
 
     needs_rotation: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class TriAttentionPolicy(RankingPolicy):
         self._at_least(1, "distances")
 
     def for_tokenizer(self, tokenizer: Any) -> TriAttentionPolicy:
-        """Measures queries on the text; otherwise on tokens drawn by chance, which are no text."""
+        """Measures queries on the text; without a tokenizer random tokens are taken."""
         ids = tokenizer.encode(TEXT, add_special_tokens=True)[:MOST]
         return _Calibrated(**{**vars(self), "ids": tuple(ids)})
 
@@ -58,17 +58,17 @@ class TriAttentionPolicy(RankingPolicy):
         return _Calibrated(**vars(self)).for_model(model)
 
     def score(self, entries: Entries) -> Tensor:
-        """Before a model is known, all directions are alike: by the key's size."""
+        """By the key's norm, before a model is known."""
         return entries.keys.float().norm(dim=-1)
 
 
 class Queries(NamedTuple):
-    """Of each layer that evicts, as measured on a text.
+    """Statistics of queries of each layer that evicts, before RoPE.
 
     Attributes:
-        mean: before rotation, float32 [layers, heads, head_dim].
-        beyond: mean size less the mean's size, of each pair that is rotated together;
-            float32 [layers, heads, head_dim / 2], 0 where there is none.
+        mean: float32 [layers, heads, head_dim].
+        beyond: for each pair of dimensions that RoPE rotates together, the mean norm less the
+            norm of the mean; float32 [layers, heads, head_dim / 2], 0 for dimensions without RoPE.
     """
 
     mean: Tensor
@@ -77,10 +77,10 @@ class Queries(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Calibrated(TriAttentionPolicy):
-    """One that knows its text, and perhaps its model.
+    """With a text, and after :meth:`for_model` with a model's measurements.
 
     Attributes:
-        ids: of the text; empty: drawn by chance.
+        ids: of the text; empty: random ones.
         measured: by device; empty before a model is known.
     """
 
@@ -109,7 +109,7 @@ class _Calibrated(TriAttentionPolicy):
         return (centred / deviation).amax(2)
 
     def _queries(self, device: torch.device) -> Queries:
-        """Sent to each device but once."""
+        """The measurements on a device, transferred once."""
         if device not in self.measured:
             known = next(iter(self.measured.values()))
             with writable():
@@ -130,30 +130,34 @@ _known = weakref.WeakKeyDictionary()
 
 
 def measured_queries(model: Any, ids: Sequence[int]) -> Queries:
-    """One pass of `model` over a text; once for each model and text.
+    """Statistics of a model's queries on a text, measured once.
 
     Args:
-        ids: the text's; empty: some drawn by chance.
+        ids: the text's; empty: random ones.
     """
     known = _known.setdefault(model, {})
     if (text := tuple(ids)) not in known:
-        cache = EvictionCache(model, _Listening())
-        vocabulary: int = model.config.get_text_config().vocab_size
-        drawn = torch.randint(vocabulary, (UNTOLD,), generator=torch.Generator().manual_seed(0))
-        read = torch.tensor([text]) if text else drawn[None]
-        with torch.no_grad():
-            model.get_decoder()(input_ids=read.to(model.device), **{CACHE_ARGUMENT: cache})
-        means, beyond = [], []
-        for layer in cache.evicting:
-            log = layer.log
-            assert log.moments is not None and log.latest is not None
-            mean = log.moments.mean[0]
-            # A pair's size does not change as it is rotated.
-            sizes = layer.rotation.sizes(log.latest[0]).mean(1) - layer.rotation.sizes(mean)
-            room = torch.zeros_like(mean)[:, : mean.shape[-1] // 2]
-            room[:, : sizes.shape[-1]] = sizes
-            means.append(mean.to(cache.evicting[0].device))
-            beyond.append(room.to(cache.evicting[0].device))
-        cache.reset()  # a RoPE that goes by the text's length forgets this one
-        known[text] = Queries(torch.stack(means), torch.stack(beyond))
+        known[text] = Queries(*stored(model, text, lambda: _measured(model, text)))
     return known[text]
+
+
+def _measured(model: Any, ids: Sequence[int]) -> list[Tensor]:
+    cache = EvictionCache(model, _Listening())
+    vocabulary: int = model.config.get_text_config().vocab_size
+    drawn = torch.randint(vocabulary, (UNTOLD,), generator=torch.Generator().manual_seed(0))
+    read = torch.tensor([ids]) if ids else drawn[None]
+    with torch.no_grad():
+        model.get_decoder()(input_ids=read.to(model.device), **{CACHE_ARGUMENT: cache})
+    means, beyond = [], []
+    for layer in cache.evicting:
+        log = layer.log
+        assert log.moments is not None and log.latest is not None
+        mean = log.moments.mean[0]
+        # A pair's size does not change as it is rotated.
+        sizes = layer.rotation.sizes(log.latest[0]).mean(1) - layer.rotation.sizes(mean)
+        room = torch.zeros_like(mean)[:, : mean.shape[-1] // 2]
+        room[:, : sizes.shape[-1]] = sizes
+        means.append(mean.to(cache.evicting[0].device))
+        beyond.append(room.to(cache.evicting[0].device))
+    cache.reset()  # a RoPE that goes by the text's length forgets this one
+    return [torch.stack(means), torch.stack(beyond)]

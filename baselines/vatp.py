@@ -1,4 +1,4 @@
-"""VATP (arXiv 2406.12335): attention received, times the size of the value."""
+"""VATP (arXiv 2406.12335): attention sums, weighted by the norm of the value."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from buzz.policy import BudgetBy, Policy, register
 @register()
 @dataclass(frozen=True, kw_only=True)
 class VATPPolicy(H2OPolicy):
-    """H2O by accumulated attention times the L1 norm of the value; the first entries always stay.
+    """H2O by attention sums times the L1 norm of the value; the first entries always stay.
 
-    As guozhiyu/vatp (39ea686c) `utils_hh/modify_llama.py`, which masks what is dropped here. It
-    serves no grouped heads: here the attention of a group is summed.
+    As guozhiyu/vatp (39ea686c) `utils_hh/modify_llama.py`, which masks entries instead of evicting
+    them. It does not support grouped heads: here the attention of a group is summed.
 
     Args:
-        heavy: entries kept by their score, the first `sink` among them.
+        heavy: entries kept by their score, including the first `sink`.
         recent: last entries kept.
-        scoring: ``sum`` of the attention received, the original's, or its ``mean``.
+        scoring: ``sum`` of attention, as in the original, or its ``mean``.
         sink: first entries kept; a budget lowers it to `heavy` where it must.
     """
 
@@ -36,8 +36,7 @@ class VATPPolicy(H2OPolicy):
         self._at_least(self.sink, "heavy")
 
     def score(self, entries: Entries) -> Tensor:
-        assert entries.received is not None
-        scores = entries.received * entries.values.float().abs().sum(-1)
+        scores = entries.attention_sums * entries.values.float().abs().sum(-1)
         scores[..., : self.sink] = torch.inf
         return scores
 

@@ -1,13 +1,13 @@
-"""What is known about transformers, in one place: names, hooks and shapes of its models.
+"""All knowledge of transformers: names, hooks and shapes of its models.
 
-How an evicting cache comes to be asked. :func:`install`
+:func:`install` connects a model with evicting caches:
 
-1. registers an attention function with transformers' `AttentionInterface` in place of the model's
-   backend (sdpa, eager, flash_attention_2 ...), which it keeps and hands on;
-2. adds a forward pre-hook to the decoder, which sees the inputs of each step first.
+1. it registers an attention function with transformers' `AttentionInterface` in place of the
+   model's backend (sdpa, eager, flash_attention_2 ...), whose own function it can call;
+2. it adds a forward pre-hook to the decoder, which sees the inputs of each step first.
 
-What the hook passes on by keyword, transformers hands down to the attention function unchanged.
-Neither model code nor configuration is touched.
+Keyword arguments that the hook adds reach the attention function unchanged. Neither model code nor
+configuration is changed.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ UNSUPPORTED = {
     "attn_logit_softcapping": "caps its attention logits, which the scored attention does not",
 }
 
-# Layers that evict nothing: they have states of a fixed size, entries within a window or a chunk,
-# or nothing at all.
+# Layers that do not evict: they have states of a fixed size, entries within a window or a chunk, or
+# nothing at all.
 KEPT = (
     *("linear_attention", "conv", "hybrid_sliding", "sliding_attention", "chunked_attention"),
     *("dummy", "moe", "mlp"),
 )
-# Those with states, which depend on the order of tokens also where nothing is rotated.
+# Those with states, which depend on the order of tokens without RoPE, too.
 STATEFUL = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
-_installed: dict[str, Attention] = {}  # by backend, what stands in place of its own function
+_installed: dict[str, Attention] = {}  # by backend, the function in place of its own
 
 
 # --- a model that serves evicting caches ---------------------------------------------------------
@@ -87,12 +87,12 @@ def install(
     announce: Hook,
     overhear: Hook,
 ) -> nn.Module:
-    """Put an attention function and a pre-hook of the decoder in place (once).
+    """Installs an attention function and a pre-hook of the decoder (once).
 
     Args:
-        attend: takes the stock function, the backend's name, and what the stock function takes.
+        attend: takes the stock function, the backend's name, and the stock function's arguments.
         announce: the hook.
-        overhear: one of a model around the decoder that reads images, too.
+        overhear: a pre-hook of a model around the decoder, e.g. one that reads images.
 
     Returns:
         The decoder.
@@ -118,9 +118,9 @@ def install(
 
 
 def before_generate(model: PreTrainedModel, check: Callable[..., None]) -> None:
-    """Have `check(inputs, **kwargs)` called with what `model.generate` is given, first (once).
+    """Installs a check that `model.generate` calls first, with its own arguments (once).
 
-    It is the one place that sees a prompt whole: `generate` hands on what the cache has not seen.
+    No other place sees the whole prompt: `generate` passes on the tokens that are new to the cache.
     """
     own: Any = getattr(model, "generate", None)
     if own is None or getattr(own, "check", None) is check:
@@ -135,24 +135,24 @@ def before_generate(model: PreTrainedModel, check: Callable[..., None]) -> None:
         return call(inputs, *args, **kwargs)
 
     generate.__dict__["check"] = check
-    # A method, so that a copy of the model has one of its own.
+    # A method, so that a copy of the model has its own.
     model.__dict__["generate"] = types.MethodType(generate, model)
 
 
 def after_forward(decoder: nn.Module, hook: Callable[..., None]) -> None:
-    """Have `hook(decoder, args, kwargs, output)` called when a forward pass is over (once)."""
+    """Installs a hook that is called after a forward pass, if it is not installed yet."""
     if not any(known is hook for known in decoder._forward_hooks.values()):
         decoder.register_forward_hook(hook, with_kwargs=True)
 
 
 def intercept(decoder: nn.Module, run: Callable[[nn.Module, dict[str, Any]], Any | None]) -> None:
-    """Ask `run` for a decoder's output first (once); what it leaves alone runs as ever.
+    """Makes a decoder call `run` in place of its own forward, unless `run` returns None (once).
 
     Args:
-        run: takes the decoder and its inputs by name; None: not its turn.
+        run: takes the decoder and its inputs by name.
 
     Raises:
-        ConfigError: something else stands in place of the decoder's own forward already.
+        ConfigError: the decoder's own forward has been replaced before.
     """
     present = decoder.__dict__.get("forward")
     if present is not None and not isinstance(getattr(present, "__func__", None), _Intercepted):
@@ -163,7 +163,7 @@ def intercept(decoder: nn.Module, run: Callable[[nn.Module, dict[str, Any]], Any
 
 
 class _Intercepted:
-    """A decoder's forward that asks somebody else first."""
+    """A decoder's forward that calls another function first."""
 
     def __init__(self, run: Callable[[nn.Module, dict[str, Any]], Any | None]) -> None:
         self.run = run
@@ -186,7 +186,7 @@ def named_inputs(
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
         raise ConfigError(
-            "output_attentions", True, "an evicting cache has no weights to give; leave it out"
+            "output_attentions", True, "an evicting cache keeps no weights; leave it out"
         )
     return kwargs
 
@@ -198,13 +198,13 @@ def step_tokens(inputs: dict[str, Any]) -> Tensor:
 
 
 def require_text(inputs: dict[str, Any]) -> None:
-    """Refuses a prompt with images or sounds, whose tokens may attend each other both ways.
+    """Refuses a prompt with images or sounds, whose attention may not be causal.
 
     Args:
         inputs: of a model around a decoder, by name.
 
     Raises:
-        ConfigError: there is something but text.
+        ConfigError: there are other inputs than text.
     """
     for name, value in inputs.items():
         if name not in TEXT and isinstance(value, Tensor) and value.any():
@@ -212,7 +212,7 @@ def require_text(inputs: dict[str, Any]) -> None:
 
 
 def unread_mask(device: torch.device) -> Tensor:
-    """A 4-D mask is passed on as it is and spares making one. This one is never read."""
+    """A 4-D mask that is never read: transformers passes it on instead of making one."""
     return torch.empty(1, 1, 1, 1, device=device)
 
 
@@ -222,9 +222,9 @@ def model_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, A
 
 
 class SelfAttending(CacheLayerMixin):
-    """A layer of another kind of cache, which :func:`buzz.attention.attend` asks to attend itself.
+    """A cache layer that attends itself, called by :func:`buzz.attention.attend`.
 
-    Who feeds a model such layers gives positions and a mask, so that nobody asks for lengths.
+    It is used with positions and a mask, so that models do not ask for its length.
 
     Attributes:
         entry: the step's keys and values, between :meth:`update` and :meth:`attend`.
@@ -248,24 +248,24 @@ class SelfAttending(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hands on what it is given, each [batch, kv_heads, new, head_dim], and notes it."""
+        """Stores and returns a step's keys and values, each [batch, kv_heads, new, head_dim]."""
         self.entry = key_states, value_states
         return key_states, value_states
 
     def taken(self) -> tuple[Tensor, Tensor]:
-        """What the step brought, once."""
+        """The step's keys and values, which are then forgotten."""
         assert self.entry is not None
         entry, self.entry = self.entry, None
         return entry
 
     @abstractmethod
     def attend(self, attention: Callable[..., Any], query: Tensor, **kwargs: Any) -> Tensor:
-        """The step's output, and whatever else the layer does with a step.
+        """The step's attention output; the layer may evict, too.
 
         Args:
             attention: :func:`buzz.attention.attend` of the layer's module.
             query: [batch, heads, new, head_dim].
-            kwargs: what transformers hands to an attention function.
+            kwargs: of transformers' attention functions.
 
         Returns:
             [batch, new, heads, head_dim].
@@ -273,13 +273,12 @@ class SelfAttending(CacheLayerMixin):
 
 
 class StatefulCache(Cache):
-    """A cache whose layers' states of a fixed size lie in another one, :attr:`stock`.
+    """A cache that keeps states of a fixed size in another one, :attr:`stock`.
 
-    So a layer may have both: entries of its tokens here, and beside them states there.
+    So a layer may have both: entries in this cache, and states in the other.
 
     Attributes:
-        stock: of a layer of transformers' own for each layer; one that stays empty where it has no
-            part.
+        stock: has one of transformers' layers for each layer; empty if there is nothing to keep.
     """
 
     stock: Cache
@@ -301,7 +300,7 @@ class StatefulCache(Cache):
 
 
 def copied(stock: Cache) -> Cache:
-    """One of layers that go on by themselves: states change in place, keys and values do not."""
+    """An independent copy: states are cloned as they change in place; keys and values are not."""
     layers: list[Any] = []
     for layer in stock.layers:
         layers.append(copy.copy(layer))
@@ -314,7 +313,7 @@ def copied(stock: Cache) -> Cache:
 
 
 def select_rows(stock: Cache, indices: Tensor) -> None:
-    """Make row i what row `indices[i]` was, in place; recurrent layers have no other way to."""
+    """Makes row i what row `indices[i]` was, in place: recurrent layers offer this method only."""
     for layer in stock.layers:
         own: Any = layer
         own.reorder_cache(indices)
@@ -327,27 +326,27 @@ def entries_of(layer: Any) -> list[Tensor]:
 
 
 def states_of(layer: Any) -> list[Tensor]:
-    """What it holds of a row however long its text is, each [batch, ...]."""
+    """States of fixed size of a layer of transformers' own, each [batch, ...]."""
     held = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
     return [state for states in held for state in states.values() if state is not None]
 
 
-# --- what a model is made of ---------------------------------------------------------------------
+# --- structure of a model ------------------------------------------------------------------------
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The module that runs the layers."""
     decoder: Any = model.get_decoder()
     while not hasattr(decoder, "layers") and isinstance(getattr(decoder, "model", None), nn.Module):
-        decoder = decoder.model  # what Llama 4 calls its decoder is a model around one
+        decoder = decoder.model  # Llama 4's decoder is inside another model
     return decoder
 
 
 def why_unsupported(config: PretrainedConfig) -> str | None:
-    """Why no cache can evict for models of this configuration; None if it can."""
+    """The reason why models of this configuration are not supported; None if they are."""
     text = config.get_text_config(decoder=True)
     layers = [text]
-    if hasattr(text, "num_hidden_layers"):  # which may differ in this, too
+    if hasattr(text, "num_hidden_layers"):  # layers may have configurations of their own
         layers = list(getattr(text, "per_layer_config", layers))
     for field, reason in UNSUPPORTED.items():
         if any(getattr(layer, field, None) for layer in layers):
@@ -359,13 +358,13 @@ def why_unsupported(config: PretrainedConfig) -> str | None:
 
 
 class Kind(NamedTuple):
-    """What a decoder layer is.
+    """The kind of a decoder layer.
 
     Attributes:
-        name: its type, as transformers has it.
-        evicts: whether it holds an entry of every token.
-        stock: transformers' own layer for all else that it holds.
-        source: the layer whose entries it attends, in place of its own.
+        name: its type in transformers.
+        evicts: whether its cache grows with every token.
+        stock: transformers' own cache layer for entries and states that are not evicted.
+        source: the layer whose entries it attends instead of its own.
     """
 
     name: str
@@ -375,11 +374,11 @@ class Kind(NamedTuple):
 
 
 def layers_of(model: PreTrainedModel) -> list[Kind]:
-    """What each decoder layer is.
+    """The kind of each decoder layer.
 
     Raises:
-        ConfigError: the model cannot be served; nothing in a layer could be evicted, and no layer
-            of transformers' own serves.
+        ConfigError: the model is not supported; no layer could evict; a layer is of an unknown
+            kind.
     """
     name = type(model).__name__
     if reason := why_unsupported(model.config):
@@ -388,7 +387,7 @@ def layers_of(model: PreTrainedModel) -> list[Kind]:
     try:
         stated = list(zip(*get_layer_types_and_kwargs(config), strict=True))
     except AttributeError as error:
-        reason = "its configuration does not tell what its layers are"
+        reason = "its configuration does not name the kinds of its layers"
         raise ConfigError("model", name, reason) from error
     kinds = []
     for index, (kind, kwargs) in enumerate(stated):
@@ -418,7 +417,7 @@ def layers_of(model: PreTrainedModel) -> list[Kind]:
 
 
 def _source(model: PreTrainedModel, config: PretrainedConfig, index: int) -> int | None:
-    """The layer whose entries one attends that has none of its own; None if it has, or needs none.
+    """The layer whose entries layer `index` attends; None if it has its own, or needs none.
 
     Raises:
         ConfigError: it is a layer of another model.
@@ -429,7 +428,7 @@ def _source(model: PreTrainedModel, config: PretrainedConfig, index: int) -> int
     kinds = config.layer_types
     stored = [i for i in range(index) if modes[i] == "store" and kinds[i] == kinds[index]]
     if not stored:
-        remedy = f"layer {index} attends what another model's layer holds"
+        remedy = f"layer {index} attends entries of another model"
         raise ConfigError("model", type(model).__name__, remedy)
     return stored[-1]
 
@@ -452,7 +451,7 @@ def output_projection(attention: nn.Module | None) -> Tensor:
     """The weight [hidden, heads * head_dim] of an attention module's output projection.
 
     Raises:
-        ConfigError: there is none under a known name, or it is quantised.
+        ConfigError: it has no known name, or is quantised.
     """
     for name in PROJECTIONS:
         weight = getattr(getattr(attention, name, None), "weight", None)
@@ -467,14 +466,14 @@ def output_projection(attention: nn.Module | None) -> Tensor:
 
 
 def short_context(model: PreTrainedModel, decoder: nn.Module) -> int:
-    """Tokens after which LongRoPE's frequencies change; 0 of any other model."""
+    """Tokens after which LongRoPE's frequencies change; 0 for other models."""
     longrope = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None) == "longrope"
     return model.config.original_max_position_embeddings if longrope and drops(model) else 0
 
 
 def drops(model: PreTrainedModel) -> bool:
-    """Whether its `generate` may drop a cache that is true, to compute all of the text again.
+    """Whether the model's `generate` may drop a cache to compute the whole text again.
 
-    Phi-3 does so when a text grows past its short context.
+    Phi-3 drops a truthy one when a text grows past its short context.
     """
     return hasattr(model.config, "original_max_position_embeddings")

@@ -37,13 +37,13 @@ class BuzzPolicy(Policy):
         window: last entries that always stay.
         stride: cell size for newly evicted entries; old history is thinned by ceil(stride / 2).
         threshold: history entries that trigger an eviction when exceeded.
-        history: ``strided``, the paper's, or ``local_max``: old history too keeps the highest
-            score of each of its cells (scores then follow it; an option of this project).
-        compact: what becomes of new history that, one entry a cell, would still exceed `threshold`,
+        history: how old history is thinned. ``strided``: the first entry of each cell, as in the
+            paper; ``local_max``: the entry of the highest score (an option of this project).
+        compact: what happens to new history that, one entry a cell, would still exceed `threshold`,
             as after a long prompt. ``once``, as in the original: it is thinned as old history in
-            the steps that follow, and the cache is larger until then. ``widen`` (of this project,
-            and what a budget sets): its cells are just wide enough for it to fit at once.
-            ``until_fits`` (of this project): it is thinned as old history in the same step.
+            the following steps, and the cache is larger until then. ``widen`` (of this project;
+            budgets set it): wider cells, so that it fits at once. ``until_fits`` (of this project):
+            it is thinned as old history in the same step.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -74,12 +74,12 @@ class BuzzPolicy(Policy):
             )
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     @property
-    def resident(self) -> int:
-        # The first history entry heads its cell in every eviction; all others move a few times.
+    def num_pinned(self) -> int:
+        # Of history, only the first entry is the first of its cell in every eviction.
         return self.sink + 1
 
     @property
@@ -91,23 +91,23 @@ class BuzzPolicy(Policy):
         """Cell size for `new` entries of history that join `old` ones."""
         if self.compact != "widen":
             return self.stride
-        # Never less than one, as old history is at most `threshold` and is at least halved.
+        # At least 1: old history is at most `threshold`, and is at least halved.
         room = self.threshold - _cells(old, self.old_stride)
         return max(self.stride, _cells(new, room))
 
-    def survivors(self, held: int, state: int) -> tuple[int, int]:
-        """The state is how much of the history an earlier eviction sampled: the old part."""
-        others = held - self.sink - self.window
+    def next_length(self, cache_length: int, state: int) -> tuple[int, int]:
+        """The state is the number of old history entries, which an earlier eviction sampled."""
+        others = cache_length - self.sink - self.window
         if others <= self.threshold:
-            return held, state
+            return cache_length, state
         width = self._new_stride(state, others - state)
         history = _cells(state, self.old_stride) + _cells(others - state, width)
         while self.compact == "until_fits" and history > max(self.threshold, 1):
             history = _cells(history, self.old_stride)
         return self.sink + history + self.window, history
 
-    def select(self, held: int, state: int, scores: Tensor | None) -> Tensor:
-        old_end, new_end = self.sink + state, held - self.window
+    def select(self, cache_length: int, state: int, scores: Tensor | None) -> Tensor:
+        old_end, new_end = self.sink + state, cache_length - self.window
         device = scores.device if scores is not None else None
         index = torch.arange(new_end, device=device).expand(1, 1, -1)
         if scores is not None:
@@ -132,9 +132,9 @@ class BuzzPolicy(Policy):
         """Window and threshold that fill the budget in the proportion that they have here.
 
         ``peak``: sink + window + threshold = budget; ``mean``: sink + window + the mean of the
-        history, (kept + threshold) / 2, = budget. Of the two, one that is fixed stays as it is, and
-        the other makes up for it. `compact` becomes ``widen`` if it is ``once`` and not fixed, as
-        the history that a long prompt leaves would exceed any threshold.
+        history, (kept + threshold) / 2, = budget. If one of the two is fixed, the other fills the
+        budget. `compact` becomes ``widen`` if it is ``once`` and not fixed: the history that a long
+        prompt leaves would exceed any threshold.
         """
         if self.stride <= 2:
             raise ConfigError(
@@ -154,7 +154,7 @@ class BuzzPolicy(Policy):
             return dataclasses.replace(self, window=window, threshold=threshold, compact=compact)
 
         def history(threshold: int) -> int:
-            """What the history takes of the budget."""
+            """Entries of the budget that the history takes."""
             if by == "peak" or threshold < 2:
                 return threshold
             alone = dataclasses.replace(self, sink=0, window=1, threshold=threshold)
@@ -165,7 +165,7 @@ class BuzzPolicy(Policy):
         if "threshold" in fixed:
             return made(room - history(self.threshold), self.threshold)
         # Over a cycle the history takes threshold * part. In closed form, up to rounding:
-        # kept = (threshold + 1) / (1 + stride (1 - 1/s')).
+        # kept = (threshold + 1) / (1 + stride (1 - 1/s')), s' = ceil(stride / 2).
         kept = 1 / (1 + self.stride * (1 - 1 / self.old_stride))
         part = 1.0 if by == "peak" else (1 + kept) / 2
         if "window" in fixed:
@@ -184,7 +184,7 @@ class BuzzPolicy(Policy):
 @register("buzz_strided")
 @dataclass(frozen=True, kw_only=True)
 class BuzzStridedPolicy(BuzzPolicy):
-    """BUZZ without local maxima: each new cell keeps its first entry, so no score is computed.
+    """BUZZ without local maxima: each new cell keeps its first entry. No score is computed.
 
     Args:
         history: ``strided`` alone.
@@ -197,7 +197,7 @@ class BuzzStridedPolicy(BuzzPolicy):
 @register("buzz_fast")
 @dataclass(frozen=True, kw_only=True)
 class BuzzFastPolicy(BuzzPolicy):
-    """BUZZ that judges cells by the attention of the evicting step alone: nothing accumulates."""
+    """BUZZ whose local maxima are of the attention in the evicting step alone, not of sums."""
 
     @property
     def score_rule(self) -> ScoreRule:
@@ -209,11 +209,11 @@ def _cells(entries: int, size: int) -> int:
 
 
 def _best_of_cells(index: Tensor, scores: Tensor | None, size: int) -> Tensor:
-    """The highest-scored entry of each `size` consecutive ones of `index`, the first of equals.
+    """The highest-scored entry of each `size` consecutive ones of `index`; of ties, the first.
 
     Args:
         index: [rows, kv_heads, n] entries, ascending.
-        scores: [rows, kv_heads, held].
+        scores: [rows, kv_heads, cache_length].
 
     Returns:
         [rows, kv_heads, ceil(n / size)].
@@ -221,7 +221,7 @@ def _best_of_cells(index: Tensor, scores: Tensor | None, size: int) -> Tensor:
     assert scores is not None
     n = index.shape[-1]
     filler = -n % size
-    received = torch.nn.functional.pad(scores.gather(-1, index), (0, filler), value=-torch.inf)
-    best = received.unflatten(-1, (-1, size)).argmax(-1)
+    own = torch.nn.functional.pad(scores.gather(-1, index), (0, filler), value=-torch.inf)
+    best = own.unflatten(-1, (-1, size)).argmax(-1)
     first = torch.arange(0, n, size, device=index.device)
     return index.gather(-1, first + best)

@@ -1,4 +1,4 @@
-"""From a budget to a policy: the one place in which memory is made equal, and checked to be."""
+"""From a budget to a policy. All methods are fitted here, and checked to meet the budget."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SLACK = 0.01  # of a budget; and at least one entry, as sizes are whole numbers
 
 @dataclass(frozen=True)
 class Budget:
-    """KV memory that every method gets, per layer and KV head.
+    """KV memory of a method, per layer and KV head.
 
-    Where whole pages leave (:class:`buzz.Constrained`), as many as there is room for; less than two
-    of them are missing.
+    Methods that evict whole pages (:class:`buzz.Constrained`) leave less than two pages of it
+    unused.
 
     Args:
         size: entries, or a fraction of the prompt.
-        by: ``peak``: no step after the prompt leaves more, however long the answer, which is what a
-            machine must provide; ``mean``: it is the average of an endless answer.
+        by: ``peak``: the maximum cache length after any step, which a machine must have memory for;
+            ``mean``: the average cache length over an endless answer.
 
     Raises:
         ConfigError: no such size or measure.
@@ -40,7 +40,7 @@ class Budget:
             raise ConfigError("budget_by", self.by, "choose one of peak, mean")
 
     def entries(self, prompt: int) -> int:
-        """What it comes to beside a prompt of so many tokens."""
+        """The budget in entries, for a prompt of so many tokens."""
         return self.size if isinstance(self.size, int) else max(1, round(self.size * prompt))
 
     def policy(
@@ -53,15 +53,15 @@ class Budget:
             fixed: parameters of `method` that the user set and that must stay.
 
         Raises:
-            ConfigError: the method does not meet it: because of `fixed`, or because its class has
-                no `fit`. Both numbers are named.
+            ConfigError: the method does not meet the budget, because of `fixed` or because its
+                class has no `fit`. Both numbers are named.
         """
         if method.evicts == "never":
             return method, None
         budget = self.entries(prompt)
         fitted = method.fit(budget, fixed, self.by)
         after_prompt, peak = fitted.footprint(prompt).after_prompt, float(budget)
-        if fitted.evicts == "prompt":  # what follows is its own growth
+        if fitted.evicts == "prompt":  # the answer comes on top of the budget
             reached = float(fitted.footprint(max(prompt, 2 * budget)).after_prompt)
         else:
             _, peak, mean = fitted.footprint()

@@ -1,4 +1,4 @@
-"""The evicting cache: a stock transformers cache whose layers thin themselves."""
+"""The evicting cache: a stock transformers cache whose layers evict entries themselves."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ Positions = Literal["cache", "true"]
 DType = Literal["int8"]
 
 LONGROPE = (
-    "the text grows past the {} tokens of its short context: keys that are in the cache keep the"
-    " frequencies that they were rotated with, while the model's own generate() would compute all"
-    " of the text again"
+    "the text grows past the {} tokens of the model's short context: cached keys keep the"
+    " frequencies that they were rotated with, while the model's own generate() would compute the"
+    " whole text again"
 )
 
 
 ANOTHER = (
-    "this is another prompt than the conversation of {} tokens that the cache holds, {}: call"
-    " cache.reset() or make a new cache; to go on, give all that was said, and behind it what is"
-    " new, or the new tokens alone with the attention_mask of all"
+    "this prompt does not continue the conversation of {} tokens that the cache holds, {}: call"
+    " cache.reset() or make a new cache; to continue, give the whole conversation with the new"
+    " tokens at its end, or the new tokens alone with the attention_mask of all"
 )
 
 RESTARTS = (
-    "layer {} of this model reads several tokens as if the {} before them had not been: give a"
-    " prompt in one piece, and what comes later a token at a time"
+    "layer {} of this model reads several tokens as if the {} before them did not exist: give the"
+    " prompt in one piece, and later tokens one at a time"
 )
 
 BROKEN = (
-    "an error ended the last step between two layers, and they no longer hold the same tokens: call"
+    "an error ended the last step between two layers, so they no longer hold the same tokens: call"
     " cache.reset()"
 )
 
@@ -63,43 +63,43 @@ BROKEN = (
 class EvictionCache(adapter.StatefulCache):
     """A KV cache for `model.generate(**inputs, past_key_values=cache)` that evicts by `policy`.
 
-    Making one is all that is needed: it also puts the attention backend in place. The model then
-    still runs its stock path with any other cache.
+    Creating the cache also installs the attention backend. With any other cache the model runs its
+    stock path.
 
-    A step whose mask or positions cannot be served is refused by a ConfigError. Where a decoding
-    step cannot wait for that verdict (on a GPU, in compiled code) its logits are NaN, and the error
-    comes from whatever reads the cache next.
+    A step with an unsupported mask or positions raises a ConfigError. A decoding step that cannot
+    wait for this check (on a GPU, in compiled code) gives NaN logits instead, and the error is
+    raised when the cache is read next.
 
-    Layers that attend all tokens evict. What others hold (a window or a chunk of their own, states
-    of recurrent layers) stays in layers of transformers' own.
+    Layers that attend all tokens evict. Other layers (sliding windows, chunks, recurrent states)
+    use transformers' own cache layers.
 
     Args:
         model: a causal language model with RoPE, loaded with sdpa, eager or flash attention.
         policy: the eviction method.
-        positions: ``cache``: an entry is attended as if it stood at its index in the thinned cache;
-            ``true``: at the position that its token has in the text (no key is ever rotated).
-        logn_base: scale attention logits by log(n) / log(logn_base), n = entries that a query
-            attends (512 in a line that is commented out in the original BUZZ code; the journal
-            version's formula has not been seen). None: no scaling.
-        logn_clamp: never scale by less than 1.
-        hold_until: evict nothing before this many tokens, padding included, have been seen, and
-            judge them as one step then: set it to the prompt's length, and a prompt in chunks gives
-            what it gives in one piece.
-        dtype: ``int8``: hold keys and values so, with a scale for each entry and KV head, from when
-            the prompt (all up to `hold_until`), as it came, was attended; only at true positions.
-            None: as the model computes them.
-        compiled: decode by one graph of torch.compile, made at the first token (and on CUDA
-            replayed): the same tokens, sooner. Prompts and chunks run as ever.
+        positions: of entries. ``cache``: their index in the cache; ``true``: their token's position
+            in the text, so that no key is rotated.
+        logn_base: scales attention logits by log(n) / log(logn_base), n = entries that a query
+            attends (512 in a commented line of the original BUZZ code; the journal version's
+            formula was not available). None: no scaling.
+        logn_clamp: never scales by less than 1.
+        hold_until: tokens, padding included, before the first eviction, which then scores all of
+            them as one step. With the prompt's length, a prompt in chunks gives the result of one
+            in one piece.
+        dtype: ``int8``: keys and values are held in int8, with a scale per entry and head, once the
+            prompt (all up to `hold_until`) was attended as computed; only at true positions. None:
+            as the model computes them.
+        compiled: decodes with one graph of torch.compile, made at the first token (on CUDA, a
+            captured graph that is replayed). Prompts and chunks run without it.
 
     Raises:
         ConfigError: the model has no RoPE, or no layer that could evict; an impossible value; a
-            method or a model that no graph can serve; a card too old for the kernels.
+            method or a model that cannot be compiled; a card too old for the kernels.
     """
 
-    joined: Any = None  # of a fork, what holds the entries of all of them while they decode
-    _is_amid = False  # whether a step of a model with other layers has begun and not ended
-    _told: Told | None = None  # of a cache that `generate` may be given with a conversation in it
-    around: dict[str, Any] = {}  # what a model around the decoder was given in this step
+    joined: Any = None  # of a fork: what holds the entries of all forks while they decode
+    _is_amid = False  # whether a step is under way, for models with layers that do not evict
+    _told: Told | None = None  # the token ids so far; None for ForkedCache
+    around: dict[str, Any] = {}  # the step's inputs to a model around the decoder
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class EvictionCache(adapter.StatefulCache):
         super().__init__(layers=layers)
         self._empty = Cache(layers=[kind.stock for kind in kinds])
         self._put(adapter.copied(self._empty))
-        # Layers that attend what another one holds, by index, if that one evicts.
+        # Layers that attend another layer's entries, if that one evicts: its index, by theirs.
         self._readers = {
             index: kind.source
             for index, kind in enumerate(kinds)
@@ -148,11 +148,11 @@ class EvictionCache(adapter.StatefulCache):
             adapter.after_forward(decoder, _conclude)
         adapter.before_generate(model, _check_prompt)
         self._told = Told()
-        self._prompt: list[Tensor] = []  # its tokens, while it is to be read a second time
+        self._prompt: list[Tensor] = []  # the prompt's tokens, until its second pass
         self._decoder = weakref.ref(decoder)
         self._is_dropped = adapter.drops(model)
         self._short_context = adapter.short_context(model, decoder)
-        # The layers that evict: all, unless the model mixes in others.
+        # The layers that evict.
         self.evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
         self._convene()
         self.hold_until = hold_until
@@ -165,13 +165,13 @@ class EvictionCache(adapter.StatefulCache):
                 layer.least = _least(policy)
 
     def __bool__(self) -> bool:
-        # Phi-3 drops a truthy cache when a text grows past its short context, to compute all of it
-        # again; a falsy one goes on, with keys rotated as they came.
+        # Phi-3 drops a truthy cache when a text grows past its short context, to compute the whole
+        # text again. It keeps a falsy one.
         return not self._is_dropped
 
     @property
     def positions(self) -> Positions:
-        """``cache`` or ``true``, for as long as the cache lives."""
+        """``cache`` or ``true``."""
         return self._positions
 
     @property
@@ -195,10 +195,10 @@ class EvictionCache(adapter.StatefulCache):
         return self._replay is not None
 
     def replay(self, decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
-        """The decoder's output for one token of each row, by the graph; None: it must run itself.
+        """The compiled decoder's output for one token of each row; None if it cannot run compiled.
 
         Args:
-            inputs: what the decoder is given, by name.
+            inputs: the decoder's, by name.
         """
         tokens = adapter.step_tokens(inputs)
         first = self.evicting[0]
@@ -216,7 +216,7 @@ class EvictionCache(adapter.StatefulCache):
 
     @property
     def lengths(self) -> list[int]:
-        """Entries held by each layer of the model (by its longest row)."""
+        """Cache length of each layer of the model, of its longest row."""
         self._raise_faults()
         return [
             layer.longest
@@ -227,17 +227,17 @@ class EvictionCache(adapter.StatefulCache):
 
     @property
     def reads_chunks(self) -> bool:
-        """Whether a prompt can come in several steps; otherwise all but its tokens alone."""
+        """Whether a prompt can be read in chunks."""
         return self._restarting is None
 
     @property
     def shares_entries(self) -> bool:
-        """Whether layers attend what others hold, so that an eviction waits for them."""
+        """Whether layers attend other layers' entries, whose eviction waits for them."""
         return bool(self._readers)
 
     @property
     def attended(self) -> list[Any]:
-        """What each layer of the model attends: its own entries, or those of another."""
+        """The cache layer that each layer of the model attends: its own, or another layer's."""
         if not self._readers:
             return self.layers
         layers: list[Any] = list(self.layers)
@@ -247,22 +247,22 @@ class EvictionCache(adapter.StatefulCache):
 
     @property
     def distinct(self) -> list[EvictionLayer]:
-        """The first evicting layer of each policy: those under the same one hold the same."""
+        """One evicting layer for each policy: layers of equal policies have equal lengths."""
         return list({layer.policy: layer for layer in reversed(self.evicting)}.values())[::-1]
 
     @property
     def evictions(self) -> list[int]:
-        """Evictions so far of each row of the batch, in the layer that had the most."""
+        """Evictions of each row of the batch, in the layer that had the most."""
         self._raise_faults()
         return [max(row) for row in zip(*(layer.evictions for layer in self.distinct), strict=True)]
 
     @property
     def entry_nbytes(self) -> int:
-        """Bytes of one entry's keys and values over all evicting layers."""
+        """Bytes of one token's keys and values over all evicting layers."""
         return sum(layer.entry_nbytes for layer in self.evicting)
 
     def window_nbytes(self, seen: int) -> int:
-        """Bytes that do not leave by eviction, of a row that has seen so many of its tokens.
+        """Bytes of layers that do not evict, for a row that has seen so many tokens.
 
         Entries within a layer's own window or chunk, and states of recurrent layers.
         """
@@ -275,7 +275,7 @@ class EvictionCache(adapter.StatefulCache):
 
     @property
     def window_allocated_nbytes(self) -> int:
-        """Bytes of these as they lie in memory; of a fork, its share of what all of them have."""
+        """Allocated bytes of layers that do not evict; of a fork, its share of the forks' bytes."""
         rows = self.evicting[0].batch_size
         return sum(
             tensor.untyped_storage().nbytes() * rows // tensor.shape[0]
@@ -284,13 +284,12 @@ class EvictionCache(adapter.StatefulCache):
         )
 
     def nbytes(self, allocated: bool = False, *, evicting: bool = False) -> int:
-        """Bytes of keys, values and recurrent states held, without padding and spare capacity.
+        """Bytes of keys, values and recurrent states, without padding and spare capacity.
 
         Args:
-            allocated: count instead every buffer as it lies in memory, with positions, scores,
-                kept original keys and spare capacity.
-            evicting: leave out all that no eviction thins (windows, chunks, recurrent states): what
-                a budget is of.
+            allocated: count all buffers as allocated, with positions, scores, original keys and
+                spare capacity.
+            evicting: count the layers that evict only, which budgets are about.
         """
         self._raise_faults()
         own = sum(layer.nbytes(allocated) for layer in self.evicting)
@@ -304,8 +303,8 @@ class EvictionCache(adapter.StatefulCache):
         """True token indices of the entries of layer `layer`.
 
         Returns:
-            int64 [batch, kv_heads, held], in temporal order; rows shorter than the longest begin
-            with -1.
+            int64 [batch, kv_heads, cache_length], in temporal order; rows shorter than the longest
+            begin with -1.
         """
         self._raise_faults()
         cache = self.layers[layer]
@@ -318,22 +317,21 @@ class EvictionCache(adapter.StatefulCache):
         return positions
 
     def trace(self) -> list[tuple[int, int, int]]:
-        """Length over time, of the first row: (tokens seen, entries held, evictions) by step.
+        """(tokens seen, cache length, evictions) after each step.
 
-        In the first layer that evicts.
-
-        Steps that ran under torch.compile appear as one.
+        Of the first row, in the first layer that evicts. Consecutive steps under torch.compile
+        appear as one.
         """
         self._raise_faults()
         self._trace.note(self.evicting[0].groups)
         return self._trace.steps()
 
     def reset(self) -> None:
-        """Forget every entry. Buffers stay allocated, for the next prompt.
+        """Removes all entries. Buffers stay allocated for the next prompt.
 
         Raises:
-            ConfigError: a step had a wrong mask or wrong positions, and nobody was told yet; the
-                cache is empty then too.
+            ConfigError: an earlier step had a wrong mask or wrong positions, which was not reported
+                yet; the cache is empty nevertheless.
         """
         self._part()
         for layer in self.evicting:
@@ -345,15 +343,15 @@ class EvictionCache(adapter.StatefulCache):
         self._raise_faults()
 
     def copy(self) -> EvictionCache:
-        """A cache that goes on from here by itself, e.g. with another question on one context.
+        """An independent copy, e.g. for another question on one context.
 
-        Both read the same entries until they append their own: a copy costs memory and time with
-        the first token that is fed to it, and so does the original with its next one.
+        The copy and the original share buffers until they append a token. The first token of either
+        one costs a copy of the entries.
         """
         return self._copy(adapter.copied(self.stock))
 
     def _copy(self, stock: Cache) -> EvictionCache:
-        """A copy whose other layers are those of `stock`."""
+        """A copy whose layers that do not evict are those of `stock`."""
         self._part()
         other = copy.copy(self)
         other.joined = None
@@ -371,19 +369,19 @@ class EvictionCache(adapter.StatefulCache):
         return other
 
     def take_buffers(self, spent: EvictionCache) -> None:
-        """Go on in the buffers of another cache of this model and policy, which is empty then."""
+        """Takes over the buffers of another cache of this model and policy, which is reset."""
         spent.reset()
         for layer, other in zip(self.evicting, spent.evicting, strict=True):
             layer.idle, layer.scratch = other.idle, other.scratch
             other.idle = other.scratch = None
 
     def _part(self) -> None:
-        """Hold what a fork holds apart from the others, before it goes another way."""
+        """Separates a fork's entries from those of the others."""
         if self.joined is not None:
             self.joined.part()
 
     def _convene(self) -> None:
-        """Have layers that choose together wait for each other in each step."""
+        """With ``heads=all``, makes the layers choose together in each step."""
         if isinstance(self.policy, Constrained) and self.policy.heads == "all":
             council = Council(len(self.evicting))
             for layer in self.evicting:
@@ -391,12 +389,12 @@ class EvictionCache(adapter.StatefulCache):
 
     @property
     def _waits(self) -> bool:
-        """Whether an error ended a step before layers that choose together had done so."""
+        """Whether an error ended a step before layers that choose together have chosen."""
         council = self.evicting[0].council
         return council is not None and bool(council.waiting)
 
     def _put(self, stock: Cache) -> None:
-        """Have other layers of transformers' own."""
+        """Sets the layers that do not evict."""
         self.stock = stock
         self._others = [own for own in stock.layers if type(own) is not DynamicLayer]  # not empty
         self.layers = [
@@ -419,7 +417,7 @@ class EvictionCache(adapter.StatefulCache):
         self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Make row i what row `indices[i]` was; or leave the rows for which it is True.
+        """Makes row i what row `indices[i]` was; or, for bools, keeps the rows that are True.
 
         Raises:
             IndexError: there is no such row.
@@ -436,15 +434,15 @@ class EvictionCache(adapter.StatefulCache):
         self._told = None if self._told is None else self._told.select_rows(indices)
 
     def note(self, tokens: Tensor, seen: int) -> None:
-        """Note what a step is fed behind `seen` tokens: ids [batch, new], or embeddings."""
+        """Records a step's inputs after `seen` tokens: ids [batch, new], or embeddings."""
         if self._told is not None:
             self._told.note(tokens, seen)
 
     def check_prompt(self, ids: Tensor) -> None:
-        """Refuse a whole prompt [batch, tokens] that does not go on with what the cache was fed.
+        """Checks that a whole prompt [batch, tokens] continues what the cache was fed.
 
         Raises:
-            ConfigError: it is no longer than that, or begins otherwise.
+            ConfigError: it begins with other tokens, or has no new ones.
         """
         if self._told is None:
             return
@@ -456,7 +454,7 @@ class EvictionCache(adapter.StatefulCache):
         if where is not None:
             how = f"and differs from token {where} on"
         elif ids.shape[1] <= seen:
-            how = "or the same, with nothing new behind it"
+            how = "as it has no new tokens"
         else:
             return
         raise ConfigError("input_ids", f"{ids.shape[1]} tokens", ANOTHER.format(seen, how))
@@ -469,10 +467,10 @@ class EvictionCache(adapter.StatefulCache):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
     ) -> None:
-        """Check what a step is given, and learn from a prompt's mask how rows are padded.
+        """Checks a step's inputs, and reads the padding of rows from a prompt's mask.
 
         Args:
-            decoder: the one that runs.
+            decoder: the one that is called.
             batch, new: the step's rows, and tokens of each.
             attention_mask: [batch, seen + new], 0 in padding; None if there is none.
             position_ids: int64 [batch or 1, new]; None if the model numbers its tokens.
@@ -523,11 +521,11 @@ class EvictionCache(adapter.StatefulCache):
     def end_step(
         self, decoder: nn.Module, tokens: Tensor, known: repetition.Known | None = None
     ) -> None:
-        """End a step, and read a prompt that is complete a second time, if the policy asks for it.
+        """Ends a step; after the prompt, reads it a second time if the policy declares it.
 
         Args:
             tokens: ids of the step, [batch, new].
-            known: what caches that hold the same have found in it.
+            known: scores that other caches found in the second pass.
 
         Raises:
             ConfigError: the step had embeddings and no ids.
@@ -542,7 +540,7 @@ class EvictionCache(adapter.StatefulCache):
                 self._prompt = []
 
     def _group(self, padding: list[int], starts: list[int]) -> None:
-        """Put rows of a prompt together that are as long as each other."""
+        """Groups rows of equally long prompts."""
         kinds = list(zip(padding, starts, strict=True))
         for layer in self.evicting:
             layer.groups = [
@@ -551,13 +549,13 @@ class EvictionCache(adapter.StatefulCache):
             ]
 
     def _check_hold(self, seen: int, new: int) -> None:
-        """Only with its end known can a chunk tell which of its queries judge the whole."""
+        """If only the prompt's last queries count, `hold_until` must be the end of a chunk."""
         if 0 < seen < self.hold_until < seen + new and self.policy.observe is not None:
             raise ConfigError(
                 "hold_until",
                 self.hold_until,
-                f"{self.policy.name} judges by the last tokens before it, and a chunk of tokens"
-                f" {seen} to {seen + new} goes past it; set it to where a chunk ends",
+                f"{self.policy.name} scores by the last tokens before it, and a chunk of tokens"
+                f" {seen} to {seen + new} goes past it; set it to the end of a chunk",
             )
 
     def _foreign(self, decoder: nn.Module) -> ConfigError:
@@ -567,17 +565,17 @@ class EvictionCache(adapter.StatefulCache):
         return ConfigError(
             "past_key_values",
             "EvictionCache",
-            f"was made for {names[0]} and not for {other}; make one for each model",
+            f"was made for {names[0]} and not for {other}; make a cache for each model",
         )
 
-    # --- what is wrong with a step is found out where its mask lies ---------------------------
+    # --- checks whose result is on the device of the input ------------------------------------
 
     def _refuse(self, field: str, wrong: Tensor, new: int) -> None:
-        """Refuse a step if `wrong`, at once where that can be read without slowing it down.
+        """Refuses a step if `wrong` is true, at once if reading it does not slow the step down.
 
-        Otherwise (a token on another device than the CPU, compiled code) the answer stays there:
-        the outputs of this step, and of all later ones, are NaN if it is yes, and whoever next
-        reads the cache or feeds it a prompt gets the error.
+        Otherwise (a decoding step on a GPU, compiled code) the result stays on the device. If it is
+        true, the outputs of this step and all later ones are NaN, and the error is raised when the
+        cache is read, or fed a prompt, the next time.
         """
         if not _may_wait(wrong.device, new):
             before = self._faults.get(field)
@@ -590,7 +588,7 @@ class EvictionCache(adapter.StatefulCache):
         return self.evicting[-1].faults
 
     def _raise_faults(self) -> None:
-        """Waits for the device if there is an answer to wait for."""
+        """Raises errors of earlier steps; waits for the device if there is a check to read."""
         faults = self._faults
         if not faults:
             return
@@ -601,7 +599,7 @@ class EvictionCache(adapter.StatefulCache):
 
 
 def positions_of(value: Any) -> Positions:
-    """The kind of positions that a setting names; YAML and command lines turn `true` into True.
+    """The kind of positions that a setting names; ``true`` may come as a bool, as in YAML.
 
     Raises:
         ConfigError: it names none.
@@ -614,9 +612,9 @@ def positions_of(value: Any) -> Positions:
 
 
 def check_clamp(logn_base: float | None, logn_clamp: bool) -> None:
-    """Raises ConfigError if a bound is given for a scale that is not there."""
+    """Raises ConfigError for `logn_clamp` without `logn_base`."""
     if logn_clamp and logn_base is None:
-        remedy = "bounds the scale by log n, and there is none: set cache.logn_base too, e.g. 512"
+        remedy = "bounds the scale by log n, which is off: set cache.logn_base too, e.g. 512"
         raise ConfigError("cache.logn_clamp", logn_clamp, remedy)
 
 
@@ -630,12 +628,12 @@ def check_dtype(dtype: Any, positions: Positions) -> None:
 
 
 def _may_wait(device: torch.device, new: int) -> bool:
-    """Whether a step of so many tokens can read a number off a device and not be slower for it."""
+    """Whether a step of so many tokens can wait for a device without being slower for it."""
     return not torch.compiler.is_compiling() and (device.type == "cpu" or new > 1)
 
 
 def _number(value: Any) -> float:
-    """A number as it is, anything else as one that no range holds."""
+    """The number, or NaN for anything else."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
@@ -690,26 +688,26 @@ def _replay(
 
 
 def _least(policy: Policy) -> int:
-    """Entries that a method comes to hold of every long prompt; 0 where they depend on it."""
+    """Cache length after every long prompt; 0 if it depends on the prompt's length."""
     if (peak := policy.footprint().peak) < math.inf:
         return int(peak)
-    stays = {policy.survivors(tokens, 0)[0] for tokens in (2**20, 2**21)}
+    stays = {policy.next_length(tokens, 0)[0] for tokens in (2**20, 2**21)}
     return stays.pop() if len(stays) == 1 else 0
 
 
 def _among(inputs: Iterable[Any]) -> EvictionCache | None:
-    """The cache of ours that a decoder is given, by type: its name may be the older one."""
+    """The evicting cache among a decoder's inputs, by type: it has different names."""
     return next((value for value in inputs if isinstance(value, EvictionCache)), None)
 
 
 def _run_compiled(decoder: nn.Module, inputs: dict[str, Any]) -> Any | None:
-    """What stands before a decoder's own forward once one of its caches is compiled."""
+    """Runs before a decoder's own forward, once one of its caches is compiled."""
     cache = _among(inputs.values())
     return None if cache is None else cache.replay(decoder, inputs)
 
 
 def _check_prompt(inputs: Any, **kwargs: Any) -> None:
-    """What stands before `generate`, for which ids as long as their mask are all of the text."""
+    """Runs before `generate`; ids that are as long as their mask are the whole text."""
     cache, mask = _among(kwargs.values()), kwargs.get("attention_mask")
     ids = kwargs.get("input_ids") if inputs is None else inputs
     if cache is None or not isinstance(ids, Tensor) or kwargs.get("inputs_embeds") is not None:
@@ -721,13 +719,13 @@ def _check_prompt(inputs: Any, **kwargs: Any) -> None:
 def _announce(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> adapter.Inputs | None:
-    """Forward pre-hook: tell the cache what a step is given, and :func:`attend` the layers."""
+    """Forward pre-hook: gives the cache a step's inputs, and :func:`attend` the layers."""
     cache = _among((*kwargs.values(), *args))
     if cache is None:
         return None
     inputs = adapter.named_inputs(decoder, args, kwargs)
     tokens = adapter.step_tokens(inputs)
-    around, cache.around = cache.around, {}  # its mask is 2-D; that of the decoder may be made
+    around, cache.around = cache.around, {}  # its mask is 2-D; the decoder's may not be
     mask, position_ids = {**inputs, **around}.get("attention_mask"), inputs.get("position_ids")
     batch, new = tokens.shape[:2]
     seen = cache.get_seq_length()
@@ -737,13 +735,13 @@ def _announce(
     inputs = {**inputs, "eviction_layers": cache.attended}
     if cache.plain:
         inputs["attention_mask"] = adapter.unread_mask(tokens.device)
-    elif position_ids is None:  # Bamba begins every step at 0 if it is not told
+    elif position_ids is None:  # else Bamba begins every step at 0
         inputs["position_ids"] = torch.arange(seen, seen + new, device=tokens.device)[None]
     return (), inputs
 
 
 def _overhear(around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a model around the decoder, which makes the decoder's mask itself."""
+    """Forward pre-hook of a model around the decoder, to read its mask before it is expanded."""
     cache = _among((*kwargs.values(), *args))
     if cache is None:
         return
@@ -757,7 +755,7 @@ def _overhear(around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _conclude(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    """Forward hook, for policies that read a prompt twice, and models with other layers."""
+    """Forward hook for policies with a second pass, and models with layers that do not evict."""
     cache = _among(kwargs.values())
     if cache is not None:
         cache.end_step(decoder, adapter.step_tokens(kwargs))

@@ -1,19 +1,17 @@
-"""Compiled decoding: a token's way through the decoder as one graph, whatever the cache holds.
+"""Compiled decoding: the decoder's forward pass of one token as one graph, for any cache content.
 
-The graph sees none of what changes from step to step but in tensors: it writes and reads the
-buffers of each layer where `bounds` says, which lies on the device
-(:func:`buzz.kernels.step`). Lengths, room and eviction stay with the cache, between two runs of
-the graph. So one graph serves every step, eviction, prompt and sample; on CUDA it is captured
-(`mode="reduce-overhead"`) and replayed.
+All that changes from step to step is in tensors: the graph reads and writes each layer's buffers
+between the slots of `bounds`, a tensor on the device (:func:`buzz.kernels.step`). The cache evicts
+between two runs of the graph. So one graph serves all steps, prompts and samples; on CUDA it is
+captured (`mode="reduce-overhead"`) and replayed.
 
-A capture holds addresses and sizes. Evictions run between two replays, on the same stream, and move
-entries within the buffers that were captured: what they change is numbers, bounds among them. It is
-recorded anew when a layer takes other buffers: with a cache that grows, with a new cache, and with
-the first eviction of a prompt, unless :meth:`EvictionCache.reset` left buffers that fit, whose
-capacities are few (:func:`buzz.store.with_spare`). A method that comes to hold as much of every
-long prompt takes buffers for that at once. So one cache that is reset between samples of one budget
-records with the first of them alone; runs do so. Layers that do not evict keep what they hold
-outside of any graph: models that have them are refused.
+A capture contains addresses and sizes of buffers. Evictions run between two replays, on the same
+stream, and move entries within these buffers. The graph is captured again when a layer takes other
+buffers: when a cache grows, with a new cache, and at the first eviction of a prompt unless
+:meth:`EvictionCache.reset` left buffers that fit. Buffers come in few capacities
+(:func:`buzz.store.with_spare`), and a method of constant length takes one of that size at once. So
+a cache that is reset between samples of one budget captures during the first sample only; runs do
+so. Models with layers that do not evict are refused, as their caches would be outside of the graph.
 """
 
 from __future__ import annotations
@@ -42,25 +40,25 @@ if TYPE_CHECKING:
 
 BACKEND = "inductor"
 MANY = (
-    "decoding goes on without a graph: torch.compile made {} for this model, and makes no more for"
-    " other batch sizes, modes and options of the cache; raise torch._dynamo.config.recompile_limit"
+    "decoding goes on without a graph: torch.compile made {} graphs for this model, its limit, and"
+    " each batch size, mode and cache option takes one; raise torch._dynamo.config.recompile_limit"
 )
-TORCH = "2.13"  # 2.6 cannot capture the model's forward pass; those between were not tried
+TORCH = "2.13"  # 2.6 cannot capture the model's forward pass; versions between were not tried
 
 _replays: weakref.WeakKeyDictionary[nn.Module, Replay] = weakref.WeakKeyDictionary()
 
 
 def check_policy(policy: Policy) -> None:
-    """Refuses a method that no graph can serve.
+    """Refuses a method that cannot be compiled.
 
     Raises:
         ConfigError: it reads queries, lets scores decay, or differs from layer to layer; or torch
-            is older than what this was tested with.
+            is older than the oldest tested version.
     """
     if not tested():
         raise _refusal(f"torch {torch.__version__} is older than {TORCH}, the oldest it ran with")
     if policy.queries or policy.decay != 1 or policy.moments_from is not None:
-        raise _refusal(f"{policy.name} needs more of a step than what its entries receive")
+        raise _refusal(f"{policy.name} reads more of a step than attention sums")
     if type(policy).for_layer is not Policy.for_layer and policy.for_layer(0, 2) != policy:
         raise _refusal(f"{policy.name} has a budget for each layer")
 
@@ -71,10 +69,10 @@ def tested() -> bool:
 
 
 def check_model(model: nn.Module, layers: Sequence[Any], plain: bool) -> None:
-    """Refuses a model that no graph can serve.
+    """Refuses a model that cannot be compiled.
 
     Args:
-        plain: whether its layers hold nothing but entries that may be evicted.
+        plain: whether all of its layers evict and have no other states.
 
     Raises:
         ConfigError: layers that do not evict; frequencies that change; several devices.
@@ -94,13 +92,13 @@ def _refusal(what: str) -> ConfigError:
 
 
 class ReplayLayer(adapter.SelfAttending):
-    """One layer's buffers, as the graph sees them.
+    """One layer's buffers, as inputs of the graph.
 
     Attributes:
         keys, values, positions: of the layer's store.
-        scores: where what entries receive goes; None if nobody reads it.
+        scores: buffer for the attention to each entry; None if it is not read.
         bounds: int64 [3, batch], see :func:`buzz.kernels.step`; the same for all layers.
-        adds: whether scores grow or are of this step alone.
+        adds: whether `scores` are sums over steps, and not of this step alone.
         logn_base, logn_clamp: as of the cache.
     """
 
@@ -122,10 +120,10 @@ class ReplayLayer(adapter.SelfAttending):
         s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """A token's output, its entry appended on the way.
+        """Appends a token's entry, and attends.
 
         Args:
-            attention: what would attend otherwise.
+            attention: not used.
             query: [batch, heads, 1, head_dim].
             s_aux: sinks of each head, see :func:`buzz.kernels.scored_prefill`.
 
@@ -156,7 +154,7 @@ class ReplayLayer(adapter.SelfAttending):
         ).transpose(1, 2)
 
     def follow(self, layer: EvictionLayer, bounds: Tensor) -> None:
-        """Point to the buffers of a layer of the cache whose turn it is."""
+        """Takes the buffers of a layer of the cache that is decoded now."""
         store = layer.store
         assert store is not None
         policy = layer.policy
@@ -178,11 +176,11 @@ class ReplayLayer(adapter.SelfAttending):
 
 
 class Replay:
-    """A decoder's graph, and what it reads; shared by all caches of the model.
+    """A decoder's graph and its inputs; shared by all caches of the model.
 
     Args:
         decoder: the model's.
-        layers: how many it has.
+        layers: their number.
     """
 
     def __init__(self, decoder: nn.Module, layers: int) -> None:
@@ -193,7 +191,7 @@ class Replay:
         self._known: list[list[int]] = []
         options: dict[str, Any] = {"fullgraph": True, "backend": BACKEND}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            options["isolate_recompiles"] = True  # other models' graphs do not count here
+            options["isolate_recompiles"] = True  # so that other models' graphs do not count
         if next(decoder.parameters()).is_cuda:
             options["mode"] = "reduce-overhead"
         self._graph: Callable[..., Any] = torch.compile(type(decoder).forward, **options)
@@ -201,11 +199,11 @@ class Replay:
     def __call__(
         self, decoder: nn.Module, layers: Sequence[EvictionLayer], inputs: dict[str, Any]
     ) -> Any | None:
-        """The decoder's output for one token of each row; None if it takes one graph too many.
+        """The decoder's output for one token of each row; None if there are too many graphs.
 
         Args:
-            layers: those of the cache whose turn it is.
-            inputs: what the decoder was given.
+            layers: of the cache that is decoded now.
+            inputs: the decoder's.
         """
         first = layers[0]
         for layer in layers:
@@ -239,7 +237,7 @@ class Replay:
         if adapter.CACHE_ARGUMENT in output:
             output[adapter.CACHE_ARGUMENT] = cache
         hidden = output[0]
-        if hidden.is_cuda:  # the next replay writes where this one did
+        if hidden.is_cuda:  # the next replay overwrites it
             hidden = hidden.clone()
         for wrong in layers[-1].faults.values():
             hidden = hidden.masked_fill(wrong.to(hidden.device), math.nan)
@@ -247,11 +245,11 @@ class Replay:
         return output
 
     def _point(self, now: list[list[int]], device: torch.device) -> Tensor:
-        """Bounds on the device: steps count them up where they lie, and send nothing."""
+        """Bounds on the device, where they are incremented, so that steps transfer nothing."""
         bounds, known = self._bounds, self._known
         self._known = now
         if bounds is None or bounds.device != device or len(known[0]) != len(now[0]):
-            with writable():  # all caches of the model share them, in whatever mode they run
+            with writable():  # shared by all caches of the model, with inference mode or without
                 self._bounds = torch.tensor(now, device=device)
             _mark(self._bounds)
             return self._bounds
@@ -272,14 +270,14 @@ class Replay:
 
 
 def replay_of(decoder: nn.Module, layers: int) -> Replay:
-    """The one of this decoder."""
+    """The decoder's graph."""
     if decoder not in _replays:
         _replays[decoder] = Replay(decoder, layers)
     return _replays[decoder]
 
 
 def _mark(tensor: Tensor) -> None:
-    """A buffer that stays where it is, of a capacity that no graph is made for."""
+    """Marks a buffer: its address is static, its capacity is dynamic."""
     if tensor.ndim > 2:
         torch._dynamo.maybe_mark_dynamic(tensor, 2)
     torch._dynamo.mark_static_address(tensor)

@@ -1,9 +1,10 @@
-"""What a method may look at when it judges: lazy views of what one layer holds."""
+"""What a method reads to score entries: lazy views of one layer's cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,25 +22,25 @@ Rows = slice | Tensor  # an index into the batch
 
 
 class SeveralLayers(Exception):
-    """A method asks which layer this is, and it is several: it must look at each by itself."""
+    """The method asks for the layer, and the rows are of several: score each layer by itself."""
 
 
 class Entries:
-    """The entries of rows that hold equally many in one layer, just before an eviction.
+    """The entries of one layer, for rows of equal cache length, just before an eviction.
 
-    Nothing is gathered or computed before it is asked for. What a policy has to declare, because it
-    costs something, raises a ConfigError if it did not.
+    Nothing is computed before it is read. Properties that cost memory or time must be declared by
+    the policy; reading one that is not declared raises a ConfigError.
 
     Attributes:
-        held: entries of a row.
-        seen: tokens of a row so far; int64 [rows, 1, 1] where rows differ in it.
+        cache_length: entries of a row.
+        seen: tokens of a row so far; int64 [rows, 1, 1] where rows differ.
     """
 
     def __init__(
         self,
         store: Store,
         rows: Rows,
-        held: int,
+        cache_length: int,
         seen: Any,
         *,
         received: Tensor | None = None,
@@ -51,19 +52,21 @@ class Entries:
         layer: Any = 0,
         module: nn.Module | None = None,
     ) -> None:
-        """Of `rows` of the layer's `store`.
-
+        """
         Args:
+            store: the layer's.
+            rows: which of the batch.
+            received: attention sums.
             log: the layer's queries.
-            uncut: tokens that came since the last eviction.
-            rotation: what the model rotates queries by; None: the policy does not ask.
+            uncut: tokens since the last eviction.
+            rotation: the model's RoPE; None if the policy does not declare that it reads it.
             position: of the next token.
-            origin: of the first entry at cache positions, else of the row's first token.
-            layer: its index; int64 [rows, 1, 1] if the rows are of several.
-            module: the layer's; None if they are of several.
+            origin: position of the first entry at cache positions, else of the row's first token.
+            layer: its index; int64 [rows, 1, 1] if the rows are of several layers.
+            module: its attention module; None if the rows are of several layers.
         """
         self._received = received
-        self.held = held
+        self.cache_length = cache_length
         self.seen = seen
         self._layer = layer
         self._store = store
@@ -84,25 +87,29 @@ class Entries:
 
     @property
     def layers(self) -> Any:
-        """The index of each row's layer: an int, or int64 [rows, 1, 1] of rows of several layers.
+        """The index of each row's layer: an int, or int64 [rows, 1, 1] for rows of several layers.
 
-        Where it is numbers to compute with, this spares a look at each layer by itself.
+        A method that computes with it scores several layers in one call, unlike with :attr:`layer`.
         """
         return self._layer
 
     @property
-    def received(self) -> Tensor:
-        """Attention received, by the policy's `score_rule`; of those that declare `needs_scores`.
+    def attention_sums(self) -> Tensor:
+        """Attention that each entry has received, summed by the policy's `score_rule`.
 
-        float32 [rows, kv_heads, held].
+        float32 [rows, kv_heads, cache_length]; to be declared by `needs_scores`.
         """
         if self._received is None:
-            raise _undeclared("received", "needs_scores = True")
+            raise _undeclared("attention_sums", "needs_scores = True")
         return self._received
+
+    # Names of version 0.2.
+    received = attention_sums
+    held = property(attrgetter("cache_length"))
 
     @cached_property
     def keys(self) -> Tensor:
-        """[rows, kv_heads, held, head_dim], rotated as the step's queries attended them.
+        """[rows, kv_heads, cache_length, head_dim], rotated as the step's queries attended them.
 
         Those of int8 widened to float32, as :attr:`values`.
         """
@@ -110,20 +117,20 @@ class Entries:
 
     @cached_property
     def values(self) -> Tensor:
-        """[rows, kv_heads, held, head_dim]."""
+        """[rows, kv_heads, cache_length, head_dim]."""
         return kernels.widened(self._view(self._store.values))
 
     @property
     def positions(self) -> Tensor:
-        """True token indices in their own row, int32 [rows, kv_heads, held]."""
+        """True token indices in their own row, int32 [rows, kv_heads, cache_length]."""
         return self._view(self._store.positions)
 
     @property
     def queries(self) -> Tensor:
         """The last queries, times the scale of the logits: logits are `queries @ keys.mT`.
 
-        float32 [rows, heads, w, head_dim], w up to the policy's `queries`; fewer where an earlier
-        eviction has moved the entries that the older ones attended.
+        float32 [rows, heads, w, head_dim]. w is the policy's `queries`, or the number of tokens
+        since the last eviction if that is smaller: eviction moves the keys of earlier queries.
         """
         if self._log is None or self._log.latest is None:
             raise _undeclared("queries", "a property `queries` of how many to keep")
@@ -134,16 +141,16 @@ class Entries:
     def moments(self) -> Moments:
         """Mean and covariance of the queries from the policy's `moments_from` on.
 
-        Times the scale of the logits, and before any rotation: see :meth:`ahead`.
+        Of queries before RoPE, times the scale of the logits: see :meth:`ahead`.
         """
         if self._log is None or self._log.moments is None:
             raise _undeclared("moments", "a property `moments_from` of the first that counts")
         return self._log.moments.select_rows(self._rows)
 
     def ahead(self, vectors: Tensor, steps: Sequence[int]) -> Tensor:
-        """Vectors [..., head_dim] on average over the positions of tokens to come; 0: the next one.
+        """Mean of vectors [..., head_dim] after RoPE at future positions; step 0 is the next token.
 
-        The rotation is linear, so its mean over positions is one too.
+        RoPE is linear, so it is the mean rotation that is applied.
         """
         rotation = self._declared_rotation
         to = on(vectors.device, steps) + self._position
@@ -153,10 +160,10 @@ class Entries:
 
     @property
     def keys_from_zero(self) -> Tensor:
-        """As :attr:`keys`, but float32, and turned back together by the first one's position.
+        """:attr:`keys` in float32, rotated together so that the first position is 0.
 
-        At cache positions that is the thinned cache's beginning, else the text's: for methods that
-        look at more of keys than how they lie to each other.
+        That is the first entry's position at cache positions, and else the text's beginning. For
+        methods whose scores depend on absolute positions.
         """
         keys, rotation = self.keys.float(), self._declared_rotation
         if not self._origin:
@@ -167,14 +174,14 @@ class Entries:
 
     @property
     def unrotated(self) -> Tensor:
-        """As :attr:`keys`, but float32 and before any rotation; only while nothing has left yet."""
+        """:attr:`keys` in float32, before RoPE; valid at the first eviction only."""
         keys, rotation = self.keys.float(), self._declared_rotation
-        index = torch.arange(self.held, device=keys.device)
+        index = torch.arange(self.cache_length, device=keys.device)
         at = index + self._origin
         return rotation.rotate(keys, rotation.turn(torch.zeros_like(at), at, index))
 
     def sizes(self, vectors: Tensor) -> Tensor:
-        """L2 norm of each pair of numbers that the model rotates together: [..., R / 2]."""
+        """L2 norm of each pair of dimensions that RoPE rotates together: [..., R / 2]."""
         return self._declared_rotation.sizes(vectors)
 
     @property
@@ -185,7 +192,7 @@ class Entries:
 
     @property
     def output_projection(self) -> Tensor:
-        """What the layer's W_o does to each head's output: [heads, head_dim, hidden]."""
+        """The layer's output projection W_o, by query head: [heads, head_dim, hidden]."""
         if not isinstance(self._layer, int):
             raise SeveralLayers
         weight = adapter.output_projection(self._module)
@@ -193,7 +200,7 @@ class Entries:
 
     def _view(self, tensor: Tensor) -> Tensor:
         end = self._store.end
-        return tensor[self._rows, :, end - self.held : end]
+        return tensor[self._rows, :, end - self.cache_length : end]
 
 
 def _undeclared(name: str, declaration: str) -> ConfigError:
@@ -202,13 +209,13 @@ def _undeclared(name: str, declaration: str) -> ConfigError:
 
 
 def projected_norms(entries: Entries) -> Tensor:
-    """L1 norm of each value behind its query heads' part of W_o, the mean of the group.
+    """L1 norm of each value after W_o, averaged over the query heads of its group.
 
     Formula: CriticalKV, arXiv 2502.03805. One query head at a time: the largest intermediate is
-    [rows, held, hidden].
+    [rows, cache_length, hidden].
 
     Returns:
-        float32 [rows, kv_heads, held].
+        float32 [rows, kv_heads, cache_length].
     """
     projection, values = entries.output_projection.float(), entries.values.float()
     group = projection.shape[0] // values.shape[1]
@@ -219,13 +226,14 @@ def projected_norms(entries: Entries) -> Tensor:
 
 
 def observed_attention(entries: Entries, window: int, kernel: int) -> Tensor:
-    """Attention that the last `window` queries give to all older entries, pooled over neighbours.
+    """Attention of the last `window` queries to all older entries, max-pooled over neighbours.
 
-    As SnapKV observes, in the form of R-KV's authors (`rkv/compression/snapkv.py`): the query heads
-    of a group judge by the highest of their logits, and the window's entries take no share.
+    SnapKV's observation window in the form of R-KV's authors (`rkv/compression/snapkv.py`): the
+    logits of a group are the maximum over its query heads, and the softmax leaves out the window's
+    own entries.
 
     Returns:
-        float32 [rows, kv_heads, held]; infinite for the last `window` entries.
+        float32 [rows, kv_heads, cache_length]; infinite for the last `window` entries.
     """
     keys = entries.keys[:, :, :-window].float()
     grouped = entries.queries.unflatten(1, (keys.shape[1], -1))
@@ -235,10 +243,10 @@ def observed_attention(entries: Entries, window: int, kernel: int) -> Tensor:
 
 
 def key_difference(entries: Entries) -> Tensor:
-    """Minus the cosine of each key to the mean direction of all. Formula: KeyDiff, 2504.15364.
+    """Minus the cosine of each key to the mean of all normalised keys (KeyDiff, arXiv 2504.15364).
 
     Returns:
-        float32 [rows, kv_heads, held].
+        float32 [rows, kv_heads, cache_length].
     """
     keys = entries.keys.float()
     return -cosine_similarity(keys, normalize(keys, dim=-1).mean(2, keepdim=True), dim=-1)

@@ -1,7 +1,7 @@
-"""What leaves a layer: how many entries stay, which ones, and their move to where they go on.
+"""Eviction from one layer: how many entries stay, which ones, and moving them.
 
-Two ways to count: an *entry's* number is its place among those that its row holds, from 0; a *slot*
-is a place in the store's buffers. A row's first entry lies in slot `store.end - held`.
+An *entry's index* counts a row's entries from 0; a *slot* is an index into the store's buffers. A
+row's entry 0 is in slot `store.end - held`.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from buzz.policy import Policy
 from buzz.rope import Rope
 from buzz.store import Store, with_spare
 
-Lengths = tuple[int, Any]  # entries held, and the policy's state
+Lengths = tuple[int, Any]  # cache length, and the policy's state
 
 
 @dataclass
 class Group:
-    """Rows of a batch that evict in step for ever, because their prompts are equally long.
+    """Rows of a batch with equally long prompts, which therefore always evict together.
 
     Attributes:
         rows: their indices in the batch.
         padding: padding tokens before their first token.
         first_position: the position that the model gave to their first token.
         seen: tokens of a row so far, without padding.
-        held: entries that a row holds.
-        state: what the policy remembers of earlier steps, see :meth:`Policy.survivors`.
+        held: cache length of a row.
+        state: the policy's state, see :meth:`Policy.next_length`.
         evictions: evictions so far.
-        cut: tokens that had been seen at the last of them.
-        source: keys [rows, kv_heads, residents, head_dim] of the leading entries as they were
-            before they first moved, where turning them again and again would add up errors.
-        source_positions: int64 [rows, kv_heads, residents], the positions `source` is rotated to;
-            counted with padding, where only differences matter.
-        joint: all rows that by now hold and keep equally much: one launch serves them. It has the
-            `source` of its groups and the padding of each of its rows, and counts it as seen.
+        cut: tokens that had been seen at the last eviction.
+        source: original keys [rows, kv_heads, pinned, head_dim] of the leading entries, kept where
+            the rounding errors of repeated rotations would add up.
+        source_positions: int64 [rows, kv_heads, pinned], the positions that `source` is rotated to;
+            padding is counted where only differences matter.
+        joint: a group of all rows that now have equal lengths, so that one kernel launch serves
+            them. It has the `source` of its groups; the padding of each row counts as seen.
+        paddings: of a joint group, the padding of each row.
     """
 
     rows: list[int]
@@ -59,7 +60,7 @@ class Group:
     paddings: list[int] | None = None
 
     def apart(self) -> Group:
-        """A copy that shares nothing with a joint group."""
+        """A copy that is independent of a joint group."""
         alone = replace(self, rows=list(self.rows), joint=None)
         joint = self.joint
         if joint is not None and joint.source is not None and joint.source_positions is not None:
@@ -68,7 +69,7 @@ class Group:
         return alone
 
     def select_rows(self, origin: Sequence[int], device: torch.device) -> None:
-        """Row i of the batch is now what row `origin[i]` was; of its rows some may be left."""
+        """Makes row i of the batch what row `origin[i]` was; rows may be dropped or repeated."""
         place = {row: number for number, row in enumerate(self.rows)}
         self.rows = [row for row, old in enumerate(origin) if old in place]
         if self.source is not None and self.source_positions is not None:
@@ -81,9 +82,9 @@ class Group:
 
 
 def plan(policy: Policy, groups: Sequence[Group]) -> list[Lengths] | None:
-    """What the length recurrence says of each group; None when nothing happens to any."""
+    """The next lengths of each group; None if no length or state changes."""
     now = [(group.held, group.state) for group in groups]
-    after = [policy.survivors(*lengths) for lengths in now]
+    after = [policy.next_length(*lengths) for lengths in now]
     return None if after == now else after
 
 
@@ -97,17 +98,18 @@ def evict(
     score: Callable[[Group, Rows], Tensor | None],
     later: list[kernels.Move] | None = None,
 ) -> tuple[Store, Store | None]:
-    """Thin every group to what `after` says.
+    """Evict entries from every group.
 
     Args:
-        idle: buffers that may be used again.
-        after: what :func:`plan` returned.
-        rope: how the layer rotates its keys.
-        score: what the policy ranks the entries of a group by, in these rows of the store.
-        later: takes moves that may wait, so that those of several caches are one call.
+        idle: buffers that may be reused.
+        after: next lengths of each group, from :func:`plan`.
+        rope: the layer's RoPE.
+        score: returns the policy's scores of a group, given its rows of the store.
+        later: list that takes the moves, so that those of several caches are made in one call;
+            None: moves are made at once.
 
     Returns:
-        The store that holds what stays, and the buffers that are idle still.
+        The store of the entries that stay, and buffers that are still idle.
     """
     longest = max([kept for kept, _ in after])
     target = store
@@ -121,11 +123,11 @@ def evict(
         target.end, idle = longest, None
     every = list(range(store.keys.shape[0]))
     for members, (kept, state) in _alike(groups, after, policy, rope):
-        # Of what is whole, the policy may still have re-labelled its history.
+        # If nothing is evicted, the state may still have changed.
         if kept < members[0].held or target is not store:
             group = _joined(members)
             rows: Rows = slice(None) if group.rows == every else on(store.device, group.rows)
-            tail = min(policy.protected, kept)
+            tail = min(policy.num_recent, kept)
             if kept < group.held:
                 scores = score(group, rows)
                 with _default(store.device):
@@ -137,7 +139,7 @@ def evict(
             else:
                 chosen = torch.arange(kept - tail, device=store.device)
             chosen = chosen.expand(len(group.rows), store.keys.shape[1], kept - tail)
-            _move(store, target, group, rows, chosen, tail, policy.resident, rope, later)
+            _move(store, target, group, rows, chosen, tail, policy.num_pinned, rope, later)
         for member in members:
             member.held, member.state = kept, state
     return target, idle
@@ -146,16 +148,16 @@ def evict(
 def _alike(
     groups: Sequence[Group], after: Sequence[Lengths], policy: Policy, rope: Rope
 ) -> list[tuple[list[Group], Lengths]]:
-    """Groups that are thinned alike, together: held and kept, and what is remembered of them.
+    """Groups of equal lengths before and after the eviction, together with these lengths.
 
-    Each by itself where a row's own positions count.
+    Each group is by itself if scores or rotations depend on a row's own positions.
     """
     found: list[tuple[Any, list[Group], Lengths]] = []
     own_positions = policy.needs_rotation or not rope.static
     for group, lengths in zip(groups, after, strict=True):
         source = (group.joint or group).source
-        residents = None if source is None else source.shape[2]
-        kind = lengths, group.held, group.state, group.seen - group.cut, residents
+        pinned = None if source is None else source.shape[2]
+        kind = lengths, group.held, group.state, group.seen - group.cut, pinned
         same = [] if own_positions else [known for known in found if known[0] == kind]
         if same:
             same[0][1].append(group)
@@ -165,7 +167,7 @@ def _alike(
 
 
 def _joined(members: list[Group]) -> Group:
-    """One group of all their rows, in the batch's order."""
+    """One group of all members' rows, in the batch's order."""
     first, *others = members
     if not others and first.joint is None:
         return first
@@ -192,7 +194,7 @@ def _joined(members: list[Group]) -> Group:
 
 
 def _default(device: torch.device) -> AbstractContextManager[Any]:
-    """Tensors of a policy are made where the entries are, and not sent there step by step."""
+    """Makes the device of the entries the default, so that policies' tensors need no transfer."""
     return nullcontext() if device.type == "cpu" else device
 
 
@@ -203,21 +205,21 @@ def _move(
     rows: Rows,
     chosen: Tensor,
     tail: int,
-    residents: int,
+    pinned: int,
     rope: Rope,
     later: list[kernels.Move] | None,
 ) -> None:
-    """Move what a group keeps to the end of `target`, its keys rotated to their new positions.
+    """Moves the entries that stay to the end of `target`, with keys rotated to their new positions.
 
     Args:
         rows: the group's, as an index into the batch.
-        chosen: int64 [rows, kv_heads, older], entries that stay of those before the tail.
-        tail: last entries, which stay where they are.
-        residents: how many leading entries the policy keeps for long.
+        chosen: int64 [rows, kv_heads, older], the entries that stay, of those before the tail.
+        tail: last entries, which are not moved.
+        pinned: leading entries that may stay for long, see :attr:`Policy.num_pinned`.
     """
     kept = chosen.shape[-1] + tail
     if kept == tail and target is store:
-        return  # what is left stays where it is
+        return  # only the tail stays
     first = store.end - group.held  # slot of the group's first entry
     to = target.end - kept
     dropped = group.held - kept
@@ -225,7 +227,7 @@ def _move(
     if rope.module is not None and not rope.static:
         anew = _turned_anew(store, group, rows, chosen, kept, rope)
     elif rope.module is not None and store.keys.dtype in (torch.float16, torch.bfloat16):
-        leading = _residents(store, group, rows, chosen[..., :residents], kept, rope)
+        leading = _pinned(store, group, rows, chosen[..., :pinned], kept, rope)
     turns = rope.table(dropped + 1, store.device) if dropped and rope.static else None
     sources = store.tensors()
     targets = sources if target is store else target.tensors()
@@ -252,14 +254,14 @@ def _move(
             destination[rows, :, target.end - tail : target.end] = recent
 
 
-def _residents(
+def _pinned(
     store: Store, group: Group, rows: Rows, chosen: Tensor, kept: int, rope: Rope
 ) -> kernels.Leading | None:
-    """Keys of half precision that must not be turned step by step: rounding errors would add up.
+    """Original keys in half precision, rotated from there, so that rounding errors do not add up.
 
     Args:
-        chosen: int64 [rows, kv_heads, residents], the leading entries that stay for long.
-        kept: all that stay.
+        chosen: int64 [rows, kv_heads, pinned], the leading entries.
+        kept: number of entries that stay.
     """
     if not chosen.shape[-1]:
         return None
@@ -273,14 +275,14 @@ def _residents(
 def _turned_anew(
     store: Store, group: Group, rows: Rows, chosen: Tensor, kept: int, rope: Rope
 ) -> Tensor | None:
-    """All keys where frequencies change, because turns do not add up then.
+    """All moved keys, rotated from the original ones, for RoPE whose frequencies change.
 
     Args:
-        chosen: int64 [rows, kv_heads, older], entries that stay.
-        kept: with those that do not move.
+        chosen: int64 [rows, kv_heads, older], entries that stay and are moved.
+        kept: number of entries that stay, moved or not.
 
     Returns:
-        [rows, kv_heads, older, head_dim], or None if there are none.
+        [rows, kv_heads, older, head_dim], or None if none is moved.
     """
     older = chosen.shape[-1]
     if not older:
@@ -295,7 +297,7 @@ def _turned_anew(
 
 
 def _remember(store: Store, group: Group, rows: Rows, chosen: Tensor, origin: int) -> None:
-    """Keep the keys of `chosen` as they came; `origin` is the position of a row's first token."""
+    """Stores the original keys of `chosen`; `origin` is the position of a row's first token."""
     known = None
     if group.source is not None and group.source_positions is not None:
         known = group.source, group.source_positions

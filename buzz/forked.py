@@ -1,11 +1,11 @@
-"""Several methods on the same prompts: one prefill, then a row for each method on each prompt.
+"""Several methods on the same prompts: a shared prefill, then one row for each method and prompt.
 
-No method evicts before a prompt is attended in full, so what a model computes for a prompt is the
-same for all of them, and so are its keys and values: they are computed once and shared until an
-eviction moves what it keeps. From then on every method is a row of one batch: the linear layers run
-once for all rows, and attention reads what each row's method kept; a token's in one call for all
-rows, where :mod:`buzz.kernels` can. What does not evict (windows, chunks, recurrent states) stays
-in transformers' own layers: one cache of them, of a row for each prompt and later for each method.
+No method evicts before the prompt is complete. So its keys and values are the same for all methods:
+they are computed once, and shared until an eviction moves the entries that stay. After the prompt,
+every method is a row of one batch. The linear layers run once for all rows, and attention reads
+each row's own entries, in one kernel call for all rows where :mod:`buzz.kernels` can. Layers that
+do not evict (windows, chunks, recurrent states) are transformers' own: one cache with a row for
+each prompt, and later for each method.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from buzz.store import Store, with_spare
 
 @dataclass
 class Rows:
-    """Which rows a step has.
+    """The rows of a step.
 
     Attributes:
         prompts: of each fork, the index of its prompt.
         padding: of each prompt.
         forked: whether a step has a row for each fork, and not for each prompt.
-        in_one_call: whether one kernel serves the step's token of all of them, in each layer.
-        stacks: what holds the forks' entries while they decode token by token.
-        seats: of each layer that evicts, by its index: for each fork its stack, and where in that.
-        listening: the forks whose policies ask for queries.
-        reserved: by fork and kind of layer, where those to come evict their prompt to.
+        in_one_call: whether each layer attends the step's tokens in one kernel call.
+        stacks: hold the forks' entries while they decode token by token.
+        seats: by index of a layer that evicts: for each fork its stack, and the row in it.
+        listening: the forks whose policies read queries.
+        reserved: by fork and kind of layer, buffers that the prompt's entries are evicted to.
     """
 
     prompts: list[int]
@@ -63,7 +63,7 @@ class Rows:
         return self.prompts if self.forked else list(range(len(self.padding)))
 
     def stack(self, forks: Sequence[EvictionCache]) -> None:
-        """Join each fork's layers that hold alike, unless they are."""
+        """Stacks the layers of each fork that have equal lengths, if they are not stacked yet."""
         if self.stacks:
             return
         self.listening = [
@@ -83,7 +83,7 @@ class Rows:
                     self.seats.setdefault(index, []).append((stack, number))
 
     def reserve(self, row: int, fork: EvictionCache, layer: EvictionLayer) -> None:
-        """Have a fork's layer evict its prompt to a row of what it will be stacked in."""
+        """Makes a fork's layer evict its prompt to a row of the stack that it will be in."""
         after, store, policy = layer._plan(), layer.store, layer.policy
         assert store is not None
         if after is None or after[0][0] == layer.longest or layer.idle is not None:
@@ -100,27 +100,27 @@ class Rows:
         layer.idle = places.pop(0)
 
     def part(self) -> None:
-        """Have every layer go on by itself."""
+        """Separates the layers of all stacks."""
         for stack in self.stacks:
             stack.part()
         self.stacks, self.seats = [], {}
 
 
 def kind_of(layer: EvictionLayer) -> Any:
-    """What layers of one stack have in common."""
+    """A key that is equal for layers that can be in one stack."""
     store = layer.store
     shapes = None if store is None else (store.keys.shape[1::2], store.values.shape[3])
     return layer.policy, id(layer.rope), id(layer.rotation), shapes
 
 
 class Stack(EvictionLayer):
-    """Layers of one fork as rows of one, so that a token's evictions in all of them are one.
+    """Layers of one fork as rows of one layer, so that one call evicts from all of them.
 
-    A policy's lengths come from lengths alone, so they hold equally many entries at any time. The
-    layers go on telling what they hold, in views of these buffers.
+    Lengths depend on lengths alone, so layers of one policy always have equal lengths. The layers
+    stay usable: they have views of the stack's buffers.
 
     Args:
-        layers: of one fork, under one policy, which rotate alike.
+        layers: of one fork, with equal policies and rotations.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -142,29 +142,29 @@ class Stack(EvictionLayer):
         self.store = Store.joined([layer.store for layer in layers], group.held)
         self.told = each[0]  # the group of every layer
         self.lent: list[Tensor] = []  # the buffers that the layers have views of
-        self.sees_layers = False  # whether the policy asks which layer it looks at
-        self.places: list[tuple[int, ...]] = []  # of a token, by layer: see `kernels.step_rows`
-        self.queries: list[Tensor] = []  # of a token, from the layers that it has passed
+        self.sees_layers = False  # whether the policy reads the index of a single layer
+        self.places: list[tuple[int, ...]] = []  # by layer, for `kernels.step_rows`
+        self.queries: list[Tensor] = []  # of the current token, from the layers so far
         for layer in layers:
             layer.groups, layer.idle = [self.told], None
         self.tell()
 
     def begin(self) -> None:
-        """Make room for a token, and say where it goes in each layer."""
+        """Makes room for a token, and computes its place in each layer."""
         self.make_room()
         store, group = self.store, self.groups[0]
         assert store is not None
         if store.keys is not self.lent[0]:
             self.tell()  # the layers' views of old buffers need not outlive this
-        self.received, self.queries = self.scores_of_step(), []
+        self.step_scores, self.queries = self.scores_of_step(), []
         bounds = store.end - group.held, store.end + 1, group.seen
         rest = (
             store.capacity,
             *bounds,
-            self.received is store.scores,
+            self.step_scores is store.scores,
             store.keys.dtype == torch.int8,
         )
-        buffers = store.keys, store.values, store.positions, self.received
+        buffers = store.keys, store.values, store.positions, self.step_scores
         at = [0 if one is None else one.data_ptr() for one in buffers]
         step = [0 if one is None else one.stride(0) * one.element_size() for one in buffers]
         self.places = [
@@ -173,16 +173,18 @@ class Stack(EvictionLayer):
         ]
 
     def hear(self, query: Tensor, scale: float) -> None:
-        """Take a layer's query of the token, [1, heads, 1, head_dim]."""
+        """Takes a layer's query of the token, [1, heads, 1, head_dim]."""
         self.queries.append(query.float() * scale)
 
     def end(self, moves: list[kernels.Move]) -> None:
-        """Count the token, and evict; moves of entries are left to the caller."""
-        self.take_in(self.received, torch.cat(self.queries) if self.queries else None, 1.0, moves)
+        """Counts the token, and evicts; the caller makes the moves of entries."""
+        self.take_in(
+            self.step_scores, torch.cat(self.queries) if self.queries else None, 1.0, moves
+        )
         self.tell()
 
     def tell(self) -> None:
-        """Let the layers tell what they hold."""
+        """Updates the layers' lengths and their views of the buffers."""
         store, group, told = self.store, self.groups[0], self.told
         assert store is not None
         told.seen, told.held, told.state = group.seen, group.held, group.state
@@ -204,7 +206,7 @@ class Stack(EvictionLayer):
             told.source, told.source_positions = group.source[first], group.source_positions[first]
 
     def part(self) -> None:
-        """Have the layers go on by themselves."""
+        """Separates the layers."""
         (group,) = self.groups
         for number, layer in enumerate(self.layers):
             own = slice(number, number + 1)
@@ -222,7 +224,7 @@ class Stack(EvictionLayer):
         found = self._of_layers(scores, start, group, rows)
         if found is None or self.layers[0].council is None:
             return found
-        return found.flatten(0, 1)[None]  # as if all heads were of one layer
+        return found.flatten(0, 1)[None]  # all heads choose together
 
     def _of_layers(
         self, scores: Tensor | None, start: int, group: Group, rows: slice | Tensor
@@ -248,7 +250,7 @@ class ForkedLayer(SelfAttending):
     Args:
         forks: their caches.
         index: the layer's.
-        rows: which of them a step has, of all layers.
+        rows: of a step; shared by all layers.
         seen: tokens so far, padding included.
     """
 
@@ -274,7 +276,7 @@ class ForkedLayer(SelfAttending):
         return len(self.rows.of_step())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, self.cumulative_length  # of a mask that nobody reads
+        return query_length, self.cumulative_length  # of a mask that is not read
 
     def attend(
         self,
@@ -284,7 +286,7 @@ class ForkedLayer(SelfAttending):
         backend: str = "",
         **kwargs: Any,
     ) -> Tensor:
-        """Take a step's entries in, then every row's attention, and its eviction.
+        """Appends a step's entries, attends, and evicts, for every row.
 
         Args:
             attention: :func:`buzz.attention.attend` of this layer's module.
@@ -299,7 +301,7 @@ class ForkedLayer(SelfAttending):
         self.cumulative_length += self.new
         if not self.rows.forked:
             return self._prompts(attention, query, key, value, **kwargs)
-        if self.is_first:  # whose way the others go: a fork's layers take a token in together
+        if self.is_first:  # it decides for all layers, which evict together
             self.rows.in_one_call = self._in_one_call(query, backend, kwargs)
         if self.rows.in_one_call:
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -322,7 +324,7 @@ class ForkedLayer(SelfAttending):
         value: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        """Prompts, or chunks that are held back: once for all forks of each, without padding."""
+        """Prompts, or their chunks up to `hold_until`: once for all forks, without padding."""
         batch, heads, new, _ = query.shape
         output = value.new_zeros(batch, new, heads, value.shape[-1])
         first = self.cumulative_length == new
@@ -334,7 +336,7 @@ class ForkedLayer(SelfAttending):
             entries = lead.update(key[own, :, fresh], value[own, :, fresh])
             for layer in others:
                 layer.follow(lead)
-            if lead.cumulative_length >= lead.hold_until:  # from here on each moves out
+            if lead.cumulative_length >= lead.hold_until:  # each evicts to buffers of its own
                 lead.store.owned = False
             shared = Shared()
             for row in sorted(rows, key=lambda row: -self.layers[row].observed):
@@ -353,11 +355,11 @@ class ForkedLayer(SelfAttending):
     def read(
         self, attention: Callable[..., tuple[Tensor, Any]], query: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Attention of another layer to the entries of this one, which has had its turn.
+        """Attention of a later layer to the entries of this one.
 
         Args:
             attention: of that layer's module.
-            query: [rows, heads, new, head_dim]; of prompts maybe their last tokens alone.
+            query: [rows, heads, new, head_dim]; of a prompt it may be the last tokens only.
         """
         outputs: list[Tensor] = []
         shared: Shared | None = None
@@ -383,7 +385,7 @@ class ForkedLayer(SelfAttending):
         return torch.cat(outputs)
 
     def _in_one_call(self, query: Tensor, backend: str, kwargs: dict[str, Any]) -> bool:
-        """Whether one kernel serves a token of all rows, in each layer."""
+        """Whether each layer can attend the tokens of all rows in one kernel call."""
         layers: list[Any] = [layer for fork in self.forks for layer in fork.evicting]
         return (
             query.shape[2] == 1
@@ -404,7 +406,7 @@ class ForkedLayer(SelfAttending):
     def _token(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None
     ) -> Tensor:
-        """One token of each row, which is evicted from when the last layer has seen it."""
+        """One token of each row; the last layer evicts from all layers."""
         if self.is_first:
             self.rows.stack(self.forks)
             for stack in self.rows.stacks:
@@ -419,13 +421,13 @@ class ForkedLayer(SelfAttending):
             for stack in self.rows.stacks:
                 stack.end(moves)
             kernels.move_all(moves)
-        for layer in self.layers:  # only now, so that a step that broke off is found out
+        for layer in self.layers:  # at the end, so that a step that an error ended is noticed
             layer.cumulative_length += 1
         return output.transpose(1, 2)
 
 
 class ForkedReader(SelfAttending):
-    """A layer of every fork that attends what another one holds."""
+    """A layer of every fork that attends another layer's entries."""
 
     def __init__(self, source: ForkedLayer) -> None:
         super().__init__()
@@ -440,23 +442,23 @@ class ForkedReader(SelfAttending):
 class ForkedCache(EvictionCache):
     """One cache for several methods, on one prompt or on several.
 
-    `model(prompts)` of a row for each prompt, then steps of a row for each method on each prompt:
-    the rows of the first prompt's methods, then those of the second's (:attr:`prompts`). `forks[i]`
-    is row i's cache, for lengths, kept positions and bytes. A prompt may come in chunks: up to
-    `hold_until` nobody evicts, and steps have a row for each prompt. Later steps may be chunks,
-    too. What a row gives is what its method gives alone on its prompt, without padding, up to the
-    rounding of batched matrix products; but one batch has one set of RoPE's frequencies, where they
-    go by the length of the text.
+    First `model(prompts)` with a row for each prompt; then steps with a row for each method on each
+    prompt: the methods of the first prompt, then those of the second (:attr:`prompts`). `forks[i]`
+    is row i's cache, with its lengths, kept positions and bytes. A prompt may come in chunks: up to
+    `hold_until` no method evicts, and steps have a row for each prompt. Later steps may be chunks,
+    too. A row's output is that of its method alone on its prompt, without padding, up to the
+    rounding of batched matrix products. One exception: RoPE frequencies that depend on the text's
+    length are those of the whole batch.
 
     Args:
-        model, options: as of :class:`buzz.EvictionCache`; a list of `dtype` has that of each method
-            for one prompt.
-        policies: the methods for one prompt, or a list of methods for each of several prompts; one
-            may be there several times.
+        model, options: as of :class:`buzz.EvictionCache`; `dtype` may be a list, one
+            type for each of a prompt's methods.
+        policies: the methods for one prompt, or a list of methods for each of several prompts; a
+            method may occur more than once.
 
     Raises:
-        ConfigError: no policy; `compiled`; what is one method's, asked of all (e.g. `lengths`,
-            which is `forks[i].lengths`); rows that are to change places; as EvictionCache.
+        ConfigError: no policy; `compiled`; attributes of one method asked of all (`lengths` is
+            `forks[i].lengths`); reordering of rows; as EvictionCache.
     """
 
     def __init__(
@@ -491,7 +493,7 @@ class ForkedCache(EvictionCache):
         self._join()
 
     def _join(self, seen: int = 0) -> None:
-        """Make layers of those of all forks, which have seen so many tokens."""
+        """Makes the layers of those of all forks, which have seen so many tokens."""
         first = self.forks[0]
         for fork in self.forks:
             fork._put(first.stock)
@@ -527,9 +529,9 @@ class ForkedCache(EvictionCache):
 
     @hold_until.setter
     def hold_until(self, tokens: int) -> None:
-        read = self._is_read
+        read = self._prompts_done
         self.forks[0].hold_until = tokens  # raises
-        if read:  # what forks hold differs by now
+        if read:  # forks have different entries by now
             self._fork()
         self._rows.part()
         self._hold_until = tokens
@@ -537,7 +539,7 @@ class ForkedCache(EvictionCache):
             fork.hold_until = max(0, tokens - self._rows.padding[prompt])
             for layer in () if self._rows.forked else fork.evicting:
                 if layer.store is not None:
-                    layer.store.owned = False  # forks share it, and may evict from now on
+                    layer.store.owned = False  # shared by forks that may evict now
 
     @property
     def logn_base(self) -> float | None:
@@ -551,16 +553,16 @@ class ForkedCache(EvictionCache):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
     ) -> None:
-        """As of every fork, without its padding.
+        """Checks a step's inputs for every fork, without padding.
 
         Raises:
-            ConfigError: padding that a layer that does not evict is not told of.
-            RuntimeError: a step that has not a row for each prompt, or for each fork.
+            ConfigError: a padded batch without a mask, in a model with layers that do not evict.
+            RuntimeError: another number of rows than prompts, or than forks after the prompt.
         """
         rows, seen = self._rows, self.get_seq_length()
         if any(layer.cumulative_length != seen for layer in self.evicting):
             raise RuntimeError(BROKEN)
-        if self._is_read:
+        if self._prompts_done:
             self._fork()
         if batch != len(rows.of_step()):
             raise RuntimeError(f"this step has {batch} rows and not {len(rows.of_step())}")
@@ -585,13 +587,13 @@ class ForkedCache(EvictionCache):
             fork.begin_step(decoder, 1, len(range(new)[own]), None, positions)
 
     @property
-    def _is_read(self) -> bool:
-        """Whether the prompts are over, and each fork goes its own way."""
+    def _prompts_done(self) -> bool:
+        """Whether the prompts are complete, so that steps have a row for each fork."""
         seen = self.get_seq_length()
         return self._rows.forked or 0 < seen >= self.hold_until
 
     def _fork(self) -> None:
-        """From now on steps have a row for each fork."""
+        """Makes steps have a row for each fork."""
         rows = self._rows
         if not rows.forked:
             rows.forked = True
@@ -611,7 +613,7 @@ class ForkedCache(EvictionCache):
         return tensor if tensor.shape[0] == 1 else tensor[index : index + 1]
 
     def _cut(self, row: int, before: int) -> int:
-        """How many of a step's tokens are padding of a fork; only of the first."""
+        """Padding tokens of a fork in a step; only the first one has any."""
         return 0 if before else self._rows.padding[self._rows.prompts[row]]
 
     @staticmethod
@@ -623,15 +625,15 @@ class ForkedCache(EvictionCache):
             fork._raise_faults()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, e.g. those that have ended: row i is what `rows[i]` was.
+        """Keeps these rows only, e.g. without those that have ended: row i is what `rows[i]` was.
 
         Raises:
-            ConfigError: none, or one of them twice.
-            RuntimeError: the prompts are still being read.
+            ConfigError: no row is named, or one of them twice.
+            RuntimeError: the prompts are not complete.
         """
         if not rows or len(set(rows)) < len(rows):
             raise ConfigError("rows", list(rows), "name at least one, and each once")
-        if not self._is_read:
+        if not self._prompts_done:
             raise RuntimeError("rows can be dropped once their prompts have been read")
         self._fork()
         self._rows.part()
@@ -654,7 +656,7 @@ class ForkedCache(EvictionCache):
         for fork in self.forks:
             try:
                 fork.reset()
-            except ConfigError as error:  # of one fork; all are to be empty
+            except ConfigError as error:  # the other forks are reset, too
                 faults.append(error)
         self._rows.forked, self._rows.reserved = False, {}
         self._join()

@@ -1,13 +1,13 @@
-"""What a server can free: whole pages of tokens, which all heads of a layer, or of all, agree on.
+"""Eviction of whole pages of tokens, and by all heads alike: the memory that a server can free.
 
-A constraint comes between a method's scores and its choice, and changes neither. Tokens are scored
-by the method as it is. It then chooses among pages as among entries, with its sizes in pages
-(`window`, `heavy`, `capacity`, ...): a beehive has cells of pages, StreamingLLM sinks of pages.
-Heads that agree choose by the sum of their scores.
+A constraint stands between a method's scores and its choice. The method scores tokens as ever. Then
+it chooses among pages as it does among entries, with its sizes in pages (`window`, `heavy`,
+`capacity`, ...): BUZZ has cells of pages, StreamingLLM has sinks of pages. Heads that agree choose
+by the sum of their scores.
 
-A page is `page` tokens that came one behind the other, so that what is held at any time are whole
-pages and the newest, which fills up: entry i of a row is on page i // page, and where pages are
-follows from lengths alone. It counts as a page from its first token on, and stays until it is full.
+A page is `page` consecutive tokens of the text. The cache always consists of whole pages and the
+newest one, which fills up: entry i of a row is on page i // page. The newest counts as a page from
+its first token on, and stays until it is full.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from buzz.errors import ConfigError
 from buzz.policy import FOREVER, BudgetBy, Policy, State
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 PageScore = Literal["mean", "max"]
 Heads = Literal["each", "layer", "all"]
 
-# Parameters that count entries, by the names that methods give them; others `fit` must set.
+# Names of parameters that count entries. A size of any other name must be set by `fit`.
 SIZES = {
     "size",
     "every",
@@ -47,26 +48,28 @@ SIZES = {
     "threshold",
     "lag",
 }
-PROMPT = 2**20  # tokens of a prompt that no method keeps
+PROMPT = 2**20  # tokens of a prompt that is longer than any capacity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constrained(Policy):
-    """A method of which whole pages leave, or whose heads agree on what does.
+    """A method that evicts whole pages, or the same entries in several heads.
 
     Args:
         method: scores the tokens.
-        granularity: ``token``, or ``page:16``, of any number of tokens.
-        page_score: what a page is worth: the ``mean`` of its tokens or their ``max``. Those that
-            the method keeps in any case (by an infinite score) come first: the more, the sooner.
-        heads: ``each`` chooses for itself; those of a ``layer`` choose together, by the sum of
-            their scores; or those of ``all`` layers do.
-        pages: the method with its sizes in pages, which chooses; None: made of `method` when it is
-            first asked, for as many pages as there is room for in what that would hold.
+        granularity: ``token``, or ``page:16`` with any number of tokens.
+        page_score: a page's score: the ``mean`` of its tokens' or the ``max``. Infinite scores, of
+            entries that the method always keeps, come first: the more a page has, the higher it
+            ranks.
+        heads: ``each`` KV head chooses for itself; those of a ``layer``, or of ``all`` layers,
+            choose together by the sum of their scores.
+        pages: the method with its sizes in pages, which chooses. None: derived from `method` at its
+            first use, with as many pages as fit into the cache length of `method`.
 
     Raises:
-        ConfigError: no such constraint; layers that are to agree and do not hold equally much; and
-            with its first use, or where a budget is fitted, pages that are too large.
+        ConfigError: no such constraint; `heads` is ``all`` and layers have different cache lengths.
+            At its first use, or when a budget is fitted: pages that are too large; a size in pages
+            that is not known to be one.
     """
 
     method: Policy
@@ -89,22 +92,34 @@ class Constrained(Policy):
         return page_of(self.granularity)
 
     @property
-    def protected(self) -> int:
-        """Of the pages that the method protects, what is there when the newest has one token."""
-        protected = self._chooser.protected
-        return (protected - 1) * self.page + 1 if protected else 0
+    def num_recent(self) -> int:
+        """Entries of the last pages that always stay, when the newest page has one token."""
+        recent = self._chooser.num_recent
+        return (recent - 1) * self.page + 1 if recent else 0
 
     @property
-    def resident(self) -> int:
-        return min(FOREVER, self._chooser.resident * self.page)
+    def num_pinned(self) -> int:
+        return min(FOREVER, self._chooser.num_pinned * self.page)
 
     @cached_property
     def _chooser(self) -> Policy:
-        """What chooses, among pages or entries."""
+        """The method that chooses, among pages or entries."""
         if self.page == 1:
             return self.method
-        own = frozenset(vars(self.method)) - SIZES
-        return self.pages or self._pages(_most(self.method), own, "peak")
+        if self.pages:
+            return self.pages
+        most = _most(self.method)
+        pages = self._pages(most, frozenset(vars(self.method)) - SIZES, "peak")
+        # Each size was rounded up to a page, at most.
+        if most and (held := _most(pages)) > most // self.page + len(_sizes(self.method)):
+            remedy = (
+                f"{self.method.name} holds {most:,} entries and would hold {held:,} pages; give"
+            )
+            remedy = (
+                f"{remedy} a budget, or name its sizes as others do: {', '.join(sorted(SIZES))}"
+            )
+            raise ConfigError("cache.granularity", self.granularity, remedy)
+        return pages
 
     def for_layer(self, index: int, layers: int) -> Policy:
         method = self.method.for_layer(index, layers)
@@ -122,59 +137,61 @@ class Constrained(Policy):
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
         return self.method.repetitions(prompt)
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        """The state is the pages that the last eviction left, and what the method remembers.
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        """The state is the number of pages after the last step, and the method's own state.
 
-        The method is asked with the first token of a page, and not until the next has begun.
+        The method is called once for each page, with its first token.
         """
         if self.page == 1:
-            return self.method.survivors(held, state)
+            return self.method.next_length(cache_length, state)
         before, own = state or (0, 0)
-        pages = -(-held // self.page)
+        pages = -(-cache_length // self.page)
         if pages == before:
-            return held, state
-        kept, own = self._chooser.survivors(pages, own)
-        return held - (pages - kept) * self.page, (kept, own)
+            return cache_length, state
+        kept, own = self._chooser.next_length(pages, own)
+        return cache_length - (pages - kept) * self.page, (kept, own)
 
     def score(self, entries: Entries) -> Tensor | None:
         return self.method.score(entries)
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         if scores is not None and self.heads != "each":
             scores = added(scores, 1)[:, None]
         if self.page == 1:
-            return self.method.select(held, state, scores)
+            scores = ranked(scores) if scores is not None and scores.is_complex() else scores
+            return self.method.select(cache_length, state, scores)
         page, own = self.page, (state or (0, 0))[1]
-        pages = -(-held // page)
+        pages = -(-cache_length // page)
+        missing = pages * page - cache_length  # tokens of the newest page
         if scores is not None:
-            scores = torch.nn.functional.pad(scores, (0, pages * page - held))
-            scores = added(scores.unflatten(-1, (pages, page)), -1, self.page_score == "max")
-            if held % page:
+            of_pages = pad(scores, (0, missing)).unflatten(-1, (pages, page))
+            scores = ranked(added(of_pages, -1, self.page_score == "max"))
+            if missing:
                 scores[..., -1] = torch.inf
         chosen = self._chooser.select(pages, own, scores)
-        recent = torch.arange(pages - self._chooser.protected, pages, device=chosen.device)
+        recent = torch.arange(pages - self._chooser.num_recent, pages, device=chosen.device)
         stay = torch.cat([chosen, recent.expand(*chosen.shape[:-1], -1)], dim=-1)
-        if held % page:
-            stay[..., -1] = pages - 1  # also where no score says so
+        if missing:
+            stay[..., -1] = pages - 1  # also of a method without scores
         entries = (stay[..., None] * page + torch.arange(page, device=stay.device)).flatten(-2)
-        return entries[..., : entries.shape[-1] - (pages * page - held) - self.protected]
+        return entries[..., : entries.shape[-1] - missing - self.num_recent]
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """As many whole pages as the budget has room for; the newest counts as one.
+        """As many whole pages as fit into the budget; the newest counts as one.
 
-        By mean, what it has of a page on average is taken into account.
+        ``mean``: the newest page counts with the tokens that it has on average.
         """
         method = self.method.fit(budget, fixed, by)
         pages = None if self.page == 1 else self._pages(budget, fixed, by)
         return dataclasses.replace(self, method=method, pages=pages)
 
     def _pages(self, budget: int, fixed: frozenset[str], by: BudgetBy) -> Policy:
-        """The method for a budget in entries, with its sizes in pages."""
-        if self.method.evicts == "never" or not budget:
+        """The method for a budget in entries (0: none), with its sizes in pages."""
+        if self.method.evicts == "never":
             return self.method
-        if budget < self.page:
+        if 0 < budget < self.page:
             remedy = f"a page exceeds the budget of {budget} entries; take smaller pages"
             raise ConfigError("cache.granularity", self.granularity, remedy)
         room = budget // self.page
@@ -185,6 +202,8 @@ class Constrained(Policy):
         }
         try:
             whole = dataclasses.replace(self.method, **sizes)
+            if not budget:  # of an unbounded method
+                return whole
             if by == "peak" or self.method.evicts == "prompt":
                 return whole.fit(room, fixed)
             return self._by_mean(whole, budget, fixed)
@@ -194,12 +213,12 @@ class Constrained(Policy):
             raise ConfigError("cache.granularity", self.granularity, remedy) from error
 
     def _by_mean(self, whole: Policy, budget: int, fixed: frozenset[str]) -> Policy:
-        """The most pages whose entries are within the budget on average."""
+        """The largest number of pages whose entries are within the budget on average."""
         for count in range(budget // self.page + 3, 0, -1):
             pages = whole.fit(count, fixed, "mean")
             if dataclasses.replace(self, pages=pages).footprint().mean <= budget:
                 break
-        return pages  # where `fixed` lets none be small enough, the budget's check says so
+        return pages  # if `fixed` makes all of them too large, `Budget` refuses them
 
 
 def _forwarded(name: str) -> property:
@@ -214,21 +233,33 @@ for _name in (
 
 
 def added(scores: Tensor, dim: int, highest: bool = False) -> Tensor:
-    """Sums of scores along a dimension, or their maxima, as float64.
+    """Sums of scores along a dimension, or their maxima; :func:`ranked` makes them real numbers.
 
-    What is infinite, since a method keeps it in any case, leaves no other number as it is: here
-    those with more of them come before all with less, and the rest decides among equals.
+    A method gives entries that it always keeps an infinite score. In a sum it would hide all other
+    scores, so the imaginary part counts the infinite scores, and the real part sums the finite
+    ones.
 
     Args:
-        scores: [..., n] behind `dim`, or that dimension itself is the last.
+        scores: real, or the result of an earlier sum.
+
+    Returns:
+        complex128, without the dimension.
     """
-    scores = scores.double()
-    sure = scores == torch.inf
-    least = scores.amin(-1, keepdim=True).nan_to_num(posinf=0) if highest else 0
-    rest = torch.where(sure, least, scores).clamp(min=-1e200)
-    total = rest.amax(dim) if highest else rest.sum(dim)
-    spread = total.amax(-1, keepdim=True) - total.amin(-1, keepdim=True)
-    return total + sure.sum(dim) * (1 + 2 * spread)
+    if scores.is_complex():
+        finite, sure = scores.real, scores.imag
+    else:
+        scores = scores.double()
+        sure = scores == torch.inf
+        least = scores.amin(-1, keepdim=True).nan_to_num(posinf=0) if highest else 0
+        finite = torch.where(sure, least, scores).clamp(min=-1e200)
+    finite = finite.amax(dim) if highest else finite.sum(dim)
+    return torch.complex(finite, sure.sum(dim).double())
+
+
+def ranked(sums: Tensor) -> Tensor:
+    """Sums [..., n] as float64 [..., n]: those with more infinite scores are always higher."""
+    spread = sums.real.amax(-1, keepdim=True) - sums.real.amin(-1, keepdim=True)
+    return sums.real + sums.imag * (1 + 2 * spread)
 
 
 def page_of(granularity: Any) -> int:
@@ -246,7 +277,7 @@ def page_of(granularity: Any) -> int:
 
 
 def check(granularity: Any, page_score: Any, heads: Any) -> None:
-    """Raises ConfigError where there is no such constraint."""
+    """Raises ConfigError for a constraint that does not exist."""
     page = page_of(granularity)
     if page_score not in get_args(PageScore):
         raise ConfigError("cache.page_score", page_score, "choose mean or max")
@@ -260,7 +291,7 @@ def check(granularity: Any, page_score: Any, heads: Any) -> None:
 def constrained(
     method: Policy, granularity: str = "token", page_score: str = "mean", heads: str = "each"
 ) -> Policy:
-    """The method under these constraints; itself where there are none, or where none matters.
+    """The method under these constraints, or itself if they change nothing.
 
     Raises:
         ConfigError: as :class:`Constrained`.
@@ -279,7 +310,7 @@ def _sizes(method: Policy) -> dict[str, int]:
 
 
 def _most(method: Policy) -> int:
-    """The most entries that it leaves of a long prompt, and of steps after it; 0: no such bound."""
+    """Maximum cache length: after a long prompt, or of later steps; 0 if it is unbounded."""
     if method.evicts == "prompt":
         return method.footprint(PROMPT).after_prompt
     peak = method.footprint().peak if method.evicts == "always" else 0

@@ -2,10 +2,10 @@
 
     | sink | history: the best by each signal | window |
 
-H2O keeps what attention has gathered on so far, which says little of what a later question will
-ask for; KeyDiff keeps keys unlike the others, which is where a passkey stands, and loses the thread
-of the text. Honeycomb lets several signals choose side by side and evicts once in dozens of tokens.
-H2O, KeyDiff, SnapKV at every eviction and BUZZ's local maxima are its corners.
+Accumulated attention (H2O) does not predict what a later question needs. Keys unlike the others
+(KeyDiff) include those of a passkey, but the text that they leave is hard to continue. Honeycomb
+gives each of several signals a share of the budget, and evicts once in dozens of tokens. With one
+signal it is H2O, KeyDiff, or SnapKV at every eviction; with cells, BUZZ's local maxima.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn.functional import avg_pool1d, pad
 
 from buzz.entries import Entries, key_difference, observed_attention
 from buzz.errors import ConfigError
-from buzz.policy import BudgetBy, Policy, State, register
+from buzz.policy import BudgetBy, Policy, State, highest, register
 
 SIGNALS = ("attention", "value", "observed", "keydiff")
-OBSERVED, POOLED = 16, 5  # last queries that `observed` looks at, and what it pools over
-EARLY, LESS = 4 / 15, 0.3  # of ``late``: the first layers, and their share of an even budget
-RARELY = 10  # an eviction frees at most this part of a fitted budget: 1 / RARELY
+OBSERVED, POOLED = 16, 5  # of `observed`: last queries, and entries of a max-pooling window
+EARLY, LESS = 4 / 15, 0.3  # of ``late``: part of the layers that are early; their part of the mean
+RARELY = 10  # under a fitted budget an eviction frees at most 1 / RARELY of it
 
 
 @register()
@@ -33,28 +33,28 @@ RARELY = 10  # an eviction frees at most this part of a fitted budget: 1 / RAREL
 class HoneycombPolicy(Policy):
     """Once in `every` tokens, keeps the `keep` history entries that rank best by any signal.
 
-    An entry's place is the least of (its rank by a signal) / (the signal's share), over the signals
-    with a share above 0, and the best places stay: of what is kept, each signal chooses about its
-    share. One signal alone ranks by its plain score.
+    An entry's rank is the minimum, over signals with a share above 0, of (its rank by that signal)
+    / (the signal's share). The entries of the lowest ranks stay, so each signal chooses about its
+    share of them. A single signal ranks by its scores.
 
     Args:
         sink: leading entries that always stay.
         window: last entries that always stay.
         keep: history entries that an eviction leaves.
         every: tokens between two evictions; a fitted budget lowers it to a tenth of itself.
-        attention: share of the accumulated attention (H2O's score).
-        value: share of the accumulated attention times the L1 norm of the value (VATP's).
-        observed: share of the attention of the last 16 queries, pooled over 5 (SnapKV's); of as
-            many as came since the last eviction, if those are fewer.
-        keydiff: share of keys unlike the mean key (KeyDiff's).
-        neighbours: entries over which `keydiff` is averaged, so that what stands together (the
-            digits of a number) stays together; 1: each by itself, as KeyDiff.
-        cells: equal parts of history, each of which keeps `keep` / `cells` entries; 0: as many as
-            entries are kept, one of each.
-        fading: what of a query's attention still counts one token later.
-        layers: ``flat``; ``rising``: budgets from half to one and a half times the even one with
-            depth; ``late``: 0.3 times in the first 4 of 15 layers, the others share the rest.
-        early_window: of ``late``, the window's share of those layers; null: as in the others.
+        attention: share of the attention sums (H2O's score).
+        value: share of the attention sums times the L1 norm of the value (VATP's).
+        observed: share of the attention of the last 16 queries, max-pooled over 5 entries
+            (SnapKV's); of fewer if the window or the text since the last eviction is shorter.
+        keydiff: share of the keys least similar to the mean key (KeyDiff's).
+        neighbours: entries over which `keydiff` is averaged, so that the digits of a number stay
+            together; 1: none, as KeyDiff.
+        cells: equal parts of the history, each of which keeps `keep` / `cells` entries; 0: `keep`
+            cells of one entry each.
+        fading: factor on earlier attention sums at every new token.
+        layers: budgets by layer. ``flat``: equal; ``rising``: from 0.5 to 1.5 times the mean with
+            depth; ``late``: 0.3 times the mean in the first 4 of 15 layers, the others equal.
+        early_window: share of the window in the early layers of ``late``; null: as in the others.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -90,24 +90,25 @@ class HoneycombPolicy(Policy):
         return {name: share for name in SIGNALS if (share := getattr(self, name))}
 
     @property
-    def protected(self) -> int:
+    def num_recent(self) -> int:
         return self.window
 
     @property
     def queries(self) -> int:
-        return OBSERVED if self.observed else 0
+        """No more than the window has, so that they score every entry before it."""
+        return max(1, min(OBSERVED, self.window)) if self.observed else 0
 
     @property
     def decay(self) -> float:
         return self.fading
 
     @property
-    def resident(self) -> int:
+    def num_pinned(self) -> int:
         return self.sink + self.keep
 
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
         kept = self.sink + self.keep + self.window
-        return (held if held < kept + self.every else kept), 0
+        return (cache_length if cache_length < kept + self.every else kept), 0
 
     def for_layer(self, index: int, layers: int) -> Policy:
         if self.layers == "flat" or layers == 1:
@@ -124,17 +125,17 @@ class HoneycombPolicy(Policy):
 
     @property
     def peak(self) -> int:
-        """The most entries that any step leaves."""
+        """Maximum cache length after any step."""
         return self.sink + self.window + self.keep + self.every - 1
 
     def sized(self, peak: int, window_share: float | None = None) -> HoneycombPolicy:
-        """A copy of another peak, in the proportions of this one, or with another window in it.
+        """A copy with another peak, in the proportions of this one or with another window's share.
 
-        `every` stays as it is, or frees half of a small history; `keep` is rounded down to whole
+        `every` stays, or is lowered to half of a small history; `keep` is rounded down to whole
         cells.
 
         Raises:
-            ConfigError: there is no room for all of it.
+            ConfigError: the peak leaves nothing to `keep`.
         """
         room = peak - self.sink
         if window_share is None:
@@ -154,7 +155,7 @@ class HoneycombPolicy(Policy):
             return next(iter(scores.values()))
         places = []
         for name, share in self._shares.items():
-            history = scores[name][..., self.sink : entries.held - self.window]
+            history = scores[name][..., self.sink : entries.cache_length - self.window]
             order = history.argsort(dim=-1, descending=True, stable=True)
             place = torch.arange(1, order.shape[-1] + 1, device=order.device) / share
             places.append(torch.empty_like(history).scatter_(-1, order, place.expand(order.shape)))
@@ -163,32 +164,26 @@ class HoneycombPolicy(Policy):
     def _signal(self, name: str, entries: Entries) -> Tensor:
         """float32 [rows, kv_heads, held]"""
         if name == "observed":
-            return observed_attention(entries, min(OBSERVED, entries.held - 1), POOLED)
+            return observed_attention(entries, self.queries, POOLED)
         if name == "keydiff":
             unlike, width = key_difference(entries), self.neighbours
             if width == 1:
                 return unlike
             pooled = avg_pool1d(unlike, width, 1, width // 2, count_include_pad=False)
-            return pooled[..., : entries.held]
-        received = entries.received
+            return pooled[..., : entries.cache_length]
+        received = entries.attention_sums
         return received if name == "attention" else received * entries.values.float().abs().sum(-1)
 
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
         assert scores is not None
-        first, last = self.sink, held - self.window
+        first, last = self.sink, cache_length - self.window
         history = scores[..., first:last]
-        if self.cells == 1 and history.shape[-1] == self.keep + 1:  # one leaves, no sort is needed
-            stay = torch.arange(self.keep, device=scores.device)
-            best = stay + (stay >= history.argmin(-1, keepdim=True))
-        elif self.cells == 1:
-            best = history.topk(self.keep, dim=-1).indices.sort(dim=-1).values
-        else:
-            best = self._best_of_cells(history)
+        best = highest(history, self.keep) if self.cells == 1 else self._best_of_cells(history)
         sink = torch.arange(first, device=scores.device).expand(*best.shape[:-1], first)
         return torch.cat([sink, first + best], dim=-1)
 
     def _best_of_cells(self, scores: Tensor) -> Tensor:
-        """Of every cell its best entries; cells differ in size by one entry at most."""
+        """The best entries of each cell; cell sizes differ by at most one entry."""
         entries, device = scores.shape[-1], scores.device
         cells = self.cells or self.keep
         bounds = torch.arange(cells + 1, device=device) * entries // cells
@@ -205,8 +200,8 @@ class HoneycombPolicy(Policy):
     ) -> Policy:
         """Window and keep that fill the budget in the proportions that they have here.
 
-        ``peak``: sink + window + keep + every - 1 = budget; ``mean``: half of what comes between
-        two evictions counts.
+        ``peak``: sink + window + keep + every - 1 = budget; ``mean``: half of the tokens between
+        two evictions count.
         """
         if {"window", "keep"} & fixed:
             return self

@@ -1,9 +1,8 @@
-"""What may come with a step's tokens: a mask that shows padding, positions that count up by one.
+"""Checks of a step's inputs: the mask may hide padding only, and positions count up by one.
 
-An evicting cache cuts padding off instead of masking it, and turns keys by how far they move. So a
-mask that hides anything but padding, or positions with a jump, would give other numbers than they
-ask for. The checks here answer on the device where their input lies: whoever reads the answer waits
-for that device.
+An evicting cache cuts padding off instead of masking it, and rotates keys by how far they move. So
+any other mask, or positions with a jump, would silently give wrong results. The checks return
+tensors on the device of their input; reading one waits for that device.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ REMEDIES = {
 
 
 def check_mask(mask: Any, batch: int, tokens: int) -> None:
-    """Refuses what is not a 2-D mask over all tokens.
+    """Checks that a mask is 2-D and covers all tokens.
 
     Args:
         batch: rows.
         tokens: those seen before and those of the step.
 
     Raises:
-        ConfigError: another kind or another shape of mask.
+        ConfigError: it is not.
     """
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     if shape != (batch, tokens):
@@ -49,7 +48,7 @@ def padding_of(mask: Tensor) -> list[int]:
     """Padding tokens before each row's first token, from a prompt's mask [batch, tokens].
 
     Raises:
-        ConfigError: padding anywhere else, or nothing else in a row.
+        ConfigError: the mask hides other tokens, or all of a row.
     """
     padding = mask.bool().long().argmax(-1).tolist()
     if hides_more(mask, padding):
@@ -64,7 +63,7 @@ def padding_of(mask: Tensor) -> list[int]:
 
 
 def hides_more(mask: Tensor, padding: Sequence[int]) -> Tensor:
-    """Whether a mask [batch, tokens] is anything but each row's padding: a bool on its device."""
+    """Whether a mask [batch, tokens] hides anything but `padding`: a bool on its device."""
     if not any(padding):
         return ~mask.all()
     slots = torch.arange(mask.shape[1], device=mask.device)
@@ -72,10 +71,10 @@ def hides_more(mask: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 def first_positions(position_ids: Tensor | None, padding: Sequence[int]) -> list[int]:
-    """The position of each row's first token, the one behind its padding.
+    """The position of each row's first token after its padding.
 
     Args:
-        position_ids: int64 [..., batch or 1, new]; None: the model counts padding too.
+        position_ids: int64 [..., batch or 1, new]; None: the model counts padding, too.
     """
     if position_ids is None:
         return list(padding)
@@ -85,7 +84,7 @@ def first_positions(position_ids: Tensor | None, padding: Sequence[int]) -> list
 
 
 def jumps(position_ids: Tensor, seen: int, padding: Sequence[int], first: Sequence[int]) -> Tensor:
-    """Whether positions [..., batch or 1, new] go on otherwise than by one: a bool on their device.
+    """Whether positions [..., batch or 1, new] do not count up by one: a bool on their device.
 
     Args:
         seen: tokens before this step, padding included.
@@ -93,7 +92,7 @@ def jumps(position_ids: Tensor, seen: int, padding: Sequence[int], first: Sequen
     """
     new = position_ids.shape[-1]
     shifts = [position - slot for position, slot in zip(first, padding, strict=True)]
-    if new == 1 and len(set(shifts)) == 1:  # a token, which is never padding
+    if new == 1 and len(set(shifts)) == 1:  # a single token is never padding
         return (position_ids != seen + shifts[0]).any()
     slots = torch.arange(seen, seen + new, device=position_ids.device)
     wrong = position_ids != slots + on(slots.device, shifts)[:, None]
@@ -101,18 +100,18 @@ def jumps(position_ids: Tensor, seen: int, padding: Sequence[int], first: Sequen
 
 
 class Told:
-    """The token ids that a cache was fed, which tell a conversation that goes on from another.
+    """The token ids that a cache was fed, to tell whether a prompt continues its conversation.
 
-    Copied as they come, on their device: whoever feeds tokens from one buffer writes to it again.
+    They are copied, as callers may reuse the buffer that they feed tokens from.
     """
 
     def __init__(self) -> None:
         self._ids: Tensor | None = None  # int64 [batch, capacity], -1 where they are unknown
 
     def note(self, tokens: Tensor, seen: int) -> None:
-        """Note a step behind `seen` tokens: ids [batch, new]; embeddings [batch, new, hidden].
+        """Records a step after `seen` tokens: ids [batch, new], or embeddings [batch, new, hidden].
 
-        Those of embeddings are unknown, and so are those of a step that was not noted.
+        The ids of embeddings are unknown, as are those of a step that was not recorded.
         """
         batch, new = tokens.shape[:2]
         end = seen + new
@@ -125,15 +124,15 @@ class Told:
         self._ids[:, seen:end] = tokens if tokens.ndim == 2 else -1
 
     def differs(self, ids: Tensor, seen: int, padding: Sequence[int]) -> int | None:
-        """The first of `seen` tokens in which ids [batch, tokens] are others in any row.
+        """Index of the first of `seen` tokens that differs from ids [batch, tokens] in any row.
 
         Waits for the device.
 
         Args:
-            padding: of each row, which may be any tokens.
+            padding: of each row; padding is not compared.
 
         Returns:
-            None if there is none.
+            None if no token differs.
         """
         if self._ids is None:
             return None
@@ -144,7 +143,7 @@ class Told:
         return int(others.int().argmax()) if others.any() else None
 
     def select_rows(self, rows: Tensor | None = None) -> Told:
-        """A copy; or one of other rows, whose row i is what row `rows[i]` was."""
+        """A copy, whose row i is row `rows[i]` if `rows` are given."""
         other = Told()
         if self._ids is not None:
             with writable():
@@ -154,7 +153,7 @@ class Told:
 
 
 def on(device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """Whole numbers as int64 on a device; not to be changed, as they are sent there but once."""
+    """Whole numbers as int64 on a device. Not to be changed: equal calls share a tensor."""
     if torch.compiler.is_compiling():
         return torch.tensor(numbers, device=device)
     return _sent(device, tuple(numbers))

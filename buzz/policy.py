@@ -1,10 +1,10 @@
-"""What an eviction method is.
+"""The interface of an eviction method.
 
-A method is one frozen dataclass, registered by name: it gets lengths and scores and answers with
-indices. How *many* entries stay depends on lengths alone (:meth:`Policy.survivors`), *which* ones
-on the scores (:meth:`Policy.select`), so that buffers stay rectangular and memory is known before a
-single token is computed (:meth:`Policy.lengths`). A score is the attention received, unless the
-method makes another one of what a layer holds (:meth:`Policy.score`).
+A method is one frozen dataclass, registered by name. *How many* entries it keeps depends on lengths
+alone (:meth:`Policy.next_length`), and *which* ones on their scores (:meth:`Policy.select`). So
+buffers stay rectangular, and memory is known before a single token is computed
+(:meth:`Policy.lengths`). Scores are attention sums, unless the method computes others from a
+layer's keys, values and queries (:meth:`Policy.score`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from buzz.errors import ConfigError
@@ -29,15 +31,18 @@ if TYPE_CHECKING:
 ScoreRule = Literal["sum", "mean", "step"]
 BudgetBy = Literal["peak", "mean"]
 Evicts = Literal["always", "prompt", "never"]
-State = Any  # what a method remembers of its lengths: hashable, 0 before the first step
+State = Any  # what a method remembers between steps: hashable, 0 before the first step
 FOREVER = 2**20  # steps after which a cache that still grows is taken to be unbounded
+
+# Names of methods' attributes, and those of version 0.2, which are still accepted.
+RENAMED = {"next_length": "survivors", "num_recent": "protected", "num_pinned": "resident"}
 
 POLICIES: dict[str, type[Policy]] = {}
 PolicyClass = TypeVar("PolicyClass", bound="type[Policy]")
 
 
 def register(name: str = "") -> Callable[[PolicyClass], PolicyClass]:
-    """Class decorator: make a policy known to the runner under `name`, or its module's name."""
+    """Class decorator: registers a policy under `name`, or under its module's name."""
 
     def add(cls: PolicyClass) -> PolicyClass:
         cls.name = name or cls.__module__.rpartition(".")[2]
@@ -48,13 +53,13 @@ def register(name: str = "") -> Callable[[PolicyClass], PolicyClass]:
 
 
 class Footprint(NamedTuple):
-    """Entries that a method holds, per layer and KV head.
+    """Cache length of a method, in entries per layer and KV head.
 
     Attributes:
-        after_prompt: once the prompt's eviction is over.
-        peak: the most that any later step leaves, over an answer without end; infinite where the
-            cache grows for ever.
-        mean: of the cycle that the length settles in.
+        after_prompt: after the prompt's eviction.
+        peak: the maximum after any later step of an endless answer; infinite for a cache that grows
+            without bound.
+        mean: the average over the cycle that the length settles in.
     """
 
     after_prompt: int
@@ -68,12 +73,12 @@ class Policy(ABC):
 
     Attributes:
         name: the registered name.
-        needs_scores: whether the attention received is read. If not, none is ever computed.
+        needs_scores: whether the method reads attention sums. If not, none are computed.
         needs_projection: whether :meth:`score` reads the layers' output projections.
-        needs_repetition: whether the scores are those of a second pass over the prompt, see
-            :meth:`repetitions`; `received` is then the highest attention given in it.
-        evicts: ``always``, so that memory stays bounded; the ``prompt`` alone, so that an answer
-            grows on top of what is left of it; or ``never``.
+        needs_repetition: whether the prompt is read a second time to score it, see
+            :meth:`repetitions`; the attention sums are then maxima over that second pass.
+        evicts: ``always``, so that memory stays bounded; ``prompt``: once, after the prompt, so
+            that the cache grows with the answer; or ``never``.
     """
 
     name: ClassVar[str]
@@ -84,137 +89,138 @@ class Policy(ABC):
 
     @property
     @abstractmethod
-    def protected(self) -> int:
-        """How many of the last entries always stay. They never move, so they cost nothing."""
+    def num_recent(self) -> int:
+        """Last entries that always stay. They are not moved, so they cost nothing."""
 
     @property
     def score_rule(self) -> ScoreRule:
-        """What a score is.
+        """How attention is accumulated.
 
-        ``sum``: the attention received since arrival; ``mean``: that, divided by the number of
-        queries that could see the entry; ``step``: what was received in the current step alone
+        ``sum``: over all queries since the entry was appended; ``mean``: that sum, divided by the
+        number of queries that could see the entry; ``step``: over the queries of the current step
         (computed only in steps that evict).
         """
         return "sum"
 
     @property
     def observe(self) -> int | None:
-        """How many of a step's last queries count in the scores; None: all."""
+        """Last queries of a step whose attention counts; None: all of the step."""
         return None
 
     @property
     def decay(self) -> float:
-        """What of a query's attention still counts one token later, for the rule ``sum``."""
+        """Factor on earlier attention sums at every new token, for the rule ``sum``."""
         return 1.0
 
     @property
     def queries(self) -> int:
-        """How many of the last queries a layer keeps for :meth:`score`."""
+        """Last queries that each layer keeps for :meth:`score`."""
         return 0
 
     @property
     def moments_from(self) -> int | None:
-        """The first token whose query counts in the mean and covariance that a layer keeps.
+        """First token whose query counts in the mean and covariance of queries.
 
-        None: it keeps none.
+        None: the layers compute neither.
         """
         return None
 
     @property
     def page(self) -> int:
-        """How many entries leave together; 1, unless :class:`buzz.Constrained` says otherwise."""
+        """Entries that leave together: 1, except under :class:`buzz.Constrained`."""
         return 1
 
     @property
     def needs_rotation(self) -> bool:
-        """Whether :meth:`score` turns vectors as the model does, by positions of a row's own."""
+        """Whether :meth:`score` rotates vectors as the model's RoPE does."""
         return self.moments_from is not None
 
     @property
-    def resident(self) -> int:
-        """How many leading entries can stay, and move, for ever; all, unless a method knows better.
+    def num_pinned(self) -> int:
+        """Leading entries that may stay for the whole text; by default all.
 
-        In half precision the cache keeps their keys as they came, so that rounding never builds up:
-        a method whose other entries leave after a few moves saves that memory.
+        At cache positions, evictions rotate kept keys. In half precision the rounding errors of
+        many rotations would add up, so the cache also stores the original keys of these entries. A
+        method whose other entries leave after a few evictions saves memory by a smaller number.
         """
         return FOREVER
 
     @abstractmethod
-    def survivors(self, held: int, state: State) -> tuple[int, State]:
-        """The length recurrence: what one eviction leaves, from lengths alone.
+    def next_length(self, cache_length: int, state: State) -> tuple[int, State]:
+        """Cache length after a step's eviction.
 
         Args:
-            held: entries in the cache after a step's tokens were appended.
-            state: what the step before returned; a method's own, and opaque to everybody else.
+            cache_length: entries in the cache once the step's tokens are appended.
+            state: what the previous step returned. Only the method itself reads it.
 
         Returns:
-            Entries that stay (== `held` when nothing is evicted) and the new state.
+            Entries that stay (`cache_length` if none is evicted), and the new state.
         """
 
     def for_layer(self, index: int, layers: int) -> Policy:
-        """The policy of one of the `layers` that evict.
+        """The policy of layer `index` of the `layers` that evict.
 
-        Layers may hold different numbers of entries; what this policy's own :meth:`survivors` says
-        is then what a layer holds on average, up to one.
+        Layers may have different cache lengths. Their average is then what this policy's own
+        :meth:`next_length` returns, up to one entry.
         """
         return self
 
     def for_tokenizer(self, tokenizer: Any) -> Policy:
-        """The policy for a model's tokenizer, if it reads texts of its own."""
+        """The policy for a model's tokenizer, for methods that read a text of their own."""
         return self
 
     def for_model(self, model: PreTrainedModel) -> Policy:
-        """The policy for a model, if it has to know it; :class:`EvictionCache` asks."""
+        """The policy for a model, for methods that measure it; :class:`EvictionCache` calls it."""
         return self
 
     def repetitions(self, prompt: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """What is read behind a prompt to judge it, a chunk at a time.
+        """The second pass over a prompt, a chunk at a time, if `needs_repetition`.
 
         Args:
             prompt: token ids of one row.
 
         Yields:
-            A chunk's first token and one past its last, and the ids to read, which end with it.
+            A chunk's bounds (first token, one past its last), and the token ids that are read after
+            the prompt to score it; these end with the chunk.
         """
         raise NotImplementedError
 
     def score(self, entries: Entries) -> Tensor | None:
-        """What :meth:`select` ranks by; called only when :meth:`survivors` evicts.
+        """Scores that :meth:`select` ranks by; called only in steps that evict.
 
         Returns:
-            float32 [rows, kv_heads, held], high for what should stay; by default the attention
-            received, None unless :attr:`needs_scores`.
+            float32 [rows, kv_heads, cache_length], higher for entries that should stay. By default
+            the attention sums, or None if the method does not need them.
         """
-        return entries.received if self.needs_scores else None
+        return entries.attention_sums if self.needs_scores else None
 
     @abstractmethod
-    def select(self, held: int, state: State, scores: Tensor | None) -> Tensor:
-        """Which of the entries before the last :attr:`protected` stay.
+    def select(self, cache_length: int, state: State, scores: Tensor | None) -> Tensor:
+        """The entries that stay, of those before the last :attr:`num_recent`.
 
-        Called only when :meth:`survivors` evicts.
+        Called only in steps that evict.
 
         Args:
-            held, state: as for :meth:`survivors`.
+            cache_length, state: as for :meth:`next_length`.
             scores: what :meth:`score` returned.
 
         Returns:
-            Indices into the `held` entries, int64, ascending, of a shape that broadcasts to
-            [rows, kv_heads, kept - protected].
+            Indices of entries, int64, ascending, of a shape that broadcasts to
+            [rows, kv_heads, next_length - num_recent].
         """
 
     def fit(
         self, budget: int, fixed: frozenset[str] = frozenset(), by: BudgetBy = "peak"
     ) -> Policy:
-        """A copy whose free parameters meet a budget; :class:`buzz.Budget` checks that they do.
+        """A copy whose parameters meet a budget; :class:`buzz.Budget` checks that they do.
 
-        Neither the prompt's length nor the answer's has a say: a method whose size moves would
-        otherwise be another one for every sample.
+        They depend on the budget alone, not on the lengths of prompt and answer.
 
         Args:
             budget: entries per layer and KV head.
-            fixed: parameters that keep their value, because the user set them.
-            by: whether the budget is the most that is ever held, or the mean of an endless answer;
-                the same for methods of fixed size.
+            fixed: parameters that keep their value because the user set them.
+            by: ``peak``: the budget is the maximum cache length; ``mean``: it is the average over
+                an endless answer. For methods of constant length they are the same.
 
         Raises:
             ConfigError: the budget cannot be met.
@@ -222,21 +228,32 @@ class Policy(ABC):
         return self
 
     def lengths(self, steps: Iterable[int]) -> list[int]:
-        """Entries held after each of `steps` forward passes (their numbers of new tokens)."""
-        held: int = 0
+        """Cache length after each of `steps` forward passes, given their numbers of new tokens."""
+        length: int = 0
         state: State = 0
         lengths = []
         for new in steps:
-            held, state = self.survivors(held + new, state)
-            lengths.append(held)
+            length, state = self.next_length(length + new, state)
+            lengths.append(length)
         return lengths
 
     def footprint(self, prompt: int = 0) -> Footprint:
-        """What is held beside an endless answer to a prompt of this length, from lengths alone."""
+        """Cache length after a prompt of so many tokens, and during an endless answer."""
         return _footprint(self, prompt)
 
+    # For callers that use the names of version 0.2.
+    survivors, protected, resident = next_length, num_recent, num_pinned
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gives every attribute of :data:`RENAMED` that a class defines its other name, too."""
+        super().__init_subclass__(**options)
+        for names in RENAMED.items():
+            for name, other in (names, names[::-1]):
+                if other in vars(cls) and name not in vars(cls):
+                    setattr(cls, name, _alias(cls, other))
+
     def _whole(self) -> list[str]:
-        """Parameters that are whole numbers, by their defaults."""
+        """Names of the parameters whose default is a whole number."""
         return [field.name for field in dataclasses.fields(self) if type(field.default) is int]
 
     def _at_least(self, minimum: int, *fields: str) -> None:
@@ -278,8 +295,22 @@ class Policy(ABC):
                 )
 
 
+def _alias(cls: type[Policy], name: str) -> Any:
+    """An attribute of a class, to be set under another name; for a plain value, a property."""
+    own = vars(cls)[name]
+    return own if callable(own) or isinstance(own, property) else property(attrgetter(name))
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest of scores [..., n]: int64 [..., count], ascending."""
+    if scores.shape[-1] == count + 1:  # decoding: one leaves, no sort is needed
+        kept = torch.arange(count, device=scores.device)
+        return kept + (kept >= scores.argmin(-1, keepdim=True))
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
 def parameters(policy: Policy) -> dict[str, Any]:
-    """A method's parameters by name, without what it has measured of a model or a tokenizer."""
+    """A method's parameters by name, without measurements of a model or a tokenizer."""
     known = POLICIES.get(policy.name)
     kind = known if known and isinstance(policy, known) else type(policy)
     own = {field.name: getattr(policy, field.name) for field in dataclasses.fields(kind)}
@@ -288,8 +319,8 @@ def parameters(policy: Policy) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _footprint(policy: Policy, prompt: int) -> Footprint:
-    """Follows the length recurrence until it comes back to a state, which closes a cycle."""
-    now = policy.survivors(prompt, 0) if prompt else (0, 0)
+    """Repeats :meth:`Policy.next_length` until length and state recur, which closes a cycle."""
+    now = policy.next_length(prompt, 0) if prompt else (0, 0)
     after_prompt = now[0]
     seen: dict[tuple[int, State], int] = {}
     lengths: list[int] = []
@@ -298,6 +329,6 @@ def _footprint(policy: Policy, prompt: int) -> Footprint:
             return Footprint(after_prompt, math.inf, math.inf)
         seen[now] = len(lengths)
         lengths.append(now[0])
-        now = policy.survivors(now[0] + 1, now[1])
+        now = policy.next_length(now[0] + 1, now[1])
     cycle = lengths[seen[now] :]
     return Footprint(after_prompt, max(lengths), sum(cycle) / len(cycle))

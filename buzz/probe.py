@@ -1,13 +1,13 @@
-"""What the layers of a model do to keys, found out by running their attention on three tokens.
+"""How the layers of a model rotate keys, found by running their attention on three tokens.
 
-No list of names can tell: models of one family differ, and so do layers of one model. So the
-decoder runs once with stand-ins for its layers, which note what each is given; then one layer of
-each kind runs up to the end of its attention. The three tokens are equal but for their positions:
-a key that :class:`~buzz.rope.Rope` can move is, turned, the key at the other position.
+A list of model names would not do: models of one family differ, and so do layers of one model. So
+the decoder runs once with stand-ins for its layers, which record their inputs. Then one layer of
+each kind runs up to the end of its attention. The three tokens differ in their positions only: if
+:class:`~buzz.rope.Rope` describes a layer, it rotates the key at one position into that at another.
 
-All of this happens in copies that share the model's weights: the model, its hooks and the state of
-random numbers stay as they are. Norms and biases are drawn anew in the copies, since weights that
-are all equal hide a norm after the rotation.
+All of this happens in copies that share the model's weights: the model, its hooks and the random
+state do not change. In the copies, norms and biases are random, since a norm after the rotation has
+no effect if all of its weights are equal.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from buzz.kernels import reference
 from buzz.rope import Rope
 
 NEAR = (2, 7)
-FAR = 2**17  # no position is tried beyond
-# What an attention function may be told and is served (positions are in the keys already).
+FAR = 2**17  # the largest position that is tried
+# Options of attention functions that are supported (positions are in the keys already).
 SERVED = (
     *("scaling", "dropout", "sliding_window", "is_causal", "s_aux"),
     *("position_ids", "cache_position", "use_cache", "eviction_layers"),
 )
-# What a decoder's layers may return, of the hidden states that they end with.
+# The forms in which layers return hidden states.
 RETURNED: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: hidden,
     lambda hidden: (hidden,),
@@ -43,15 +43,11 @@ RETURNED: tuple[Callable[[Tensor], Any], ...] = (
 )
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}  # as a share of the largest number
 SCALED = "makes queries depend on their position by more than a rotation"
-LOOSE = 3e-2  # for far positions, whose angles models compute in float32
+LOOSE = 3e-2  # at the far position, whose angle models compute in float32
 
 
 class Turning(NamedTuple):
-    """How a layer rotates its keys.
-
-    Attributes:
-        module: as of :class:`~buzz.rope.Rope`, and so the other two; None: it does not.
-    """
+    """How a layer rotates its keys: arguments of :class:`~buzz.rope.Rope`."""
 
     module: nn.Module | None
     layer_type: str = ""
@@ -62,7 +58,7 @@ class Turning(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What an attention function is given."""
+    """Arguments of an attention function."""
 
     module: nn.Module
     query: Tensor
@@ -73,13 +69,13 @@ class Call(NamedTuple):
 
 
 class Listener(adapter.SelfAttending):
-    """A layer's cache that notes what it is given, and an attention that gives zeros."""
+    """A layer's cache that records its inputs, and whose attention output is 0."""
 
     def __init__(self) -> None:
         super().__init__()
         self.entries: list[tuple[Tensor, Tensor]] = []
         self.calls: list[Call] = []
-        self.seen = 0  # tokens, if anyone asks
+        self.seen = 0  # the length that it reports
         self.was_asked = False
 
     def get_seq_length(self) -> int:
@@ -96,10 +92,10 @@ class Listener(adapter.SelfAttending):
         return key_states, value_states
 
     def attend(self, attention: Callable[..., Any], query: Tensor, **kwargs: Any) -> Tensor:
-        raise NotImplementedError("it listens")
+        raise NotImplementedError("see hear")
 
     def hear(self, *call: Any) -> Tensor:
-        """Takes what :class:`Call` lists, and gives [batch, new, heads, head_dim]."""
+        """Records the fields of a :class:`Call`; returns zeros [batch, new, heads, head_dim]."""
         heard = Call(*call)
         self.calls.append(heard)
         batch, heads, new, _ = heard.query.shape
@@ -114,23 +110,23 @@ class _Listening(adapter.StatefulCache):
 
 
 class _Over(Exception):
-    """The attention has run, and the rest of the layer need not."""
+    """Ends a layer's forward pass after its attention."""
 
 
 class _Refused(Exception):
-    """Why a layer cannot be served."""
+    """The reason why a layer is not supported."""
 
 
-Finding = Turning | str  # or why keys cannot be moved
+Finding = Turning | str  # or the reason why keys cannot be rotated to other positions
 
 
 class Findings(NamedTuple):
-    """What is known of a model's layers.
+    """Properties of a model's layers.
 
     Attributes:
-        turnings: how each turns its keys; a text where they cannot be moved; None where none leave.
-        restarting: the first that reads a chunk of tokens without the states that it has of those
-            before; None: all go on from them.
+        turnings: how each layer rotates its keys; None for layers that do not evict.
+        restarting: index of the first layer that ignores its earlier states when it reads several
+            tokens; None if there is none.
     """
 
     turnings: list[Finding | None]
@@ -141,11 +137,10 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[str, Findings]] = weakref.Weak
 
 
 def findings(model: PreTrainedModel, decoder: nn.Module, kinds: Sequence[adapter.Kind]) -> Findings:
-    """What the layers of a model do. Found out once for each model and attention backend.
+    """Properties of a model's layers, found once for each model and attention backend.
 
     Raises:
-        ConfigError: a layer does with its cache what none that evicts can serve; layers could not
-            be found.
+        ConfigError: a layer uses its cache in a way that is not supported; layers were not found.
     """
     for index, kind in enumerate(kinds):
         if kind.evicts:
@@ -153,7 +148,7 @@ def findings(model: PreTrainedModel, decoder: nn.Module, kinds: Sequence[adapter
         elif kind.source is not None:
             own, attention = (adapter.attention_of(decoder, i) for i in (index, kind.source))
             if type(own) is not type(attention):
-                reason = f"layer {index} attends as {kind.source} does not, whose entries it reads"
+                reason = f"layer {index} attends unlike layer {kind.source}, whose entries it reads"
                 raise ConfigError("model", type(model).__name__, reason)
     known = _known.setdefault(decoder, {})
     backend = str(model.config._attn_implementation)
@@ -196,7 +191,7 @@ class _Probe:
                 except _Refused as refused:
                     raise _Refused(f"layer {index} {refused}") from refused.__cause__
                 except Exception as error:
-                    what = f"layer {index} could not be tried out ({_line(error)})"
+                    what = f"layer {index} failed when it was tried ({_line(error)})"
                     raise _Refused(what) from error
             turning, goes_on = found[key]
             listed.append(turning)
@@ -204,10 +199,10 @@ class _Probe:
                 restarting = index
         return Findings(listed, restarting)
 
-    # --- what each layer is given -----------------------------------------------------------
+    # --- inputs of the layers ---------------------------------------------------------------
 
     def _given(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Arguments of each layer, with the positions that are tried."""
+        """Arguments of each layer, for the three positions."""
         plain = self._decode(None, [0, 1, 2])
         hidden = _hidden(*plain[0])
         if not self.rotary and not torch.equal(hidden, hidden[:, :1].expand_as(hidden)):
@@ -233,7 +228,7 @@ class _Probe:
                 return [tuple(inputs) for _, *inputs in given]
         if len(problems) < len(RETURNED):
             raise _Refused("does not run each of its layers once, one after the other")
-        raise _Refused(f"could not be tried out ({_line(problems[0])})") from problems[0]
+        raise _Refused(f"failed when it was tried ({_line(problems[0])})") from problems[0]
 
     def _pass(
         self, mask: Tensor | None, positions: list[int], wrap: Callable[..., Any], given: list[Any]
@@ -262,16 +257,16 @@ class _Probe:
         )
 
     def _far(self) -> int:
-        """A position at which frequencies are what they are at the first, and all else may not."""
+        """A far position with the same frequencies, to find factors that depend on positions."""
         changing = any(not Rope(m, t).static for m in self.rotary.values() for t in _tables(m))
         longest = self._context()
         return 11 if changing or longest <= 12 else min(longest, FAR) - 1
 
     def _context(self) -> int:
-        """Positions that the model was made for; 0 if it does not say."""
+        """The model's context length; 0 if its configuration has none."""
         return getattr(self.decoder.config, "max_position_embeddings", None) or 0
 
-    # --- what a layer does with it ----------------------------------------------------------
+    # --- behaviour of a layer ---------------------------------------------------------------
 
     def _finding(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Finding:
         layer = self.layers[index]
@@ -294,7 +289,7 @@ class _Probe:
         with contextlib.suppress(_Over):
             double(*args, **kwargs)
         call = self._checked(index)
-        if listener.was_asked:  # of positions, which are otherwise what the layer is given
+        if listener.was_asked:  # the layer may derive positions from the cache's length
             listener.seen = self._far()
             with contextlib.suppress(_Over):
                 double(*args, **kwargs)
@@ -312,7 +307,7 @@ class _Probe:
         return args, {**kwargs, "hidden_states": equal}
 
     def _goes_on(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether what a layer makes of two tokens depends on each of its states of one before."""
+        """Whether a layer's output for two tokens depends on each of its states after one."""
         layer, listener = self.layers[index], self.listeners[index]
         double, device = _double(layer), _device(layer)
         args, kwargs = _moved(args, device), _moved(kwargs, device)
@@ -343,7 +338,7 @@ class _Probe:
         )
 
     def _checked(self, index: int) -> Call:
-        """The one call of a layer's attention."""
+        """The single call of a layer's attention, checked."""
         own = self.listeners[index]
         if any(other.entries or other.calls for other in self.listeners if other is not own):
             raise _Refused("writes to another layer's cache")
@@ -361,7 +356,7 @@ class _Probe:
         if key.shape[2] != 3 or dim != key.shape[3] or heads % key.shape[1]:
             raise _Refused("holds no key and value for each token and KV head")
         if call.mask is not None and (call.mask.numel() != 1 or call.mask.any()):
-            raise _Refused("adds to the attention mask what an evicting cache would drop")
+            raise _Refused("adds to the attention mask, which an evicting cache does not read")
         for option, setting in call.options.items():
             if option not in SERVED and setting is not None and setting is not False:
                 raise _Refused(f"attends with {option}, which no evicting cache serves")
@@ -379,7 +374,7 @@ class _Probe:
 
     def _turning(self, index: int, attention: nn.Module, double: nn.Module, call: Call) -> Finding:
         if not call.key.any() or not call.key.isfinite().all():
-            raise _Refused("has keys that are all 0, or no numbers: are its weights loaded?")
+            raise _Refused("has keys that are all 0 or not finite: are its weights loaded?")
         places = torch.tensor([*NEAR, self._far()], device=call.key.device)
         kind = self.kinds[index].name
         pairs = [(self.rotary[name], module) for name, module in self.doubles.items()]
@@ -395,7 +390,7 @@ class _Probe:
                 if _moves(rope, call.query, places):
                     return turning
                 return SCALED
-        return "rotates keys in a way that cannot be undone (or changes them once rotated)"
+        return "rotates keys in a way that cannot be undone (or changes them after rotation)"
 
 
 # --- copies that share weights -------------------------------------------------------------------
@@ -408,11 +403,11 @@ def _double(
     deep: bool = True,
     skip: str = "",
 ) -> nn.Module:
-    """A copy that shares weights, without hooks, in evaluation.
+    """A copy that shares weights, without hooks, in evaluation mode.
 
     Args:
-        draw: makes other norm weights and biases.
-        skip: a child to be left as it is.
+        draw: replaces norm weights and biases by random ones.
+        skip: a child that is not copied.
     """
     double = object.__new__(type(module))
     double.__dict__ = state = dict(module.__dict__)
@@ -429,7 +424,7 @@ def _double(
     if module._modules:
         state.pop("forward", None)
         if (function := _forward(module)) is not type(module).forward:
-            state["forward"] = types.MethodType(function, double)  # someone's own
+            state["forward"] = types.MethodType(function, double)  # a replaced forward
     elif draw is not None and "forward" not in state:
         for name, weight in module._parameters.items():
             if weight is None or weight.dim() != 1 or not weight.is_floating_point():
@@ -445,14 +440,14 @@ def _double(
 
 
 def _forward(module: nn.Module) -> Any:
-    """The function of a module's forward; accelerate keeps the original beside its own."""
+    """The function of a module's forward; under accelerate's hooks, the original one."""
     state = module.__dict__
     own = state.get("_old_forward", state.get("forward"))
     return getattr(own, "__func__", type(module).forward)
 
 
 def _device(part: nn.Module) -> torch.device:
-    """Where a part of a model runs, also if its weights are loaded for each step."""
+    """The device that a part of a model runs on, also if its weights are loaded for each step."""
     for module in part.modules():
         hook: Any = getattr(module, "_hf_hook", None)
         if (placed := getattr(hook, "execution_device", None)) is not None:
@@ -474,7 +469,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _part(value: Any, tokens: slice, cache: Cache) -> Any:
-    """What a layer is given of some of three tokens, with another cache."""
+    """A layer's inputs for some of the three tokens, with another cache."""
     if isinstance(value, Tensor):
         return value[:, tokens] if value.dim() > 1 and value.shape[1] == 3 else value
     if isinstance(value, Cache):
@@ -486,7 +481,7 @@ def _part(value: Any, tokens: slice, cache: Cache) -> Any:
     return value
 
 
-# --- what layers have in common ------------------------------------------------------------------
+# --- equal layers --------------------------------------------------------------------------------
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
@@ -494,7 +489,7 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
 
 
 def _structure(layer: nn.Module) -> Iterator[Any]:
-    """What one layer of a kind has in common with the others: all but its number and weights."""
+    """A key that is equal for layers that differ in their index and weights only."""
     for name, module in layer.named_modules():
         plain = (int, float, str, type(None))
         settings = [
@@ -506,7 +501,7 @@ def _structure(layer: nn.Module) -> Iterator[Any]:
 
 
 def _identity(value: Any) -> Any:
-    """Of the tensors that a layer is given, which they are; the hidden states are ever new."""
+    """A key of a layer's inputs: tensors by identity."""
     if isinstance(value, tuple | list):
         return tuple(_identity(part) for part in value)
     if isinstance(value, dict):
@@ -523,11 +518,11 @@ def _tables(module: nn.Module) -> Iterator[str]:
             yield name.removesuffix("_inv_freq")
 
 
-# --- what attention is given ---------------------------------------------------------------------
+# --- checks of an attention call -----------------------------------------------------------------
 
 
 def _moves(rope: Rope, states: Tensor, places: Tensor) -> bool:
-    """Whether a rotation makes of the first token's states what the others have.
+    """Whether a RoPE rotates the first token's states into those of the others.
 
     Args:
         states: [1, heads, 3, head_dim].
@@ -544,7 +539,7 @@ def _moves(rope: Rope, states: Tensor, places: Tensor) -> bool:
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask that may be added or may be bool is the causal one."""
+    """Whether a mask, additive or bool, is the causal one."""
     if mask.dim() == 2:
         return bool(mask.all())
     shown = mask if mask.dtype == torch.bool else mask == 0
@@ -553,13 +548,13 @@ def _is_causal(mask: Tensor) -> bool:
 
 
 def _is_softmax(call: Call, draw: torch.Generator) -> bool:
-    """Whether the model's own attention is softmax(q k) v, also where logits are large.
+    """Whether the model's own attention is softmax(q k) v, also for large logits.
 
-    With sinks in the sum of the softmax, if it is told of any: they show where logits are 0.
+    Attention sinks, if there are any, are part of the softmax.
     """
     query = call.query * 8
-    query[:, :, 0] = 0
-    # The values of the call are equal, of which every weighting makes the same.
+    query[:, :, 0] = 0  # beside logits of 0, sinks have a visible effect
+    # The call's own values are equal, so that all weights would give the same output.
     value = torch.randn(call.value.shape, generator=draw).to(call.value)
     new = query.shape[2]
     least = torch.finfo(query.dtype).min

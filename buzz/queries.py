@@ -1,4 +1,4 @@
-"""What a layer remembers of its queries, for methods that ask: the last ones, and their moments."""
+"""The queries that a layer keeps for methods that declare it: the last ones, and moments of all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 2048  # queries that are turned back and multiplied at a time
+BLOCK = 2048  # queries that are rotated back and multiplied at a time
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Moments:
     Attributes:
         count: float32 [batch, 1, 1].
         mean: float32 [batch, heads, head_dim].
-        spread: float32 [batch, heads, head_dim, head_dim], sum of the products of deviations.
+        spread: float32 [batch, heads, head_dim, head_dim], sum of outer products of deviations.
     """
 
     count: Tensor
@@ -27,14 +27,14 @@ class Moments:
 
     @classmethod
     def of(cls, queries: Tensor, counted: Tensor) -> Moments:
-        """Of queries [batch, heads, n, head_dim], those that count: bool [batch or 1, 1, n, 1]."""
+        """Of queries [batch, heads, n, head_dim] where `counted` [batch or 1, 1, n, 1] is True."""
         count = counted.sum(2).float().expand(queries.shape[0], 1, 1)
         mean = queries.masked_fill(~counted, 0).sum(2) / count.clamp(min=1)
         centred = (queries - mean[:, :, None]).masked_fill(~counted, 0)
         return cls(count, mean, centred.mT @ centred)
 
     def plus(self, later: Moments) -> Moments:
-        """Of all queries together (Chan, Golub and LeVeque, 1979)."""
+        """Moments of both sets of queries together (Chan, Golub and LeVeque, 1979)."""
         count = self.count + later.count
         share = later.count / count.clamp(min=1)
         step = later.mean - self.mean
@@ -57,9 +57,8 @@ class QueryLog:
     """The queries of one layer, times the scale of its logits.
 
     Attributes:
-        latest: float32 [batch, heads, w, head_dim], the last ones, as they attended; None if
-            nobody reads them.
-        moments: of queries as they were before they were rotated; None if nobody reads them.
+        latest: the last ones, after RoPE: float32 [batch, heads, w, head_dim]; None if not read.
+        moments: of the queries before RoPE; None if not read.
     """
 
     latest: Tensor | None = None
@@ -67,7 +66,7 @@ class QueryLog:
 
     @classmethod
     def stacked(cls, logs: Sequence[QueryLog]) -> QueryLog:
-        """The rows of all."""
+        """One log with the rows of all."""
         latest = [log.latest for log in logs if log.latest is not None]
         moments = [log.moments.tensors() for log in logs if log.moments is not None]
         return cls(
@@ -76,14 +75,14 @@ class QueryLog:
         )
 
     def keep_latest(self, queries: Tensor, kept: int) -> None:
-        """Note a step's queries [batch, heads, new, head_dim], of which the last `kept` stay."""
+        """Appends a step's queries [batch, heads, new, head_dim], and keeps the last `kept`."""
         latest = queries[:, :, -kept:]
         if self.latest is not None and latest.shape[2] < kept:
             latest = torch.cat([self.latest, latest], dim=2)[:, :, -kept:]
         self.latest = latest
 
     def keep_moments(self, queries: Tensor, counted: Tensor) -> None:
-        """Note a step's queries, turned back, those that count: see :meth:`Moments.of`."""
+        """Adds a step's queries, before RoPE, to the moments: see :meth:`Moments.of`."""
         own = Moments.of(queries, counted)
         self.moments = own if self.moments is None else self.moments.plus(own)
 

@@ -1,9 +1,9 @@
-"""A second pass over a prompt: how its entries are attended when the model repeats it.
+"""A second pass over a prompt, which scores its entries by how the model attends to repeat it.
 
-The prompt is read as always, and kept whole. Then the model reads what it might write if it were
-asked to repeat a chunk of it; the highest attention that an entry gets from that is its score.
-Nothing of this is kept, and only then the prompt is thinned. All of it happens in the forward pass
-that ends the prompt, so it counts in the time to the first token. Source: KVzip, arXiv 2505.23416.
+The prompt is read as always, without eviction. Then the model reads a request to repeat a chunk of
+it, and the chunk itself; the maximum attention that an entry gets from these tokens is its score.
+Their entries are not kept. Then the prompt is evicted from. All of this happens in the forward pass
+that ends the prompt, so it is part of the time to first token. Source: KVzip, arXiv 2505.23416.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from buzz.kernels.reference import softmax
 from buzz.layer import EvictionLayer
 from buzz.policy import Policy
 
-# What entries are worth to each layer, float32 [kv_heads, held], by the tokens of a row and by what
-# is read to judge them.
+# Scores of a row's entries in each layer, float32 [kv_heads, cache_length], by the row's tokens and
+# the token ids of its second pass.
 Known = dict[tuple[Any, ...], list[Tensor]]
 BLOCK = 256  # queries whose weights exist at a time
-SINK = 4  # first entries, which are attended with every chunk
+SINK = 4  # first entries, attended with every chunk
 
 
 class _Repeated(SelfAttending):
-    """What one layer holds of a row of a group, and behind it what is read; that is never kept."""
+    """One layer's entries of one row, followed by those of the second pass, which are not kept."""
 
     def __init__(self, layer: EvictionLayer, group: Group, row: int) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class _Repeated(SelfAttending):
         own = slice(row, row + 1), slice(None), slice(store.end - group.held, store.end)
         self.entries = store.keys[own], store.values[own]
         self.scores = torch.zeros(self.entries[0].shape[1:3], device=store.device)
-        self.chunk = slice(0, 0)  # the entries that are repeated now
+        self.chunk = slice(0, 0)  # the entries of the current chunk
 
     def attend(self, attention: Callable[..., Any], query: Tensor, **kwargs: Any) -> Tensor:
-        """Attention of what is read [1, heads, m, head_dim], and its scores of the chunk."""
+        """Attention of the second pass's queries [1, heads, m, head_dim]; scores the chunk."""
         keys, values = self.taken()
         own = self.entries
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        # One layer's entries are copied, a chunk: next to nothing beside its attention.
+        # This copies one layer's entries once a chunk: little, compared with its attention.
         both = torch.cat([own[0], keys], 2), torch.cat([own[1], values], 2)
         sinks = sinks_of(kwargs)
         output, _ = kernels.scored_prefill(query, *both, scale, observe=1, sinks=sinks)
@@ -60,10 +60,10 @@ class _Repeated(SelfAttending):
 
 
 def highest_attention(query: Tensor, key: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """The highest attention that each key gets from any query and head of its group.
+    """Maximum attention to each key, over all queries and the query heads of its group.
 
     Args:
-        query: [heads, m, head_dim], times the scale; the last sees all keys, others end before.
+        query: [heads, m, head_dim], times the scale; causal, the last one attends all keys.
         key: [kv_heads, n, head_dim], n >= m.
         sinks: [heads], see :func:`buzz.kernels.scored_prefill`.
 
@@ -86,10 +86,10 @@ def highest_attention(query: Tensor, key: Tensor, sinks: Tensor | None = None) -
 
 
 def check(policy: Policy, layers: Sequence[Any], plain: bool, logn_base: float | None) -> None:
-    """Raises ConfigError if a prompt cannot be read a second time through these layers.
+    """Raises ConfigError if these layers cannot read a prompt a second time.
 
     Args:
-        plain: whether they hold nothing but entries that may be evicted.
+        plain: whether all of them evict and have no other states.
     """
     if not policy.needs_repetition:
         return
@@ -110,11 +110,11 @@ def check(policy: Policy, layers: Sequence[Any], plain: bool, logn_base: float |
 def repeat(
     decoder: nn.Module, layers: Sequence[EvictionLayer], prompt: Tensor, known: Known
 ) -> None:
-    """Score what all layers hold of a prompt, and let them evict.
+    """Reads a prompt a second time to score its entries, and lets all layers evict.
 
     Args:
         prompt: token ids [batch, n], padding included.
-        known: of rows and caches that hold the same; what is found here is added.
+        known: scores of other rows and caches; those found here are added.
 
     Raises:
         ConfigError: the model was given embeddings.
@@ -123,12 +123,12 @@ def repeat(
     if prompt.is_floating_point():
         name = first.policy.name
         raise ConfigError("inputs_embeds", name, "it repeats the prompt's tokens; give input_ids")
-    received = []
+    scored = []
     for layer in layers:
         assert layer.store is not None
-        received.append(torch.zeros_like(layer.view(layer.store.positions), dtype=torch.float32))
+        scored.append(torch.zeros_like(layer.view(layer.store.positions), dtype=torch.float32))
     for number, group in enumerate(first.groups):
-        if first.policy.survivors(group.held, group.state)[0] == group.held:
+        if first.policy.next_length(group.held, group.state)[0] == group.held:
             continue
         for row in group.rows:
             tokens = prompt[row, group.padding :].tolist()
@@ -136,16 +136,16 @@ def repeat(
             same = (group.first_position, tuple(tokens), tuple(read))
             if same not in known:
                 known[same] = _scores(decoder, layers, number, row, tokens)
-            for scores, own in zip(received, known[same], strict=True):
+            for scores, own in zip(scored, known[same], strict=True):
                 scores[row, :, scores.shape[-1] - group.held :] = own
-    for layer, scores in zip(layers, received, strict=True):
+    for layer, scores in zip(layers, scored, strict=True):
         layer.judge(scores)
 
 
 def _scores(
     decoder: nn.Module, layers: Sequence[EvictionLayer], group: int, row: int, tokens: list[int]
 ) -> list[Tensor]:
-    """What one row's entries are worth to each layer, float32 [kv_heads, held]."""
+    """Scores of one row's entries in each layer, float32 [kv_heads, cache_length]."""
     repeated = [_Repeated(layer, layer.groups[group], row) for layer in layers]
     device, of = layers[0].device, layers[0].groups[group]
     position = of.first_position + of.seen

@@ -1,9 +1,8 @@
-"""Moving kept keys to new positions.
+"""Rotating kept keys to new positions.
 
-At cache positions an entry is attended as if it stood at its index in the thinned cache. RoPE is
-relative, so queries and recent keys stay at their true positions, and only entries that moved
-relative to the newest token are rotated, at the moment of eviction, by the difference. At true
-positions nothing moves: a cache then treats every layer as one without RoPE.
+At cache positions, an entry's position is its index in the cache. RoPE is relative: queries and
+recent keys keep their true positions, and an eviction rotates the other keys by as much as they
+move relative to the newest token. At true positions no key is rotated, as in a layer without RoPE.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ SMALL_TABLE = 512  # rows
 
 
 class Rope:
-    """The rotation that one layer of a model applies to its keys.
+    """The RoPE of one layer of a model.
 
-    It reads the model's own rotary module, so it serves every RoPE variant that is a table of
-    inverse frequencies: default, linear, dynamic, llama3, yarn, longrope, and partial rotary
-    dimensions. A factor on cos and sin (yarn, longrope) is in the keys already and stays.
+    It reads the inverse frequencies of the model's own rotary module. So it serves every variant
+    that has them: default, linear, dynamic, llama3, yarn, longrope, and partial rotary dimensions.
+    The factor on cos and sin of yarn and longrope is part of the keys, and stays.
 
     Args:
-        module: the model's rotary embedding; None for a layer without one (NoPE): nothing rotates.
-        layer_type: prefix of the buffers of modules that hold one table per layer type.
-        interleaved: whether pairs are (0, 1), (2, 3), ... and not (0, R/2), (1, R/2 + 1), ...
+        module: the model's rotary embedding; None for a layer without RoPE (NoPE).
+        layer_type: prefix of the buffers, in modules that have one table per layer type.
+        interleaved: whether the pairs of dimensions are (0, 1), (2, 3), ... and not (0, R/2),
+            (1, R/2 + 1), ...
     """
 
     def __init__(
@@ -43,22 +43,22 @@ class Rope:
         rope_type = getattr(module, "rope_type", "default")
         if isinstance(rope_type, dict):
             rope_type = rope_type[layer_type]
-        # Whether frequencies may change from one forward pass to the next.
+        # Whether frequencies are the same in every forward pass.
         self.static = "dynamic" not in rope_type and rope_type != "longrope"
-        self._two_tables = rope_type == "longrope"  # written into one buffer, by a text's length
+        self._two_tables = rope_type == "longrope"  # one buffer: its values depend on the length
         self._tables: dict[torch.device, Rotation] = {}
         self._observed: Tensor | None = None  # the buffer that was looked at last
         self._history: list[tuple[int, Tensor]] = []
 
     def frequencies(self) -> Tensor:
-        """Inverse frequencies that the current forward pass uses, float32 [R / 2]."""
+        """Inverse frequencies of the current forward pass, float32 [R / 2]."""
         return getattr(self.module, self._buffer)
 
     def observe(self, slot: int, new: int) -> None:
-        """Note the frequencies that tokens are rotated with, if they can change.
+        """Records the frequencies that a step's tokens are rotated with, if they can change.
 
-        To compare numbers waits for the device, so it is done only where a change is possible:
-        dynamic RoPE brings another buffer; LongRoPE's changes once, behind its short context.
+        Comparing frequencies waits for the device. So it is done only where they may have changed:
+        dynamic RoPE replaces its buffer; LongRoPE changes once, after its short context.
 
         Args:
             slot: the first of these tokens.
@@ -78,7 +78,7 @@ class Rope:
             self._history.append((slot, current.clone()))
 
     def _short_context(self) -> int:
-        """Tokens up to which LongRoPE has its short frequencies."""
+        """Length of LongRoPE's short context, in tokens."""
         config: Any = getattr(self.module, "config", None)
         parameters = config.rope_parameters
         prefix = self._buffer.removesuffix("inv_freq").removesuffix("_")
@@ -86,9 +86,9 @@ class Rope:
         return int(own["original_max_position_embeddings"])
 
     def forget(self) -> None:
-        """Start over, with a new prompt, whose frequencies are those of a text that begins.
+        """Starts a new text, with the frequencies of a short one.
 
-        A dynamic RoPE keeps those of the longest text that it has met, in whatever cache.
+        A dynamic RoPE would keep those of the longest text so far, of whatever cache.
         """
         self._history.clear()
         module: Any = self.module
@@ -101,21 +101,21 @@ class Rope:
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Rope:
-        """A copy that reads the same module, since it is in that one that frequencies change."""
+        """A copy that reads the same module: frequencies change in the model's own."""
         other = memo[id(self)] = copy.copy(self)
         other._history = list(self._history)
         return other
 
     def turn(self, new: Tensor, old: Tensor, slots: Tensor) -> Rotation | None:
-        """cos and sin that take keys from positions `old` to positions `new`, however far.
+        """cos and sin that rotate keys from positions `old` to positions `new`.
 
-        Angles come from exact integers in float64. With static frequencies only the difference
-        counts; otherwise the old rotation is undone with the frequencies in force at `slots`.
+        Angles are computed in float64 from whole positions. With static frequencies only the
+        difference counts; otherwise the old rotation is undone with the frequencies of its time.
 
         Args:
             new, old: int64 [..., k].
-            slots: int [..., k], arrival of each entry as a count of tokens seen; read only where
-                frequencies change.
+            slots: int [..., k], tokens seen when each entry was appended; read only if frequencies
+                change.
 
         Returns:
             Two float32 [..., k, R / 2]; None for a layer without RoPE.
@@ -136,11 +136,10 @@ class Rope:
     def table(self, turns: int, device: torch.device | None = None) -> Rotation | None:
         """cos and sin of moves by 0, 1, ... positions: float64 [at least `turns`, R / 2].
 
-        None for a layer without RoPE. Only where frequencies are static.
+        For static frequencies; None for a layer without RoPE.
 
         Args:
-            device: where the keys lie, in case a model's layers lie on several; else that of the
-                frequencies.
+            device: of the keys; None: that of the frequencies.
         """
         if self.module is None:
             return None
@@ -154,11 +153,11 @@ class Rope:
         return known
 
     def rotate(self, keys: Tensor, rotation: Rotation | None) -> Tensor:
-        """Turn `keys` [..., D] by cos and sin [..., R / 2]."""
+        """`keys` [..., D], rotated by cos and sin [..., R / 2]."""
         return keys if rotation is None else rotate(keys, *rotation, self.interleaved)
 
     def sizes(self, vectors: Tensor) -> Tensor:
-        """L2 norm of each pair of `vectors` [..., D] that turns together: [..., R / 2]."""
+        """L2 norm of each pair of dimensions of `vectors` [..., D]: [..., R / 2]."""
         half = 0 if self.module is None else self.frequencies().shape[-1]
         turned = vectors[..., : 2 * half]
         return turned.unflatten(-1, (half, 2) if self.interleaved else (2, half)).norm(

@@ -1,4 +1,4 @@
-"""How long a row was after each step, in few numbers."""
+"""Cache length after each step, run-length encoded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from buzz.eviction import Group
 
 
 class Trace:
-    """Lengths of a batch's first row; equal steps share a note, so that it stays small."""
+    """Lengths of a batch's first row; consecutive steps of equal changes share one note."""
 
     def __init__(self) -> None:
         self._runs: list[list[int]] = []  # [steps, new tokens, change in length, evictions] alike
         self._last = (0, 0, 0)
 
     def note(self, groups: Sequence[Group]) -> None:
-        """Note what the last step changed, unless it was noted before."""
+        """Records what the last step changed, if it is not recorded yet."""
         group = next((g for g in groups if 0 in g.rows), None)
         if group is None or group.seen == self._last[0]:
             return
@@ -28,7 +28,7 @@ class Trace:
         self._last = now
 
     def steps(self) -> list[tuple[int, int, int]]:
-        """(tokens seen, entries held, evictions) after each step."""
+        """(tokens seen, cache length, evictions) after each step."""
         seen = held = evictions = 0
         steps = []
         for times, new, change, evicted in self._runs:
@@ -38,7 +38,7 @@ class Trace:
         return steps
 
     def copy(self) -> Trace:
-        """One that goes on from here by itself."""
+        """An independent copy."""
         other = Trace()
         other._runs, other._last = [list(run) for run in self._runs], self._last
         return other

@@ -54,6 +54,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"in the order of --randomly-seed={seed}")
 
 
+@pytest.fixture(autouse=True)
+def own_measurements(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """What methods measure of a model is kept in a folder of the test run, not the user's."""
+    folder = tmp_path_factory.getbasetemp() / "measured"
+    monkeypatch.setattr("baselines.calibration.user_cache", lambda: folder)
+
+
 @pytest.fixture
 def go(tmp_path: Path):
     """`run_tiny`, into a folder of the test's own."""

@@ -250,7 +250,7 @@ class _View:
 
     Attributes:
         of: the layer.
-        tokens: int64 [kv_heads, held].
+        tokens: int64 [kv_heads, cache_length].
         recent: the queries that count.
         moved: whether entries stand at cache positions.
     """
@@ -259,7 +259,7 @@ class _View:
     tokens: Tensor
     recent: slice
     moved: bool
-    received: Tensor | None
+    attention_sums: Tensor | None
     layers: int
     moments_from: int | None
 
@@ -268,12 +268,12 @@ class _View:
         return self.layers
 
     @property
-    def held(self) -> int:
+    def cache_length(self) -> int:
         return self.tokens.shape[1]
 
     @property
     def keys(self) -> Tensor:
-        at = torch.arange(self.held).expand_as(self.tokens) if self.moved else self.tokens
+        at = torch.arange(self.cache_length).expand_as(self.tokens) if self.moved else self.tokens
         return self.of.rotated(self._of_entries(self.of.key), at)[None]
 
     @property
@@ -286,7 +286,7 @@ class _View:
 
     @property
     def queries(self) -> Tensor:
-        shift = self.held - self.recent.stop if self.moved else 0
+        shift = self.cache_length - self.recent.stop if self.moved else 0
         at = torch.arange(self.recent.start, self.recent.stop) + shift
         queries = self.of.query[:, self.recent]
         turned = self.of.rotated(queries, at.expand(queries.shape[:2]))
@@ -304,7 +304,7 @@ class _View:
 
     def ahead(self, vectors: Tensor, steps: Sequence[int]) -> Tensor:
         """By turning them to every position."""
-        at = torch.tensor(steps) + (self.held if self.moved else self.recent.stop)
+        at = torch.tensor(steps) + (self.cache_length if self.moved else self.recent.stop)
         flat = vectors.flatten(0, -2)[:, None].expand(-1, len(at), -1)
         return self.of.rotated(flat, at.expand(len(flat), -1)).mean(1).view_as(vectors)
 

@@ -24,8 +24,9 @@ from buzz import (
     EvictionCache,
     ForkedCache,
     HoneycombPolicy,
+    Policy,
 )
-from buzz.granularity import added, constrained
+from buzz.granularity import added, constrained, ranked
 
 PAGE = 4
 TOKENS = 61
@@ -126,13 +127,41 @@ def test_the_prompts_end_keeps_what_the_models_own_weights_say(kind) -> None:
 def test_what_a_method_keeps_in_any_case_comes_first() -> None:
     inf = torch.inf
     pages = torch.tensor([[[9.0, 9], [inf, -9], [1, inf], [inf, inf], [2, 12]]])
-    assert added(pages, -1).argsort(descending=True).tolist() == [[3, 2, 1, 0, 4]]
-    assert added(pages, -1, highest=True).argsort(descending=True).tolist() == [[3, 2, 1, 4, 0]]
+
+    def order(highest: bool = False) -> list[int]:
+        return ranked(added(pages, -1, highest)).argsort(descending=True)[0].tolist()
+
+    assert order() == [3, 2, 1, 0, 4] and order(highest=True) == [3, 2, 1, 4, 0]
     pages[0, 0, 0] = -inf  # which no sum makes up for
-    assert added(pages, -1)[0].argmin() == 0
-    assert added(torch.tensor([[1.0, 5], [2, 2]]), -1).tolist() == [6, 4]
+    assert order()[-1] == 0
+    assert ranked(added(torch.tensor([[1.0, 5], [2, 2]]), -1)).tolist() == [6, 4]
     two = torch.tensor([[[3.0, 1.0], [2.0, 5.0]]])  # of two heads
-    assert added(two, 1).tolist() == [[5.0, 6.0]]
+    assert ranked(added(two, 1)).tolist() == [[5.0, 6.0]]
+
+
+@pytest.mark.parametrize("page_score", ["mean", "max"])
+@pytest.mark.parametrize("heads", ["each", "layer", "all"])
+def test_of_pages_that_a_method_keeps_in_any_case_the_one_with_more_comes_first(
+    page_score, heads
+) -> None:
+    """Whatever the others of its tokens have, and also where heads sum their scores before."""
+    inf = torch.inf
+    pages = [[inf, 9, 9, 9], [0, inf, 0, inf], [9, 9, 9, 9], [inf, 0, 0, 0], [0, 0, 0, 0]]
+    scores = torch.tensor(pages).flatten().expand(1, 2, -1)
+    if heads == "all":  # summed over layers
+        scores = added(scores, 1)[:, None]
+    for room, due in ((1, [1]), (2, [0, 1]), (3, [0, 1, 3]), (4, [0, 1, 2, 3])):
+        policy = Constrained(
+            method=H2OPolicy(),
+            granularity="page:4",
+            page_score=page_score,
+            heads=heads,
+            pages=H2OPolicy(heavy=room, recent=1),
+        )
+        more = torch.zeros(*scores.shape[:2], 4, dtype=scores.dtype)
+        kept = policy.select(24, 0, torch.cat([scores, more], dim=-1))
+        whole = [page for page in range(5) if 4 * page in kept[0, -1].tolist()]
+        assert whole == due
 
 
 def test_a_page_is_worth_its_mean_or_its_best_token() -> None:
@@ -141,7 +170,7 @@ def test_a_page_is_worth_its_mean_or_its_best_token() -> None:
         policy = Constrained(
             method=H2OPolicy(heavy=4, recent=4), granularity="page:4", page_score=page_score
         )
-        assert policy.survivors(10, 0)[0] == 6
+        assert policy.next_length(10, 0)[0] == 6
         kept = policy.select(10, 0, scores)
         assert kept.tolist() == [[[first, first + 1, first + 2, first + 3, 8]]]  # and the last
 
@@ -233,15 +262,15 @@ class First(LocalPolicy):
     """Keeps the first entries; nothing says that the newest page must stay."""
 
     name: ClassVar[str] = "first"
-    protected: ClassVar[int] = 0
+    num_recent: ClassVar[int] = 0
 
-    def select(self, held: int, state: Any, scores: Any) -> torch.Tensor:
+    def select(self, cache_length: int, state: Any, scores: Any) -> torch.Tensor:
         return torch.arange(self.window).expand(1, 1, -1)
 
 
 def test_a_page_that_fills_up_stays_whatever_a_method_says() -> None:
     policy = Constrained(method=First(window=12), granularity="page:4")
-    assert policy.survivors(18, 0)[0] == 10
+    assert policy.next_length(18, 0)[0] == 10
     assert policy.select(18, 0, None).flatten().tolist() == [*range(8), 16, 17]
     assert policy.select(20, 0, None).flatten().tolist() == list(range(12))
 
@@ -255,6 +284,37 @@ def test_without_constraints_a_method_is_itself() -> None:
     steps = [1000] + [1] * 999
     assert hive.lengths(steps) == dataclasses.replace(hive, pages=pages).lengths(steps)
     assert hive.footprint().peak == 35 * 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSize(Policy):
+    """Keeps the last `slots` entries: a size by a name that no method of this project has."""
+
+    name: ClassVar[str] = "own_size"
+    num_recent: ClassVar[int] = 0
+
+    slots: int = 64
+
+    def next_length(self, cache_length: int, state: Any) -> tuple[int, Any]:
+        return min(cache_length, self.slots), 0
+
+    def select(self, cache_length: int, state: Any, scores: Any) -> torch.Tensor:
+        return torch.arange(cache_length - self.slots, cache_length).expand(1, 1, -1)
+
+    def fit(self, budget: int, fixed: frozenset[str] = frozenset(), by: Any = "peak") -> Policy:
+        return self if "slots" in fixed else self._replace(budget, slots=budget)
+
+
+def test_a_size_of_any_name_is_in_pages_once_there_is_a_budget() -> None:
+    policy, _ = Budget(100).policy(constrained(OwnSize(), "page:16"), 1000)
+    assert policy.pages == OwnSize(slots=6) and policy.footprint().peak == 96
+
+
+def test_an_unbounded_method_keeps_its_sizes_in_pages() -> None:
+    with pytest.warns(UserWarning, match="unbounded"):
+        hive = BuzzPolicy(sink=4, window=160, stride=2, threshold=400)
+        policy = constrained(hive, "page:16")
+        assert policy.num_recent == 9 * 16 + 1 and policy.lengths([1000]) == [584]
 
 
 @pytest.mark.parametrize(
@@ -273,13 +333,14 @@ def test_without_constraints_a_method_is_itself() -> None:
         ),
         (H2OPolicy(), {"granularity": "page:1024"}, "cache.granularity", "of 560 entries"),
         (H2OPolicy(), {"granularity": "page:512"}, "cache.granularity", "has room for (1)"),
+        (OwnSize(), {"granularity": "page:16"}, "cache.granularity", "would hold 64 pages; give a"),
         (PyramidKVPolicy(), {"heads": "all"}, "cache.heads", "choose each or layer"),
         (HoneycombPolicy(layers="late"), {"heads": "all"}, "cache.heads", "choose each or layer"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(method, given, field, says) -> None:
     with pytest.raises(ConfigError) as caught:
-        constrained(method, **given).survivors(1, 0)
+        constrained(method, **given).next_length(1, 0)
     assert caught.value.field == field and says in str(caught.value)
     assert "\n" not in str(caught.value)
 

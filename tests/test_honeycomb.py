@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +56,8 @@ class Given:
     """Entries of which only the signals are known."""
 
     def __init__(self, received: torch.Tensor, keys: torch.Tensor) -> None:
-        self.received, self.keys, self.held = received, keys, received.shape[-1]
+        self.attention_sums, self.keys = received, keys
+        self.cache_length = received.shape[-1]
 
 
 @given(
@@ -139,6 +142,23 @@ def test_a_fitted_budget_evicts_at_least_once_in_a_tenth_of_it() -> None:
     for budget, every in ((1000, 64), (300, 30), (40, 4)):
         policy, _ = Budget(budget).policy(HoneycombPolicy(), 4000)
         assert policy.every == every and policy.peak == budget
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 40])
+def test_observed_judges_every_entry_before_the_window(window) -> None:
+    """None stays for its age alone: of equal keys, only those that the queries attend."""
+    keys = torch.zeros(1, 1, 60, 4)
+    keys[..., 3, 0] = keys[..., 10, 0] = 1.0
+    newest = [] if window else [59]  # which only its own query could judge
+    options = {"window": window, "keep": 10 + len(newest), "observed": 1.0}
+    policy = HoneycombPolicy(**ALONE | options)
+    queries = torch.tensor([5.0, 0, 0, 0]).expand(1, 1, policy.queries, 4)
+    entries = SimpleNamespace(keys=keys, queries=queries, cache_length=60)
+    scores = policy.score(entries)
+    assert policy.queries == max(1, min(16, window))
+    assert scores[..., : 60 - max(1, window)].isfinite().all()
+    kept = policy.select(60, 0, scores)[0, 0].tolist()
+    assert kept == [*range(1, 6), *range(8, 13), *newest]
 
 
 def test_without_any_signal_it_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,40 @@ class TestTriAttention:
         assert hashlib.sha256(TEXT.encode()).hexdigest() == (
             "792a21f54b292e8a6baf0383e58e573cfc2a440fa0dc366f8dc84841e7b3a4ee"
         )
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        """Where measurements are kept; empty."""
+        monkeypatch.setattr("baselines.calibration.user_cache", lambda: tmp_path / "kept")
+        return tmp_path / "kept"
+
+    def test_a_later_process_reads_what_was_measured(self, folder) -> None:
+        """Another object of the same model stands for it; each change is measured by itself."""
+
+        def measured(text: int = 1, **changes: float) -> tuple[Any, bool]:
+            model, calls = tiny("llama"), []
+            for name, value in changes.items():
+                model.get_parameter(name.replace("__", ".")).data.view(-1)[0] += value
+            model.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
+            return measured_queries(model, prompt(30, seed=text)[0].tolist()), bool(calls)
+
+        first, was_read = measured()
+        assert was_read and len(list(folder.iterdir())) == 1
+        again, was_read = measured()
+        assert not was_read and all(map(torch.equal, first, again))
+        norm, key = "model__norm__weight", "model__layers__0__self_attn__k_proj__weight"
+        for change in ({"text": 2}, {key: 2**-20}, {norm: 1.0}):
+            assert measured(**change)[1] and not measured(**change)[1], change
+        assert not measured()[1]
+        for file in folder.iterdir():
+            file.write_bytes(file.read_bytes()[:-7])
+        again, was_read = measured()
+        assert was_read and all(map(torch.equal, first, again)) and not measured()[1]
+
+    def test_a_folder_that_cannot_be_written_is_no_failure(self, folder) -> None:
+        folder.write_text("a file where the folder should be")
+        mean, _ = measured_queries(tiny("llama"), [1, 2, 3])
+        assert mean.isfinite().all() and folder.is_file()
 
     def test_a_text_is_read_once_for_a_model_and_leaves_it_as_it_was(self) -> None:
         """Also one whose frequencies grow with the longest text that it has read."""

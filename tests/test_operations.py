@@ -49,7 +49,7 @@ def due(cache: EvictionCache) -> bool:
     """Whether the next step evicts, or the last did."""
     layer = cache.evicting[0]
     coming = any(
-        layer.policy.survivors(group.held + 1, group.state)[0] <= group.held
+        layer.policy.next_length(group.held + 1, group.state)[0] <= group.held
         for group in layer.groups
     )
     return coming or any(group.cut == group.seen for group in layer.groups)

@@ -138,7 +138,7 @@ def test_kept_entries_are_a_temporal_subset_with_the_sink_and_the_last_ones(
         assert torch.equal(after[..., :sink], before[..., :sink])
         assert (after.diff(dim=-1) > 0).all()
         assert torch.isin(after, before).all()
-        protected = min(policy.protected, before.shape[-1])
+        protected = min(policy.num_recent, before.shape[-1])
         assert torch.equal(after[..., after.shape[-1] - protected :], before[..., -protected:]) or (
             protected == 0
         )
@@ -180,7 +180,7 @@ def test_cells_widen_until_a_long_prompts_history_fits(threshold, stride, new, l
     sizes = {"sink": 2, "window": 3, "stride": stride, "threshold": threshold}
     policy = policy_class(**sizes, compact="widen")
     scores = torch.rand(1, 1, new + 5, generator=torch.Generator().manual_seed(new))
-    kept, sampled = policy.survivors(new + 5, 0)
+    kept, sampled = policy.next_length(new + 5, 0)
     if new <= threshold:
         assert (kept, sampled) == (new + 5, 0)
         return
@@ -351,12 +351,12 @@ def test_rounding_does_not_build_up_over_a_thousand_steps(name) -> None:
 
 
 def test_keys_turned_step_by_step_would_drift(monkeypatch) -> None:
-    monkeypatch.setattr(H2OPolicy, "resident", 0)
+    monkeypatch.setattr(H2OPolicy, "num_pinned", 0)
     assert farthest_from_one_turn(H2OPolicy().fit(24), 1060) > 2**-5
 
 
 @pytest.mark.parametrize("kind", [PromptPolicy, RankingPolicy])
-@pytest.mark.parametrize("name", ["received", "queries", "moments"])
+@pytest.mark.parametrize("name", ["attention_sums", "queries", "moments"])
 def test_what_is_read_and_not_declared_is_named(kind: type[Policy], name: str) -> None:
     """Where the method has to say so; all else is there for the asking."""
 
@@ -371,7 +371,7 @@ def test_what_is_read_and_not_declared_is_named(kind: type[Policy], name: str) -
     with pytest.raises(ConfigError, match=f"entries.{name}=None: .*declare") as error:
         model(ids, past_key_values=EvictionCache(model, Curious().fit(24)))
     assert "\n" not in str(error.value)
-    if name == "received":
+    if name == "attention_sums":
         plain = type("Plain", (kind,), {"name": "plain"})().fit(24)
         with pytest.raises(ConfigError, match="needs_scores = True"):
             model(ids, past_key_values=EvictionCache(model, plain))
@@ -379,3 +379,71 @@ def test_what_is_read_and_not_declared_is_named(kind: type[Policy], name: str) -
         cache = EvictionCache(model, declared)
         model(ids, past_key_values=cache)
         assert cache.lengths == [24] * 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Former(Policy):
+    """H2O, written with the names of version 0.2; one is a parameter, another a property."""
+
+    name = "former"
+    needs_scores = True
+
+    heavy: int = 12
+    protected: int = 5
+
+    @property
+    def resident(self) -> int:
+        return self.heavy
+
+    def survivors(self, held: int, state: Any) -> tuple[int, Any]:
+        return min(held, self.heavy + self.protected), 0
+
+    def score(self, entries) -> torch.Tensor:
+        assert entries.received.shape[-1] == entries.held
+        return entries.received
+
+    def select(self, held: int, state: Any, scores: torch.Tensor | None) -> torch.Tensor:
+        assert scores is not None
+        return scores[..., : held - self.protected].topk(self.heavy).indices.sort().values
+
+
+class Later(Former):
+    """A subclass by the new names, of one by the old."""
+
+    @property
+    def num_pinned(self) -> int:
+        return super().resident
+
+    def next_length(self, cache_length: int, state: Any) -> tuple[int, Any]:
+        return super().survivors(cache_length, state)
+
+
+class Narrow(H2OPolicy):
+    """The other way round."""
+
+    @property
+    def protected(self) -> int:
+        return super().num_recent
+
+    def survivors(self, held: int, state: Any) -> tuple[int, Any]:
+        return super().next_length(held, state)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Former(protected=7), Later(protected=7), Narrow(heavy=12, recent=7)],
+    ids=["old", "new-of-old", "old-of-new"],
+)
+def test_a_method_by_the_names_of_version_0_2_still_serves(policy: Policy) -> None:
+    expected = H2OPolicy(heavy=12, recent=7)
+    for names in (("num_recent", "protected"), ("num_pinned", "resident")):
+        assert {getattr(policy, name) for name in names} == {getattr(expected, names[0])}
+    assert policy.next_length(40, 0) == policy.survivors(40, 0) == (19, 0)
+    model, ids, kept = tiny(), torch.arange(3, 63)[None], []
+    for one in (policy, expected):
+        cache = EvictionCache(model, one)
+        with torch.no_grad():
+            for part in ids.split([57, 1, 1, 1], dim=1):
+                model(part, past_key_values=cache)
+        kept.append([cache.kept_positions(layer) for layer in range(3)])
+    assert all(map(torch.equal, *kept))

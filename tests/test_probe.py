@@ -77,7 +77,7 @@ def test_an_attention_of_the_models_own_must_be_a_softmax(monkeypatch) -> None:
 def test_a_norm_after_the_rotation_is_seen_though_all_its_weights_are_equal(dtype) -> None:
     model = model_of("hunyuan_v1_dense").to(dtype)
     assert set(model.model.layers[0].self_attn.key_layernorm.weight.tolist()) == {1}
-    assert "changes them once rotated" in refusal(model)
+    assert "changes them after rotation" in refusal(model)
 
 
 def test_where_keys_cannot_be_moved_true_positions_are_served() -> None:

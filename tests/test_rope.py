@@ -28,7 +28,7 @@ def test_attention_equals_that_of_recomputed_keys(family, name, monkeypatch) -> 
                 break
     kept, store = cache.kept_positions(layer), cache.layers[layer]
     actual = store.view(store.store.keys)
-    moved = kept.shape[-1] - policy.protected
+    moved = kept.shape[-1] - policy.num_recent
     layer_type = "full_attention" if family == "gemma3-mixed" else None
     expected = recorder.keys_at(model, kept, cache.get_seq_length(), layer_type)
     if not cache.layers[layer].rope.static:
