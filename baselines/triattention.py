@@ -154,7 +154,8 @@ def _measured(model: Any, ids: Sequence[int]) -> list[Tensor]:
         assert log.moments is not None and log.latest is not None
         mean = log.moments.mean[0]
         # A pair's size does not change as it is rotated.
-        sizes = layer.rotation.sizes(log.latest[0]).mean(1) - layer.rotation.sizes(mean)
+        queries = log.latest[0].float() * log.scale
+        sizes = layer.rotation.sizes(queries).mean(1) - layer.rotation.sizes(mean)
         room = torch.zeros_like(mean)[:, : mean.shape[-1] // 2]
         room[:, : sizes.shape[-1]] = sizes
         means.append(mean.to(cache.evicting[0].device))

@@ -135,7 +135,7 @@ class Entries:
         if self._log is None or self._log.latest is None:
             raise _undeclared("queries", "a property `queries` of how many to keep")
         latest = self._log.latest[self._rows]
-        return latest[:, :, max(0, latest.shape[2] - self._uncut) :]
+        return latest[:, :, max(0, latest.shape[2] - self._uncut) :].float() * self._log.scale
 
     @property
     def moments(self) -> Moments:

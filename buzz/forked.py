@@ -145,6 +145,7 @@ class Stack(EvictionLayer):
         self.sees_layers = False  # whether the policy reads the index of a single layer
         self.places: list[tuple[int, ...]] = []  # by layer, for `kernels.step_rows`
         self.queries: list[Tensor] = []  # of the current token, from the layers so far
+        self.scale = 1.0  # of their logits
         for layer in layers:
             layer.groups, layer.idle = [self.told], None
         self.tell()
@@ -174,13 +175,13 @@ class Stack(EvictionLayer):
 
     def hear(self, query: Tensor, scale: float) -> None:
         """Takes a layer's query of the token, [1, heads, 1, head_dim]."""
-        self.queries.append(query.float() * scale)
+        self.queries.append(query)
+        self.scale = scale
 
     def end(self, moves: list[kernels.Move]) -> None:
         """Counts the token, and evicts; the caller makes the moves of entries."""
-        self.take_in(
-            self.step_scores, torch.cat(self.queries) if self.queries else None, 1.0, moves
-        )
+        query = torch.cat(self.queries) if self.queries else None
+        self.take_in(self.step_scores, query, self.scale, moves)
         self.tell()
 
     def tell(self) -> None:

@@ -348,7 +348,7 @@ class EvictionLayer(CacheLayerMixin):
             self.log = QueryLog()
             return
         if kept := policy.queries:
-            self.log.keep_latest(query[:, :, -kept:].detach().float() * scale, kept)
+            self.log.keep_latest(query, scale, kept)
         if policy.moments_from is not None:
             for low in range(0, self.new, BLOCK):
                 part = slice(low, min(low + BLOCK, self.new))

@@ -54,14 +54,17 @@ class Moments:
 
 @dataclass
 class QueryLog:
-    """The queries of one layer, times the scale of its logits.
+    """The queries of one layer.
 
     Attributes:
-        latest: the last ones, after RoPE: float32 [batch, heads, w, head_dim]; None if not read.
-        moments: of the queries before RoPE; None if not read.
+        latest: the last ones, after RoPE: [batch, heads, w, head_dim], in the model's dtype; None
+            if not read.
+        scale: of the layer's logits.
+        moments: of the queries before RoPE, times the scale; None if not read.
     """
 
     latest: Tensor | None = None
+    scale: float = 1.0
     moments: Moments | None = None
 
     @classmethod
@@ -71,15 +74,16 @@ class QueryLog:
         moments = [log.moments.tensors() for log in logs if log.moments is not None]
         return cls(
             torch.cat(latest) if latest else None,
+            logs[0].scale,
             Moments(*map(torch.cat, zip(*moments, strict=True))) if moments else None,
         )
 
-    def keep_latest(self, queries: Tensor, kept: int) -> None:
+    def keep_latest(self, queries: Tensor, scale: float, kept: int) -> None:
         """Appends a step's queries [batch, heads, new, head_dim], and keeps the last `kept`."""
-        latest = queries[:, :, -kept:]
+        latest = queries[:, :, -kept:].detach().clone()  # not a view of a whole prompt's
         if self.latest is not None and latest.shape[2] < kept:
             latest = torch.cat([self.latest, latest], dim=2)[:, :, -kept:]
-        self.latest = latest
+        self.latest, self.scale = latest, scale
 
     def keep_moments(self, queries: Tensor, counted: Tensor) -> None:
         """Adds a step's queries, before RoPE, to the moments: see :meth:`Moments.of`."""
@@ -93,5 +97,6 @@ class QueryLog:
     def select_rows(self, rows: Tensor | slice) -> QueryLog:
         return QueryLog(
             None if self.latest is None else self.latest[rows],
+            self.scale,
             None if self.moments is None else self.moments.select_rows(rows),
         )

@@ -320,6 +320,19 @@ def test_compactors_sketch_is_of_its_seed_and_layer() -> None:
         assert torch.equal(one[0, :, -4:], torch.arange(76, 80).expand(2, -1))
 
 
+def test_compactor_keeps_a_prompts_queries_in_the_models_dtype() -> None:
+    """And the same ones as in float32, up to that dtype's own rounding."""
+    model, ids, logs = tiny("llama").to(torch.bfloat16), prompt(80), []
+    for dtype in (torch.bfloat16, torch.float32):
+        cache = EvictionCache(model.to(dtype), CompactorPolicy(capacity=40))
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        logs.append(cache.evicting[0].log)
+    half, single = (log.latest for log in logs)
+    assert half.dtype == torch.bfloat16 and half.nbytes == single.nbytes / 2
+    assert (half.float() - single).abs().max() < 0.05 * single.abs().max()
+
+
 def test_small_budgets_leave_room_for_what_is_judged() -> None:
     assert CompactorPolicy().fit(12) == CompactorPolicy(capacity=12, sink=4, window=2)
     assert LagKVPolicy().fit(40) == LagKVPolicy(size=31, every=10, sink=4, lag=10)
