@@ -470,7 +470,7 @@ class EvictionLayer(CacheLayerMixin):
         if not policy.needs_scores:
             return None
         if policy.score_rule == "step":
-            after = [policy.survivors(group.held + 1, group.state)[0] for group in self.groups]
+            after = [policy.next_length(group.held + 1, group.state)[0] for group in self.groups]
             return self.scratch if after != [group.held + 1 for group in self.groups] else None
         if store.scores is None:
             store.scores = torch.zeros(store.positions.shape, device=self.device)

@@ -55,16 +55,16 @@ def evicting(policy: Policy, entries: int) -> tuple[int, int, float]:
     Returns:
         Entries held, the state, and evictions for each token.
     """
-    held, state, since = *policy.survivors(entries, 0), 0
+    held, state, since = *policy.next_length(entries, 0), 0
 
     def fill() -> None:
         nonlocal held, since
         since = 1
-        while policy.survivors(held + 1, state)[0] > held:
+        while policy.next_length(held + 1, state)[0] > held:
             held, since = held + 1, since + 1
 
     fill()
-    held, state = policy.survivors(held + 1, state)
+    held, state = policy.next_length(held + 1, state)
     fill()  # from here on evictions are equally far apart
     return held + 1, state, 1 / since
 

@@ -52,7 +52,7 @@ def spy(policy: Policy, seen: list[Tensor]) -> Policy:
 
 def shared(scores: Tensor, policy: Policy, each: int) -> Tensor:
     """Which entries stay if heads compete: boolean [heads, entries], `each` a head on average."""
-    window = policy.protected
+    window = policy.num_recent
     heads, rivals = scores[:, :-window].shape
     ranked = scores[:, :-window].clone()
     own = ranked.topk(int(FLOOR * (each - window)), dim=-1).indices

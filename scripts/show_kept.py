@@ -126,7 +126,7 @@ def _kept(
         layer: Any = cache.layers[index]
         positions = cache.kept_positions(index)[0].cpu().numpy()
         # History was kept by an eviction; the window always stays, or came after the last eviction.
-        judged = layer.groups[0].cut - layer.policy.protected
+        judged = layer.groups[0].cut - layer.policy.num_recent
         kind = np.where(positions < judged, HISTORY, WINDOW)
         kind[:, :sink] = SINK
         own = np.zeros((len(positions), seen), dtype=np.uint8)

@@ -217,7 +217,7 @@ def _check_kept(
         if end < hold_until:
             assert torch.equal(kept[index], entries)
             continue
-        stay, sampled_after = policy.survivors(held, sampled)
+        stay, sampled_after = policy.next_length(held, sampled)
         assert kept[index].shape[1] == stay
         if stay < held:
             received = None
@@ -235,7 +235,7 @@ def _check_kept(
             view = _View(layer, entries, recent, moved, received, index, policy.moments_from)
             scores = policy.score(view)
             chosen = policy.select(held, sampled, scores)[0].expand(heads, -1)
-            tail = entries[:, held - min(policy.protected, stay) :]
+            tail = entries[:, held - min(policy.num_recent, stay) :]
             expected = torch.cat([entries.gather(1, chosen), tail], dim=1)
             _check_same(kept[index], expected, entries, scores, policy)
             cut = end

@@ -17,7 +17,7 @@ def test_how_often_a_full_cache_evicts() -> None:
     drops = sum(now <= before for before, now in zip(lengths, lengths[1:], strict=False))
     held, state, often = cost.evicting(policy, 200)
     assert drops / 20_000 == pytest.approx(often, rel=0.05)
-    assert policy.survivors(held, state)[0] < held == 201
+    assert policy.next_length(held, state)[0] < held == 201
     assert cost.evicting(H2OPolicy(heavy=10, recent=10), 20) == (21, 0, 1)
 
 

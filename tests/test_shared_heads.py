@@ -12,7 +12,7 @@ def test_a_layer_keeps_as_many_and_its_best_wherever_they_are() -> None:
     scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
     scores[2, :30] += 2  # a head whose entries are worth more than any others
     policy = SnapKVPolicy(window=4).fit(14)
-    window, each = policy.protected, 14
+    window, each = policy.num_recent, 14
     kept = shared(scores, policy, each)
     assert kept.sum() == 3 * each and kept[:, -window:].all()
     floor = int(FLOOR * (each - window))

@@ -49,13 +49,13 @@ def test_nothing_grows_or_drifts(model, name: str, tokens: int) -> None:
     ids = torch.randint(512, (1, PROMPT + tokens), generator=torch.Generator().manual_seed(1))
     seconds, memory = np.ones(tokens), np.ones(100)  # ones, so that their pages are there
     model(ids[:, :PROMPT], **{CACHE_ARGUMENT: cache})
-    held, state = policy.survivors(PROMPT, 0)
+    held, state = policy.next_length(PROMPT, 0)
     longest = 0
     for step in range(tokens):
         start = time.perf_counter()
         model(ids[:, PROMPT + step : PROMPT + step + 1], **{CACHE_ARGUMENT: cache})
         seconds[step] = time.perf_counter() - start
-        held, state = policy.survivors(held + 1, state)
+        held, state = policy.next_length(held + 1, state)
         assert cache.lengths == [held, held]
         longest = max(longest, held)
         percent, last = divmod(step * 100, tokens)

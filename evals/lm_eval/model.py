@@ -107,7 +107,7 @@ class EvictionLM(HFLM):
             raise ConfigError("batch_size", batch_size, "give a whole number of at least 1")
         policy = constrained(self.policy, **self.constraints)
         if self.budget is None:
-            policy.survivors(1, 0)  # raises if pages are too large for its sizes
+            policy.next_length(1, 0)  # raises if pages are too large for its sizes
         elif isinstance(self.budget.size, int):
             self.fitted(self.budget.size)
         if not kwargs.get("parallelize"):  # lm-eval would ask for CUDA whether it is there or not

@@ -211,7 +211,7 @@ class Plan:
         check_fields("method", self.policy)
         policy = self._constrained()
         if self.budget is None:
-            policy.survivors(1, 0)  # raises if pages are too large for its sizes
+            policy.next_length(1, 0)  # raises if pages are too large for its sizes
         if self.policy.name in ONLY_TIMED and not self.task.timed:
             remedy = "is for task=throughput alone; write method=full"
             raise ConfigError("method.name", self.policy.name, remedy)
