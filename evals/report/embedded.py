@@ -71,8 +71,12 @@ def gather(out: Path, runs: Path, beside: Path | None = None) -> None:
     found["context_tokens"] = found.prompt_tokens.where(found.compress == "prompt", budgeted)
     found["method"] = found.row.str.replace(r"@[^,]*", "", regex=True)  # with what constrains it
     found = found.rename(columns={column: name for name, column in STORED.items()})
+    if len(models := found.model.unique()) > 1:
+        remedy = f"is of several models ({', '.join(models)}): keep their runs apart"
+        raise ConfigError("runs", str(runs), remedy)
     lasting = [
-        *("task", "prompt_tokens", "context_tokens", "answer_tokens", "full_score", "method")
+        *("model", "task", "prompt_tokens", "context_tokens", "answer_tokens", "full_score"),
+        "method",
     ]
     lasting += ["budget", "budget_by", "kl_median", "evictions", "score", *STORED]
     lasting += [name for name in found if name.startswith("copied_")]
@@ -97,7 +101,7 @@ def gather(out: Path, runs: Path, beside: Path | None = None) -> None:
 def _stored(folder: Path, field: str = "out") -> pd.DataFrame:
     if not (folder / SAMPLES).exists():
         raise ConfigError(field, str(folder), f"has no {SAMPLES}; give runs=FOLDER")
-    return pd.read_csv(folder / SAMPLES, dtype={"sample": str})
+    return pd.read_csv(folder / SAMPLES, dtype={"sample": str, "answer": str})
 
 
 def build(out: Path, pictures: Path) -> list[Path]:
@@ -121,7 +125,8 @@ def build(out: Path, pictures: Path) -> list[Path]:
         return serving.draw(rows, pictures)
     from evals.report.embedded_figures import draw  # with matplotlib, which is slow to import
 
-    return draw(rows, swept(summary), sourced(rows), spread, pictures)
+    several = swept(summary.dropna(subset="kl"))
+    return draw(rows, several, sourced(rows), spread, pictures)
 
 
 def main(runs: str = "", out: str = "", beside: str = "", pictures: str = "") -> None:

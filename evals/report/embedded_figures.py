@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evals.report.figures import RC, legend, name_ends, named_grey, panels, plt
+from evals.report.figures import RC, legend, name_ends, named_grey, panels, plt, save
 from evals.report.methods import GREY, MORE, RIVAL, Style, highlighted, order, style_of
 from evals.report.views import SPEC
 from evals.results.frame import interval
@@ -77,7 +77,7 @@ def _draw_memory(task: str, group: pd.DataFrame, prompt: float, out: Path) -> Pa
     prompts = f"{most}" if least == most else f"{most}, of points without a line {least}"
     told = [f"{task}, n = {prompts}", *wrap(named_grey(methods, coloured), 120)]
     figure.suptitle("\n".join(told), y=0.0, va="top", fontsize=8)
-    return _save(figure, out / f"fidelity_{task}.png")
+    return save(figure, out / f"fidelity_{task}.png", bbox_inches="tight")
 
 
 def _draw_both(rows: pd.DataFrame, out: Path) -> list[Path]:
@@ -118,7 +118,7 @@ def _draw_both(rows: pd.DataFrame, out: Path) -> list[Path]:
         axis.set(xlabel="KL to the full cache, nats a token", ylabel="passkeys found (%)")
         axis.set(ylim=(-4, 106), xlim=(0, None))
         axis.set_title("compressed before the question" if unseen else "question in sight")
-    return [_save(figure, out / "both.png")]
+    return [save(figure, out / "both.png", bbox_inches="tight")]
 
 
 def _styles(methods: Sequence[str]) -> dict[str, Style]:
@@ -145,7 +145,7 @@ def _draw_cells(summary: pd.DataFrame, out: Path) -> Path:
         axis.set_ylabel("KL less H2O's (nats)")
         axis.set_xticks(places, list(CELLS.values()))
     axes[0].legend(title="budget", loc="upper left")
-    return _save(figure, out / "cells.png")
+    return save(figure, out / "cells.png", bbox_inches="tight")
 
 
 def _draw_sources(chosen: pd.DataFrame, out: Path) -> Path:
@@ -161,7 +161,7 @@ def _draw_sources(chosen: pd.DataFrame, out: Path) -> Path:
         axis.set(xscale="log", yscale="log", title=task, ylabel="KL to full (nats)")
     figure.supxlabel("distance of the answer's source from the prompt's end, in BUZZ's windows")
     legend(figure, axes)
-    return _save(figure, out / "sources.png")
+    return save(figure, out / "sources.png", bbox_inches="tight")
 
 
 def draw_spread(rows: pd.DataFrame, path: Path) -> Any:
@@ -190,11 +190,5 @@ def draw_spread(rows: pd.DataFrame, path: Path) -> Any:
         legend(figure, axes)
         grey = named_grey(list(rows.label.unique()), coloured)
         figure.supxlabel("\n".join(wrap(grey, 100)) or None, fontsize=8)
-        _save(figure, path)
+        save(figure, path, bbox_inches="tight")
     return figure
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-    return path

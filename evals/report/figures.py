@@ -102,12 +102,17 @@ def _saved(
     return figures
 
 
-def save(figure: Any, path: Path) -> None:
-    """Writes a figure as a PNG file, and as a PDF file beside it."""
+def save(figure: Any, path: Path, **options: Any) -> Path:
+    """Writes a figure as a PNG file, and as a PDF file beside it; returns the PNG file's path.
+
+    Args:
+        options: of matplotlib's `savefig`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    figure.savefig(path, dpi=150, **options)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, **options)
     plt.close(figure)
+    return path
 
 
 def panels(

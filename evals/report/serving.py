@@ -12,8 +12,9 @@ from textwrap import wrap
 from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from evals.report.figures import RC, name_ends, named_grey, panels, plt
+from evals.report.figures import RC, name_ends, named_grey, panels, plt, save
 from evals.report.methods import GREY, highlighted, style_of
 from evals.report.table import Table
 from evals.results.frame import DIFFERENCE, NOTHING, REFERENCE, interval
@@ -25,6 +26,12 @@ LABEL = (
 PASSKEYS = "niah_single_1"  # in the name of a setting whose score counts the passkeys found
 FREE = "token, each"
 UNITS, HEADS = ("token", "page 16", "page 64"), ("each", "layer", "all")
+TITLES = {
+    "each": "each head chooses",
+    "layer": "heads of a layer agree",
+    "all": "all heads agree",
+}
+TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3)
 CONSTRAINTS = [f"{unit}, {heads}" for unit in UNITS for heads in HEADS]
 
 
@@ -121,29 +128,31 @@ def by_constraint(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(rows: pd.DataFrame, out: Path) -> list[Path]:
-    """A line per method over the constraints, from free choice to whole pages for all heads."""
+    """A panel for each kind of agreement between heads; a line per method from tokens to pages."""
     rows = constrained(rows)
     texts = complete(rows[~rows.setting.str.contains(PASSKEYS) & rows.kl_to_full.notna()])
     kl = by_constraint(texts)
     methods = list(kl.index)
     coloured = highlighted(methods)
     with plt.rc_context(RC):
-        figure, (axis,) = panels(1, 7.2, 4.4)
-        ends = []
-        for method, line in kl.iterrows():
-            label, color, marker = style_of(str(method))
-            color, layer = (color, 3) if method in coloured else (GREY, 2)
-            places = [i for i, value in enumerate(line) if pd.notna(value)]
-            axis.plot(places, line.iloc[places], color=color, marker=marker, ms=4, zorder=layer)
-            if method in coloured:
-                ends.append((places[-1], line.iloc[places[-1]], label, color))
-        axis.set(yscale="log", ylabel="KL to the full cache (nats a token)")
-        axis.set_xticks(range(len(CONSTRAINTS)), [c.replace(", ", "\n") for c in CONSTRAINTS])
-        axis.set_xlabel("what is kept as a unit; heads that agree")
-        name_ends(axis, ends)
+        figure, axes = panels(len(HEADS), 3.6, 4.4)
+        for axis, heads in zip(axes, HEADS, strict=True):
+            ends = []
+            for method, values in kl[[f"{unit}, {heads}" for unit in UNITS]].iterrows():
+                label, color, marker = style_of(str(method))
+                color, layer = (color, 3) if method in coloured else (GREY, 2)
+                axis.plot(range(len(UNITS)), values, color=color, marker=marker, ms=4, zorder=layer)
+                known = [i for i, value in enumerate(values) if pd.notna(value)]
+                if method in coloured and known:
+                    ends.append((known[-1], values.iloc[known[-1]], label, color))
+            axis.set(yscale="log", title=TITLES[heads], xlim=(-0.2, len(UNITS) - 0.2))
+            axis.set_ylim(0.9 * kl.min(axis=None), 1.1 * kl.max(axis=None))
+            axis.yaxis.set_major_locator(FixedLocator(TICKS))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.set_xticks(range(len(UNITS)), UNITS)
+            name_ends(axis, ends)
+        axes[0].set_ylabel("KL to the full cache (nats a token)")
         grey = named_grey(methods, coloured)
-        figure.suptitle("\n".join(wrap(grey, 110)), y=0.0, va="top", fontsize=8)
-        path = out / "serving.png"
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-        plt.close(figure)
-    return [path]
+        figure.suptitle("\n".join(wrap(grey, 130)), y=0.0, va="top", fontsize=8)
+        return [save(figure, out / "serving.png", bbox_inches="tight")]

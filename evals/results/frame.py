@@ -182,7 +182,8 @@ def _committed(file: Path, root: Path) -> pd.DataFrame:
     full = full.assign(row=REFERENCE, method=REFERENCE, score=full.full_score)
     found = pd.concat([full, found], ignore_index=True)
     found = found.rename(columns=STORED).drop(columns="full_score")
-    return found.assign(label=found.method, **_SMOLLM)
+    model = found.model if "model" in found else _SMOLLM["model"]
+    return found.assign(label=found.method, **_SMOLLM | {"model": model})
 
 
 # Columns that have another name in committed samples.
