@@ -8,8 +8,8 @@ import pytest
 from evals.report.serving import CONSTRAINTS, FREE, constrained, draw, tables
 from evals.results.frame import load
 
-SUFFIXES = {"": 0.0, ",granularity=page16": 0.25, ",granularity=page64,heads=all": 0.75}
-BY_MAX = ",granularity=page16,page_score=max"
+SUFFIXES = {"": 0.0, ",granularity=page16,heads=layer": 0.25, ",granularity=page64,heads=all": 0.75}
+BY_MAX = ",granularity=page16,page_score=max,heads=layer"
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def rows(tmp_path) -> pd.DataFrame:
 def test_numbers(rows, tmp_path) -> None:
     kl, cost, by_max, passkeys = (table.frame.set_index("method") for table in tables(rows))
     assert kl.loc["h2o", FREE] == pytest.approx(1.1875)
-    assert kl.loc["tova", "page 16, each"] == pytest.approx(1.9375)
+    assert kl.loc["tova", "page 16, layer"] == pytest.approx(1.9375)
     assert kl.loc["h2o"].isna().sum() == len(CONSTRAINTS) - len(SUFFIXES)  # not measured: blank
     assert kl.loc["order (Spearman)", "page 64, all"] == pytest.approx(-1)
     assert cost.loc["h2o", ["page 64, all", "page 64, all low"]].tolist() == pytest.approx(
         [0.75, 0.75]
     )
     assert cost.loc["tova", "page 64, all"] == pytest.approx(-0.75)
-    assert by_max.loc["h2o", "page 16, each, max"] == pytest.approx(-0.5)
+    assert by_max.loc["h2o", "page 16, layer, max"] == pytest.approx(-0.5)
     assert passkeys[FREE].to_dict() == {"h2o": 50, "tova": 100, "full": 100}
     assert draw(rows, tmp_path)[0].stat().st_size
 

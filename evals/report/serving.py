@@ -1,7 +1,7 @@
 """What pages and agreeing heads cost a method, from committed samples: two tables and a figure.
 
 A row's label tells its method and what constrained it: `h2o,granularity=page16,heads=layer`.
-A page's score is the mean of its tokens' scores, unless `page_score=max` follows.
+A page's score is the mean of its tokens' scores, or with `page_score=max` their highest.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from evals.report.table import Table
 from evals.results.frame import DIFFERENCE, NOTHING, REFERENCE, interval
 
 LABEL = (
-    r"^(?P<of>[^,]+)(?:,granularity=page(?P<page>\d+))?(?:,heads=(?P<heads>layer|all))?"
-    r"(?:,page_score=(?P<score>max))?$"
+    r"^(?P<of>[^,]+)(?:,granularity=page(?P<page>\d+))?(?:,page_score=(?P<score>max))?"
+    r"(?:,heads=(?P<heads>layer|all))?$"
 )
 PASSKEYS = "niah_single_1"  # in the name of a setting whose score counts the passkeys found
 FREE = "token, each"
@@ -59,8 +59,7 @@ def tables(rows: pd.DataFrame) -> list[Table]:
     if not texts.empty:
         kl = by_constraint(texts).sort_values(FREE)
         order = pd.DataFrame([kl.corr("spearman")[FREE]], index=["order (Spearman)"])
-        counts = texts[texts.constraint == FREE].groupby("setting").id.nunique()
-        told = ", ".join(f"{name} {n}" for name, n in counts.items())
+        told = counted(texts)
         note = (
             "KL(full || method) in nats a token on the full cache's own answer, mean of the data"
             f" sets' means; prompts: {told}. The last line: rank correlation with the first column."
@@ -78,19 +77,17 @@ def tables(rows: pd.DataFrame) -> list[Table]:
         pairs = {name: other for name, other in pairs.items() if name in set(texts.constraint)}
         if pairs:
             known = texts[texts.constraint.isin(pairs)]
-            some = known.drop_duplicates(["setting", "id"]).groupby("setting").id.size()
             note = (
                 "KL where a page counts by its highest score less KL where it counts by its mean,"
-                f" with its 95% interval; prompts: {dict(some)}."
+                f" with its 95% interval; prompts: {counted(known)}."
             )
             frame = differences(texts, pairs, [name for name in kl.index if name in set(known.of)])
             found.append(Table("serving_max", "Pages by their highest score", frame, note))
-    for setting, group in rows[keys].groupby("setting"):
+    for setting, group in complete(rows[keys]).groupby("setting"):
         share = group.pivot_table("score", "of", "constraint").reindex(columns=CONSTRAINTS)
         share.loc[REFERENCE, FREE] = everything[everything.setting == setting].score.mean()
         frame = share.sort_values(FREE, ascending=False).rename_axis("method").reset_index()
-        n = group.groupby("label").id.nunique()
-        note = f"Passkeys found, in percent, of {n.min()} to {n.max()} prompts."
+        note = f"Passkeys found, in percent, of {group.id.nunique()} prompts."
         name = f"serving_{setting}".replace(" ", "_")
         found.append(Table(name, f"Passkeys under the constraints, {setting}", frame, note))
     return found
@@ -101,6 +98,12 @@ def complete(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows.status == "ok"]
     of = rows.groupby(["setting", "id"]).label.transform("nunique")
     return rows[of == rows.groupby("setting").label.transform("nunique")]
+
+
+def counted(rows: pd.DataFrame) -> str:
+    """How many prompts each data set has."""
+    counts = rows.groupby("setting").id.nunique()
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
 
 
 def differences(
