@@ -247,6 +247,9 @@ def added(scores: Tensor, dim: int, highest: bool = False) -> Tensor:
     """
     if scores.is_complex():
         finite, sure = scores.real, scores.imag
+        if highest:  # what all heads always keep has no finite score, so it is no page's maximum
+            always = (sure > 0) & (sure == sure.amax(-1, keepdim=True))
+            finite = torch.where(always, finite.amin(-1, keepdim=True), finite)
     else:
         scores = scores.double()
         sure = scores == torch.inf
@@ -257,9 +260,15 @@ def added(scores: Tensor, dim: int, highest: bool = False) -> Tensor:
 
 
 def ranked(sums: Tensor) -> Tensor:
-    """Sums [..., n] as float64 [..., n]: those with more infinite scores are always higher."""
-    spread = sums.real.amax(-1, keepdim=True) - sums.real.amin(-1, keepdim=True)
-    return sums.real + sums.imag * (1 + 2 * spread)
+    """Sums [..., n] as float64 [..., n]: those with more infinite scores are always higher.
+
+    Where there are infinite scores, finite ones count by their places, as a difference between two
+    of them may be lost beside a third one that is very low.
+    """
+    finite = sums.real.contiguous()
+    places = torch.searchsorted(finite.sort(dim=-1).values, finite)
+    by_place = places + sums.imag * (1 + sums.shape[-1])
+    return torch.where(sums.imag.amax(-1, keepdim=True) > 0, by_place, finite)
 
 
 def page_of(granularity: Any) -> int:

@@ -242,15 +242,19 @@ class Policy(ABC):
         return _footprint(self, prompt)
 
     # For callers that use the names of version 0.2.
-    survivors, protected, resident = next_length, num_recent, num_pinned
+    protected, resident = num_recent, num_pinned
+
+    def survivors(self, held: int, state: State) -> tuple[int, State]:
+        return self.next_length(held, state)
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Gives every attribute of :data:`RENAMED` that a class defines its other name, too."""
         super().__init_subclass__(**options)
         for names in RENAMED.items():
-            for name, other in (names, names[::-1]):
-                if other in vars(cls) and name not in vars(cls):
-                    setattr(cls, name, _alias(cls, other))
+            owner = next(one for one in cls.__mro__ if vars(one).keys() & {*names})
+            for name, other in (names, names[::-1]):  # a base that is no Policy has but one of them
+                if name not in vars(owner):
+                    setattr(cls, name, _alias(owner, other))
 
     def _whole(self) -> list[str]:
         """Names of the parameters whose default is a whole number."""
@@ -295,9 +299,15 @@ class Policy(ABC):
                 )
 
 
-def _alias(cls: type[Policy], name: str) -> Any:
+def _alias(cls: type, name: str) -> Any:
     """An attribute of a class, to be set under another name; for a plain value, a property."""
     own = vars(cls)[name]
+    if name == "next_length":  # whose first parameter has another name, too
+
+        def survivors(self: Policy, held: int, state: State) -> tuple[int, State]:
+            return own(self, held, state)
+
+        return survivors
     return own if callable(own) or isinstance(own, property) else property(attrgetter(name))
 
 

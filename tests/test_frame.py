@@ -311,3 +311,19 @@ def test_folders_of_an_earlier_version_are_left_out_by_name(tmp_path: Path) -> N
     (old / "samples.jsonl").write_text("{}\n")
     (told,) = load(tmp_path).attrs["left_out"]
     assert told.startswith(f"{old}: a run folder of version 0.2")
+
+
+def test_a_folder_counts_wholly_or_is_named(tmp_path: Path) -> None:
+    write_row(tmp_path / "whole", "h2o", [1.0])
+    for name in ("half", "bare"):
+        write_row(tmp_path / name, "buzz", [1.0])
+        write_row(tmp_path / name, "h2o", [1.0])
+    first = min(path.name for path in (tmp_path / "half").glob("h2o*.jsonl"))
+    (tmp_path / "half" / first).unlink()
+    (tmp_path / "half" / first).mkdir()
+    (tmp_path / "bare" / "setting.yaml").unlink()
+    rows = load(tmp_path)
+    assert rows.setting.unique().tolist() == ["whole"]
+    told = "\n".join(rows.attrs["left_out"])
+    assert f"{tmp_path / 'half'}: " in told and first in told
+    assert f"{tmp_path / 'bare'}: no setting.yaml" in told

@@ -213,3 +213,10 @@ def test_the_same_samples_give_the_same_interval() -> None:
     assert interval([0.0, 1.0] * 50).ends == pytest.approx((0.402, 0.598), abs=0.012)
     assert interval([np.nan, *values]) == interval(values)
     assert interval([]) == (None, None, None, 0) and interval([1.0]).ends is None
+
+
+def test_the_order_of_groups_decides_nothing() -> None:
+    """A rate of 2 of 10 in five groups of two may be lower and higher than it was."""
+    values, groups = [0] * 8 + [1, 1], [i // 2 for i in range(10)]
+    found = [interval(one, group=groups, span=(0, 1)) for one in (values, values[::-1])]
+    assert found[0] == found[1] == (0.2, 0.0, 0.4, 10)

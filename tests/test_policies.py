@@ -429,16 +429,36 @@ class Narrow(H2OPolicy):
         return super().next_length(held, state)
 
 
+class Mixin:
+    """No policy itself, by the old names."""
+
+    @property
+    def protected(self) -> int:
+        return super().num_recent  # type: ignore[misc]
+
+    def survivors(self, held: int, state: Any) -> tuple[int, Any]:
+        return super().survivors(held=held, state=state)  # type: ignore[misc]
+
+
+class Mixed(Mixin, H2OPolicy):
+    """Inherits the old names from a class that is no policy."""
+
+
 @pytest.mark.parametrize(
     "policy",
-    [Former(protected=7), Later(protected=7), Narrow(heavy=12, recent=7)],
-    ids=["old", "new-of-old", "old-of-new"],
+    [
+        Former(protected=7),
+        Later(protected=7),
+        Narrow(heavy=12, recent=7),
+        Mixed(heavy=12, recent=7),
+    ],
+    ids=["old", "new-of-old", "old-of-new", "mixin"],
 )
 def test_a_method_by_the_names_of_version_0_2_still_serves(policy: Policy) -> None:
     expected = H2OPolicy(heavy=12, recent=7)
     for names in (("num_recent", "protected"), ("num_pinned", "resident")):
         assert {getattr(policy, name) for name in names} == {getattr(expected, names[0])}
-    assert policy.next_length(40, 0) == policy.survivors(40, 0) == (19, 0)
+    assert policy.next_length(40, 0) == policy.survivors(held=40, state=0) == (19, 0)
     model, ids, kept = tiny(), torch.arange(3, 63)[None], []
     for one in (policy, expected):
         cache = EvictionCache(model, one)
@@ -447,3 +467,15 @@ def test_a_method_by_the_names_of_version_0_2_still_serves(policy: Policy) -> No
                 model(part, past_key_values=cache)
         kept.append([cache.kept_positions(layer) for layer in range(3)])
     assert all(map(torch.equal, *kept))
+
+
+def test_a_mixin_by_an_old_name_is_heard() -> None:
+    class Lazy:
+        def survivors(self, held: int, state: Any) -> tuple[int, Any]:
+            grown = held < 24
+            return (held, state) if grown else super().survivors(held, state)  # type: ignore[misc]
+
+    class LazyH2O(Lazy, H2OPolicy):
+        pass
+
+    assert LazyH2O(heavy=8, recent=8).lengths([16, *[1] * 8]) == [*range(16, 24), 16]

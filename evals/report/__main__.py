@@ -32,7 +32,7 @@ def write(runs: Path, out: Path, **numbers: Path) -> Path:
         numbers: the folders of stored numbers, by the names of STORED.
 
     Raises:
-        ConfigError: there are no runs.
+        ConfigError: there are no runs, or `out` cannot be written.
     """
     from evals.report import claims, figures  # with matplotlib, which is slow to import
     from evals.report.page import page
@@ -40,6 +40,11 @@ def write(runs: Path, out: Path, **numbers: Path) -> Path:
     rows = load(runs)
     if rows.empty:
         raise ConfigError("runs", str(runs), next(iter(rows.attrs["left_out"]), "no run is there"))
+    try:
+        (out / "tables").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = f"{error.strerror}; give a folder that can be written"
+        raise ConfigError("out", str(out), remedy) from None
     left_out = [f"left out: {line}" for line in rows.attrs["left_out"]]
     for name, folder in numbers.items():
         if not folder.exists():

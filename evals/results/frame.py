@@ -82,15 +82,23 @@ def load(*roots: str | Path) -> pd.DataFrame:
         # The second was version 0.2's.
         for file in sorted([*root.rglob("setting.yaml"), *root.rglob("samples.jsonl")]):
             folders.setdefault(file.parent.resolve(), file.parent)
+        for file in sorted(root.rglob("prompts.json")):
+            if file.parent.resolve() not in folders:
+                left_out.append(
+                    f"{file.parent}: no setting.yaml, which says what its records are of"
+                )
         stored += [_committed(file, root) for file in sorted(root.rglob("samples.csv.gz"))]
         stored += [_spread(file) for file in sorted(root.rglob("spread.csv"))]
     count = Counter(path.name for path in folders.values())
     for path in folders.values():
         name = path.name if count[path.name] == 1 else "-".join(path.parts).lstrip("/-")
         try:
-            rows += _rows(SettingFolder(path), name, left_out)
+            rows += list(_rows(SettingFolder(path), name, left_out))  # all of it, or nothing
         except (ConfigError, OSError) as error:
-            reason = error.remedy if isinstance(error, ConfigError) else str(error)
+            reason = str(error)
+            if isinstance(error, ConfigError):
+                file = "" if error.value == str(path) else f"{error.value}: "
+                reason = f"{file}{error.remedy}"
             left_out.append(f"{path}: {reason}")
     read = pd.DataFrame(rows)
     read["budget"] = pd.Series([row["budget"] for row in rows], dtype=object)  # 512, not 512.0
@@ -247,7 +255,8 @@ def interval(
     can be the samples, too.
 
     The guard covers differences so rare that no sample shows them. It adds one sample to the
-    smallest group, once for the lower end and once for the upper end. That sample is as extreme as
+    smallest group (of several to the one whose mean it moves farthest), once for the lower end and
+    once for the upper end. That sample is as extreme as
     the largest difference between two methods on one sample (with one method: between two
     samples). If all samples are equal, it differs by the largest value. The interval of n equal
     samples is then 3 / (n + 1) of that value wide: the rule of three.
@@ -391,15 +400,25 @@ def _with_one_more(
     gap, largest = np.max(apart, axis=0), np.max(largest, axis=0)
     far = (-1, 1)[end] * np.where(gap > 0, gap, largest)
     direction = (weights / (weights @ weights)).reshape(-1, *[1] * far.ndim)
+    found, gains = [], []
     smallest = min(map(len, groups))
-    found, added = [], False
     for group in groups:
-        if together or (len(group) == smallest and not added):
-            more = np.nanmean(group, axis=0) + far * direction
-            if span:  # the minuend at one end of it, the subtrahend at the other
-                more[weights > 0], more[weights < 0] = span[end], span[1 - end]
-            group, added = np.concatenate([group, more[None]]), True
-        found.append(group)
+        mean = np.nanmean(group, axis=0)
+        more = mean + far * direction
+        if span:  # the minuend at one end of it, the subtrahend at the other
+            more[weights > 0], more[weights < 0] = span[end], span[1 - end]
+        found.append(np.concatenate([group, more[None]]))
+        # Of groups that it moves as far, one by its mean: the order of groups decides nothing.
+        gain = (-1, 1)[end] * np.tensordot(weights, more - mean - 1e-9 * mean, 1)
+        gains.append(gain if len(group) == smallest else np.full_like(gain, -np.inf))
+    if together:
+        return found
+    moved = np.argmax(gains, axis=0)
+    for i, group in enumerate(groups):
+        if (moved == i).any():
+            found[i][-1] = np.where(moved == i, found[i][-1], np.nan)
+        else:
+            found[i] = group
     return found
 
 
