@@ -264,6 +264,19 @@ def test_a_view_groups_by_whatever_columns(tmp_path: Path) -> None:
     assert over.difference_low < 0 and over.difference_high > 2  # of three seeds little is known
 
 
+def test_seeds_stay_within_the_scores_that_samples_have(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        write_row(tmp_path, "full", [1.0, 1.0], task="needle", seed=seed)
+        write_row(tmp_path, "h2o", [0.0, 0.0], task="needle", seed=seed, budget=0.25)
+        write_row(tmp_path, "buzz", [1.0, 0.5 * seed], task="needle", seed=seed, budget=0.25)
+    found = view(load(tmp_path), ["row"], against="full", across="seed")
+    high, low, between = (found.loc[row] for row in ("full", "h2o@0.25", "buzz@0.25"))
+    assert 0 <= high.low < high.high == 1 and 0 == low.low < low.high <= 1  # not up to 2, not none
+    assert low.difference_low == -1 < low.difference_high <= 1
+    assert 0 <= between.low < between.value == 0.75 < between.high <= 1
+    assert between.difference_high <= 1
+
+
 # What is committed
 
 

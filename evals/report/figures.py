@@ -32,7 +32,6 @@ from evals.report.views import (  # noqa: E402
     marked,
     over_note,
     ran,
-    score,
     settings,
     unknown,
 )
@@ -227,14 +226,11 @@ def _memory_panels(
     for axis, (setting, parts) in zip(axes, (chosen | means).items(), strict=True):
         first = next(iter(parts.values()))
         if setting in means:
-            values = [over_parts(part, "seed", metric) for part in parts.values()]
+            values = [over_parts(part, "seed", metric, every=whole) for part in parts.values()]
             seeds = ", ".join(map(str, sorted(first.seed.unique())))
             told = f"{first.task.iloc[0]}, {first.model.iloc[0]}, mean of seeds {seeds}"
         else:
-            values = [
-                score(part, whole) if metric == "score" else estimate(part, metric)
-                for part in parts.values()
-            ]
+            values = [estimate(part, metric, every=whole) for part in parts.values()]
             told = f"{_title(first, named)}, n = {len(first)}"
         _against_memory(axis, list(parts.values()), values, told)
         if metric == "score":
@@ -366,7 +362,7 @@ def points(part: pd.DataFrame, key: str, rows: pd.DataFrame) -> pd.DataFrame:
     told = _told(part, key)
     known = told.map(lambda one: isinstance(one, int))
     groups = part[known].groupby(told[known].astype(int))
-    found = {number: score(own, rows) for number, own in groups}
+    found = {number: estimate(own, every=rows) for number, own in groups}
     return pd.DataFrame.from_dict(found, orient="index", columns=Estimate._fields)
 
 
