@@ -204,6 +204,19 @@ def test_seeds_are_named_and_averaged_over(tmp_path: Path) -> None:
     assert len(set(views.labels(load(tmp_path)).values())) == 3
 
 
+def test_the_terminals_lines_over_seeds_have_the_names_of_rows(tmp_path: Path, capsys) -> None:
+    for seed in (3, 4):
+        for row in ("h2o", "buzz"):
+            kls = [0.1, 0.2 + seed]
+            write_row(tmp_path, row, [0.5, 1.0], task="needle", seed=seed, budget=0.25, kls=kls)
+        write_row(tmp_path, "full", [1.0, 1.0], task="needle", seed=seed)
+    _, out, _ = printed(capsys, tmp_path)
+    over = out[out.index("Over seeds") :].split("needle seed=3 by")[0]
+    names = [one.split()[0] for one in over.splitlines() if re.search(r" \d", one)]
+    assert names.count("needle") == over.count("needle seeds=3, 4  accuracy") > 0
+    assert names.count("h2o@0.25") == names.count("buzz@0.25") == names.count("needle")
+
+
 def test_settings_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for shots in (0, 1):
         write_row(tmp_path, "full", [1.0], shots=shots)

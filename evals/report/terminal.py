@@ -39,8 +39,8 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     compared = own[own.setting.isin(own.setting[own.row == REFERENCE])]
     if (compared.row != REFERENCE).any():
         tables.append(_rows(views.make("against", compared)))
-    if len((over := views.make("seeds", own)).frame):
-        tables.append(over)
+    if len((over := views.make("terminal_seeds", own)).frame):
+        tables.append(_rows(over))
     tables += [_rows(views.make("speed", rows[timed]))] if timed.any() else []
     for i, table in enumerate([*tables, *views.breakdowns(own)]):
         if i:

@@ -261,7 +261,9 @@ def filled(
             del line["metric"]
         if across:
             line["seed"] = ", ".join(map(str, sorted(part.seed.unique())))
-        section = f"{'' if across else named[part.setting.iloc[0]]}  {part.headline.iloc[0]}"
+        name, seed = named[part.setting.iloc[0]], f" seed={part.seed.iloc[0]}"
+        name = name.replace(seed, f" seeds={line['seed']}") if across else name
+        section = f"{name}  {part.headline.iloc[0]}"
         if by:
             line[by] = lengths(part, by).iloc[0] if done else None
             section += f", {line[by]:,.0f} tokens" if done else ""
