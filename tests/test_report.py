@@ -412,6 +412,19 @@ def test_points_stand_at_the_memory_that_was_measured(tmp_path: Path) -> None:
     plt.close(figure)
 
 
+def test_a_line_joins_the_budgets_of_equal_parameters(tmp_path: Path) -> None:
+    for stride in (3, 5):
+        for budget, kv in ((0.25, 10e6), (0.5, 20e6)):
+            row = f"buzz@{budget},stride={stride}"
+            write_row(tmp_path, "buzz", [stride / 10] * 2, row=row, budget=budget, kv=kv)
+    figure, _ = drawn(figures.pareto, tmp_path)
+    (axis,) = figure.axes
+    joined = [one for one in axis.lines if len(one.get_xdata()) == 2 and one.get_linewidth() == 0.6]
+    assert sorted(tuple(one.get_ydata()) for one in joined) == [(0.3, 0.3), (0.5, 0.5)]
+    assert {text.get_text() for text in axis.texts} == {"BUZZ, stride=3", "BUZZ, stride=5"}
+    plt.close(figure)
+
+
 def test_at_most_eight_methods_are_in_colour(tmp_path: Path, monkeypatch) -> None:
     """The reader's own first; the others are grey, and named in the note."""
     monkeypatch.setitem(POLICIES, "mine", POLICIES["h2o"])
