@@ -78,7 +78,7 @@ def print_paired(folders: Sequence[Path], method: str) -> None:
             beside = partner(both).loc[part.index]
             line = {"": row, "less": other}
             for name, of, column in (("score", "n", "score"), ("KL nats", "n of KL", "kl_to_full")):
-                one = estimate(part, column, beside, DIFFERENCE)
+                one = estimate(part, column, beside, DIFFERENCE, rows)
                 line |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
                 line |= {of: one.n}
             lines.append(line)

@@ -489,7 +489,8 @@ def view(
     """Groups rows by some columns and estimates a metric of each group.
 
     Args:
-        against: another method's label; adds difference and ratio over the samples that both have.
+        against: another method's label; adds difference and ratio over the samples that both have,
+            except to itself.
         across: `seed` or `process`; estimates the metric for each of these, and gives their mean
             with its interval over them.
 
@@ -503,7 +504,8 @@ def view(
     for names, part in ran.groupby(list(by), sort=False, dropna=False):
         line = dict(zip(by, names, strict=True))
         for kind, of in kinds.items():
-            one = over_parts(part, across, metric, others, of, rows)
+            itself = kind and others is not None and others.row[part.index].equals(part.row)
+            one = NOTHING if itself else over_parts(part, across, metric, others, of, rows)
             stem = f"{kind}_" if kind else ""
             line |= {kind or "value": one.value}
             line |= {f"{stem}low": one.low, f"{stem}high": one.high, f"{stem}n": one.n}
