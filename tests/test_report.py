@@ -190,6 +190,15 @@ def test_an_unfinished_row_has_no_score_and_is_listed(tmp_path: Path) -> None:
     assert any("2 of 4 samples" in note for note in views.notes(load(tmp_path)))
 
 
+def test_an_unfinished_row_has_no_score_on_a_terminal(tmp_path: Path, capsys) -> None:
+    write_row(tmp_path, "full", [1.0] * 4, groups=["a", "b"] * 2)
+    write_row(tmp_path, "h2o", [0.5, None, None, 0.5], groups=["a", "b"] * 2, budget=0.25)
+    shown = "".join(table.markdown() for table in views.breakdowns(load(tmp_path)))
+    assert "h2o@0.25" not in shown and "full" in shown
+    _, out, _ = printed(capsys, tmp_path)
+    assert "against full" not in out and "2 of 4" in out and "0.500" not in out
+
+
 def test_seeds_are_named_and_averaged_over(tmp_path: Path) -> None:
     for seed, gain in ((3, 0.0), (4, 2.0), (7, 4.0)):
         write_row(tmp_path, "full", [10.0, 20.0], seed=seed)

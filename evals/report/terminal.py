@@ -38,7 +38,9 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     tables = [_rows(views.make("terminal", own))] if len(own) else []
     compared = own[own.setting.isin(own.setting[own.row == REFERENCE])]
     if (compared.row != REFERENCE).any():
-        tables.append(_rows(views.make("against", compared)))
+        against = _rows(views.make("against", compared))
+        if set(against.shown()) - {"", "n"}:  # else no row is finished
+            tables.append(against)
     if len((over := views.make("terminal_seeds", own)).frame):
         tables.append(_rows(over))
     tables += [_rows(views.make("speed", rows[timed]))] if timed.any() else []

@@ -486,7 +486,7 @@ def breakdowns(rows: pd.DataFrame) -> Iterator[Table]:
     named = labels(rows)
     for setting, parts in settings(rows).items():
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for part in parts.values():
+        for part in filter(finished, parts.values()):
             for title, means in _broken_down(ran(part)).items():
                 found.setdefault(title, {})[marked(part)] = means
         for title, columns in found.items():
