@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import B, write_row
 
+from evals.report import views
 from evals.report.embedded import summarize
 from evals.results.frame import (
     COLUMNS,
@@ -262,6 +263,32 @@ def test_a_view_groups_by_whatever_columns(tmp_path: Path) -> None:
     over = view(rows, ["row"], against="full", across="seed").loc["h2o@0.25"]
     assert over.difference == 1.0 and over.difference_n == 3 and over.value == 16.0
     assert over.difference_low < 0 and over.difference_high > 2  # of three seeds little is known
+
+
+def test_a_view_has_the_tables_intervals_and_no_method_beside_itself(tmp_path: Path) -> None:
+    write_row(tmp_path, "full", [1.0, 1.0], task="needle")
+    write_row(tmp_path, "h2o", [0.0, 0.0], task="needle", budget=0.25)
+    rows = load(tmp_path)
+    found = view(rows, ["row"], against="full")
+    full, h2o = found.loc["full"], found.loc["h2o@0.25"]
+    assert full.filter(like="difference").dropna().tolist() == [0] == full[["ratio_n"]].tolist()
+    table = views.make("scores", rows).frame.set_index("method")
+    for name, own in (("full", full), ("h2o", h2o)):
+        assert (own.low, own.high) == (table["score low"][name], table["score high"][name])
+    assert h2o.difference_low == table["score - full low"]["h2o"]
+
+
+def test_seeds_stay_within_the_scores_that_samples_have(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        write_row(tmp_path, "full", [1.0, 1.0], task="needle", seed=seed)
+        write_row(tmp_path, "h2o", [0.0, 0.0], task="needle", seed=seed, budget=0.25)
+        write_row(tmp_path, "buzz", [1.0, 0.5 * seed], task="needle", seed=seed, budget=0.25)
+    found = view(load(tmp_path), ["row"], against="full", across="seed")
+    high, low, between = (found.loc[row] for row in ("full", "h2o@0.25", "buzz@0.25"))
+    assert 0 <= high.low < high.high == 1 and 0 == low.low < low.high <= 1  # not up to 2, not none
+    assert low.difference_low == -1 < low.difference_high <= 1
+    assert 0 <= between.low < between.value == 0.75 < between.high <= 1
+    assert between.difference_high <= 1
 
 
 # What is committed

@@ -190,6 +190,15 @@ def test_an_unfinished_row_has_no_score_and_is_listed(tmp_path: Path) -> None:
     assert any("2 of 4 samples" in note for note in views.notes(load(tmp_path)))
 
 
+def test_an_unfinished_row_has_no_score_on_a_terminal(tmp_path: Path, capsys) -> None:
+    write_row(tmp_path, "full", [1.0] * 4, groups=["a", "b"] * 2)
+    write_row(tmp_path, "h2o", [0.5, None, None, 0.5], groups=["a", "b"] * 2, budget=0.25)
+    shown = "".join(table.markdown() for table in views.breakdowns(load(tmp_path)))
+    assert "h2o@0.25" not in shown and "full" in shown
+    _, out, _ = printed(capsys, tmp_path)
+    assert "against full" not in out and "2 of 4" in out and "0.500" not in out
+
+
 def test_seeds_are_named_and_averaged_over(tmp_path: Path) -> None:
     for seed, gain in ((3, 0.0), (4, 2.0), (7, 4.0)):
         write_row(tmp_path, "full", [10.0, 20.0], seed=seed)
@@ -202,6 +211,19 @@ def test_seeds_are_named_and_averaged_over(tmp_path: Path) -> None:
     assert own["score low"] < 15 and own["score high"] > 19
     assert "3, 4, 7" in over.markdown() and "3, 4, 7" in over.latex()
     assert len(set(views.labels(load(tmp_path)).values())) == 3
+
+
+def test_the_terminals_lines_over_seeds_have_the_names_of_rows(tmp_path: Path, capsys) -> None:
+    for seed in (3, 4):
+        for row in ("h2o", "buzz"):
+            kls = [0.1, 0.2 + seed]
+            write_row(tmp_path, row, [0.5, 1.0], task="needle", seed=seed, budget=0.25, kls=kls)
+        write_row(tmp_path, "full", [1.0, 1.0], task="needle", seed=seed)
+    _, out, _ = printed(capsys, tmp_path)
+    over = out[out.index("Over seeds") :].split("needle seed=3 by")[0]
+    names = [one.split()[0] for one in over.splitlines() if re.search(r" \d", one)]
+    assert names.count("needle") == over.count("needle seeds=3, 4  accuracy") > 0
+    assert names.count("h2o@0.25") == names.count("buzz@0.25") == names.count("needle")
 
 
 def test_settings_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -396,6 +418,19 @@ def test_points_stand_at_the_memory_that_was_measured(tmp_path: Path) -> None:
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in axis.texts]  # without lines to points
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    plt.close(figure)
+
+
+def test_a_line_joins_the_budgets_of_equal_parameters(tmp_path: Path) -> None:
+    for stride in (3, 5):
+        for budget, kv in ((0.25, 10e6), (0.5, 20e6)):
+            row = f"buzz@{budget},stride={stride}"
+            write_row(tmp_path, "buzz", [stride / 10] * 2, row=row, budget=budget, kv=kv)
+    figure, _ = drawn(figures.pareto, tmp_path)
+    (axis,) = figure.axes
+    joined = [one for one in axis.lines if len(one.get_xdata()) == 2 and one.get_linewidth() == 0.6]
+    assert sorted(tuple(one.get_ydata()) for one in joined) == [(0.3, 0.3), (0.5, 0.5)]
+    assert {text.get_text() for text in axis.texts} == {"BUZZ, stride=3", "BUZZ, stride=5"}
     plt.close(figure)
 
 

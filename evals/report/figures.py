@@ -32,7 +32,6 @@ from evals.report.views import (  # noqa: E402
     marked,
     over_note,
     ran,
-    score,
     settings,
     unknown,
 )
@@ -227,14 +226,11 @@ def _memory_panels(
     for axis, (setting, parts) in zip(axes, (chosen | means).items(), strict=True):
         first = next(iter(parts.values()))
         if setting in means:
-            values = [over_parts(part, "seed", metric) for part in parts.values()]
+            values = [over_parts(part, "seed", metric, every=whole) for part in parts.values()]
             seeds = ", ".join(map(str, sorted(first.seed.unique())))
             told = f"{first.task.iloc[0]}, {first.model.iloc[0]}, mean of seeds {seeds}"
         else:
-            values = [
-                score(part, whole) if metric == "score" else estimate(part, metric)
-                for part in parts.values()
-            ]
+            values = [estimate(part, metric, every=whole) for part in parts.values()]
             told = f"{_title(first, named)}, n = {len(first)}"
         _against_memory(axis, list(parts.values()), values, told)
         if metric == "score":
@@ -267,20 +263,20 @@ def _against_memory(
     """Draws points with intervals over KV memory; a line joins a method's budgets."""
     coloured = highlighted([part.method.iloc[0] for part in parts])
     axis.set_xlim(0, 1.1 * max(map(_memory, parts)) or 1)
-    lines: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    lines: dict[tuple[str, str, str], list[tuple[float, float, str]]] = {}
     for part, found in zip(parts, values, strict=True):
         one, at, value = part.iloc[0], _memory(part), found.value or 0.0
         _, color, marker = style_of(one.method)
         color, layer = (color, 3) if one.method in coloured else (GREY, 2)
         if found.ends:
             axis.vlines(at, *found.ends, color=color, lw=1, alpha=0.5, zorder=layer)
-        told = f"{called(one.label)}{mark(part)}"
-        style = {"ms": 5, "ls": "", "label": told, "zorder": layer}
+        name = _name(part)
+        style = {"ms": 5, "ls": "", "label": name, "zorder": layer}
         fill = "none" if mark(part) else color
         axis.plot(at, value, marker, color=color, markerfacecolor=fill, **style)
-        lines.setdefault((one.label, one.method), []).append((at, value, told))
+        lines.setdefault((_parameters(part), one.label, one.method), []).append((at, value, name))
     ends = []
-    for (_, method), spots in lines.items():
+    for (*_, method), spots in lines.items():
         spots.sort()
         color = style_of(method).color if method in coloured else GREY
         axis.plot(*zip(*[spot[:2] for spot in spots], strict=True), color=color, lw=0.6, zorder=1)
@@ -289,6 +285,16 @@ def _against_memory(
     axis.set_title("\n".join(wrap(title, 44)), fontsize=8)
     axis.set_xlabel("KV cache, mean (MB)")
     name_ends(axis, ends)
+
+
+def _parameters(part: pd.DataFrame) -> str:
+    """What the row's name says behind the method and its budget."""
+    return str(part.row.iloc[0]).partition(",")[2]
+
+
+def _name(part: pd.DataFrame) -> str:
+    """The method with its mark and its parameters."""
+    return ", ".join(filter(None, [called(part.label.iloc[0]) + mark(part), _parameters(part)]))
 
 
 def front(
@@ -366,7 +372,7 @@ def points(part: pd.DataFrame, key: str, rows: pd.DataFrame) -> pd.DataFrame:
     told = _told(part, key)
     known = told.map(lambda one: isinstance(one, int))
     groups = part[known].groupby(told[known].astype(int))
-    found = {number: score(own, rows) for number, own in groups}
+    found = {number: estimate(own, every=rows) for number, own in groups}
     return pd.DataFrame.from_dict(found, orient="index", columns=Estimate._fields)
 
 
@@ -402,9 +408,7 @@ def _curves(found: Settings, named: dict[str, str], key: str, title: str, note: 
             known = values.dropna()
             axis.vlines(known.index, known.low, known.high, alpha=0.5, **look)
             if one.method in coloured:
-                told = one.row.partition(",")[2]
-                name = called(one.label) + mark(part) + (f", {told}" if told else "")
-                ends.append((values.index[-1], values.value.iloc[-1], name, color))
+                ends.append((values.index[-1], values.value.iloc[-1], _name(part), color))
         first, fewest = parts[-1], min(map(len, parts))
         asked = (first.task_settings.iloc[0] or {}).get("asked") if key == "question" else None
         budget = first.budget.iloc[0]

@@ -38,9 +38,11 @@ def print_tables(folders: Sequence[Path]) -> list[str]:
     tables = [_rows(views.make("terminal", own))] if len(own) else []
     compared = own[own.setting.isin(own.setting[own.row == REFERENCE])]
     if (compared.row != REFERENCE).any():
-        tables.append(_rows(views.make("against", compared)))
-    if len((over := views.make("seeds", own)).frame):
-        tables.append(over)
+        against = _rows(views.make("against", compared))
+        if set(against.shown()) - {"", "n"}:  # else no row is finished
+            tables.append(against)
+    if len((over := views.make("terminal_seeds", own)).frame):
+        tables.append(_rows(over))
     tables += [_rows(views.make("speed", rows[timed]))] if timed.any() else []
     for i, table in enumerate([*tables, *views.breakdowns(own)]):
         if i:
@@ -78,7 +80,7 @@ def print_paired(folders: Sequence[Path], method: str) -> None:
             beside = partner(both).loc[part.index]
             line = {"": row, "less": other}
             for name, of, column in (("score", "n", "score"), ("KL nats", "n of KL", "kl_to_full")):
-                one = estimate(part, column, beside, DIFFERENCE)
+                one = estimate(part, column, beside, DIFFERENCE, rows)
                 line |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
                 line |= {of: one.n}
             lines.append(line)

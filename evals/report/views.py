@@ -36,6 +36,7 @@ from evals.results.frame import (
     interval,
     over,
     partner,
+    span_of,
 )
 from evals.tasks.base import Task
 from evals.tasks.build import build
@@ -144,20 +145,6 @@ def count(part: pd.DataFrame) -> str:
     size = f" of {asked / 1e9:.1f} GB" if asked > 0 else ""
     oom = f" (+{of['oom']} oom{size})" if of["oom"] else ""
     return f"{of['ok']}{oom}" + (f" (+{of['failed']} FAILED)" if of["failed"] else "")
-
-
-def score(
-    part: pd.DataFrame,
-    rows: pd.DataFrame,
-    metric: str = "score",
-    other: pd.DataFrame | None = None,
-    of: Weights = VALUE,
-) -> Estimate:
-    """:func:`estimate` of a score. Samples may have any score between those of the setting."""
-    if part.empty or part.statistic.iloc[0] != "mean":
-        return estimate(part, metric, other, of)
-    found = rows[metric][rows.setting == part.setting.iloc[0]].astype(float)
-    return estimate(part, metric, other, of, span=(found.min(), found.max()))
 
 
 def summary(part: pd.DataFrame) -> dict[str, Any]:
@@ -274,7 +261,9 @@ def filled(
             del line["metric"]
         if across:
             line["seed"] = ", ".join(map(str, sorted(part.seed.unique())))
-        section = f"{'' if across else named[part.setting.iloc[0]]}  {part.headline.iloc[0]}"
+        name, seed = named[part.setting.iloc[0]], f" seed={part.seed.iloc[0]}"
+        name = name.replace(seed, f" seeds={line['seed']}") if across else name
+        section = f"{name}  {part.headline.iloc[0]}"
         if by:
             line[by] = lengths(part, by).iloc[0] if done else None
             section += f", {line[by]:,.0f} tokens" if done else ""
@@ -360,8 +349,13 @@ def _column(
             for one in pieces
             if metric in part and len(part)
         ]
-        found.append(NOTHING if not cells else over(cells) if across else cells[0])
+        within = span_of(part, metric, rows) if across and metric in part else None
+        of = KINDS.get(kind, RATIO)
+        found.append(NOTHING if not cells else over(cells, of, within) if across else cells[0])
     return found, disturbed
+
+
+KINDS: dict[str | None, Weights] = {None: VALUE, "difference": DIFFERENCE, "ratio": RATIO}
 
 
 def _cell(
@@ -372,7 +366,6 @@ def _cell(
     other: pd.DataFrame | None,
     rows: pd.DataFrame,
 ) -> Estimate:
-    scored = metric == "score" or metric.startswith("scores.")
     if other is None:
         n = int(part[metric].notna().sum())
         if stat == "count":  # of what nobody measured the column is empty
@@ -380,15 +373,14 @@ def _cell(
         if stat in ("max", "median"):
             value = float(part[metric].astype(float).agg(stat)) if n else None
             return NOTHING._replace(value=value, n=n)
-        return score(part, rows, metric) if scored else estimate(part, metric)
+        return estimate(part, metric, every=rows)
     if part.row.eq(REFERENCE).all():
         return NOTHING  # the full cache compared with itself
     if kind in ("agreement", "prefix"):
         pairs = zip(part[metric], other[metric], strict=True)
         return interval([_alike(kind, own, full) for own, full in pairs])
-    if kind in ("difference", "ratio"):
-        of = DIFFERENCE if kind == "difference" else RATIO
-        return score(part, rows, metric, other, of) if scored else estimate(part, metric, other, of)
+    if kind in KINDS:
+        return estimate(part, metric, other, KINDS[kind], rows)
     gains = part[metric].astype(float) - other[metric].astype(float)
     if kind in ("wins", "losses") and not part.higher_is_better.iloc[0]:
         gains = -gains
@@ -494,7 +486,7 @@ def breakdowns(rows: pd.DataFrame) -> Iterator[Table]:
     named = labels(rows)
     for setting, parts in settings(rows).items():
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for part in parts.values():
+        for part in filter(finished, parts.values()):
             for title, means in _broken_down(ran(part)).items():
                 found.setdefault(title, {})[marked(part)] = means
         for title, columns in found.items():

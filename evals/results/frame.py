@@ -448,6 +448,7 @@ def estimate(
     metric: str = "score",
     other: pd.DataFrame | None = None,
     of: Weights = VALUE,
+    every: pd.DataFrame | None = None,
     **options: Any,
 ) -> Estimate:
     """Estimates a metric of one method in one setting, alone or paired with another method.
@@ -458,15 +459,18 @@ def estimate(
     Args:
         metric: a column.
         other: :func:`partner` of these rows, for DIFFERENCE and RATIO.
+        every: the frame that they are of: a sample may have any score between those of its setting.
         options: see :func:`interval`.
     """
     sides = [rows] if other is None or of is VALUE else [rows, other]
     values = np.stack([side[metric].astype(float) for side in sides], axis=-1)
-    if metric != "score" and not metric.startswith("scores."):
+    if not scored(metric):
         if of is DIFFERENCE:
             return interval(values[:, 0] - values[:, 1], **options)
         return interval(values, of, **options)
     options["statistic"] = statistic = next(iter(rows.statistic), "mean")
+    if every is not None:
+        options["span"] = span_of(rows, metric, every)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = INVERSES[statistic](values)
     names = {name: rows[name].to_numpy(object) for name in ("group", "unit")}
@@ -482,6 +486,18 @@ def estimate(
     return found._replace(low=drawn.low, high=drawn.high)
 
 
+def scored(metric: str) -> bool:
+    return metric == "score" or metric.startswith("scores.")
+
+
+def span_of(rows: pd.DataFrame, metric: str, every: pd.DataFrame) -> tuple[float, float] | None:
+    """Least and largest score in the settings of some rows; None if it is no mean of scores."""
+    if not scored(metric) or next(iter(rows.statistic), "") != "mean":
+        return None
+    found = every[metric][every.setting.isin(rows.setting)].astype(float)
+    return float(found.min()), float(found.max())
+
+
 def view(
     rows: pd.DataFrame,
     by: Sequence[str],
@@ -492,7 +508,8 @@ def view(
     """Groups rows by some columns and estimates a metric of each group.
 
     Args:
-        against: another method's label; adds difference and ratio over the samples that both have.
+        against: another method's label; adds difference and ratio over the samples that both have,
+            except to itself.
         across: `seed` or `process`; estimates the metric for each of these, and gives their mean
             with its interval over them.
 
@@ -506,7 +523,8 @@ def view(
     for names, part in ran.groupby(list(by), sort=False, dropna=False):
         line = dict(zip(by, names, strict=True))
         for kind, of in kinds.items():
-            one = over_parts(part, across, metric, others, of)
+            itself = kind and others is not None and others.row[part.index].equals(part.row)
+            one = NOTHING if itself else over_parts(part, across, metric, others, of, rows)
             stem = f"{kind}_" if kind else ""
             line |= {kind or "value": one.value}
             line |= {f"{stem}low": one.low, f"{stem}high": one.high, f"{stem}n": one.n}
@@ -520,16 +538,35 @@ def over_parts(
     metric: str,
     others: pd.DataFrame | None = None,
     of: Weights = VALUE,
+    every: pd.DataFrame | None = None,
 ) -> Estimate:
     """:func:`estimate`; with `parts` (`seed` or `process`) the mean of one estimate for each."""
     pieces = [rows] if parts is None else [part for _, part in rows.groupby(parts)]
     found = [
-        estimate(piece, metric, None if others is None else others.loc[piece.index], of)
+        estimate(piece, metric, None if others is None else others.loc[piece.index], of, every)
         for piece in pieces
     ]
-    return found[0] if parts is None else over(found)
+    if parts is None:
+        return found[0]
+    return over(found, of, None if every is None else span_of(rows, metric, every))
 
 
-def over(found: Sequence[Estimate]) -> Estimate:
-    """The mean of several seeds' or processes' estimates, and its interval over them."""
-    return interval([np.nan if one.value is None else one.value for one in found], guard=True)
+def over(
+    found: Sequence[Estimate], of: Weights = VALUE, span: tuple[float, float] | None = None
+) -> Estimate:
+    """The mean of several seeds' or processes' estimates, and its interval over them.
+
+    Args:
+        of: what was estimated.
+        span: least and largest score. The interval of scores or of their differences stays within
+            it; equal ones may become any other.
+    """
+    values = [one.value for one in found if one.value is not None]
+    if span is None or not values or of not in (VALUE, DIFFERENCE):
+        return interval(values, guard=True)
+    low, high = span if of is VALUE else (span[0] - span[1], span[1] - span[0])
+    alike = max(values) - min(values) < 1e-12
+    one = interval(values, guard=True, span=(low, high) if alike else None)
+    if one.ends is None:
+        return one
+    return one._replace(low=max(low, one.ends[0]), high=min(high, one.ends[1]))
