@@ -253,7 +253,7 @@ def test_sizes_that_a_budget_chose_are_no_settings(tmp_path: Path) -> None:
     sweep(tmp_path, {160: 1.0}, budget=0.2, fixed=[])  # it says 160 and has what the budget gave
     window = found(tmp_path, "The score depends little on the window")
     assert window.verdict == HOLDS and window.measured
-    assert "window 40, 80 with" in window.measured.of
+    assert window.measured.of.endswith("window 40, 80 with sink=4 stride=5")
 
 
 def test_sizes_fixed_beside_a_budget_are_another_family(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from evals.report.views import (
     held,
     lengths,
     mark,
+    of_budget,
     parameters_of,
     settings,
     unknown,
@@ -437,12 +438,10 @@ def _spread(claim: Claim, rows: pd.DataFrame, full: pd.DataFrame) -> Iterator[Me
         number = Estimate(float(np.ptp(scores[:-1]) / scores[-1]), *both, len(values))
         pairs = [at_equal_memory(a, b) for a, b in permutations(parts, 2)]
         apart = max(filter(None, pairs), default=1.0)
-        own = parameters_of(first.iloc[0])
+        own, other = parameters_of(first.iloc[0]), {claim.parameter} | of_budget(first.iloc[0])
         told = ", ".join(f"{value}{mark(part)}" for value, part in family.items())
-        others = (
-            key for key in ("sink", "window", "stride", "threshold") if key != claim.parameter
-        )
-        fixed = " ".join(f"{key}={own[key]}" for key in others if key in own)
+        named = [one for one in ("sink", "window", "stride", "threshold") if one in own]
+        fixed = " ".join(f"{key}={own[key]}" for key in named if key not in other)
         memory = () if is_equal(apart) else (apart,)
         yield _measured(first, number, f", {claim.parameter} {told} with {fixed}", memory=memory)
 

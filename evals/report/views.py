@@ -533,8 +533,7 @@ def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]
     for part in flat(settings(rows)):
         one, fixed = part.iloc[0], set(part.fixed.iloc[0])
         known = parameters_of(one)
-        chosen = not unknown(one.budget) and parameter in {"window", "threshold"} - fixed
-        if parameter in known and finished(part) and not chosen:
+        if parameter in known and finished(part) and parameter not in of_budget(one):
             told = [known | {parameter: None}, sorted(fixed - {parameter})]
             same = str([one.setting, one.method, one.budget, one.budget_by, *told])
             found.setdefault(same, {}).setdefault(known[parameter], part)
@@ -544,6 +543,11 @@ def families(rows: pd.DataFrame, parameter: str) -> list[dict[Any, pd.DataFrame]
 
     several = [one for one in found.values() if len(one) > 1]
     return [{value: one[value] for value in sorted(one, key=order)} for one in several]
+
+
+def of_budget(one: pd.Series) -> set[str]:
+    """Parameters that a row's budget sets, whatever was configured."""
+    return set() if unknown(one.budget) else {"window", "threshold"}.difference(one.fixed)
 
 
 def parameters_of(one: pd.Series) -> dict[str, Any]:
