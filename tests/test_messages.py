@@ -40,6 +40,13 @@ ONCE = [name for name, policy in POLICIES.items() if policy.evicts == "prompt"]
         ("output=${nosuch}", ["nosuch"]),
         ("-m method=buzz,h20", ["method=h20", "did you mean h2o?"]),
         ("-m method=buzz method.windw=1,2", ["method.windw=1", "did you mean window?"]),
+        (
+            "-m method=h2o,buzz,tova method.stride=3",
+            ["method.stride=3: h2o, tova have no stride; set it with method=buzz alone"],
+        ),
+        ("-m method=h2o,vatp method.recent=3", ["default method has no recent; write ++method."]),
+        ("-m method=glob(b*) method.windw=3", ["method.windw=3", "did you mean window?"]),
+        ("-m method=h2o,tova method.stride=3", ["of method; choose one of heavy, name, recent"]),
         ("method=buzz,h2o", ["method=buzz,h2o", "write -m method=buzz,h2o"]),
         ("budget=0.1,0.5", ["write -m budget=0.1,0.5", "one list write 'budget=[0.1,0.5]'"]),
         ("+launcher=nosuch", ["launcher=nosuch", "choose one of joblib"]),

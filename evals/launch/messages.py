@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
@@ -79,7 +80,20 @@ def _quoted(override: str) -> str:
 def _unknown(key: str, overrides: Sequence[str]) -> str:
     """What may stand where `key` does not exist."""
     above, _, name = key.rpartition(".")
-    config = _composed([one for one in overrides if _key(one) != key])
+    others = [one for one in overrides if _key(one) != key]
+    config = _composed(others)
+    if choices := _swept(above, others):
+        rest = [one for one in others if _key(one) != above]
+        each = {one: _composed([*rest, f"{above}={one}"]) for one in choices}
+        having = [one for one in choices if name in each[one].get(above, {})]
+        lacking = [one for one in choices if one not in having]
+        if not lacking:  # Hydra looks for it in the default choice, too
+            return f"the default {above} has no {name}; write ++{key}=..."
+        if having:
+            has = "has" if len(lacking) == 1 else "have"
+            alone = f"set it with {above}={','.join(having)} alone, or use variants"
+            return f"{', '.join(lacking)} {has} no {name}; {alone}"
+        config = each[lacking[0]]
     section = OmegaConf.select(config, above) if above else config
     if above and not isinstance(section, DictConfig):
         return f"there is no {above}; {_choices(above, [str(name) for name in config])}"
@@ -91,6 +105,16 @@ def _unknown(key: str, overrides: Sequence[str]) -> str:
             if group.name not in known and group.is_dir()
         ]
     return f"no such setting{f' of {above}' if above else ''}; {_choices(name, known)}"
+
+
+def _swept(group: str, overrides: Iterable[str]) -> list[str]:
+    """The choices of a group among which a sweep goes."""
+    for one in overrides:
+        if _key(one) == group:
+            found = OverridesParser.create().parse_override(one)
+            if isinstance(found.value(), ChoiceSweep):
+                return list(found.sweep_string_iterator())
+    return []
 
 
 def _composed(overrides: Iterable[str]) -> DictConfig:
