@@ -40,7 +40,10 @@ def test_a_line_says_what_is_done_and_left(monkeypatch, capsys) -> None:
     clock = Clock(monkeypatch, capsys)
     with progress("needle, 3 methods", 100, lambda: "h2o@0.25 accuracy 0.5") as advance:
         line = clock.line(2)
-        assert line == "needle, 3 methods: 0 of 100 samples done in 2 min, 100 left; h2o@0.25 accuracy 0.5"
+        assert (
+            line
+            == "needle, 3 methods: 0 of 100 samples done in 2 min, 100 left; h2o@0.25 accuracy 0.5"
+        )
         advance(25)
         told = "25 of 100 samples done in 40 min, 75 left, about 2 h 00 min"
         assert told in clock.line(38)
