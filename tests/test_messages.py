@@ -107,7 +107,8 @@ BAD = {
     "seed=x": "seed='x'",
     "time_samples=-1": "time_samples=-1",
     "label=a/b": "label='a/b'",
-    "kl=maybe": "kl='maybe'",
+    "kl=maybe": "kl='maybe': input should be a valid boolean; write true or false",
+    "task=xsum task.data_file=/tmp": "task.data_file='/tmp': is a folder; give a JSON-lines file",
     "model.dtype=float8": "model.dtype='float8'",
     "protocol=original budget=0.5": "budget=0.5: protocol=original",
     "cache.logn_base=0.5": "cache.logn_base=0.5",
@@ -271,11 +272,17 @@ def test_a_model_that_cannot_be_had_is_named_once(main, capsys, monkeypatch) -> 
 
     monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", unreachable)
     jobs = "method=full,h2o,tova", "task.repeats=1,2"
-    assert main("-m", "model=hf", "model.name_or_path=some/model", *jobs) == 1
+    assert main("-m", "model=hf", "model.name_or_path=some/model", *jobs) == 2
     said = capsys.readouterr().out.splitlines()
     named = [line for line in said if "some/model" in line]
     assert len(named) == 1 and "and 5 more" in named[0] and "no route" in named[0]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("budgets", "status"), [("1.5,-1", 2), ("1.5,64", 0)])
+def test_a_sweep_of_wrong_input_alone_exits_as_a_run_does(main, budgets: str, status: int) -> None:
+    small = "task.lengths=[300]", "task.depths=[50]", "task.repeats=1", "task.max_new_tokens=2"
+    assert main("-m", *MODEL, *small, "method=h2o", f"budget={budgets}") == status
 
 
 def test_a_failed_sample_shows_its_traceback_when_asked(main, capsys, monkeypatch) -> None:

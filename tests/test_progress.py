@@ -38,14 +38,17 @@ class Clock:
 
 def test_a_line_says_what_is_done_and_left(monkeypatch, capsys) -> None:
     clock = Clock(monkeypatch, capsys)
-    with progress("needle: 3 methods", 100, lambda: "h2o@0.25 accuracy 0.5") as advance:
+    with progress("needle, 3 methods", 100, lambda: "h2o@0.25 accuracy 0.5") as advance:
         line = clock.line(2)
-        assert line == "needle: 3 methods: 0 of 100 done in 2 min, 100 left; h2o@0.25 accuracy 0.5"
+        assert (
+            line
+            == "needle, 3 methods: 0 of 100 samples done in 2 min, 100 left; h2o@0.25 accuracy 0.5"
+        )
         advance(25)
-        told = "25 of 100 done in 40 min, 75 left, about 2 h 00 min"
+        told = "25 of 100 samples done in 40 min, 75 left, about 2 h 00 min"
         assert told in clock.line(38)
         advance(50)
-        assert "75 of 100 done in 45 min, 25 left, about 15 min" in clock.line(5)
+        assert "75 of 100 samples done in 45 min, 25 left, about 15 min" in clock.line(5)
     capsys.readouterr()
     time.sleep(0.05)
     assert capsys.readouterr().err == ""
@@ -56,15 +59,15 @@ def test_a_line_says_which_setting_it_is_and_how_long_all_take(monkeypatch, caps
     clock = Clock(monkeypatch, capsys)
     begin_command()
     command.number, command.of = 1, 5
-    with progress("needle: 2 methods", 3, lambda: "") as advance:
+    with progress("needle, 2 methods", 3, lambda: "") as advance:
         clock.now += 600
         advance(3)
     command.number = 3
-    with progress("needle: 2 methods", 4, lambda: "full accuracy 1") as advance:
+    with progress("needle, 2 methods", 4, lambda: "full accuracy 1") as advance:
         advance(1)
         said = clock.line(1.5)
     begin_command()
-    start = "setting 3 of 5, needle: 2 methods: 1 of 4 done in 2 min, 3 left, about 4 min; "
+    start = "setting 3 of 5, needle, 2 methods: 1 of 4 samples done in 2 min, 3 left, about 4 min; "
     assert said == start + "all settings done in about 20 min; full accuracy 1"
 
 
@@ -124,8 +127,8 @@ def test_a_run_counts_what_was_missing(go, monkeypatch, capsys) -> None:
     options = ["method=h2o", "budget=0.25", "kl=true", "time_samples=2"]
     file = go(*options)
     lines = file.read_text().splitlines(keepends=True)
-    assert seen[0] == ("needle: 2 methods", 3) and seen[-1] == ("needle: timings", 2 * 3)
+    assert seen[0] == ("needle, 2 methods", 3) and seen[-1] == ("needle: timings", 2 * 3)
     file.write_text("".join(line for line in lines if '"0%"' not in line))
     seen.clear()
     go(*options)
-    assert seen[0] == ("needle: 2 methods", 1)
+    assert seen[0] == ("needle, 2 methods", 1)

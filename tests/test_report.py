@@ -751,3 +751,12 @@ def test_sign_tests_are_corrected_over_the_methods_of_a_budget() -> None:
     assert list(found.nearer) == [2, 16] and list(found.index) == ["far", "near"]
     far, near = (embedded.sign_test(fewer, 20) for fewer in (2, 16))
     assert list(found["p, Holm"]) == pytest.approx([2 * far, max(2 * far, near)])
+
+
+def test_a_note_on_many_rows_gives_the_range_of_the_others(tmp_path: Path) -> None:
+    write_row(tmp_path, "full", [1.0] * 3)
+    for i in range(7):
+        stop = {"edit": lambda record: record.update(stop_reason="length")} if i < 2 else {}
+        write_row(tmp_path, "h2o", [1.0] * 3, row=f"h2o@{i}", budget=0.5, **stop)
+    (note,) = [one for one in views.notes(load(tmp_path)) if "stop reasons" in one]
+    assert note.endswith("rows differ in stop reasons: full eos 3; 7 others eos 0-3 length 0-3")

@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> list[str] | Objectives:
 
 def cli() -> int:
     """Runs what the command line asks for; the exit status."""
-    ResultsCallback.failed = 0
+    ResultsCallback.failed, ResultsCallback.refused = 0, False
     in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     arguments = [sys.argv[0], *messages.arguments_of(sys.argv[1:])]
     # Hydra raises its errors only with HYDRA_FULL_ERROR=1, and otherwise prints them and exits. So
@@ -74,4 +74,4 @@ def cli() -> int:
             raise
         messages.report(error)
         return 2
-    return 1 if ResultsCallback.failed else 0
+    return 2 if ResultsCallback.refused else 1 if ResultsCallback.failed else 0

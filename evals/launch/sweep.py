@@ -76,6 +76,7 @@ class Asked:
         known: dict[str, Any] = {"overrides": self.overrides, "status": self.status}
         if self.error is not None:
             known["reason"] = _first_line(self.error)
+            known["wrong_input"] = isinstance(self.error, ConfigError)
         if self.outcome is not None:
             known |= {"folder": str(self.outcome.file.parent), "failed": self.outcome.failed}
             known["row"] = self.outcome.plan.row
@@ -254,7 +255,10 @@ class ResultsCallback(Callback):
         picture: file for a plot of a sweep's scores against their memory; None: no plot.
     """
 
-    failed = 0  # of this process's runs; decides its exit status
+    # Of this process's runs, for its exit status: what failed, and whether nothing ran at all
+    # because each row's input was wrong.
+    failed = 0
+    refused = False
 
     def __init__(self, picture: str | None = None) -> None:
         self.picture = picture
@@ -303,6 +307,7 @@ class ResultsCallback(Callback):
         if lacking:
             print(f"{lacking} complete, but with samples that failed")
         ResultsCallback.failed = counts["failed"] + lacking
+        ResultsCallback.refused = bool(rows) and all(row.get("wrong_input") for row in rows)
         if self.picture and done:
             from evals.report.figures import draw_pareto  # with matplotlib, which is slow to import
 

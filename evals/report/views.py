@@ -556,6 +556,7 @@ def parameters_of(one: pd.Series) -> dict[str, Any]:
     return {key: value for known in told for key, value in sorted(known.items())}
 
 
+SEVERAL = 6  # rows that a note lists one by one
 PARAMETERS: tuple[str, ...] = ("history", "compact", "stride", "window", "sink", "threshold")
 PARAMETERS += ("positions", "logn_base", "logn_clamp", "dtype")
 PARAMETERS += ("granularity", "page_score", "heads")
@@ -596,9 +597,8 @@ def notes(rows: pd.DataFrame) -> list[str]:
         task = named[setting]
         for name, of in CONDITIONS.items():
             values = {row: of(ran(part)) for row, part in parts.items() if finished(part)}
-            if len(set(values.values())) > 1:
-                told = "; ".join(f"{row} {value}" for row, value in values.items())
-                found.append(f"{task}: rows differ in {name}: {told}")
+            if len({str(value) for value in values.values()}) > 1:
+                found.append(f"{task}: rows differ in {name}: {_told(values)}")
         budgets: dict[str, list[float]] = {}
         for row, part in parts.items():
             one, share = part.iloc[0], held(part)
@@ -628,9 +628,32 @@ def notes(rows: pd.DataFrame) -> list[str]:
     return found
 
 
-def _reasons(part: pd.DataFrame) -> str:
-    counts = Counter(str(one) for one in part.stop_reason.dropna())
-    return " ".join(f"{reason} {counts[reason]}" for reason in sorted(counts))
+def _told(values: Mapping[str, Any]) -> str:
+    """Each row's value; of many rows the full cache's and the range of the others'."""
+    if len(values) <= SEVERAL:
+        return "; ".join(f"{row} {value}" for row, value in values.items())
+    counts = {
+        row: value if isinstance(value, Counter) else Counter({"": value})
+        for row, value in values.items()
+    }
+    others = [count for row, count in counts.items() if row != REFERENCE]
+    ranges = []
+    for reason in sorted(set().union(*others)):
+        low, high = min(c[reason] for c in others), max(c[reason] for c in others)
+        ranges.append(f"{reason} {low}-{high}".strip() if low < high else f"{reason} {low}".strip())
+    own = [f"{REFERENCE} {values[REFERENCE]}"] if REFERENCE in values else []
+    return "; ".join([*own, f"{len(others)} others {' '.join(ranges)}"])
+
+
+class Reasons(Counter[str]):
+    """Counts of reasons, which read `eos 3 length 17`."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{reason} {self[reason]}" for reason in sorted(self))
+
+
+def _reasons(part: pd.DataFrame) -> Reasons:
+    return Reasons(str(one) for one in part.stop_reason.dropna())
 
 
 CONDITIONS: dict[str, Callable[[pd.DataFrame], Any]] = {

@@ -111,7 +111,7 @@ def progress(name: str, total: int, status: Callable[[], str]) -> Iterator[Calla
             if done:
                 left += f", about {_duration(here())}"
             spent = _duration(time.monotonic() - start)
-            line = f"{name}: {done} of {total} done in {spent}, {left}"
+            line = f"{name}: {done} of {total} samples done in {spent}, {left}"
             say("; ".join(filter(None, [line, said()])))
 
     thread = Thread(target=report, daemon=True)

@@ -284,7 +284,7 @@ class Job:
             ran = [r["scores"][headline] for r in last.of(self.prompts) if r["status"] == "ok"]
             return f"{last.plan.row} {headline} {sum(ran) / len(ran):.3g}" if ran else ""
 
-        return progress(f"{self.plan.task.name}: {name}", total, status)
+        return progress(f"{self.plan.task.name}, {name}", total, status)
 
     def _answer(self, group: list[list[Prompt]]) -> None:
         """Answers batches under every row that lacks them, and makes missing comparisons."""

@@ -120,4 +120,6 @@ def refusal(name: str, error: ValidationError) -> ConfigError:
     message = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "literal_error":
         message = f"choose one of {first['ctx']['expected'].replace(' or ', ', ')}".replace("'", "")
+    if first["type"].startswith("bool_"):
+        message += "; write true or false"
     return ConfigError(name, first["input"], message)

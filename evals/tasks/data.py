@@ -34,7 +34,7 @@ def read_jsonl(
     """
     path = Path(path)
     if not os.path.isfile(path):  # unlike pathlib, of any name
-        raise ConfigError(field, str(path), "no such file; give the path of a JSON-lines file")
+        raise ConfigError(field, str(path), _no_file(path, "JSON-lines"))
     rows = []
     for number, line in enumerate(_utf8(path, field).splitlines(), start=1):
         if not line.strip():
@@ -80,7 +80,7 @@ def read_text(path: str | Path, field: str) -> str:
     """
     path = Path(path)
     if not os.path.isfile(path):  # unlike pathlib, of any name
-        raise ConfigError(field, str(path), "no such file; give the path of a text file")
+        raise ConfigError(field, str(path), _no_file(path, "text"))
     try:
         text = _utf8(path, field).decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
@@ -135,6 +135,12 @@ def _utf8(path: Path, field: str) -> bytes:
         except UnicodeDecodeError as error:
             raise ConfigError(field, str(path), f"not UTF-16 ({error.reason})") from error
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _no_file(path: Path, kind: str) -> str:
+    if os.path.isdir(path):
+        return f"is a folder; give a {kind} file"
+    return f"no such file; give the path of a {kind} file"
 
 
 def _bad_line(field: str, path: Path, number: int, problem: str) -> ConfigError:

@@ -67,7 +67,8 @@ def template(must: Sequence[str], may: Sequence[str] = ()) -> AfterValidator:
         plain = not any(spec or conversion for _, _, spec, conversion in parts)
         if not plain or not set(must) <= found <= {*must, *may}:
             needed, optional = (", ".join(f"{{{one}}}" for one in names) for names in (must, may))
-            remedy = f"must have {needed}, may have {optional} and nothing else in braces"
+            also = f", may have {optional}" if may else ""
+            remedy = f"must have {needed}{also} and nothing else in braces"
             raise PydanticCustomError("template", remedy)
         return value
 
