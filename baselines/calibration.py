@@ -6,11 +6,11 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from buzz.kernels.cpu import _cache as user_cache
@@ -102,7 +102,7 @@ def stored(model: Any, ids: Sequence[int], measure: Callable[[], list[Tensor]]) 
 def _digest(model: Any, ids: Sequence[int]) -> str:
     """A hash of all that the result depends on: weights, configuration, text, device, versions."""
     config = model.config.to_json_string(use_diff=False)
-    versions = FORMAT, torch.__version__, transformers.__version__
+    versions = FORMAT, torch.__version__, version("transformers")
     computes = model.device.type, model.config._attn_implementation
     found = hashlib.sha256(repr((versions, computes, config, tuple(ids))).encode())
     for name, weight in (model.state_dict() | dict(model.named_buffers())).items():

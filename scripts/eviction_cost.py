@@ -75,7 +75,7 @@ def seconds(policy: Policy, held: int, state: int, rope: Rope) -> float:
     store = Store(keys, values, torch.arange(held).int().expand(1, 1, held), None, held)
     log = QueryLog()
     if count := min(policy.queries, held):
-        log.keep_latest(torch.randn(1, 1, count, DIMENSIONS), count)
+        log.keep_latest(torch.randn(1, 1, count, DIMENSIONS), 1.0, count)
     entries = Entries(
         store,
         slice(None),

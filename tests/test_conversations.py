@@ -47,7 +47,8 @@ def test_another_prompt_is_refused(model, policy: Policy, rows: int, slot: int) 
     ids, mask = behind(said, 4)
     wrong = ids.clone()
     wrong[-1, slot] = 3 + (wrong[-1, slot] - 2) % 90
-    with pytest.raises(ConfigError, match=f"another prompt.*of 45 tokens.*from token {slot} on"):
+    told = f"does not continue the conversation of 45 tokens.*from token {slot} on"
+    with pytest.raises(ConfigError, match=told):
         model.generate(wrong, attention_mask=mask, past_key_values=cache)
     model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
 
@@ -58,7 +59,7 @@ def test_so_is_one_that_is_no_longer(model, tokens: int, same: bool) -> None:
     cache = EvictionCache(model, H2O)
     said = talk(model, cache)
     ids = said[:, :tokens] if same else prompt(tokens, seed=9)
-    with pytest.raises(ConfigError, match="another prompt.*reset"):
+    with pytest.raises(ConfigError, match="does not continue the conversation.*reset"):
         model.generate(ids, past_key_values=cache, max_new_tokens=2)
     cache.reset()
     fresh = model.generate(ids, past_key_values=EvictionCache(model, H2O), max_new_tokens=9)
@@ -95,7 +96,7 @@ def test_ways_to_go_on(model, rows: int) -> None:
             answers.append(answer[:, -5:])
         if way >= 4:  # and still knows what it was told
             ids[-1, 30] += 1
-            with pytest.raises(ConfigError, match="another prompt"):
+            with pytest.raises(ConfigError, match="does not continue the conversation"):
                 model.generate(torch.cat([ids, answer[:, -5:], ids], 1), past_key_values=cache)
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
@@ -109,7 +110,7 @@ def test_rows_that_change_places_are_told_apart(model) -> None:
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(torch.tensor([3, 2, 1, 0]))
     ids, mask = behind(said, 4)
-    with pytest.raises(ConfigError, match="another prompt"):
+    with pytest.raises(ConfigError, match="does not continue the conversation"):
         model.generate(ids[[2, 2, 0, 0]], past_key_values=cache)
     order = [0, 0, 2, 2]
     model.generate(ids[order], attention_mask=mask[order], past_key_values=cache, max_new_tokens=2)
@@ -119,7 +120,7 @@ def test_rows_that_change_places_are_told_apart(model) -> None:
     model(prompt(40), past_key_values=cache)
     cache.batch_repeat_interleave(2)
     more, _ = behind(prompt(40), 3)
-    with pytest.raises(ConfigError, match="another prompt"):
+    with pytest.raises(ConfigError, match="does not continue the conversation"):
         model.generate(more.flip(1), past_key_values=cache, max_new_tokens=4, **options)
     model.generate(more, past_key_values=cache, max_new_tokens=4, **options)
 
@@ -139,7 +140,7 @@ def test_what_is_not_known_is_not_compared(model) -> None:
     told = torch.cat([ids.flip(1), prompt(5, seed=1), prompt(3, seed=2)], 1)
     model.generate(told, past_key_values=cache, max_new_tokens=2)
     told[0, 31] += 1
-    with pytest.raises(ConfigError, match="another prompt.*from token 31 on"):
+    with pytest.raises(ConfigError, match="does not continue the conversation.*from token 31 on"):
         model.generate(torch.cat([told, told], 1), past_key_values=cache, max_new_tokens=2)
 
     cache = EvictionCache(model, H2O)

@@ -107,12 +107,12 @@ def test_batches_of_each_methods_size_are_counted_exactly(go, monkeypatch) -> No
     room = ["task=throughput", "task.lengths=[100]", "task.max_new_tokens=8"]
     room += ["task.batch_size=max", "task.kv_limit=0.5MB", "task.samples=9"]
     file = go(*room, "method=full", needle=False)
-    assert ("throughput: 1 method", 9, 9) in counted
+    assert ("throughput, 1 method", 9, 9) in counted
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:7]))
     counted.clear()
     with pytest.raises(ConfigError, match="32 rows fit"):
         go(*room, "method=local", "method.window=30", needle=False)
-    assert ("throughput: 2 methods", 2 + 9, 2 + 9) in counted
+    assert ("throughput, 2 methods", 2 + 9, 2 + 9) in counted
 
 
 def test_a_run_counts_what_was_missing(go, monkeypatch, capsys) -> None:
@@ -127,7 +127,7 @@ def test_a_run_counts_what_was_missing(go, monkeypatch, capsys) -> None:
     options = ["method=h2o", "budget=0.25", "kl=true", "time_samples=2"]
     file = go(*options)
     lines = file.read_text().splitlines(keepends=True)
-    assert seen[0] == ("needle, 2 methods", 3) and seen[-1] == ("needle: timings", 2 * 3)
+    assert seen[0] == ("needle, 2 methods", 3) and seen[-1] == ("needle, timings", 2 * 3)
     file.write_text("".join(line for line in lines if '"0%"' not in line))
     seen.clear()
     go(*options)
