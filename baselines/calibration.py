@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buzz.kernels.cpu import _cache as user_cache
+from buzz.kernels.cpu import user_cache
 
 FORMAT = 1  # to be raised with every change of what is measured
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
@@ -73,9 +73,12 @@ def stored(model: Any, ids: Sequence[int], measure: Callable[[], list[Tensor]]) 
     Args:
         ids: token ids of the text that the model is measured on.
     """
+    weights = model.state_dict() | dict(model.named_buffers())
+    if not all(isinstance(one, Tensor) and not one.is_meta for one in weights.values()):
+        return measure()
     try:
-        file = user_cache() / f"queries-{_digest(model, ids)}.pt"
-    except (AttributeError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError):
+        file = user_cache() / f"queries-{_digest(model, weights, ids)}.pt"
+    except RuntimeError:  # there is no home directory, or a weight cannot be read as integers
         return measure()
     try:
         content = file.read_bytes()
@@ -99,13 +102,13 @@ def stored(model: Any, ids: Sequence[int], measure: Callable[[], list[Tensor]]) 
     return found
 
 
-def _digest(model: Any, ids: Sequence[int]) -> str:
+def _digest(model: Any, weights: dict[str, Tensor], ids: Sequence[int]) -> str:
     """A hash of all that the result depends on: weights, configuration, text, device, versions."""
     config = model.config.to_json_string(use_diff=False)
     versions = FORMAT, torch.__version__, version("transformers")
     computes = model.device.type, model.config._attn_implementation
     found = hashlib.sha256(repr((versions, computes, config, tuple(ids))).encode())
-    for name, weight in (model.state_dict() | dict(model.named_buffers())).items():
+    for name, weight in weights.items():
         found.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
         bits = weight.detach().view(INTEGERS[weight.element_size()])
         # Of matrices the sums of rows and columns as integers: exact on every device, and much less

@@ -164,6 +164,23 @@ def test_of_pages_that_a_method_keeps_in_any_case_the_one_with_more_comes_first(
         assert whole == due
 
 
+@pytest.mark.parametrize("heads", ["each", "layer"])
+@pytest.mark.parametrize("page_score", ["mean", "max"])
+@pytest.mark.parametrize("low", [-9.0, -torch.inf, torch.finfo(torch.float32).min])
+def test_one_very_low_score_leaves_the_order_of_other_pages(page_score, heads, low) -> None:
+    inf = torch.inf
+    pages = [[inf, -1, -1, -1], [inf, -3, -3, -3], [inf, -5, -5, -5], [low, -9, -9, -9], [0] * 4]
+    policy = Constrained(
+        method=H2OPolicy(),
+        granularity="page:4",
+        page_score=page_score,
+        heads=heads,
+        pages=H2OPolicy(heavy=2, recent=1),
+    )
+    kept = policy.select(20, 0, torch.tensor(pages).flatten().expand(1, 1, -1))
+    assert {0, 4} <= set(kept[0, 0].tolist()) and 8 not in kept[0, 0].tolist()
+
+
 def test_a_page_is_worth_its_mean_or_its_best_token() -> None:
     scores = torch.tensor([[[3.0, 3, 3, 3, 8, 0, 0, 0, 1, 1]]])
     for page_score, first in (("mean", 0), ("max", 4)):

@@ -134,6 +134,16 @@ def test_layers_of_a_pyramid_are_predicted_verified_and_measured_by_layer() -> N
         lengths.verified(0, [56, 1, 1, 2, 1])
 
 
+class Extra(torch.nn.Module):
+    """As quantised layers: not all that it saves is a tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"bits": 8}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
 class TestKVzip:
     def test_it_reads_the_prompt_again_before_the_first_token(self) -> None:
         """In chunks, behind the prompt, asked for in words; nothing of that is kept."""
@@ -247,6 +257,28 @@ class TestTriAttention:
             file.write_bytes(file.read_bytes()[:-7])
         again, was_read = measured()
         assert was_read and all(map(torch.equal, first, again)) and not measured()[1]
+
+    @pytest.mark.parametrize("change", ["columns", "norm", "frequencies"])
+    def test_what_leaves_sums_as_they_are_is_another_model(self, folder, change) -> None:
+        measured_queries(tiny("llama"), [1, 2, 3])
+        model = tiny("llama")
+        with torch.no_grad():
+            if change == "columns":
+                weight = model.model.layers[0].self_attn.q_proj.weight
+                weight.copy_(weight.flip(1))
+            elif change == "norm":
+                weight = model.model.layers[0].input_layernorm.weight
+                weight[0], weight[1] = weight[0] + 1, weight[1] - 0.5
+            else:
+                model.model.rotary_emb.inv_freq.mul_(0.5)
+        measured_queries(model, [1, 2, 3])
+        assert len(list(folder.iterdir())) == 2
+
+    def test_weights_that_cannot_be_hashed_are_measured(self, folder) -> None:
+        model = tiny("llama")
+        model.register_module("extra", Extra())
+        mean, _ = measured_queries(model, [1, 2, 3])
+        assert mean.isfinite().all() and not folder.exists()
 
     def test_a_folder_that_cannot_be_written_is_no_failure(self, folder) -> None:
         folder.write_text("a file where the folder should be")

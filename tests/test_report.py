@@ -661,6 +661,23 @@ def test_runs_become_committed_numbers_and_the_same_tables(tmp_path: Path) -> No
     assert "## xsum" in table.markdown()
 
 
+def test_committed_numbers_tell_constraints_and_the_model(tmp_path: Path, capsys) -> None:
+    """Rows of one label and budget under other constraints do not replace each other."""
+    distances(tmp_path / "runs")
+    for row in ("h2o@0.25,granularity=page16", "h2o@0.25,heads=layer"):
+        kls = [0.2, 0.3, 0.4]
+        write_row(tmp_path / "runs", "h2o", [0.5] * 3, row=row, budget=0.25, kls=kls)
+    given = [f"out={tmp_path / 'kept'}", f"pictures={tmp_path / 'img'}"]
+    assert main(["embedded", f"runs={tmp_path / 'runs'}", *given]) == 0
+    rows = load(tmp_path / "kept")
+    constrained = {"h2o,granularity=page16", "h2o,heads=layer"}
+    assert set(rows.label) == {"full", "h2o", "buzz", *constrained}
+    assert set(rows.model) == set(load(tmp_path / "runs").model)
+    write_row(tmp_path / "runs", "h2o", [0.5], budget=0.25, kls=[0.1], model={"name": "another"})
+    assert main(["embedded", f"runs={tmp_path / 'runs'}", *given]) == 2
+    assert "of several models" in capsys.readouterr().err
+
+
 def test_answers_of_two_full_caches_are_not_put_together(tmp_path: Path, capsys) -> None:
     for name in ("a", "b"):
         distances(tmp_path / name)

@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF, INT8 = 1, 2  # kinds of what the library reads, beside 0 for float32
 
 
-def _cache() -> Path:
+def user_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("BUZZ_CACHE") or Path(base) / "buzz")
 
@@ -65,7 +65,7 @@ def build() -> Path:
     # The predefined macros name the compiler's version and every instruction set it may use.
     macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     digest = hashlib.sha256(macros.encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    library = _cache() / f"kernels-{digest}.so"
+    library = user_cache() / f"kernels-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
