@@ -43,6 +43,7 @@ def test_numbers(rows, tmp_path) -> None:
     kl, cost, by_max, passkeys = (table.frame.set_index("method") for table in tables(rows))
     assert kl.loc["h2o", FREE] == pytest.approx(1.1875)
     assert kl.loc["tova", "page 16, layer"] == pytest.approx(1.9375)
+    assert kl.loc["h2o", "held"] == 1
     assert kl.loc["h2o"].isna().sum() == len(CONSTRAINTS) - len(SUFFIXES)  # not measured: blank
     assert kl.loc["order (Spearman)", "page 64, all"] == pytest.approx(-1)
     assert cost.loc["h2o", ["page 64, all", "page 64, all low"]].tolist() == pytest.approx(

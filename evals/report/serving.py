@@ -59,12 +59,15 @@ def tables(rows: pd.DataFrame) -> list[Table]:
     if not texts.empty:
         kl = by_constraint(texts).sort_values(FREE)
         order = pd.DataFrame([kl.corr("spearman")[FREE]], index=["order (Spearman)"])
+        held = texts[texts.constraint == FREE].groupby("of").held.mean()
         told = counted(texts)
         note = (
             "KL(full || method) in nats a token on the full cache's own answer, mean of the data"
-            f" sets' means; prompts: {told}. The last line: rank correlation with the first column."
+            f" sets' means; prompts: {told}; held: entries on average over the budget, with tokens"
+            " and heads of their own choice. The last line: rank correlation with the first column,"
+            " over the methods that both columns have."
         )
-        frame = pd.concat([kl, order]).rename_axis("method").reset_index()
+        frame = pd.concat([kl.assign(held=held), order]).rename_axis("method").reset_index()
         found.append(Table("serving", "KL under a server's constraints", frame, note))
         note = (
             "KL under the constraint less KL of the same method where each head keeps entries of"
